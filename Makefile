@@ -1,0 +1,58 @@
+# jp_train: two commands to start with are `make smoke` and `make test`. `make help` lists the rest.
+# TORCH names the torch to install; the default is the pinned release (a CPU build where pip offers one):
+#   make smoke TORCH="torch==2.13.0 --index-url <your CUDA wheel index>"
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUNS ?= runs/smoke
+# --seed and sizes of the smoke run: see `python -m jp_train.smoke --help`
+SMOKE_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export WANDB_SILENT ?= true
+export TOKENIZERS_PARALLELISM ?= false
+export PYTHONWARNINGS ?= ignore::FutureWarning
+
+.PHONY: help setup smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test lint format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## virtual environment in .venv with everything pinned, and DeepSpeed's one CPU operator compiled
+
+$(STAMP): setup.cfg pyproject.toml
+	@command -v g++ >/dev/null || { echo "setup: a C++ compiler is needed (g++): DeepSpeed compiles one operator"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ninja setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[smoke,test]'
+	@echo "setup: compiling DeepSpeed's shared-memory operator (about 40 s, once)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.engine.prebuild
+	@touch $@
+
+smoke: $(STAMP)  ## train a tiny Janus-Pro through all three stages on real pictures and text, then judge it (<= 15 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) $(SMOKE_ARGS)
+
+smoke-stage1 smoke-stage2 smoke-stage3: smoke-stage%: $(STAMP)  ## only this stage of the smoke run (what it needs is made first)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) --only-stage $* $(SMOKE_ARGS)
+
+test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff, nothing changed
+	$(BIN)/ruff check jp_train tests bench
+	$(BIN)/ruff format --check jp_train tests bench
+
+format: $(STAMP)  ## ruff, in place
+	$(BIN)/ruff check --fix jp_train tests bench
+	$(BIN)/ruff format jp_train tests bench
+
+bench: $(STAMP)  ## paired benchmarks: a table and bench/results/*.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench
+
+clean:  ## remove the smoke run and caches; keeps .venv
+	rm -rf $(RUNS) .cache .pytest_cache .ruff_cache build *.egg-info

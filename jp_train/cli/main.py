@@ -1,0 +1,59 @@
+"""Entry point: finds the subcommand, turns the package's errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jp_train import __version__
+from jp_train.errors import JpTrainError
+
+COMMANDS = ("train", "launch", "check", "data", "import", "export", "generate", "ask", "report", "status")
+
+EPILOG = """\
+the way through:
+  jp-train check    launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   what would run, and does it fit together
+  jp-train data index launch/janus_pro_1b_stage1.yaml                                token counts beside the shards, once
+  jp-train launch   launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   train on the cluster; run again to resume
+  jp-train status   runs/janus_pro_1b/stage1                                         one screen
+  jp-train report   runs/janus_pro_1b/stage1                                         curves and tables as one HTML page
+
+exit status: 0 done (an early stop included), 2 configuration or usage, 3 data, 4 checkpoint, 5 launch, 130/143 stopped by a signal after saving
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; each module of `jp_train.cli` adds its own subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="jp-train",
+        description="Train Janus-Pro style unified models (understanding and generation) with DeepSpeed ZeRO-3.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jp_train {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"jp_train.cli.{name}_command").register(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except JpTrainError as error:
+        print(f"jp-train {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"jp-train {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jp-train ... | head`
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

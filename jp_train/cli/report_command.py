@@ -1,0 +1,27 @@
+"""`jp-train report`: curves and tables of one or several runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command
+
+DETAILS = """\
+Writes report.html (one self-contained file) and PNG curves. Several run folders are overlaid to compare runs; folders that are
+consecutive stages of one training are laid side by side."""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "report", "loss curves, mixture, throughput, events and samples as one HTML page and PNGs", DETAILS)
+    parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=None, help="where to write report.html (default: the run folder, or the folder above several)")
+    parser.add_argument("--title", default=None)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.report import build_report
+
+    print(build_report(arguments.run_dirs, arguments.out, arguments.title))
+    return 0

@@ -1,0 +1,29 @@
+"""`jp-train status`: one screen about a run, running or not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command, add_json
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "status", "one screen about a run: step, losses, ETA, data wait, checkpoint age, skipped samples")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    parser.add_argument("--watch", type=float, metavar="SECONDS", default=0, help="print again every SECONDS until Ctrl-C")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.status import format_status, status
+
+    while True:
+        found = status(arguments.run_dir)
+        print(json.dumps(found) if arguments.json else format_status(found), flush=True)
+        if not arguments.watch:
+            return 0
+        time.sleep(arguments.watch)

@@ -1,0 +1,26 @@
+"""`jp-train train`: one rank of a training run."""
+
+from __future__ import annotations
+
+import argparse
+
+from jp_train.cli.arguments import add_command, add_config
+
+DETAILS = """\
+This is what the deepspeed launcher starts on every rank; started by hand it trains with one process. To train on several devices
+use `jp-train launch`. A run folder that already holds checkpoints is resumed from the newest complete one.
+Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, exit status 130 / 143; a second signal exits at once."""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "train", "run one rank of a training run", DETAILS)
+    add_config(parser)
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.config import load_config
+    from jp_train.train import train
+
+    return train(load_config(arguments.config, arguments.overrides))

@@ -1,0 +1,413 @@
+"""The structure of a run's configuration: every key, its default, unit and meaning.
+
+OmegaConf structured configs (the subset that versions 2.3 and 2.4 both accept). Numbers in brackets [n] refer to the open points of the
+specification, section 8 of JANUS_PRO_SPEC: where the paper is silent there is a key with a default. Presets override the defaults,
+a launch YAML overrides the preset, `key=value` overrides all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Dict, List, Optional
+
+MODULES = ("vision_model", "aligner", "language_model", "gen_embed", "gen_aligner", "gen_head")
+"""Names that `stage.trainable` may list. `language_model` includes the token embeddings and the text head (paper, figure 2);
+the VQ tokenizer `gen_vision_model` is never trained here."""
+
+
+class BatchUnit(Enum):
+    samples = "samples"
+    packed = "packed"
+
+
+class RatioUnit(Enum):
+    samples = "samples"
+    tokens = "tokens"
+
+
+class Mix(Enum):
+    carry = "carry"
+    sampled = "sampled"
+
+
+class Packing(Enum):
+    document = "document"
+    causal = "causal"
+
+
+class Template(Enum):
+    stage1 = "stage1"
+    stage2 = "stage2"
+    stage3 = "stage3"
+
+
+class PadDropoutForm(Enum):
+    every_token = "every_token"
+    single_pad = "single_pad"
+    empty = "empty"
+
+
+class ImageEnd(Enum):
+    eoi_eos = "eoi_eos"
+    eoi = "eoi"
+    none = "none"
+
+
+class ClassPrompt(Enum):
+    as_is = "as_is"
+    first_lemma = "first_lemma"
+    template = "template"
+
+
+class Crop(Enum):
+    centre = "centre"
+    random = "random"
+
+
+class OverLong(Enum):
+    truncate = "truncate"
+    drop = "drop"
+
+
+class SourceKind(Enum):
+    understanding = "understanding"
+    text = "text"
+    generation = "generation"
+
+
+class Reduction(Enum):
+    token_mean = "token_mean"
+    task_mean = "task_mean"
+    sample_mean = "sample_mean"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class GenEmbedInit(Enum):
+    codebook = "codebook"
+    random = "random"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class VisionConfig:
+    """SigLIP tower for understanding (specification section 1)."""
+
+    hidden_size: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    image_size: int = 384
+    """Side of the square input, in pixels; also the side of generated pictures."""
+    patch_size: int = 16
+
+
+@dataclass
+class VQConfig:
+    """LlamaGen VQ tokenizer for generation. Stride is 2 ** (len(channel_multiplier) - 1)."""
+
+    codebook_size: int = 16384
+    embed_dim: int = 8
+    base_channels: int = 128
+    channel_multiplier: List[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    res_blocks: int = 2
+    latent_channels: int = 256
+
+
+@dataclass
+class LanguageConfig:
+    """DeepSeek-LLM, Llama architecture, no grouped-query attention, text head not tied."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    layers: int = 24
+    heads: int = 16
+    vocab_size: int = 102400
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 16384
+
+
+@dataclass
+class InitPartsConfig:
+    """Pretrained parts a stage 1 starts from: folders in transformers' format or safetensors / weights-only files."""
+
+    language_model: Optional[str] = None
+    vision_model: Optional[str] = None
+    gen_vision_model: Optional[str] = None
+
+
+@dataclass
+class ModelConfig:
+    name: str = "janus_pro"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    vq: VQConfig = field(default_factory=VQConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    init_from: Optional[str] = None
+    """Weights the stage starts from: an exported folder, a released one, or a run folder / checkpoint of an earlier stage.
+    Weights only: the optimizer and the data position start anew."""
+    init_parts: InitPartsConfig = field(default_factory=InitPartsConfig)
+    gen_embed_init: GenEmbedInit = GenEmbedInit.codebook
+    """[10] used only when `init_from` is not set."""
+    adaptor_init_std: float = 0.02
+    """[20] used only when `init_from` is not set; biases start at zero."""
+
+
+@dataclass
+class TokenizerConfig:
+    path: Optional[str] = None
+    """Folder with a Hugging Face tokenizer, or a SentencePiece .model file."""
+    bos: str = "<｜begin▁of▁sentence｜>"
+    eos: str = "<｜end▁of▁sentence｜>"
+    pad: str = "<｜▁pad▁｜>"
+    boi: str = "<begin_of_image>"
+    eoi: str = "<end_of_image>"
+    image_placeholder: str = "<image_placeholder>"
+    user: str = "<|User|>"
+    """Plain `User` and `Assistant` in the predecessor Janus."""
+    assistant: str = "<|Assistant|>"
+
+
+@dataclass
+class MixtureConfig:
+    """Shares of the three kinds; only their proportions matter. A kind at 0 needs no source."""
+
+    understanding: float = 1.0
+    text: float = 0.0
+    generation: float = 3.0
+
+
+@dataclass
+class EarlyStopConfig:
+    at_step: Optional[int] = None
+    """[14] Stop after this step although `training_steps` (the schedule's length) is larger: 270000 of 360000 in stage 2."""
+    patience: Optional[int] = None
+    """Stop when the held-out loss has not improved for this many validations (needs `validation.every_steps`)."""
+
+
+@dataclass
+class StageConfig:
+    name: str = "stage1"
+    trainable: List[str] = field(default_factory=lambda: ["aligner", "gen_embed", "gen_aligner", "gen_head"])
+    """Modules that learn; unlisted means frozen."""
+    training_steps: int = 20000
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    batch_unit: BatchUnit = BatchUnit.samples
+    """[1] what `batch_size` counts: documents, or packed rows of `data.seq_len` tokens."""
+    batch_size: int = 256
+    """Global batch of one optimizer step, in `batch_unit`."""
+    samples_per_row: int = 2
+    """Only with `batch_unit: samples`: a row closes after this many documents. Rows a step = batch_size / samples_per_row."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    ratio_unit: RatioUnit = RatioUnit.samples
+    """[2] what the mixture's shares count."""
+    mix: Mix = Mix.carry
+    """[3] `carry`: exact over the period; `sampled`: independent draws."""
+    template: Template = Template.stage1
+    """Token layouts of the specification, section 3."""
+
+
+@dataclass
+class SourceConfig:
+    kind: SourceKind = SourceKind.text
+    shards: str = ""
+    """Tar shards: a path or URL with brace expansion or a glob, `folder/{000000..000127}.tar`, or a folder. Relative to `data.root`."""
+    weight: float = 1.0
+    """Share within the kind: real 1 and synthetic 1 is the paper's 1:1."""
+    from_step: int = 0
+    """First step at which the source is used."""
+    to_step: Optional[int] = None
+    """First step at which it is no longer used (Janus: ImageNet generation until 120000)."""
+    class_prompt: ClassPrompt = ClassPrompt.as_is
+    """[12] ImageNet-style captions: `first_lemma` keeps the text before the first comma, `template` puts it into `class_template`."""
+    class_template: str = "a photo of {}"
+    license: str = ""
+    """A note for people: licence and origin."""
+
+
+@dataclass
+class DataConfig:
+    root: str = "."
+    sources: Dict[str, SourceConfig] = field(default_factory=dict)
+    seq_len: int = 4096
+    """Tokens of a packed row, at most."""
+    pool_size: int = 64
+    """Documents the packer may choose from (DESIGN section 4)."""
+    packing: Packing = Packing.document
+    """[5] `document`: block-diagonal attention, positions restart; `causal`: the whole row attends."""
+    pad_dropout: float = 0.1
+    """[8] probability that a generation sample loses its text condition (unconditional training)."""
+    pad_dropout_form: PadDropoutForm = PadDropoutForm.every_token
+    """[9]"""
+    first_sentence: float = 0.0
+    """[16] probability that only the first sentence of a generation caption is used (0.25 in stage 2)."""
+    mask_question: bool = False
+    """[6] stages 1 and 2: leave the question of an understanding sample unsupervised. Stage 3 always does."""
+    supervise_eoi: bool = False
+    """[7] train the text head to end an image."""
+    image_end: ImageEnd = ImageEnd.eoi_eos
+    """[7] what follows a generated image."""
+    space_before_boi: bool = False
+    """[15] stage 3 generation: a space between `<|Assistant|>:` and the image."""
+    crop: Crop = Crop.centre
+    """[13] where the long side of a generation picture is cropped."""
+    over_long: OverLong = OverLong.truncate
+    """[22] a document longer than `seq_len`: cut its text, never its image; or drop it."""
+    system_prompt: str = (
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+    )
+    """Stage 3 understanding only; empty string for none."""
+    caption_question: str = "Describe the image in detail."
+    """Stage 2: asked of captions that come without a question."""
+    max_image_pixels: int = 100_000_000
+    """A larger picture is refused before it is decoded (decompression bombs)."""
+    workers: int = 2
+    """Loader processes per rank; rows do not depend on it."""
+    prefetch_rows: int = 2
+    """Rows each worker prepares ahead."""
+    skip_budget: float = 0.001
+    """Bad samples allowed per source, as a share of its samples used so far (at least `skip_minimum` are always allowed)."""
+    skip_minimum: int = 8
+    skip_consecutive: int = 32
+    """Bad samples in a row of one source that stop the run."""
+    io_retries: int = 4
+    """Tries for one byte-range read, with exponential back-off from 0.1 s."""
+    snapshot_steps: int = 1000
+    """The plan keeps a snapshot of its few integers every this many steps, so that any row is reached by a short fold."""
+
+
+@dataclass
+class LrScaleConfig:
+    """[21] factors on the learning rate per module."""
+
+    vision_model: float = 1.0
+    aligner: float = 1.0
+    language_model: float = 1.0
+    gen_embed: float = 1.0
+    gen_aligner: float = 1.0
+    gen_head: float = 1.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (paper, table 2)."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Applied to matrices only; norms and biases are never decayed."""
+    clip: float = 1.0
+    """Maximum global gradient norm."""
+    schedule: Schedule = Schedule.constant
+    warmup_steps: int = 0
+    warmup_from: float = 0.0
+    """[18] factor on lr at the first step of the linear warm-up."""
+    lr_scale: LrScaleConfig = field(default_factory=LrScaleConfig)
+
+
+@dataclass
+class LossConfig:
+    reduction: Reduction = Reduction.token_mean
+    """[4] `token_mean`: one mean over all supervised tokens of the global step; `task_mean`: a mean per head, added;
+    `sample_mean`: mean over documents of their mean."""
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    chunk_tokens: int = 1024
+    """Supervised positions whose logits exist at one time: 1024 x 102400 in bf16 are 0.2 GiB."""
+
+
+@dataclass
+class EngineConfig:
+    micro_batch_rows: int = 1
+    """Rows per rank per forward; gradient accumulation follows from the batch and the world size."""
+    activation_checkpointing: bool = True
+    persistence_threshold: int = 100_000
+    """ZeRO-3 keeps parameters below this many elements gathered."""
+    hpz_partition_size: int = 1
+    """ZeRO++ secondary partition: 8 keeps backward's gathers inside a node."""
+    collective_timeout_s: float = 1800.0
+    """A collective that waits longer is an error, not a silent hang."""
+    deepspeed: Dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed keys, merged last, for experts. A key that jp_train owns (batch sizes, clip, dtype, optimizer) is refused."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    """Additionally keep every checkpoint whose step is a multiple of this; 0 for none."""
+    export_at_end: bool = True
+    """Write `export/` (transformers' format) when the stage ends: the next stage starts from it."""
+
+
+@dataclass
+class ValidationConfig:
+    every_steps: int = 0
+    """0: only before the first and after the last step, if `sources` are given."""
+    sources: Dict[str, SourceConfig] = field(default_factory=dict)
+    """Held-out sources; the loss of each is measured on the same documents every time."""
+    documents: int = 64
+    """Documents per held-out source, from its start."""
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.auto
+    """`auto`: online when logged in (API key present), offline otherwise."""
+    project: str = "jp_train"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    name: Optional[str] = None
+    tags: List[str] = field(default_factory=list)
+
+
+@dataclass
+class LoggingConfig:
+    every_steps: int = 10
+    """Console line every N steps; metrics.jsonl and wandb get every step."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    peak_tflops: float = 312.0
+    """Per device, for MFU: 312 is an A100 in bf16."""
+
+
+@dataclass
+class RunConfig:
+    """The root. `preset` and `recipe` are merged below the file that names them."""
+
+    preset: Optional[str] = None
+    """A file of jp_train/presets without its ending: `janus_pro_1b/stage2`."""
+    recipe: Optional[str] = None
+    """A YAML of data_recipes/ (path, relative to the working directory): it sets `data` keys, sources above all."""
+    run_dir: str = "runs/default"
+    seed: int = 0
+    precision: Precision = Precision.bf16
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,156 @@
+"""Checks across fields: what types cannot say. Every message names the keys, the values found, and what to change."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from jp_train.config.batch import rows_per_step
+from jp_train.config.schema import MODULES, RunConfig, SourceConfig, Template
+from jp_train.errors import ConfigError
+
+
+def validate(config: RunConfig) -> None:
+    """Raise ConfigError for the first impossible combination."""
+    _positive(config)
+    _fractions(config)
+    _model(config)
+    _stage(config)
+    _sources(config)
+    rows_per_step(config)
+
+
+def _positive(config: RunConfig) -> None:
+    numbers = {
+        "stage.training_steps": config.stage.training_steps,
+        "stage.batch_size": config.stage.batch_size,
+        "stage.samples_per_row": config.stage.samples_per_row,
+        "data.seq_len": config.data.seq_len,
+        "data.pool_size": config.data.pool_size,
+        "data.prefetch_rows": config.data.prefetch_rows,
+        "data.snapshot_steps": config.data.snapshot_steps,
+        "data.max_image_pixels": config.data.max_image_pixels,
+        "optimizer.lr": config.optimizer.lr,
+        "optimizer.clip": config.optimizer.clip,
+        "optimizer.eps": config.optimizer.eps,
+        "loss.chunk_tokens": config.loss.chunk_tokens,
+        "engine.micro_batch_rows": config.engine.micro_batch_rows,
+        "engine.hpz_partition_size": config.engine.hpz_partition_size,
+        "engine.collective_timeout_s": config.engine.collective_timeout_s,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "validation.documents": config.validation.documents,
+        "logging.every_steps": config.logging.every_steps,
+        "logging.peak_tflops": config.logging.peak_tflops,
+    }
+    for key, value in numbers.items():
+        if not value > 0 or math.isinf(value):
+            raise ConfigError(f"{key} must be a positive number, found {value}")
+    at_least_zero = {
+        "data.workers": config.data.workers,
+        "data.io_retries": config.data.io_retries,
+        "data.skip_minimum": config.data.skip_minimum,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.warmup_steps": config.optimizer.warmup_steps,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "validation.every_steps": config.validation.every_steps,
+        "loss.text_weight": config.loss.text_weight,
+        "loss.image_weight": config.loss.image_weight,
+    }
+    for key, value in at_least_zero.items():
+        if value < 0:
+            raise ConfigError(f"{key} must not be negative, found {value}")
+
+
+def _fractions(config: RunConfig) -> None:
+    for key in ("pad_dropout", "first_sentence", "skip_budget"):
+        value = getattr(config.data, key)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"data.{key} is a probability or share between 0 and 1, found {value}")
+    for key in ("beta1", "beta2"):
+        value = getattr(config.optimizer, key)
+        if not 0 <= value < 1:
+            raise ConfigError(f"optimizer.{key} must lie in [0, 1), found {value}")
+    if not 0 <= config.optimizer.warmup_from <= 1:
+        raise ConfigError(f"optimizer.warmup_from is a factor between 0 and 1, found {config.optimizer.warmup_from}")
+
+
+def _model(config: RunConfig) -> None:
+    model = config.model
+    if model.vision.image_size % model.vision.patch_size:
+        raise ConfigError(
+            f"model.vision.image_size {model.vision.image_size} is not a multiple of model.vision.patch_size {model.vision.patch_size}"
+        )
+    stride = 2 ** (len(model.vq.channel_multiplier) - 1)
+    if stride != model.vision.patch_size:
+        raise ConfigError(
+            f"an image must take as many slots in both directions: model.vision.patch_size is {model.vision.patch_size}, but the VQ stride is "
+            f"{stride} (2 ** (len(model.vq.channel_multiplier) - 1)); make them equal"
+        )
+    if model.vq.base_channels % 32:
+        raise ConfigError(f"model.vq.base_channels must be a multiple of 32 (group normalisation), found {model.vq.base_channels}")
+    for part, width, heads in (
+        ("vision", model.vision.hidden_size, model.vision.heads),
+        ("language", model.language.hidden_size, model.language.heads),
+    ):
+        if width % heads:
+            raise ConfigError(f"model.{part}.hidden_size {width} is not a multiple of model.{part}.heads {heads}")
+    slots = (model.vision.image_size // model.vision.patch_size) ** 2
+    if config.data.seq_len < slots + 4:
+        raise ConfigError(
+            f"data.seq_len {config.data.seq_len} cannot hold one image: {slots} slots and at least 4 tokens around them; "
+            f"use at least {slots + 4}"
+        )
+    if config.data.seq_len > model.language.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_len {config.data.seq_len} exceeds model.language.max_position_embeddings {model.language.max_position_embeddings}"
+        )
+
+
+def _stage(config: RunConfig) -> None:
+    stage = config.stage
+    if not stage.trainable:
+        raise ConfigError(f"stage.trainable is empty: nothing would learn; name some of {', '.join(MODULES)}")
+    for name in stage.trainable:
+        if name not in MODULES:
+            close = difflib.get_close_matches(name, MODULES, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"stage.trainable: unknown module {name!r}{hint} Valid: {', '.join(MODULES)}")
+    at_step = stage.early_stop.at_step
+    if at_step is not None and not 0 < at_step <= stage.training_steps:
+        raise ConfigError(f"stage.early_stop.at_step {at_step} must lie between 1 and stage.training_steps {stage.training_steps}")
+    if stage.early_stop.patience is not None and (stage.early_stop.patience < 1 or not config.validation.every_steps):
+        raise ConfigError(
+            f"stage.early_stop.patience {stage.early_stop.patience} needs a value of at least 1 and validation.every_steps > 0 "
+            f"(found {config.validation.every_steps})"
+        )
+    shares = (stage.mixture.understanding, stage.mixture.text, stage.mixture.generation)
+    if min(shares) < 0 or sum(shares) <= 0 or not all(map(math.isfinite, shares)):
+        raise ConfigError(f"stage.mixture needs shares >= 0 with a positive sum, found {':'.join(f'{share:g}' for share in shares)}")
+
+
+def _sources(config: RunConfig) -> None:
+    known = {"training": config.data.sources, "validation": config.validation.sources}
+    for where, sources in known.items():
+        for name, source in sources.items():
+            _source(f"{'data' if where == 'training' else 'validation'}.sources.{name}", source)
+    for kind in ("understanding", "text", "generation"):
+        share = getattr(config.stage.mixture, kind)
+        mine = [source for source in config.data.sources.values() if source.kind.value == kind and source.weight > 0]
+        if config.data.sources and share > 0 and not mine:
+            raise ConfigError(
+                f"stage.mixture.{kind} is {share:g} but no source in data.sources has kind {kind}; add one, or set the share to 0"
+            )
+    if config.stage.template is Template.stage1 and config.stage.mixture.text > 0 and "language_model" not in config.stage.trainable:
+        raise ConfigError("stage.mixture.text is above 0 while language_model is frozen: pure text would train nothing; set the share to 0")
+
+
+def _source(key: str, source: SourceConfig) -> None:
+    if not source.shards:
+        raise ConfigError(f"{key}.shards is empty: give a path, folder, glob or brace expansion of tar shards")
+    if source.weight < 0 or not math.isfinite(source.weight):
+        raise ConfigError(f"{key}.weight must not be negative, found {source.weight}")
+    if source.from_step < 0 or (source.to_step is not None and source.to_step <= source.from_step):
+        raise ConfigError(f"{key}: steps from {source.from_step} to {source.to_step} are empty; to_step must exceed from_step")
+    if source.class_template.count("{}") != 1:
+        raise ConfigError(f"{key}.class_template needs exactly one {{}}, found {source.class_template!r}")

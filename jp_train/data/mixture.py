@@ -1,0 +1,263 @@
+"""The ratio schedule: which source the next document comes from, so that every step holds the recipe's mixture.
+
+Two levels. A kind (understanding, text, generation) has a share; within a kind each source active at the step has a weight. In both,
+the next document goes to whoever is furthest behind: the largest deficit, in exact integers. Every document pays for what it
+will put into rows (1 document, or its tokens: `ratio_unit`), so the documents placed in rows plus the few in the packer's pool are
+always within one document per kind of the exact shares. `mix: sampled` draws instead, as the baseline that most trainers use.
+
+A recipe's step ranges cut the run into phases. Deficits between sources of one kind start from zero in each phase: a source that joins
+at step 120000 is not owed the documents of the steps before.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from math import gcd, lcm
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from jp_train.data.permute import document_uniform_many
+from jp_train.errors import ConfigError
+from jp_train.types import KINDS, Kind, RowSpec
+
+T = TypeVar("T")
+
+
+class MixtureSource(Protocol):
+    """What the schedule needs to know of a source."""
+
+    name: str
+    kind: Kind
+    weight: float
+    from_step: int
+    to_step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of steps with one set of active sources: `members[k]` are the indices of kind k's sources, `weights[k]` integers in
+    the proportions of their weights. Kinds without a share have no members."""
+
+    from_step: int
+    members: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[int, ...], ...]
+
+
+def integer_proportions(values: Iterable[float]) -> tuple[int, ...]:
+    """The smallest integers in the proportions of `values`, read as the decimals a person wrote: (0.1, 0.25) -> (2, 5).
+
+    Raises:
+        ValueError: if a value is negative or not finite.
+    """
+    fractions = [Fraction(repr(float(value))) for value in values]
+    if any(fraction < 0 for fraction in fractions):
+        raise ValueError("proportions must not be negative")
+    scale = lcm(*(fraction.denominator for fraction in fractions))
+    integers = [int(fraction * scale) for fraction in fractions]
+    divisor = gcd(*integers) or 1
+    return tuple(integer // divisor for integer in integers)
+
+
+class Mixture:
+    """A validated recipe: the shares of the kinds, and who is active when. Immutable; schedules are made from it.
+
+    `shares`: integers in KINDS order. `phases`: ordered by `from_step`, the first at 0. `unused`: names of the sources that can never
+    be drawn, with the reason, for the caller to report.
+
+    Raises:
+        ConfigError: if a share or weight is negative, all shares are zero, or a kind with a share has no source at some step before
+            `training_steps` (None: at any step).
+    """
+
+    def __init__(self, sources: Sequence[MixtureSource], shares: Sequence[float], training_steps: int | None = None) -> None:
+        try:
+            self.shares = integer_proportions(shares)
+        except ValueError as error:
+            raise ConfigError(f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}") from error
+        if len(self.shares) != len(KINDS) or not any(self.shares):
+            raise ConfigError(f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained")
+        for source in sources:
+            if not 0 <= source.weight < float("inf"):
+                raise ConfigError(f"data.sources.{source.name}.weight must be a finite number >= 0, got {source.weight}")
+            if source.from_step < 0 or (source.to_step is not None and source.to_step <= source.from_step):
+                raise ConfigError(
+                    f"data.sources.{source.name} is active from step {source.from_step} to {source.to_step}: never. "
+                    "Set 0 <= from_step < to_step"
+                )
+        self.unused: dict[str, str] = {}
+        for source in sources:
+            if not self.shares[KINDS.index(source.kind)]:
+                self.unused[source.name] = f"stage.mixture.{source.kind} is 0"
+            elif source.weight == 0:
+                self.unused[source.name] = "its weight is 0"
+            elif training_steps is not None and source.from_step >= training_steps:
+                self.unused[source.name] = f"it starts at step {source.from_step}, the stage ends at {training_steps}"
+        self.phases = self._make_phases(sources)
+        self._starts = [phase.from_step for phase in self.phases]
+        for phase in self.phases:
+            if training_steps is None or phase.from_step < training_steps:
+                self._check(phase, sources)
+
+    def _make_phases(self, sources: Sequence[MixtureSource]) -> tuple[Phase, ...]:
+        drawable = [(index, source) for index, source in enumerate(sources) if source.name not in self.unused]
+        edges = {0}
+        for _, source in drawable:
+            edges.update({source.from_step, source.to_step or 0})
+        phases = []
+        for step in sorted(edges):
+            members, weights = [], []
+            for kind in KINDS:
+                active = [(index, source.weight) for index, source in drawable if source.kind == kind and _active(source, step)]
+                members.append(tuple(index for index, _ in active))
+                weights.append(integer_proportions(weight for _, weight in active) if active else ())
+            phases.append(Phase(step, tuple(members), tuple(weights)))
+        return tuple(phases)
+
+    def _check(self, phase: Phase, sources: Sequence[MixtureSource]) -> None:
+        for kind, share, members in zip(KINDS, self.shares, phase.members, strict=True):
+            if share and not members:
+                others = [f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})" for s in sources if s.kind == kind and s.weight > 0]
+                raise ConfigError(
+                    f"stage.mixture gives {kind} a share of {share}/{sum(self.shares)}, but no source of that kind is active at step "
+                    f"{phase.from_step}; sources of kind {kind}: {', '.join(others) or 'none'}. Add a source with `kind: {kind}` to "
+                    f"data.sources, widen from_step/to_step of one, or set stage.mixture.{kind}=0"
+                )
+
+    def phase_index(self, step: int) -> int:
+        """The number of the phase that `step` belongs to."""
+        return bisect_right(self._starts, step) - 1
+
+
+def _active(source: MixtureSource, step: int) -> bool:
+    return source.from_step <= step and (source.to_step is None or step < source.to_step)
+
+
+def _names(kinds: Iterable[Kind]) -> str:
+    return " : ".join(kind.value for kind in kinds)
+
+
+class CarrySchedule:
+    """Even dealing: the next document is of the kind, and from the source within it, with the largest deficit.
+
+    A deficit is share x (all documents dealt) - (its own), times the sum of shares so that it stays an integer; documents are counted
+    by `cost`. What is dealt is either in a row or in the pool, so rows are charged what they hold and the pool what it will put there.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self._kinds = [kind for kind, share in enumerate(mixture.shares) if share]
+        self._kind_deficits = [0] * len(KINDS)
+        self._deficits: list[list[int]] = []
+        self.enter(0)
+
+    def enter(self, phase: int) -> None:
+        """Begin a phase: deficits between sources start from zero, those between kinds are carried over."""
+        self._phase = self._mixture.phases[phase]
+        self._deficits = [[0] * len(members) for members in self._phase.members]
+
+    def deal(self, count: int, draw: Callable[[int], T], cost: Callable[[T], int] | None) -> list[T]:
+        """The next `count` documents: `draw(source)` fetches one, `cost(document)` says what it counts (None: every one counts 1)."""
+        kinds, shares, kind_deficits = self._kinds, self._mixture.shares, self._kind_deficits
+        total, members, weights, deficits = sum(shares), self._phase.members, self._phase.weights, self._deficits
+        lookahead = 1 if cost is None else 0  # equal costs are known beforehand: deal as if already charged, which halves the error
+        dealt = []
+        for _ in range(count):
+            best = None
+            for kind in kinds:
+                deficit = kind_deficits[kind] + shares[kind] * lookahead
+                if best is None or deficit > best:
+                    best, chosen = deficit, kind
+            source, within = 0, deficits[chosen]
+            if len(within) > 1:
+                owed = [deficit + weight * lookahead for deficit, weight in zip(within, weights[chosen], strict=True)]
+                source = owed.index(max(owed))
+            document = draw(members[chosen][source])
+            dealt.append(document)
+            amount = 1 if cost is None else cost(document)
+            for kind in kinds:
+                kind_deficits[kind] += shares[kind] * amount
+            kind_deficits[chosen] -= total * amount
+            if len(within) > 1:
+                for index, weight in enumerate(weights[chosen]):
+                    within[index] += weight * amount
+                within[source] -= sum(weights[chosen]) * amount
+        return dealt
+
+    def refund(self, kind: int, amount: int) -> None:
+        """Take back the charge of a document that was dealt and will never be placed."""
+        for other in self._kinds:
+            self._kind_deficits[other] -= self._mixture.shares[other] * amount
+        self._kind_deficits[kind] += sum(self._mixture.shares) * amount
+
+    def state(self) -> list[Any]:
+        """The deficits: one integer per kind, one per active source."""
+        return [list(self._kind_deficits), [list(within) for within in self._deficits]]
+
+    def restore(self, state: list[Any]) -> None:
+        """Continue from `state()` of the same phase."""
+        self._kind_deficits, self._deficits = list(state[0]), [list(within) for within in state[1]]
+
+
+class SampledSchedule:
+    """Independent seeded draws: document number t of the run comes from a source drawn with the mixture's probabilities.
+
+    With `ratio_unit: tokens` a source's probability is its share of tokens divided by its mean length, `mean_costs`.
+    """
+
+    _BLOCK = 1024
+
+    def __init__(self, mixture: Mixture, seed: int, mean_costs: Sequence[Fraction]) -> None:
+        self._mixture, self._seed, self._mean_costs = mixture, seed, mean_costs
+        self._dealt = 0
+        self._block_start, self._uniforms = -1, []
+        self.enter(0)
+
+    def enter(self, phase: int) -> None:
+        """Begin a phase: from here its sources are drawn."""
+        masses: dict[int, Fraction] = {}
+        current = self._mixture.phases[phase]
+        for share, members, weights in zip(self._mixture.shares, current.members, current.weights, strict=True):
+            for source, weight in zip(members, weights, strict=True):
+                masses[source] = Fraction(share * weight, sum(weights)) / self._mean_costs[source]
+        total = sum(masses.values())
+        self._sources = list(masses)
+        self._thresholds = [float(upper / total) for upper in accumulate(masses.values())]  # correctly rounded: the same everywhere
+
+    def deal(self, count: int, draw: Callable[[int], T], cost: Callable[[T], int] | None) -> list[T]:
+        """The next `count` documents, as `CarrySchedule.deal`; `cost` does not matter to independent draws."""
+        dealt = []
+        for number in range(self._dealt, self._dealt + count):
+            offset = number % self._BLOCK
+            if number - offset != self._block_start:
+                self._block_start = number - offset
+                numbers = np.arange(self._block_start, self._block_start + self._BLOCK)
+                self._uniforms = document_uniform_many(self._seed, "", np.zeros_like(numbers), numbers, "mixture").tolist()
+            dealt.append(draw(self._sources[bisect_right(self._thresholds, self._uniforms[offset])]))
+        self._dealt += count
+        return dealt
+
+    def refund(self, kind: int, amount: int) -> None:
+        """Nothing to take back: draws have no memory."""
+
+    def state(self) -> list[Any]:
+        """How many documents were drawn."""
+        return [self._dealt]
+
+    def restore(self, state: list[Any]) -> None:
+        """Continue from `state()`."""
+        (self._dealt,) = state
+
+
+def realised_shares(rows: Iterable[RowSpec], sources: Sequence[MixtureSource], *, tokens: bool) -> dict[Kind, float]:
+    """The share of each kind in `rows`: of tokens, or of documents (one cut into spans counts once, in the row where it starts)."""
+    amounts = dict.fromkeys(KINDS, 0)
+    for row in rows:
+        for document in row.documents:
+            amounts[sources[document.source].kind] += document.length if tokens else int(document.start == 0)
+    total = sum(amounts.values()) or 1
+    return {kind: amount / total for kind, amount in amounts.items()}

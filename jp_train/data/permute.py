@@ -1,0 +1,148 @@
+"""Randomness without state: permutations and uniform numbers that are pure functions of integers and names.
+
+A source's order in an epoch is a keyed Feistel permutation with cycle walking [1, section 5]: sample n is found in O(1) time and memory, so the
+state of a source of 70 million samples is one integer. A document's random choices (pad dropout, first sentence, crop) are hashes of
+what names the document, so whoever needs one (the planner, a loader worker, `data explain`) computes it alone and gets the same.
+Everything is 64-bit integer arithmetic: the same on every platform, in every process, whatever PYTHONHASHSEED says. Each function
+has a scalar form and a `_many` form over numpy arrays with equal results.
+
+[1] Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. The mixing function is the finaliser of SplitMix64
+(Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+
+import numpy as np
+
+MASK64 = (1 << 64) - 1
+FEISTEL_ROUNDS = 6
+"""Four rounds of a pseudo-random function make a strong permutation (Luby and Rackoff); the other two are for grids of few cells."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+_U64 = np.uint64
+
+
+def mix64(value: int) -> int:
+    """A bijection of 64-bit integers in which every output bit depends on every input bit."""
+    value = ((value ^ (value >> 30)) * _MULTIPLIER_1) & MASK64
+    value = ((value ^ (value >> 27)) * _MULTIPLIER_2) & MASK64
+    return value ^ (value >> 31)
+
+
+def _mix64_many(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> _U64(30))) * _U64(_MULTIPLIER_1)
+    values = (values ^ (values >> _U64(27))) * _U64(_MULTIPLIER_2)
+    return values ^ (values >> _U64(31))
+
+
+@lru_cache(maxsize=4096)
+def name_key(name: str) -> int:
+    """The 64-bit key of a name (a source, a purpose): its BLAKE2b digest, never Python's salted `hash`."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def fold_key(key: tuple[int, ...]) -> int:
+    """One 64-bit key from integers of any size and sign (taken modulo 2**64); order and count matter."""
+    return _fold_prefix(key, len(key))
+
+
+def _fold_prefix(prefix: tuple[int, ...], length: int) -> int:
+    """`fold_key` of a key of `length` parts after its first parts, `prefix`."""
+    folded = mix64((length + _GOLDEN) & MASK64)
+    for part in prefix:
+        folded = _absorb(folded, part)
+    return folded
+
+
+def _absorb(key: int, part: int) -> int:
+    return mix64(((key ^ mix64(part & MASK64)) + _GOLDEN) & MASK64)
+
+
+def _absorb_many(keys: np.ndarray | int, parts: np.ndarray) -> np.ndarray:
+    keys = keys if isinstance(keys, np.ndarray) else _U64(keys)
+    return _mix64_many((keys ^ _mix64_many(parts.astype(_U64))) + _U64(_GOLDEN))
+
+
+def permute(key: tuple[int, ...], index: int, size: int) -> int:
+    """Where position `index` of a pseudo-random permutation of range(size) points: for a fixed key, a bijection of range(size).
+
+    `key` is any tuple of integers, here (seed, name_key(source), epoch). Costs O(1) time and no memory.
+
+    Raises:
+        ValueError: if `size` is not positive or `index` is not in range(size).
+    """
+    if size < 1 or not 0 <= index < size:
+        raise ValueError(f"permute needs 0 <= index < size, got index {index} of size {size}")
+    rows, columns = _grid(size)
+    folded = fold_key(key)
+    while True:
+        row, column = divmod(index, columns)
+        for round_number in range(FEISTEL_ROUNDS):
+            round_key = (folded + (round_number + 1) * _GOLDEN) & MASK64
+            if round_number % 2:
+                column = (column + (mix64(row ^ round_key) >> 32)) % columns
+            else:
+                row = (row + (mix64(column ^ round_key) >> 32)) % rows
+        index = row * columns + column
+        if index < size:  # cycle walking: a value outside range(size) is permuted again until it falls inside
+            return index
+
+
+def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.ndarray:
+    """Samples at `numbers` of the endless sequence that runs through epoch 0, 1, ... of range(size), each in an order of its own.
+
+    Element i equals `permute((*key, numbers[i] // size), numbers[i] % size, size)`. `numbers`: int64 [N], not negative; returns int64 [N].
+    """
+    epochs, indices = np.divmod(numbers, size)
+    keys = _absorb_many(_fold_prefix(key, len(key) + 1), epochs)
+    rows, columns = (_U64(side) for side in _grid(size))
+    result = np.empty(len(numbers), np.int64)
+    pending, values = np.arange(len(numbers)), indices.astype(_U64)
+    while len(pending):
+        row, column = np.divmod(values, columns)
+        round_keys = keys.copy()
+        for round_number in range(FEISTEL_ROUNDS):
+            round_keys += _U64(_GOLDEN)
+            if round_number % 2:
+                column = _remainder(column + (_mix64_many(row ^ round_keys) >> _U64(32)), columns)
+            else:
+                row = _remainder(row + (_mix64_many(column ^ round_keys) >> _U64(32)), rows)
+        values = row * columns + column
+        inside = values < _U64(size)
+        result[pending[inside]] = values[inside]
+        outside = ~inside
+        pending, values, keys = pending[outside], values[outside], keys[outside]
+    return result
+
+
+def _remainder(values: np.ndarray, divisor: np.uint64) -> np.ndarray:
+    """values % divisor; numpy has a fast path for // by a scalar, and none for %."""
+    return values - values // divisor * divisor
+
+
+def _grid(size: int) -> tuple[int, int]:
+    """Sides of the smallest near-square grid with at least `size` cells; fewer than sqrt(size) + 1 cells are spare, so walks are rare."""
+    rows = math.isqrt(size - 1) + 1
+    return rows, -(-size // rows)
+
+
+def document_uniform(seed: int, source_name: str, epoch: int, sample: int, purpose: str) -> float:
+    """The uniform number in [0, 1) that decides `purpose` for one document, in steps of 2**-53.
+
+    It depends on nothing else: not on the step, the row, the rank, or which other sources exist. Purposes in use:
+    "first_sentence", "pad_dropout", "crop".
+    """
+    return (fold_key((seed, name_key(source_name), name_key(purpose), epoch, sample)) >> 11) * 2.0**-53
+
+
+def document_uniform_many(seed: int, source_name: str, epochs: np.ndarray, samples: np.ndarray, purpose: str) -> np.ndarray:
+    """`document_uniform` for N documents of one source: epochs, samples int64 [N] -> float64 [N], bit for bit the same."""
+    prefix = _fold_prefix((seed, name_key(source_name), name_key(purpose)), 5)
+    keys = _absorb_many(_absorb_many(prefix, epochs), samples)
+    return (keys >> _U64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,196 @@
+"""Tar members -> a typed sample, with strict checks: a field that is missing, doubled or malformed is a SkipSample with its reason.
+
+Layouts ({key}.* are the members of one sample; members that no layout names are not read):
+
+    understanding   {key}.png|jpg|jpeg|webp + {key}.json {"conversations": [{"from": "human", "value": "<image>\\nquestion"},
+                                                                             {"from": "gpt", "value": "answer"}, ...]}
+                                             or {"caption": "..."}
+    text            {key}.txt, or {key}.json {"text": "..."} or {"conversations": [...]} without <image>
+    generation      {key}.png|jpg|jpeg|webp and/or {key}.vq.npy (uint16 [S]) + {key}.json {"caption": "..."}
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Collection
+
+import numpy as np
+
+from jp_train.config.schema import ClassPrompt, Crop, SourceConfig
+from jp_train.errors import SkipSample
+from jp_train.types import GenerationSample, Kind, RawSample, TextSample, Turn, UnderstandingSample
+
+Sample = UnderstandingSample | TextSample | GenerationSample
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+VQ_EXTENSION = "vq.npy"
+IMAGE_MARKER = "<image>"
+
+_HUMAN, _MODEL = ("human", "user"), ("gpt", "assistant")
+_SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
+
+
+def wanted_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.centre) -> list[str]:
+    """Which of a sample's fields must be read to make it.
+
+    Stored VQ ids replace the picture, except with a random crop: the ids are those of the centre crop.
+    """
+    images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
+    others = [extension for extension in extensions if extension == "json" or (extension == "txt" and kind is Kind.TEXT)]
+    if kind is Kind.GENERATION and VQ_EXTENSION in extensions:
+        return [*others, *images] if images and crop is Crop.random else [*others, VQ_EXTENSION]
+    return others + images
+
+
+def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
+    """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption.
+
+    Raises SkipSample with a reason a person can act on.
+    """
+    if kind is Kind.TEXT:
+        return _text(raw)
+    image = _image(raw)
+    if kind is Kind.UNDERSTANDING:
+        if image is None:
+            raise SkipSample(f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found {_found(raw)}")
+        return UnderstandingSample(info=raw.info, image=image, turns=_understanding_turns(_json(raw)))
+    ids = _vq_ids(raw, image_slots, codebook_size)
+    if image is None and ids is None:
+        raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_found(raw)}")
+    caption = apply_class_prompt(_string(_json(raw), "caption"), source)
+    return GenerationSample(info=raw.info, caption=caption, image=image if ids is None else None, vq_ids=ids)
+
+
+def apply_class_prompt(caption: str, source: SourceConfig) -> str:
+    """ImageNet-style class names as prompts [12]: `tench, Tinca tinca` -> `tench`, or the template filled with it."""
+    if source.class_prompt is ClassPrompt.as_is:
+        return caption
+    lemma = caption.split(",", 1)[0].strip()
+    if not lemma:
+        raise SkipSample(f"the caption {caption[:60]!r} has no text before its first comma (class_prompt: {source.class_prompt.value})")
+    return lemma if source.class_prompt is ClassPrompt.first_lemma else source.class_template.replace("{}", lemma)
+
+
+def first_sentence(caption: str) -> str:
+    """The caption up to the end of its first sentence, or all of it: `.`, `!`, `?` before a space or the end, or their full-width forms."""
+    caption = caption.strip()
+    end = _SENTENCE.search(caption)
+    return caption[: end.end()] if end else caption
+
+
+def _found(raw: RawSample) -> str:
+    return ", ".join(f".{extension}" for extension in raw.fields) or "no usable field"
+
+
+def _image(raw: RawSample) -> bytes | None:
+    present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
+    if len(present) > 1:
+        raise SkipSample(f"several pictures in one sample: {', '.join('.' + extension for extension in present)}; one is expected")
+    return raw.fields[present[0]] if present else None
+
+
+def _json(raw: RawSample) -> dict:
+    if "json" not in raw.fields:
+        raise SkipSample(f"no .json: found {_found(raw)}")
+    try:
+        value = json.loads(raw.fields["json"].decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SkipSample(f"malformed .json: {error}") from None
+    if not isinstance(value, dict):
+        raise SkipSample(f".json holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _checked(text: object, what: str, *, allow_empty: bool = False) -> str:
+    if not isinstance(text, str):
+        raise SkipSample(f"{what} is a {type(text).__name__}, expected text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SkipSample(f"{what} holds a lone surrogate: it is not valid Unicode text") from None
+    if not allow_empty and not text.strip():
+        raise SkipSample(f"{what} is empty")
+    return text
+
+
+def _string(value: dict, name: str) -> str:
+    if name not in value:
+        raise SkipSample(f'.json lacks "{name}"; it has {_keys(value)}')
+    return _checked(value[name], f'"{name}"').strip()
+
+
+def _keys(value: dict) -> str:
+    return ", ".join(f'"{key}"' for key in list(value)[:8]) or "no keys"
+
+
+def _understanding_turns(value: dict) -> tuple[Turn, ...]:
+    if "conversations" not in value:
+        if "caption" not in value:
+            raise SkipSample(f'.json has neither "conversations" nor "caption"; it has {_keys(value)}')
+        return (Turn(question="", answer=_string(value, "caption")),)
+    questions, answers = _messages(value["conversations"])
+    markers = [question.count(IMAGE_MARKER) for question in questions]
+    if markers[0] != 1 or sum(markers) != 1:
+        raise SkipSample(f"{IMAGE_MARKER} must occur once, in the first question; found {sum(markers)} ({markers[0]} in the first)")
+    questions[0] = questions[0].replace(IMAGE_MARKER, "")
+    return tuple(Turn(question=question.strip(), answer=answer) for question, answer in zip(questions, answers, strict=True))
+
+
+def _messages(messages: object) -> tuple[list[str], list[str]]:
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
+        raise SkipSample('"conversations" must be a list of alternating human and gpt messages that ends with an answer')
+    questions: list[str] = []
+    answers: list[str] = []
+    for number, message in enumerate(messages):
+        speakers, sink = ((_HUMAN, questions), (_MODEL, answers))[number % 2]
+        if not isinstance(message, dict) or message.get("from") not in speakers:
+            speaker = message.get("from") if isinstance(message, dict) else message
+            raise SkipSample(f'message {number + 1} of "conversations" is from {str(speaker)[:40]!r}, expected {speakers[0]!r}')
+        # A question may be empty: a conversation that only shows the picture is a caption.
+        sink.append(_checked(message.get("value"), f"message {number + 1}", allow_empty=number % 2 == 0).strip())
+    return questions, answers
+
+
+def _text(raw: RawSample) -> TextSample:
+    present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
+    if present:
+        raise SkipSample(f"a text sample has a picture (.{present[0]}); give the source kind understanding, or take the picture out")
+    if ("txt" in raw.fields) == ("json" in raw.fields):
+        raise SkipSample(f"a text sample needs either .txt or .json, found {_found(raw)}")
+    if "txt" in raw.fields:
+        try:
+            return TextSample(info=raw.info, text=_checked(raw.fields["txt"].decode("utf-8"), ".txt"))
+        except UnicodeDecodeError as error:
+            raise SkipSample(f".txt is not UTF-8: {error}") from None
+    value = _json(raw)
+    if ("text" in value) == ("conversations" in value):
+        raise SkipSample(f'.json needs either "text" or "conversations"; it has {_keys(value)}')
+    if "text" in value:
+        return TextSample(info=raw.info, text=_checked(value["text"], '"text"'))
+    questions, answers = _messages(value["conversations"])
+    if any(IMAGE_MARKER in question for question in questions):
+        raise SkipSample(f"a dialogue of a text source refers to a picture ({IMAGE_MARKER})")
+    if not all(questions):
+        raise SkipSample("a question of a text dialogue is empty")
+    return TextSample(info=raw.info, turns=tuple(Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True)))
+
+
+def _vq_ids(raw: RawSample, image_slots: int, codebook_size: int) -> np.ndarray | None:
+    if VQ_EXTENSION not in raw.fields:
+        return None
+    file = io.BytesIO(raw.fields[VQ_EXTENSION])
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)  # checked before an array of the declared size is allocated
+        if shape != (image_slots,) or dtype != np.uint16:
+            raise SkipSample(f".{VQ_EXTENSION} is {dtype} {list(shape)}, expected uint16 [{image_slots}]; encode the pictures again")
+        file.seek(0)
+        ids = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise SkipSample(f".{VQ_EXTENSION} cannot be read: {error}") from None
+    if int(ids.max()) >= codebook_size:
+        raise SkipSample(f".{VQ_EXTENSION} holds id {int(ids.max())}, but the codebook has {codebook_size}; it belongs to another VQ model")
+    return ids

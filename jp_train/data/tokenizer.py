@@ -1,0 +1,295 @@
+"""One face for two tokenizers: a Hugging Face folder (Janus-Pro's own) or a SentencePiece model.
+
+Users' text never becomes a special token: a caption that contains `<end_of_image>` is encoded as the characters it is made of.
+Special ids are looked up by their string; Janus and Janus-Pro number them differently (specification section 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from jp_train.config.schema import TokenizerConfig
+from jp_train.errors import ConfigError
+from jp_train.types import SpecialTokens
+
+STRINGS_FILE = "jp_train_tokenizer.json"
+"""Written beside an exported tokenizer: which string plays which role."""
+
+SENTENCEPIECE_OPTIONS = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+}
+"""Options under which encoding loses nothing (newlines and runs of spaces included) and texts can be encoded piece by piece."""
+
+
+class Tokenizer(ABC):
+    """Text <-> ids. Made by `load_tokenizer`; pickles as its path, and refuses to unpickle when the files have changed meanwhile."""
+
+    def __init__(self, cfg: TokenizerConfig) -> None:
+        self.cfg = cfg
+        self.user = cfg.user
+        """The role markers as configured."""
+        self.assistant = cfg.assistant
+        strings = {name: getattr(cfg, name) for name in ("bos", "eos", "pad", "boi", "eoi", "image_placeholder")}
+        ids: dict[str, int] = {}
+        for name, string in strings.items():
+            token = self._special_id(string)
+            if token is None:
+                raise ConfigError(
+                    f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; add it to the tokenizer "
+                    f"as a special token, or set tokenizer.{name} to the string that this tokenizer uses"
+                )
+            ids[name] = token
+        if len(set(ids.values())) != len(ids):
+            raise ConfigError(f"tokenizer {cfg.path}: two of the special tokens have the same id: {ids}; each needs its own")
+        self.special = SpecialTokens(**ids)
+        self._roles: dict[str, int] = {}
+        for name in ("user", "assistant"):
+            string = getattr(cfg, name)
+            token = self._special_id(string)
+            if token is not None:
+                self._roles[string] = token
+            elif string.startswith("<"):
+                raise ConfigError(
+                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its vocabulary; add it, or "
+                    f"use a plain word like Janus did (tokenizer.user=User tokenizer.assistant=Assistant)"
+                )
+        reserved = self._reserved()
+        reserved.update({string: ids[name] for name, string in strings.items()}, **self._roles)
+        self._reserved_ids = frozenset(reserved.values())
+        self._reserved_pattern = re.compile("|".join(re.escape(s) for s in sorted(reserved, key=len, reverse=True)))
+        self._role_pattern = re.compile("|".join(re.escape(role) for role in self._roles)) if self._roles else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no special token is added, and none can appear, whatever the text says."""
+        if not text:
+            return []
+        if self._reserved_pattern.search(text) is None:
+            ids = self._encode(text)
+        else:  # cut each special string after its first character: the parts cannot match
+            ids, start = [], 0
+            for match in self._reserved_pattern.finditer(text):
+                ids += self._encode(text[start : match.start() + 1])
+                start = match.start() + 1
+            ids += self._encode(text[start:])
+        if self._reserved_ids.isdisjoint(ids):
+            return ids
+        # Only when normalisation made a special string out of look-alike characters: spell the text out.
+        return [token for character in text for token in self._encode(character) if token not in self._reserved_ids]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as single tokens)."""
+        if self._role_pattern is None:
+            return self.encode(text)
+        ids, start = [], 0
+        for match in self._role_pattern.finditer(text):
+            ids += [*self.encode(text[start : match.start()]), self._roles[match.group()]]
+            start = match.end()
+        return ids + self.encode(text[start:])
+
+    def role(self, marker: str) -> int | str:
+        """The id of a role marker, or the marker itself where it is ordinary text (the predecessor's `User`)."""
+        return self._roles.get(marker, marker)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens and ids past the vocabulary (spare rows of the model's embedding) leave nothing."""
+        return self._decode([int(token) for token in ids if int(token) not in self._reserved_ids and 0 <= int(token) < self.vocab_size])
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer into `folder` so that `load_saved_tokenizer` (and transformers, for a Hugging Face one) can read it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save(folder)
+        strings = {key: value for key, value in asdict(self.cfg).items() if key != "path"}
+        (folder / STRINGS_FILE).write_text(json.dumps(strings, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides the ids of a text."""
+        strings = json.dumps({key: value for key, value in asdict(self.cfg).items() if key != "path"}, sort_keys=True)
+        return hashlib.sha256(strings.encode() + b"\0" + self._content()).hexdigest()
+
+    def __reduce__(self) -> tuple:
+        return (_reload, (self.cfg, self.fingerprint))
+
+    @abstractmethod
+    def _special_id(self, string: str) -> int | None: ...
+
+    @abstractmethod
+    def _reserved(self) -> dict[str, int]:
+        """Further strings that text must not turn into single tokens."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _content(self) -> bytes: ...
+
+    @abstractmethod
+    def _save(self, folder: Path) -> None: ...
+
+
+def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+    """The tokenizer at `cfg.path`: a folder with tokenizer.json (or with one *.model file), or a SentencePiece .model file.
+
+    Raises ConfigError when it is missing, cannot be read, or lacks a special token. Nothing is downloaded and no remote code is run.
+    """
+    if not cfg.path:
+        raise ConfigError("tokenizer.path is not set: give a folder with a Hugging Face tokenizer, or a SentencePiece .model file")
+    path = Path(cfg.path).expanduser()
+    if path.is_file():
+        return _SentencePiece(cfg, path)
+    if not path.is_dir():
+        raise ConfigError(f"tokenizer.path {path.absolute()} does not exist: give a Hugging Face tokenizer folder, or a SentencePiece .model file")
+    if (path / "tokenizer.json").exists():
+        return _HuggingFace(cfg, path)
+    models = sorted(path.glob("*.model"))
+    if len(models) == 1:
+        return _SentencePiece(cfg, models[0])
+    raise ConfigError(f"tokenizer.path {path} holds neither tokenizer.json nor exactly one *.model file (found {len(models)})")
+
+
+def load_saved_tokenizer(folder: str | Path) -> Tokenizer:
+    """A tokenizer that `Tokenizer.save` wrote, e.g. in an export; other Hugging Face folders are taken to use Janus-Pro's strings."""
+    strings = Path(folder) / STRINGS_FILE
+    known = json.loads(strings.read_text(encoding="utf-8")) if strings.exists() else {}
+    return load_tokenizer(TokenizerConfig(path=str(folder), **known))
+
+
+def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int, cfg: TokenizerConfig) -> TokenizerConfig:
+    """Train a SentencePiece BPE model on `texts`, with the special tokens and role markers of `cfg`, and write it to `path`.
+
+    Returns `cfg` with its path set. Raises ConfigError when the vocabulary size does not suit the text.
+    """
+    import io
+
+    import sentencepiece
+
+    markers = [cfg.boi, cfg.eoi, cfg.image_placeholder, *(role for role in (cfg.user, cfg.assistant) if role.startswith("<"))]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            bos_id=0,
+            eos_id=1,
+            pad_id=2,
+            unk_id=3,
+            bos_piece=cfg.bos,
+            eos_piece=cfg.eos,
+            pad_piece=cfg.pad,
+            control_symbols=markers,
+            minloglevel=2,
+            num_threads=1,
+            **SENTENCEPIECE_OPTIONS,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"SentencePiece cannot train a vocabulary of {vocab_size}: {error}") from error
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(model.getvalue())
+    return TokenizerConfig(**{**asdict(cfg), "path": str(target)})
+
+
+def _reload(cfg: TokenizerConfig, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(cfg)
+    if tokenizer.fingerprint != fingerprint:
+        raise ConfigError(f"tokenizer {cfg.path} changed while it was in use; start again")
+    return tokenizer
+
+
+class _SentencePiece(Tokenizer):
+    def __init__(self, cfg: TokenizerConfig, path: Path) -> None:
+        import sentencepiece
+
+        self._path = path
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"tokenizer.path {path} is not a SentencePiece model: {error}") from error
+        super().__init__(cfg)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.get_piece_size()
+
+    def _special_id(self, string: str) -> int | None:
+        token = self._model.piece_to_id(string)
+        if token == self._model.unk_id() or self._model.id_to_piece(token) != string:
+            return None
+        # A user-defined piece cannot be told from an ordinary one: a marker in angle brackets is taken to be one.
+        return token if self._model.is_control(token) or (string.startswith("<") and string.endswith(">")) else None
+
+    def _reserved(self) -> dict[str, int]:
+        return {self._model.id_to_piece(token): token for token in range(self.vocab_size) if self._model.is_control(token)}
+
+    def _encode(self, text: str) -> list[int]:
+        return self._model.encode(text, out_type=int)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def _content(self) -> bytes:
+        return self._model.serialized_model_proto()
+
+    def _save(self, folder: Path) -> None:
+        target = folder / "tokenizer.model"
+        if target.absolute() != self._path.absolute():
+            shutil.copyfile(self._path, target)
+
+
+class _HuggingFace(Tokenizer):
+    def __init__(self, cfg: TokenizerConfig, path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            self._backend = self._tokenizer.backend_tokenizer
+        except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a folder it cannot read
+            raise ConfigError(f"tokenizer.path {path} is not a fast Hugging Face tokenizer: {error}") from error
+        self._added = {added.content: token for token, added in self._tokenizer.added_tokens_decoder.items()}
+        super().__init__(cfg)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def _special_id(self, string: str) -> int | None:
+        return self._added.get(string)
+
+    def _reserved(self) -> dict[str, int]:
+        # An added token that is plain text to its tokenizer (special=False, e.g. an added word) may appear in text; ours may not.
+        return {added.content: token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
+
+    def _encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def _content(self) -> bytes:
+        return self._backend.to_str().encode()
+
+    def _save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,42 @@
+"""The errors a user can meet. Each carries one message: what was found, what was expected, what to change.
+
+`EXIT_CODES` maps them to the exit status of `jp-train` (see DESIGN section 7), so that scripts and schedulers can tell a
+wrong config from a broken disk.
+"""
+
+
+class JpTrainError(Exception):
+    """Base of every error that jp_train raises on purpose; the CLI prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(JpTrainError):
+    """The configuration or the command line is wrong: unknown key, impossible combination, indivisible world size."""
+
+    exit_code = 2
+
+
+class DataError(JpTrainError):
+    """A shard, an index or a sample is broken beyond what the budget of bad samples allows."""
+
+    exit_code = 3
+
+
+class CheckpointError(JpTrainError):
+    """A checkpoint is incomplete, damaged, or belongs to another configuration."""
+
+    exit_code = 4
+
+
+class LaunchError(JpTrainError):
+    """The hostfile, a host, or the launcher failed before or while the ranks ran."""
+
+    exit_code = 5
+
+
+class SkipSample(JpTrainError):  # noqa: N818 - it is a decision about one sample, not an error of the run
+    """One sample cannot be used. Its place in the row stays empty, and the ledger names it.
+
+    Never raised for I/O errors: those are retried and then stop the run.
+    """

@@ -1,0 +1,103 @@
+"""Which parameters learn: one function sets ``requires_grad`` for the whole model from the names in ``stage.trainable``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from jp_train.config.schema import MODULES
+from jp_train.errors import ConfigError
+
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "vision_model": ("model.vision_model.",),
+    "aligner": ("model.aligner.",),
+    "language_model": ("model.language_model.", "lm_head."),
+    "gen_embed": ("model.generation_embeddings.",),
+    "gen_aligner": ("model.generation_aligner.",),
+    "gen_head": ("model.generation_head.",),
+}
+"""Parameter-name prefixes of each name of ``stage.trainable``; token embeddings and text head belong to the language model."""
+
+VQ_MODULE = "gen_vision_model"
+VQ_PREFIX = "model.vqmodel."
+
+assert tuple(PREFIXES) == MODULES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FreezeReport:
+    """What ``set_trainable`` decided.  Counts are elements (of the whole parameter when ZeRO-3 has partitioned it)."""
+
+    trainable: dict[str, int]
+    """Elements of each trainable module."""
+    frozen: dict[str, int]
+    """Elements of each frozen module."""
+    trainable_names: tuple[str, ...]
+    frozen_names: tuple[str, ...]
+
+    @property
+    def trainable_elements(self) -> int:
+        return sum(self.trainable.values())
+
+    @property
+    def frozen_elements(self) -> int:
+        return sum(self.frozen.values())
+
+    def describe(self) -> str:
+        """One line for the log."""
+
+        def part(counts: dict[str, int]) -> str:
+            return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
+
+        return f"trainable: {part(self.trainable)}; frozen: {part(self.frozen)}"
+
+
+def module_of(parameter_name: str) -> str:
+    """Name in ``schema.MODULES`` (or ``gen_vision_model``) of the module that a parameter belongs to.
+
+    A leading ``module.`` (a DeepSpeed engine's) is ignored.
+
+    Raises:
+        KeyError: if the name belongs to no module of the model.
+    """
+    name = parameter_name.removeprefix("module.")
+    for module, prefixes in PREFIXES.items():
+        if name.startswith(prefixes):
+            return module
+    if name.startswith(VQ_PREFIX):
+        return VQ_MODULE
+    raise KeyError(f"parameter {parameter_name!r} belongs to none of {', '.join((*PREFIXES, VQ_MODULE))}")
+
+
+def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
+    """Set ``requires_grad`` on every parameter: True in the named modules, False elsewhere.
+
+    Call it before ``deepspeed.initialize``.
+
+    Raises:
+        ConfigError: for a name that is no module (with the nearest valid one), a name given twice, or no name at all.
+    """
+    wanted = list(names)
+    for name in wanted:
+        if name not in PREFIXES:
+            close = difflib.get_close_matches(name, PREFIXES, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            extra = " (the VQ tokenizer is never trained here)" if name == VQ_MODULE else ""
+            raise ConfigError(f"stage.trainable: unknown module {name!r}{extra}{hint} Known: {', '.join(PREFIXES)}")
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ConfigError(f"stage.trainable={wanted}: list each module that learns once, and at least one of {', '.join(PREFIXES)}")
+
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    lists: dict[bool, list[str]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        module = module_of(name)
+        learns = module in wanted
+        parameter.requires_grad_(learns)
+        counts[learns][module] = counts[learns].get(module, 0) + getattr(parameter, "ds_numel", parameter.numel())
+        lists[learns].append(name)
+    return FreezeReport(
+        trainable=counts[True], frozen=counts[False], trainable_names=tuple(lists[True]), frozen_names=tuple(lists[False])
+    )

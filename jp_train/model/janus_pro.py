@@ -1,0 +1,311 @@
+"""Janus-Pro, composed of transformers' Janus modules and run on packed rows.
+
+State-dict names are exactly those of ``transformers.JanusForConditionalGeneration`` (prefix: none), without ``model.vqmodel.*``:
+the VQ tokenizer is a plain module outside (``vq.py``), because it is never trained.
+
+Two rules of DeepSpeed ZeRO-3 shape the forward pass (DEEPSPEED.md, section 1):
+every module is called exactly once per micro-batch, in the same order, on every rank; and every trainable parameter takes
+part in every micro-batch.  So a missing picture of a kind is replaced by one constant dummy whose features enter the INPUT EMBEDDINGS
+times zero (there, not in the loss: with a frozen LLM a text-only rank would otherwise have no backward pass through it), and
+each head is always called on at least one position.
+
+Shapes: T tokens of a micro-batch, d hidden width, U/G understanding/generation pictures, S slots a picture, V text vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+from transformers.models.janus.modeling_janus import (
+    JanusVisionAlignerMLP,
+    JanusVisionModel,
+    JanusVQVAEAlignerMLP,
+    JanusVQVAEHead,
+)
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from jp_train.config.schema import LossConfig, ModelConfig, Reduction
+from jp_train.errors import ConfigError
+from jp_train.model.attention import PACKED_ATTENTION
+from jp_train.model.loss import (
+    N_KINDS,
+    CrossEntropyLinear,
+    SupervisedPositions,
+    document_mean_sum,
+    document_of_token,
+    grouped_sums,
+)
+from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch
+
+
+def build_config(
+    model: ModelConfig, image_token_id: int, *, bos_token_id: int | None = None, eos_token_id: int | None = None
+) -> JanusConfig:
+    """transformers' configuration of a jp_train model.
+
+    ``tie_word_embeddings`` is False at both levels (JanusConfig defaults to True and would really tie the text head), the
+    language model has no padding row (Janus trains the pad token's embedding), and GELU is the exact erf form.
+
+    Raises:
+        ConfigError: if sizes do not fit each other.
+    """
+    vision, vq, language = model.vision, model.vq, model.language
+    stride = 2 ** (len(vq.channel_multiplier) - 1)
+    if vision.image_size % vision.patch_size or vision.image_size // vision.patch_size != vision.image_size // stride:
+        raise ConfigError(
+            f"model.vision.image_size={vision.image_size} with patch_size={vision.patch_size} and a VQ stride of {stride} gives "
+            f"{vision.image_size / vision.patch_size:g} and {vision.image_size / stride:g} tokens a side: they must be the same whole number"
+        )
+    for key, width, heads in (("vision", vision.hidden_size, vision.heads), ("language", language.hidden_size, language.heads)):
+        if width % heads:
+            raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
+    vision_config = JanusVisionConfig(
+        hidden_size=vision.hidden_size,
+        num_hidden_layers=vision.layers,
+        num_attention_heads=vision.heads,
+        mlp_ratio=vision.mlp_ratio,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        projection_dim=language.hidden_size,
+        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+    text_config = LlamaConfig(
+        hidden_size=language.hidden_size,
+        intermediate_size=language.intermediate_size,
+        num_hidden_layers=language.layers,
+        num_attention_heads=language.heads,
+        num_key_value_heads=language.heads,
+        vocab_size=language.vocab_size,
+        rms_norm_eps=language.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        max_position_embeddings=language.max_position_embeddings,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+    )
+    return JanusConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        vq_config=build_vq_config(model),
+        image_token_id=image_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def build_vq_config(model: ModelConfig) -> JanusVQVAEConfig:
+    """transformers' configuration of the VQ tokenizer and of the generation aligner and head that share it."""
+    vq, width = model.vq, model.language.hidden_size
+    return JanusVQVAEConfig(
+        embed_dim=vq.embed_dim,
+        num_embeddings=vq.codebook_size,
+        latent_channels=vq.latent_channels,
+        base_channels=vq.base_channels,
+        channel_multiplier=list(vq.channel_multiplier),
+        num_res_blocks=vq.res_blocks,
+        num_patches=model.vision.image_size // model.vision.patch_size,
+        projection_dim=width,
+        image_token_embed_dim=width,
+        hidden_act="gelu",
+    )
+
+
+class Float32Rotary(nn.Module):
+    """Rotary position embedding whose frequencies are float32 however the model was built or cast.
+
+    ``deepspeed.zero.Init`` rounds every tensor made under it to the model's dtype, and bf16 frequencies are wrong by radians at
+    position 4000.  So nothing is stored: frequencies are computed in the forward pass (d/2 numbers).
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = float(config.rope_parameters["rope_theta"])
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[B, T, head_dim]`` in x's dtype, of ``position_ids`` int64 ``[B, T]``."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device) / self.head_dim
+        angles = position_ids[..., None].float() * (1.0 / self.theta**exponent)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class GenerationHead(JanusVQVAEHead):
+    """transformers' image head with a last layer that can return losses instead of logits; the names stay."""
+
+    def __init__(self, config: JanusVQVAEConfig) -> None:
+        super().__init__(config)
+        self.vision_head = CrossEntropyLinear(config.projection_dim, config.num_embeddings)
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024) -> torch.Tensor:
+        """As ``CrossEntropyLinear.forward``."""
+        return self.vision_head(self.activation_fn(self.proj_out(hidden)), labels, chunk_tokens)
+
+
+class JanusBody(nn.Module):
+    """The modules that transformers keeps under ``model.``; it has no forward of its own."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        self.vision_model = JanusVisionModel(config.vision_config)
+        self.aligner = JanusVisionAlignerMLP(config.vision_config)
+        self.generation_embeddings = nn.Embedding(config.vq_config.num_embeddings, config.vq_config.embed_dim)
+        self.generation_aligner = JanusVQVAEAlignerMLP(config.vq_config)
+        self.generation_head = GenerationHead(config.vq_config)
+        self.language_model = LlamaModel(config.text_config)
+        self.language_model.rotary_emb = Float32Rotary(config.text_config)
+
+
+class JanusPro(nn.Module):
+    """The trained module: packed micro-batch in, summed losses out.
+
+    Weights are undefined after construction (transformers' initialisation is void under ``deepspeed.zero.Init``): set every one with
+    ``pretrained.init_fresh`` or ``pretrained.load_weights``.
+
+    Args:
+        n_sources: number of sources of the recipe, the length of ``LossTerms.source_sums``.
+        activation_checkpointing: recompute each layer in the backward pass (in training mode).
+        image_token_id: id of ``<image_placeholder>``, kept in the exported configuration.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, loss: LossConfig, n_sources: int, activation_checkpointing: bool, image_token_id: int
+    ) -> None:
+        super().__init__()
+        config = build_config(cfg, image_token_id)
+        config.vision_config._attn_implementation = "sdpa"
+        config.text_config._attn_implementation = PACKED_ATTENTION
+        self.janus_config = config
+        self.loss_config = loss
+        self.n_sources = n_sources
+        self.slots = config.vision_config.num_image_tokens
+        self.model = JanusBody(config)
+        self.lm_head = CrossEntropyLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if activation_checkpointing:
+            for part in (self.model.vision_model, self.model.language_model):
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: PackedBatch) -> LossTerms:
+        """Summed losses of one micro-batch; an empty batch (no token at all) gives zeros, with gradients.
+
+        Raises:
+            ValueError: if VQ ids are still pending (``vq.fill_pending`` comes first), or slots and pictures do not match.
+        """
+        batch = _at_least_one_token(batch)
+        hidden = self.hidden_states(batch)
+        owner = document_of_token(batch)
+        chunk = self.loss_config.chunk_tokens
+        text = SupervisedPositions(batch.labels, owner)
+        image = SupervisedPositions(batch.gen_labels, owner)
+        text_losses = self.lm_head(hidden[text.positions], text.labels, chunk)
+        image_losses = self.model.generation_head(hidden[image.positions], image.labels, chunk)
+
+        heads = ((text_losses, text), (image_losses, image))
+        kinds = [grouped_sums(x, found, batch.document_kinds, N_KINDS) for x, found in heads]
+        sources = [grouped_sums(x, found, batch.document_sources, self.n_sources) for x, found in heads]
+        mean_sum = None
+        if self.loss_config.reduction is Reduction.sample_mean:
+            weights = (self.loss_config.text_weight, self.loss_config.image_weight)
+            parts = [(x, found, w) for (x, found), w in zip(heads, weights, strict=True)]
+            mean_sum = document_mean_sum(parts, len(batch.document_lengths))
+        return LossTerms(
+            text_sum=text_losses.sum(),
+            image_sum=image_losses.sum(),
+            text_tokens=text.count,
+            image_tokens=image.count,
+            kind_sums=kinds[0][0] + kinds[1][0],
+            kind_tokens=kinds[0][1] + kinds[1][1],
+            source_sums=sources[0][0] + sources[1][0],
+            source_tokens=sources[0][1] + sources[1][1],
+            document_mean_sum=mean_sum,
+        )
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """The language model's output ``[T, d]``, after its final norm."""
+        embeddings = self.input_embeddings(batch)
+        out = self.model.language_model(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        )
+        return out.last_hidden_state.squeeze(0)
+
+    def input_embeddings(self, batch: PackedBatch) -> torch.Tensor:
+        """Token embeddings ``[T, d]`` with pictures in their slots; an absent kind of picture adds its dummy times zero."""
+        _check_slots(batch, self.slots)
+        embeddings = self.model.language_model.embed_tokens(batch.input_ids)
+
+        present = len(batch.und_images) > 0
+        side = self.janus_config.vision_config.image_size
+        images = batch.und_images if present else batch.und_images.new_zeros(1, 3, side, side)
+        features = self.image_features(images).flatten(0, 1)
+        embeddings = _place(embeddings, batch.und_slots if present else None, features)
+
+        present = len(batch.gen_ids) > 0
+        ids = batch.gen_ids.flatten() if present else batch.gen_ids.new_zeros(1)
+        return _place(embeddings, batch.gen_slots if present else None, self.code_embeddings(ids))
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Understanding path: uint8 ``[U, 3, H, W]`` to ``[U, S, d]``: last SigLIP block, final LayerNorm, aligner."""
+        pixels = (images.float() / 255 - 0.5) / 0.5
+        return self.model.aligner(self.model.vision_model(pixels).last_hidden_state)
+
+    def code_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        """Generation path: VQ ids int64 ``[...]`` to ``[..., d]``: gen_embed, gen_aligner."""
+        return self.model.generation_aligner(self.model.generation_embeddings(ids))
+
+    def text_logits(self, batch: PackedBatch) -> torch.Tensor:
+        """The text head's logits ``[T, V]`` at every position (for tests and tools: training never builds them)."""
+        return self.lm_head(self.hidden_states(batch))
+
+    def image_logits(self, batch: PackedBatch) -> torch.Tensor:
+        """The image head's logits ``[T, codebook_size]`` at every position (for tests and tools)."""
+        return self.model.generation_head(self.hidden_states(batch))
+
+
+def _place(embeddings: torch.Tensor, slots: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:
+    """``embeddings`` with rows ``slots`` replaced by ``features``; without slots, plus the features' sum times zero."""
+    if slots is None:
+        return embeddings + 0.0 * features.sum().to(embeddings.dtype)
+    return embeddings.index_copy(0, slots, features.to(embeddings.dtype))
+
+
+def _check_slots(batch: PackedBatch, slots: int) -> None:
+    """Shapes only: reads no device value."""
+    if len(batch.gen_pending):
+        raise ValueError(f"{len(batch.gen_pending)} generation pictures have no VQ ids yet: call vq.fill_pending(batch, vq) before the model")
+    for name, pictures in (("und", len(batch.und_images)), ("gen", len(batch.gen_ids))):
+        found = len(getattr(batch, f"{name}_slots"))
+        if found != pictures * slots:
+            raise ValueError(
+                f"{name}_slots has {found} positions for {pictures} pictures of {slots} slots: the data was encoded for another image size or "
+                "patch size than model.vision says"
+            )
+
+
+def _at_least_one_token(batch: PackedBatch) -> PackedBatch:
+    """A micro-batch without a token (an idle rank in validation) becomes one unsupervised token, so that every module still runs."""
+    if len(batch.input_ids):
+        return batch
+    one = batch.input_ids.new_zeros(1)
+    ignored = torch.full_like(one, IGNORE_INDEX)
+    return replace(
+        batch,
+        input_ids=one,
+        position_ids=one,
+        labels=ignored,
+        gen_labels=ignored,
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=one.device),
+        max_seqlen=1,
+        document_lengths=torch.ones_like(one),
+        document_kinds=one,
+        document_sources=one,
+    )

@@ -1,0 +1,178 @@
+"""Train the small VQ tokenizer of the smoke run: transformers' ``JanusVQVAE`` with unit-length codes.
+
+The released model normalises both the encoder's output and the codebook rows to unit length before it looks for
+the nearest row, and decodes from unit rows.  ``JanusVQVAE.encode`` normalises neither, so training here normalises both and
+stores unit rows: then transformers' ids, which compare the raw encoder output with unit rows, are the same ids
+(for unit rows the nearest row by distance is the row with the largest dot product, whatever the output's length).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from jp_train.smoke.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VQTraining:
+    """How to train the VQ tokenizer.  Counts are optimizer steps unless said otherwise."""
+
+    steps: int
+    batch_pictures: int
+    learning_rate: float
+    continuous_steps: int
+    """Steps at the start without quantization; then the codebook starts as k-means of the encoder's outputs."""
+    commitment: float = 0.25
+    codebook_decay: float = 0.98
+    """Decay a step of the running means that codebook rows are."""
+    restart_every: int = 50
+    """Rows that were used less than ``restart_below`` times a step on average are moved to a present output every so many steps."""
+    restart_below: float = 0.05
+    freeze_codebook_last: int = 100
+    """In the last steps rows no longer restart, so that every row's meaning is settled."""
+    autocast: bool = True
+    """Convolutions in bfloat16 (several times faster where the CPU has AMX, about equal elsewhere)."""
+
+
+class UnitCodebook:
+    """Codebook rows of unit length as running means of the encoder outputs assigned to them.
+
+    Holds a reference to the embedding weight ``[codes, dim]`` and writes it in place.
+    """
+
+    def __init__(self, weight: torch.Tensor, decay: float, generator: torch.Generator) -> None:
+        self.weight, self.decay, self.generator = weight, decay, generator
+        self.sums = weight.detach().clone()
+        self.counts = torch.ones(len(weight))
+
+    def nearest(self, unit: torch.Tensor) -> torch.Tensor:
+        """Row ids ``[n]`` of unit vectors ``[n, dim]``."""
+        return (unit @ self.weight.t()).argmax(-1)
+
+    @torch.no_grad()
+    def kmeans(self, unit: torch.Tensor, iterations: int = 8) -> None:
+        """Set the rows to spherical k-means centres of unit vectors ``[n, dim]``; empty centres move to random vectors."""
+        self.weight.copy_(self._random_rows(unit, len(self.weight)))
+        for _ in range(iterations):
+            ids = self.nearest(unit)
+            sums = torch.zeros_like(self.weight).index_add_(0, ids, unit)
+            counts = torch.bincount(ids, minlength=len(self.weight))
+            empty = counts == 0
+            sums[empty] = self._random_rows(unit, int(empty.sum()))
+            self.weight.copy_(F.normalize(sums, dim=-1))
+        self.sums, self.counts = self.weight.clone(), torch.ones(len(self.weight))
+
+    @torch.no_grad()
+    def update(self, unit: torch.Tensor, ids: torch.Tensor) -> None:
+        """Move the rows towards the unit vectors ``[n, dim]`` that chose them."""
+        sums = torch.zeros_like(self.weight).index_add_(0, ids, unit)
+        counts = torch.bincount(ids, minlength=len(self.weight)).float()
+        self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.weight.copy_(F.normalize(self.sums, dim=-1))
+
+    @torch.no_grad()
+    def restart(self, unit: torch.Tensor, below: float) -> int:
+        """Move rows with a running count below ``below`` onto random vectors of ``unit``; return how many moved."""
+        dead = self.counts < below
+        moved = int(dead.sum())
+        if moved:
+            rows = self._random_rows(unit, moved)
+            self.weight[dead], self.sums[dead], self.counts[dead] = rows, rows.clone(), 1.0
+        return moved
+
+    def _random_rows(self, unit: torch.Tensor, count: int) -> torch.Tensor:
+        rows = torch.randint(len(unit), (count,), generator=self.generator)
+        return F.normalize(unit[rows] + 1e-3 * torch.randn(count, unit.shape[1], generator=self.generator), dim=-1)
+
+
+def to_model_range(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[n, 3, S, S]`` to float32 in [-1, 1], the range that the VQ encoder and the vision encoder take."""
+    return pictures.float().div_(127.5).sub_(1.0)
+
+
+@torch.no_grad()
+def encode_ids(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
+    """Nearest-row ids ``[n, tokens]`` of pictures ``[n, 3, S, S]`` in [-1, 1], both sides normalised as in the released code."""
+    latent = vq.quant_conv(vq.encoder(pixels))
+    unit = F.normalize(latent.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)
+    rows = F.normalize(vq.quantize.embedding.weight, dim=-1)
+    return (unit @ rows.t()).argmax(-1)
+
+
+@torch.no_grad()
+def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures ``[n, 3, S, S]`` decoded from ids ``[n, tokens]``."""
+    return vq.decode(ids).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
+    """Train a VQ tokenizer on uint8 pictures ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
+
+    The objective is L1 + L2 of the pixels plus the commitment of encoder outputs to their rows; gradients pass the
+    quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
+
+    Raises:
+        ValueError: if the picture side does not fit the configured grid.
+    """
+    stride = 2 ** (len(config.channel_multiplier) - 1)
+    if pictures.shape[-1] != config.num_patches * stride:
+        raise ValueError(
+            f"pictures are {pictures.shape[-1]} px but the VQ grid is {config.num_patches} x stride {stride}: "
+            f"use pictures of {config.num_patches * stride} px"
+        )
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    vq = JanusVQVAE(config).train()
+    codebook = UnitCodebook(vq.quantize.embedding.weight.data, training.codebook_decay, generator)
+    vq.quantize.embedding.weight.requires_grad_(False)
+    trained = [p for p in vq.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps)
+    )
+    progress = Progress("VQ tokenizer", training.steps)
+    recent: list[torch.Tensor] = []
+    for step in range(training.steps):
+        rows = torch.randint(len(pictures), (training.batch_pictures,), generator=generator)
+        pixels = to_model_range(pictures[rows])
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.autocast):
+            latent = vq.quant_conv(vq.encoder(pixels)).float()
+        unit = F.normalize(latent, dim=1)
+        flat = unit.permute(0, 2, 3, 1).reshape(-1, config.embed_dim)
+        commitment = pixels.new_zeros(())
+        quantized = unit
+        if step >= training.continuous_steps:
+            if step == training.continuous_steps:
+                codebook.kmeans(torch.cat(recent))
+            ids = codebook.nearest(flat.detach())
+            chosen = codebook.weight[ids].view_as(unit.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            commitment = (unit - chosen).square().sum(1).mean()
+            quantized = unit + (chosen - unit).detach()
+            codebook.update(flat.detach(), ids)
+            late = step >= training.steps - training.freeze_codebook_last
+            if not late and step % training.restart_every == 0:
+                codebook.restart(flat.detach(), training.restart_below)
+        elif step >= training.continuous_steps - 16:
+            recent.append(flat.detach())
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.autocast):
+            decoded = vq.decoder(vq.post_quant_conv(quantized)).float()
+        error = decoded - pixels
+        squared = error.square().mean()
+        loss = error.abs().mean() + squared + training.commitment * commitment
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress.due(step):
+            psnr = 10 * torch.log10(4.0 / squared.detach()).item()
+            live = int((codebook.counts > training.restart_below).sum())
+            progress.show(step, f"PSNR {psnr:.1f} dB, {live}/{config.num_embeddings} codes in use")
+    vq.quantize.embedding.weight.data = F.normalize(codebook.weight, dim=-1)
+    return vq.eval().requires_grad_(True)

@@ -1,0 +1,117 @@
+"""The text of the smoke run: the English reference of the Python language, which ships inside Python as ``pydoc_data.topics``."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from jp_train.smoke.seeding import generator
+
+DOCUMENT_CHARACTERS = 700
+"""Documents are runs of whole paragraphs of about this many characters."""
+MAX_ANSWER_CHARACTERS = 240
+DIALOGUE_QUESTIONS = (
+    'What does Python say about "{}"?',
+    'Explain "{}" in Python.',
+    'Tell me about "{}".',
+)
+
+_RULE = re.compile(r"^[*=~\-^\"]{4,}$", re.MULTILINE)
+_SPACES = re.compile(r"[ \t]*\n[ \t]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topic:
+    """One topic: its key, and its paragraphs (each a single line without markup rules)."""
+
+    key: str
+    title: str
+    paragraphs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialogue:
+    """One question about Python and its answer."""
+
+    question: str
+    answer: str
+
+
+def load_topics() -> tuple[Topic, ...]:
+    """All topics of the running Python's reference in alphabetical order."""
+    topics = []
+    for key in sorted(pydoc_data.topics.topics):
+        blocks = [_SPACES.sub(" ", block).strip() for block in _RULE.sub("", pydoc_data.topics.topics[key]).split("\n\n")]
+        paragraphs = tuple(block for block in blocks if block)
+        if len(paragraphs) > 1:
+            topics.append(Topic(key=key, title=paragraphs[0].replace(chr(34), ""), paragraphs=paragraphs[1:]))
+    return tuple(topics)
+
+
+def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str], list[str]]:
+    """Return training and held-out documents of about 700 characters, cut at paragraph ends.
+
+    Which documents are held out depends on the seed and their position only.
+
+    Raises:
+        ValueError: if ``held_out_share`` is not between 0 and 1.
+    """
+    if not 0 < held_out_share < 1:
+        raise ValueError(f"held_out_share must be between 0 and 1, got {held_out_share}")
+    documents: list[str] = []
+    for topic in load_topics():
+        pending: list[str] = []
+        for paragraph in topic.paragraphs:
+            pending.append(paragraph)
+            if sum(map(len, pending)) >= DOCUMENT_CHARACTERS:
+                documents.append("\n".join(pending))
+                pending = []
+        if pending:
+            documents.append("\n".join(pending))
+    held_out = generator(seed, "text", "held-out").random(len(documents)) < held_out_share
+    train = [d for d, out in zip(documents, held_out, strict=True) if not out]
+    return train, [d for d, out in zip(documents, held_out, strict=True) if out]
+
+
+def _first_sentences(paragraph: str) -> str:
+    """Whole sentences of the paragraph up to the answer limit; at least the first, cut if it alone is too long."""
+    sentences = re.split(r"(?<=[.:;]) ", paragraph)
+    answer = sentences[0]
+    for sentence in sentences[1:]:
+        if len(answer) + 1 + len(sentence) > MAX_ANSWER_CHARACTERS:
+            break
+        answer += " " + sentence
+    return answer[:MAX_ANSWER_CHARACTERS]
+
+
+def split_dialogues(seed: int, *, held_out_share: float = 0.15) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Return training and held-out dialogues; a topic's quoted keywords and title are what is asked about.
+
+    Questions of one topic are never on both sides of the split.
+    """
+    train: list[Dialogue] = []
+    held_out: list[Dialogue] = []
+    for topic in load_topics():
+        side = held_out if generator(seed, "dialogue", topic.key).random() < held_out_share else train
+        answer = _first_sentences(topic.paragraphs[0])
+        for subject in dict.fromkeys((topic.title, topic.key)):
+            for wording in DIALOGUE_QUESTIONS:
+                side.append(Dialogue(question=wording.format(subject), answer=answer))
+    return train, held_out
+
+
+def repeated(items: list, count: int, rng: np.random.Generator) -> list:
+    """``count`` items: whole shuffled passes over ``items``, the last one partial.
+
+    Raises:
+        ValueError: if there is nothing to repeat.
+    """
+    if not items:
+        raise ValueError("cannot repeat an empty list")
+    order: list[int] = []
+    while len(order) < count:
+        order.extend(rng.permutation(len(items)).tolist())
+    return [items[i] for i in order[:count]]

@@ -1,0 +1,278 @@
+"""The frozen dataclasses that cross module boundaries: from a reference in the plan to the loss.
+
+    RowSpec -> RawSample -> UnderstandingSample | TextSample | GenerationSample -> EncodedDocument -> Row -> PackedBatch -> LossTerms
+
+Shape letters: T tokens of a document, row or micro-batch; D documents; U understanding images; G generation images; S slots an
+image (576 in Janus-Pro); H, W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that no head is trained on."""
+
+PENDING_VQ_ID = -1
+"""`gen_labels` of a supervised image slot whose VQ id is not known yet: the trainer encodes the picture on the fly."""
+
+
+class Kind(str, Enum):
+    """What a document trains. The order is the paper's ratio order, understanding : text : generation."""
+
+    UNDERSTANDING = "understanding"
+    TEXT = "text"
+    GENERATION = "generation"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+KINDS: tuple[Kind, ...] = (Kind.UNDERSTANDING, Kind.TEXT, Kind.GENERATION)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceInfo:
+    """Where a sample came from, carried to every error message, ledger line and dump."""
+
+    source: str
+    shard: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"source {self.source!r}, shard {self.shard}, key {self.key!r}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRef:
+    """One document, or a span of one long text, as the plan names it. Integers only: no file is read to make one.
+
+    `source` indexes the recipe's sources; `epoch` and `sample` give the sample's number in the source's index; `start` and `length`
+    are the token span used (the whole document unless a text was cut at a row's end); `short_caption` says that the plan
+    drew the first-sentence caption, whose length the index knows; `truncated` counts tokens of an over-long document that are lost.
+    """
+
+    source: int
+    epoch: int
+    sample: int
+    start: int
+    length: int
+    short_caption: bool = False
+    truncated: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowSpec:
+    """The plan's answer for one row: `row` counts from 0 within `step`; `documents` in the order they are laid out."""
+
+    step: int
+    row: int
+    documents: tuple[DocumentRef, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawSample:
+    """The tar members of one sample: `fields` maps an extension without its dot ("jpg", "json", "vq.npy") to its bytes."""
+
+    info: SourceInfo
+    fields: dict[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One question and its answer. `question` is text only; the image slot markers are gone."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnderstandingSample:
+    """Pictures and a dialogue about them. `image` is the undecoded picture file; the first question refers to it."""
+
+    info: SourceInfo
+    image: bytes
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSample:
+    """Pure text: a plain document (`text`) or a dialogue (`turns`); exactly one of the two is set."""
+
+    info: SourceInfo
+    text: str | None = None
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSample:
+    """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or both."""
+
+    info: SourceInfo
+    caption: str
+    image: bytes | None = None
+    vq_ids: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedDocument:
+    """One sample as tokens, next-token shifted once, here: `labels[i]` is what position i must predict.
+
+    All arrays have length T. `labels` are the text head's targets, `gen_labels` the image head's (VQ ids, or PENDING_VQ_ID);
+    IGNORE_INDEX elsewhere; never both set at one position. `und_slots` / `gen_slots` int64 [S] are the positions filled by image
+    features / by VQ embeddings (empty when the document has no such image). Pictures are uint8 [3, H, W], already at model size.
+    """
+
+    info: SourceInfo
+    kind: Kind
+    input_ids: np.ndarray
+    labels: np.ndarray
+    gen_labels: np.ndarray
+    und_slots: np.ndarray
+    gen_slots: np.ndarray
+    und_image: np.ndarray | None = None
+    gen_image: np.ndarray | None = None
+    vq_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkippedDocument:
+    """A document that could not be used: its place in the row is empty, `reason` goes to the ledger."""
+
+    info: SourceInfo
+    ref: DocumentRef
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """What the row hash and `data explain` are made of: one packed document and its token span."""
+
+    source: str
+    shard: str
+    key: str
+    kind: Kind
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One packed sequence of at most `seq_len` tokens: whole documents, save a text cut at the row's end.
+
+    `documents` are already cut to their spans and parallel to `provenance` and `source_indices`.
+    """
+
+    step: int
+    row: int
+    documents: tuple[EncodedDocument, ...]
+    provenance: tuple[Provenance, ...]
+    source_indices: tuple[int, ...]
+    skipped: tuple[SkippedDocument, ...] = ()
+    truncated_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """One micro-batch of rows, laid end to end without a padding token.
+
+    input_ids, position_ids, labels, gen_labels: int64 [T]; `position_ids` restart per document (per row with `packing: causal`);
+    cu_seqlens: int32 [segments + 1], the attention segments; `max_seqlen` a plain int;
+    und_images uint8 [U, 3, H, W] and und_slots int64 [U * S]; gen_slots int64 [G * S], gen_ids int64 [G, S] (PENDING_VQ_ID rows where
+    `gen_pending` int64 [P] points: those pictures are in gen_images uint8 [P, 3, H, W], and VQ encoding fills them in);
+    document_lengths, document_kinds (index into KINDS) and document_sources: int64 [D].
+    All zero-size where absent, never None.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    gen_labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    und_images: torch.Tensor
+    und_slots: torch.Tensor
+    gen_images: torch.Tensor
+    gen_pending: torch.Tensor
+    gen_ids: torch.Tensor
+    gen_slots: torch.Tensor
+    document_lengths: torch.Tensor
+    document_kinds: torch.Tensor
+    document_sources: torch.Tensor
+    rows: int
+    seq_len: int
+    step: int
+    provenance: tuple[tuple[Provenance, ...], ...] = ()
+    skipped: tuple[SkippedDocument, ...] = ()
+    truncated_tokens: int = 0
+
+    @property
+    def supervised_text_tokens(self) -> int:
+        """Positions of this micro-batch that the text head is trained on."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def supervised_image_tokens(self) -> int:
+        """Positions of this micro-batch that the image head is trained on."""
+        return int((self.gen_labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        moved: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+class LossTerms(NamedTuple):
+    """What one forward pass returns. Sums, not means: the caller divides by the global count.
+
+    A named tuple, not a dataclass: DeepSpeed's hooks look for the output tensors inside tuples, lists and dicts only, and would
+    miss (or fail on) any other class. Construct it by keyword.
+
+    text_sum, image_sum: scalars with gradient, the summed cross-entropy (nats) of each head (head weights not applied);
+    text_tokens, image_tokens: supervised positions of each head;
+    kind_sums float32 [3] and kind_tokens int64 [3] in KINDS order, source_sums float32 [n_sources] and source_tokens int64
+    [n_sources]: detached, for the curves.
+    document_mean_sum: scalar with gradient, the sum over documents of the document's mean loss (used by loss.reduction: sample_mean).
+    """
+
+    text_sum: torch.Tensor
+    image_sum: torch.Tensor
+    text_tokens: int
+    image_tokens: int
+    kind_sums: torch.Tensor
+    kind_tokens: torch.Tensor
+    source_sums: torch.Tensor
+    source_tokens: torch.Tensor
+    document_mean_sum: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialTokens:
+    """Ids of the tokens that layouts need, always looked up by their string (Janus and Janus-Pro number them differently)."""
+
+    bos: int
+    eos: int
+    pad: int
+    boi: int
+    eoi: int
+    image_placeholder: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One optimizer step, reduced over all ranks; `values` uses the metrics.jsonl keys of DESIGN section 7."""
+
+    step: int
+    values: dict[str, float] = field(default_factory=dict)

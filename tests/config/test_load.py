@@ -1,0 +1,94 @@
+"""Strict merge, nearest names, and a dump that reads back."""
+
+from pathlib import Path
+
+import pytest
+
+from jp_train.config import dump_config, load_config, preset_names, save_config
+from jp_train.errors import ConfigError
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: janus_pro_1b/stage2\nrecipe: recipe.yaml\noptimizer: {lr: 0.5}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "data:\n  pool_size: 7\n  sources:\n"
+        "    captions: {kind: understanding, shards: 'c-{000..003}.tar'}\n"
+        "    books: {kind: text, shards: b.tar}\n"
+        "    art: {kind: generation, shards: a.tar, weight: 2}\n"
+    )
+    return file
+
+
+def test_later_layers_win_in_the_order_preset_recipe_file_command_line(launch):
+    config = load_config(launch, ["data.pool_size=9", "data.sources.art.weight=3"])
+    assert config.stage.batch_size == 512  # preset
+    assert config.data.sources["captions"].shards == "c-{000..003}.tar"  # recipe
+    assert config.optimizer.lr == 0.5  # file over preset
+    assert config.data.pool_size == 9 and config.data.sources["art"].weight == 3  # command line over recipe
+
+
+def test_a_dumped_configuration_reads_back_equal(launch, tmp_path):
+    config = load_config(launch)
+    save_config(config, tmp_path / "out" / "config.yaml")
+    again = load_config(tmp_path / "out" / "config.yaml", [f"recipe={tmp_path / 'recipe.yaml'}"])
+    again.recipe = config.recipe
+    assert again == config
+    assert "batch_unit: packed" in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.warmup_step=3", "did you mean 'optimizer.warmup_steps'"),
+        ("stage.earlystop.at_step=3", "did you mean 'stage.early_stop'"),
+        ("data.sources.art.wieght=3", "did you mean"),
+        ("lr=3", "did you mean 'optimizer.lr'"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("stage.batch_unit=rows", "expected one of [samples, packed]"),
+        ("stage.trainable=[gen_heat]", "did you mean 'gen_head'"),
+        ("preset=janus_pro_1b/stage4", "did you mean 'janus_pro_1b/stage3'"),
+        ("nonsense", "write key=value"),
+    ],
+)
+def test_a_mistyped_key_or_value_is_named_with_what_was_expected(launch, override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(launch, [override])
+    assert expected in str(caught.value)
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1, 2\nb: }")
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(bad)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_yaml_tags_that_would_run_code_are_refused(tmp_path):
+    evil = tmp_path / "evil.yaml"
+    marker = tmp_path / "marker"
+    evil.write_text(f"run_dir: !!python/object/apply:os.system ['touch {marker}']\n")
+    with pytest.raises(ConfigError):
+        load_config(evil)
+    assert not marker.exists()
+
+
+def test_values_from_the_environment_are_refused_because_the_configuration_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hush")
+    leak = tmp_path / "leak.yaml"
+    leak.write_text("preset: janus_pro_1b/stage2\nrun_dir: ${oc.env:WANDB_API_KEY}\n")
+    with pytest.raises(ConfigError, match="oc.env") as caught:
+        load_config(leak)
+    assert "hush" not in str(caught.value)
+
+
+def test_every_preset_loads_alone(tmp_path):
+    names = preset_names()
+    assert {"janus_pro_1b/stage1", "janus_pro_7b/stage3", "janus_1b/stage2"} <= set(names)
+    for name in names:
+        file = tmp_path / "preset.yaml"
+        file.write_text(f"preset: {name}\n")
+        assert load_config(file).stage.name == name.rsplit("/")[-1]
