@@ -12,7 +12,6 @@ SMOKE_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
@@ -22,16 +21,13 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(STAMP)  ## virtual environment in .venv with everything pinned, and DeepSpeed's one CPU operator compiled
+setup: $(STAMP)  ## virtual environment in .venv with everything pinned
 
 $(STAMP): setup.cfg pyproject.toml
-	@command -v g++ >/dev/null || { echo "setup: a C++ compiler is needed (g++): DeepSpeed compiles one operator"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ninja setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[smoke,test]'
-	@echo "setup: compiling DeepSpeed's shared-memory operator (about 40 s, once)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.engine.prebuild
 	@touch $@
 
 smoke: $(STAMP)  ## train a tiny Janus-Pro through all three stages on real pictures and text, then judge it (<= 15 minutes)

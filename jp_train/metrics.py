@@ -61,11 +61,14 @@ class StepTally:
         values = torch.cat([part.detach().to(torch.float64) for part in parts])
         self._losses = values if self._losses is None else self._losses + values
 
-    def vector(self, *, step_s: float, data_wait_s: float, signal_number: int = 0, peak_gib: float | None = None) -> torch.Tensor:
-        """float64 [fields] on the losses' device; `fields` names them."""
+    def vector(
+        self, *, step_s: float, data_wait_s: float, signal_number: int = 0, signature: int = 0, peak_gib: float | None = None
+    ) -> torch.Tensor:
+        """float64 [fields] on the losses' device; `fields` names them. `signature`: of the modules this rank ran (`engine/guard.py`)."""
         losses = self._losses if self._losses is not None else torch.zeros(_width(_loss_fields(self.n_sources)), dtype=torch.float64)
         numbers = [number for values in self.counts.values() for number in values]
-        numbers += [step_s, data_wait_s, peak_memory_gib() if peak_gib is None else peak_gib, float(signal_number)]
+        peak = peak_memory_gib() if peak_gib is None else peak_gib
+        numbers += [step_s, data_wait_s, peak, float(signal_number), float(signature)]
         return torch.cat((losses, torch.tensor(numbers, dtype=torch.float64, device=losses.device)))
 
 
@@ -85,7 +88,7 @@ def _count_fields(n_sources: int) -> dict[str, int]:
     }
 
 
-_MAXIMA = {"step_s": 1, "data_wait_s": 1, "peak_gib": 1, "signal": 1}
+_MAXIMA = {"step_s": 1, "data_wait_s": 1, "peak_gib": 1, "signal": 1, "signature": 1}
 
 
 def _width(fields: dict[str, int]) -> int:
@@ -134,6 +137,11 @@ class StepTotals:
     def signal(self) -> int:
         """The stop signal that any rank has received, 0 for none."""
         return int(self.highest("signal"))
+
+    @property
+    def signatures(self) -> list[int]:
+        """The signature of every rank, by rank."""
+        return [int(number) for number in self.table[:, fields(self.n_sources)["signature"]].flatten()]
 
     def source_samples(self) -> list[int]:
         """Documents per source that this step used or tried to use."""

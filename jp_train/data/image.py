@@ -1,7 +1,9 @@
 """Pictures as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
 
-Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on white; grey, palette,
-CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard deviation 0.5 are the model's business.
+Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on white; grey,
+palette,
+CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard deviation 0.5 are the model's
+business.
 """
 
 from __future__ import annotations
@@ -35,23 +37,26 @@ def decode_rgb(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> Image.Imag
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise SkipSample(
-                        f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused before decoding"
+                        f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused "
+                        f"before decoding"
                     )
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except SkipSample:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders raise many kinds (OSError, SyntaxError, struct.error, ...) on broken bytes
+    except Exception as error:  # decoders raise many kinds on broken bytes: OSError, SyntaxError, struct.error, ...
         raise SkipSample(f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {error}") from None
 
 
 def load_understanding_image(data: bytes, size: int, max_pixels: int = _DEFAULT_MAX_PIXELS) -> np.ndarray:
-    """uint8 [3, size, size]: long side resized to `size`, the other truncated (at least 14), centred on grey. Raises SkipSample."""
+    """uint8 [3, size, size]: long side resized to `size`, the other truncated (at least 14), centred on grey. Raises
+    SkipSample."""
     return understanding_transform(decode_rgb(data, max_pixels), size)
 
 
 def understanding_transform(image: Image.Image, size: int) -> np.ndarray:
-    """The understanding path for a decoded RGB image, as the released processor computes it: int(side / long * size), not rounded."""
+    """The understanding path for a decoded RGB image, as the released processor computes it: int(side / long * size), not
+    rounded."""
     longest = max(image.size)
     width, height = (max(int(side / longest * size), MIN_SIDE) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -66,19 +71,22 @@ def understanding_transform(image: Image.Image, size: int) -> np.ndarray:
 def load_generation_image(
     data: bytes, size: int, crop: Crop = Crop.centre, uniform: float = 0.5, max_pixels: int = _DEFAULT_MAX_PIXELS
 ) -> np.ndarray:
-    """uint8 [3, size, size]: short side resized to `size`, the long side cropped; `uniform` in [0, 1) places a random crop. Raises SkipSample."""
+    """uint8 [3, size, size]: short side resized to `size`, the long side cropped; `uniform` in [0, 1) places a random crop.
+    Raises SkipSample."""
     return generation_transform(decode_rgb(data, max_pixels), size, crop, uniform, max_pixels)
 
 
 def generation_transform(
     image: Image.Image, size: int, crop: Crop = Crop.centre, uniform: float = 0.5, max_pixels: int = _DEFAULT_MAX_PIXELS
 ) -> np.ndarray:
-    """The generation path for a decoded RGB image. The whole image is resized, then cropped, so that no size shifts by part of a pixel."""
+    """The generation path for a decoded RGB image. The whole image is resized, then cropped, so that no size shifts by part of a
+    pixel."""
     shortest = min(image.size)
     width, height = (int(side * size / shortest) for side in image.size)
     if width * height > max_pixels:
         raise SkipSample(
-            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would have {width} x {height} "
+            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would have {width} "
+            f"x {height} "
             f"pixels, above data.max_image_pixels {max_pixels}"
         )
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -12,7 +12,7 @@ at step 120000 is not owed the documents of the steps before.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -26,6 +26,8 @@ from jp_train.errors import ConfigError
 from jp_train.types import KINDS, Kind, RowSpec
 
 T = TypeVar("T")
+Deficits = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+_NEVER = float("-inf")
 
 
 class MixtureSource(Protocol):
@@ -78,9 +80,13 @@ class Mixture:
         try:
             self.shares = integer_proportions(shares)
         except ValueError as error:
-            raise ConfigError(f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}") from error
+            raise ConfigError(
+                f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}"
+            ) from error
         if len(self.shares) != len(KINDS) or not any(self.shares):
-            raise ConfigError(f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained")
+            raise ConfigError(
+                f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained"
+            )
         for source in sources:
             if not 0 <= source.weight < float("inf"):
                 raise ConfigError(f"data.sources.{source.name}.weight must be a finite number >= 0, got {source.weight}")
@@ -95,13 +101,12 @@ class Mixture:
                 self.unused[source.name] = f"stage.mixture.{source.kind} is 0"
             elif source.weight == 0:
                 self.unused[source.name] = "its weight is 0"
-            elif training_steps is not None and source.from_step >= training_steps:
-                self.unused[source.name] = f"it starts at step {source.from_step}, the stage ends at {training_steps}"
         self.phases = self._make_phases(sources)
         self._starts = [phase.from_step for phase in self.phases]
-        for phase in self.phases:
+        self._sources = tuple(sources)
+        for number, phase in enumerate(self.phases):
             if training_steps is None or phase.from_step < training_steps:
-                self._check(phase, sources)
+                self.check_phase(number)
 
     def _make_phases(self, sources: Sequence[MixtureSource]) -> tuple[Phase, ...]:
         drawable = [(index, source) for index, source in enumerate(sources) if source.name not in self.unused]
@@ -118,10 +123,16 @@ class Mixture:
             phases.append(Phase(step, tuple(members), tuple(weights)))
         return tuple(phases)
 
-    def _check(self, phase: Phase, sources: Sequence[MixtureSource]) -> None:
+    def check_phase(self, number: int) -> None:
+        """Raises ConfigError if a kind with a share has no source in that phase."""
+        phase, sources = self.phases[number], self._sources
         for kind, share, members in zip(KINDS, self.shares, phase.members, strict=True):
             if share and not members:
-                others = [f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})" for s in sources if s.kind == kind and s.weight > 0]
+                others = [
+                    f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})"
+                    for s in sources
+                    if s.kind == kind and s.weight > 0
+                ]
                 raise ConfigError(
                     f"stage.mixture gives {kind} a share of {share}/{sum(self.shares)}, but no source of that kind is active at step "
                     f"{phase.from_step}; sources of kind {kind}: {', '.join(others) or 'none'}. Add a source with `kind: {kind}` to "
@@ -146,61 +157,126 @@ class CarrySchedule:
 
     A deficit is share x (all documents dealt) - (its own), times the sum of shares so that it stays an integer; documents are counted
     by `cost`. What is dealt is either in a row or in the pool, so rows are charged what they hold and the pool what it will put there.
+    Where every document counts 1, the turns do not depend on lengths, and recipes repeat themselves soon: turns are made in blocks and
+    remembered by the deficits that they start from. That is for speed only.
     """
+
+    _BLOCK = 64
+    _REMEMBERED = 4096
 
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
         self._kinds = [kind for kind, share in enumerate(mixture.shares) if share]
-        self._kind_deficits = [0] * len(KINDS)
-        self._deficits: list[list[int]] = []
+        self._remembered: dict[Deficits, tuple[list[int], Deficits]] = {}
+        self._phase = mixture.phases[0]
+        self._set((0,) * len(KINDS), ())
         self.enter(0)
+
+    def _set(self, kinds: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        """The deficits at the start of the current block of turns; the block itself is made when needed."""
+        self._deficits: Deficits = (tuple(kinds), tuple(tuple(within) for within in sources))
+        self._block: list[int] = []
+        self._after = self._deficits
+        self._taken = 0
 
     def enter(self, phase: int) -> None:
         """Begin a phase: deficits between sources start from zero, those between kinds are carried over."""
+        kinds, _ = self._now()
         self._phase = self._mixture.phases[phase]
-        self._deficits = [[0] * len(members) for members in self._phase.members]
+        self._remembered.clear()
+        self._set(kinds, [(0,) * len(members) for members in self._phase.members])
 
-    def deal(self, count: int, draw: Callable[[int], T], cost: Callable[[T], int] | None) -> list[T]:
-        """The next `count` documents: `draw(source)` fetches one, `cost(document)` says what it counts (None: every one counts 1)."""
-        kinds, shares, kind_deficits = self._kinds, self._mixture.shares, self._kind_deficits
-        total, members, weights, deficits = sum(shares), self._phase.members, self._phase.weights, self._deficits
-        lookahead = 1 if cost is None else 0  # equal costs are known beforehand: deal as if already charged, which halves the error
+    def deal(self, count: int, draw: Mapping[int, Callable[[], T]], cost: Callable[[T], int] | None) -> list[T]:
+        """The next `count` documents: `draw[source]()` fetches one, `cost(document)` says what it counts (None: every one counts 1)."""
+        if cost is None:
+            dealt = []
+            while len(dealt) < count:
+                if self._taken == len(self._block):
+                    self._next_block()
+                turns = self._block[self._taken : self._taken + count - len(dealt)]
+                self._taken += len(turns)
+                dealt += [draw[source]() for source in turns]
+            return dealt
+        kinds, sources = self._now()
+        turns = _Turns(self._mixture.shares, self._phase, kinds, sources)
         dealt = []
         for _ in range(count):
-            best = None
-            for kind in kinds:
-                deficit = kind_deficits[kind] + shares[kind] * lookahead
-                if best is None or deficit > best:
-                    best, chosen = deficit, kind
-            source, within = 0, deficits[chosen]
-            if len(within) > 1:
-                owed = [deficit + weight * lookahead for deficit, weight in zip(within, weights[chosen], strict=True)]
-                source = owed.index(max(owed))
-            document = draw(members[chosen][source])
-            dealt.append(document)
-            amount = 1 if cost is None else cost(document)
-            for kind in kinds:
-                kind_deficits[kind] += shares[kind] * amount
-            kind_deficits[chosen] -= total * amount
-            if len(within) > 1:
-                for index, weight in enumerate(weights[chosen]):
-                    within[index] += weight * amount
-                within[source] -= sum(weights[chosen]) * amount
+            kind, within = turns.next(0)
+            dealt.append(draw[self._phase.members[kind][within]]())
+            turns.charge(kind, within, cost(dealt[-1]))
+        self._set(*turns.deficits())
         return dealt
+
+    def _next_block(self) -> None:
+        start = self._after
+        if start not in self._remembered:
+            if len(self._remembered) >= self._REMEMBERED:  # a recipe that hardly repeats itself
+                self._remembered.clear()
+            turns = _Turns(self._mixture.shares, self._phase, *start)
+            self._remembered[start] = ([turns.take() for _ in range(self._BLOCK)], turns.deficits())
+        self._deficits, self._taken = start, 0
+        self._block, self._after = self._remembered[start]
+
+    def _now(self) -> Deficits:
+        """The deficits after the turns taken so far."""
+        turns = _Turns(self._mixture.shares, self._phase, *self._deficits)
+        for _ in range(self._taken):
+            turns.take()
+        return turns.deficits()
 
     def refund(self, kind: int, amount: int) -> None:
         """Take back the charge of a document that was dealt and will never be placed."""
-        for other in self._kinds:
-            self._kind_deficits[other] -= self._mixture.shares[other] * amount
-        self._kind_deficits[kind] += sum(self._mixture.shares) * amount
+        kinds, sources = self._now()
+        shares = self._mixture.shares
+        refunded = [deficit - share * amount for deficit, share in zip(kinds, shares, strict=True)]
+        refunded[kind] += sum(shares) * amount
+        self._set(refunded, sources)
 
     def state(self) -> list[Any]:
         """The deficits: one integer per kind, one per active source."""
-        return [list(self._kind_deficits), [list(within) for within in self._deficits]]
+        kinds, sources = self._now()
+        return [list(kinds), [list(within) for within in sources]]
 
     def restore(self, state: list[Any]) -> None:
         """Continue from `state()` of the same phase."""
-        self._kind_deficits, self._deficits = list(state[0]), [list(within) for within in state[1]]
+        self._set(*state)
+
+
+class _Turns:
+    """The rule of even dealing itself, on deficits that it owns."""
+
+    def __init__(self, shares: Sequence[int], phase: Phase, kinds: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        self._shares, self._phase = shares, phase
+        self._kinds, self._sources = list(kinds), [list(within) for within in sources]
+
+    def deficits(self) -> Deficits:
+        return tuple(self._kinds), tuple(tuple(within) for within in self._sources)
+
+    def next(self, lookahead: int) -> tuple[int, int]:
+        """Whose turn it is: the kind, and the source's place within it. Of equals, the first in the recipe's order.
+
+        `lookahead`: what the next document will count, if that is known: dealing as if it were already counted halves the error.
+        """
+        owed = [d + s * lookahead if s else _NEVER for d, s in zip(self._kinds, self._shares, strict=True)]
+        kind = owed.index(max(owed))
+        owed = [d + w * lookahead for d, w in zip(self._sources[kind], self._phase.weights[kind], strict=True)]
+        return kind, owed.index(max(owed))
+
+    def charge(self, kind: int, within: int, amount: int) -> None:
+        """Count a document of `amount`: everyone is owed their share of it, and its source and kind have had it."""
+        for level, weights, chosen in (
+            (self._kinds, self._shares, kind),
+            (self._sources[kind], self._phase.weights[kind], within),
+        ):
+            for index, weight in enumerate(weights):
+                level[index] += weight * amount
+            level[chosen] -= sum(weights) * amount
+
+    def take(self) -> int:
+        """The source of the next document where every document counts 1."""
+        kind, within = self.next(1)
+        self.charge(kind, within, 1)
+        return self._phase.members[kind][within]
 
 
 class SampledSchedule:
@@ -211,7 +287,7 @@ class SampledSchedule:
 
     _BLOCK = 1024
 
-    def __init__(self, mixture: Mixture, seed: int, mean_costs: Sequence[Fraction]) -> None:
+    def __init__(self, mixture: Mixture, seed: int, mean_costs: Mapping[int, Fraction]) -> None:
         self._mixture, self._seed, self._mean_costs = mixture, seed, mean_costs
         self._dealt = 0
         self._block_start, self._uniforms = -1, []
@@ -226,9 +302,10 @@ class SampledSchedule:
                 masses[source] = Fraction(share * weight, sum(weights)) / self._mean_costs[source]
         total = sum(masses.values())
         self._sources = list(masses)
-        self._thresholds = [float(upper / total) for upper in accumulate(masses.values())]  # correctly rounded: the same everywhere
+        # The division of Fractions is exact, and float() rounds it correctly: the same thresholds everywhere.
+        self._thresholds = [float(upper / total) for upper in accumulate(masses.values())]
 
-    def deal(self, count: int, draw: Callable[[int], T], cost: Callable[[T], int] | None) -> list[T]:
+    def deal(self, count: int, draw: Mapping[int, Callable[[], T]], cost: Callable[[T], int] | None) -> list[T]:
         """The next `count` documents, as `CarrySchedule.deal`; `cost` does not matter to independent draws."""
         dealt = []
         for number in range(self._dealt, self._dealt + count):
@@ -237,7 +314,7 @@ class SampledSchedule:
                 self._block_start = number - offset
                 numbers = np.arange(self._block_start, self._block_start + self._BLOCK)
                 self._uniforms = document_uniform_many(self._seed, "", np.zeros_like(numbers), numbers, "mixture").tolist()
-            dealt.append(draw(self._sources[bisect_right(self._thresholds, self._uniforms[offset])]))
+            dealt.append(draw[self._sources[bisect_right(self._thresholds, self._uniforms[offset])]]())
         self._dealt += count
         return dealt
 

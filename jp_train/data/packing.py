@@ -35,9 +35,10 @@ def best_subset(lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
     Of several best subsets, one whose last member comes earliest. `lengths` are positive; those beyond `capacity` are never taken.
     """
     gaps = 1 << capacity  # bit g: a subset of the documents seen so far leaves a gap of g tokens
-    history = []
+    history: list[int] = []
+    remember = history.append
     for length in lengths:
-        history.append(gaps)
+        remember(gaps)
         gaps |= gaps >> length
         if gaps & 1:
             break
@@ -89,6 +90,8 @@ def pack_samples(lengths: Sequence[int], seq_len: int, count: int) -> Layout | N
 
     The oldest document that can be part of any such row is taken, then each next oldest with which the row can still be completed.
     """
+    if len(lengths) >= count and sum(lengths[:count]) <= seq_len:
+        return Layout(list(range(count)))
     shortest = sorted(lengths)[:count]
     if len(shortest) < count or sum(shortest) > seq_len:
         return None

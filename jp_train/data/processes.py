@@ -1,4 +1,5 @@
-"""Worker processes that are safe beside CUDA, threads and signals: started by a fork server, deaf to signals meant for the trainer."""
+"""Worker processes that are safe beside CUDA, threads and signals: started by a fork server, deaf to signals meant for the
+trainer."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ _DEFERRED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def worker_context() -> BaseContext:
-    """The start method of every data worker: a fork server that imports torch and the data package once, and nothing of the trainer.
+    """The start method of every data worker: a fork server that imports torch and the data package once, and nothing of the
+    trainer.
 
-    A plain fork would copy a process that holds CUDA and threads. Each worker starts by importing the caller's main module, as with
+    A plain fork would copy a process that holds CUDA and threads. Each worker starts by importing the caller's main module, as
+    with
     `spawn`: entry points keep their heavy imports inside functions.
     """
     context = multiprocessing.get_context("forkserver")
@@ -28,7 +31,8 @@ def worker_context() -> BaseContext:
 def signals_deferred() -> Iterator[None]:
     """Start processes inside: they inherit a mask that blocks SIGINT, SIGTERM and SIGUSR1, so that only the trainer answers them.
 
-    A scheduler signals every process of a job; the trainer must still be able to finish its step, which needs its workers. A signal
+    A scheduler signals every process of a job; the trainer must still be able to finish its step, which needs its workers. A
+    signal
     that comes while inside is delivered on leaving. Workers end by the loader's `close`, or on seeing that the trainer is gone.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,5 @@
-"""Tar members -> a typed sample, with strict checks: a field that is missing, doubled or malformed is a SkipSample with its reason.
+"""Tar members -> a typed sample, with strict checks: a field that is missing, doubled or malformed is a SkipSample with its
+reason.
 
 Layouts ({key}.* are the members of one sample; members that no layout names are not read):
 
@@ -74,7 +75,8 @@ def apply_class_prompt(caption: str, source: SourceConfig) -> str:
 
 
 def first_sentence(caption: str) -> str:
-    """The caption up to the end of its first sentence, or all of it: `.`, `!`, `?` before a space or the end, or their full-width forms."""
+    """The caption up to the end of its first sentence, or all of it: `.`, `!`, `?` before a space or the end, or their
+    full-width forms."""
     caption = caption.strip()
     end = _SENTENCE.search(caption)
     return caption[: end.end()] if end else caption

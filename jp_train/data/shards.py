@@ -39,7 +39,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar: absolute path or URL, size in bytes, and a stamp that changes with its content (mtime in ns, or the server's ETag)."""
+    """One tar: absolute path or URL, size in bytes, and a stamp that changes with its content (mtime in ns, or the server's
+    ETag)."""
 
     path: str
     size: int
@@ -55,7 +56,8 @@ class Shard:
 class ShardMembers:
     """The files of a shard, grouped into N samples by key, in tar order.
 
-    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int16 (index into `extensions`), `offset` and
+    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int16 (index into `extensions`),
+    `offset` and
     `size` int64, in bytes from the start of the tar. `ignored` lists file names that belong to no sample, with the reason.
     """
 
@@ -76,7 +78,8 @@ def is_url(path: str) -> bool:
 def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
     """Absolute paths or URLs of the shards that `spec` names, in order.
 
-    `spec` may use braces (`shard-{000..127}.tar`, `{a,b}.tar`), globs, or name a folder (its `*.tar`, sorted); relative to `root`.
+    `spec` may use braces (`shard-{000..127}.tar`, `{a,b}.tar`), globs, or name a folder (its `*.tar`, sorted); relative to
+    `root`.
 
     Raises:
         ConfigError: for an unsupported scheme (`pipe:` and cloud schemes) or unbalanced braces.
@@ -101,7 +104,8 @@ def _expand_one(part: str, spec: str, root: Path) -> list[str]:
     scheme = part.split(":", 1)[0] if ":" in part and not part.startswith("/") else ""
     if scheme == "pipe" or "://" in part:
         raise ConfigError(
-            f"shards {spec!r}: the scheme {scheme!r} is not supported (it cannot be read by byte range, and pipe: would run a command); "
+            f"shards {spec!r}: the scheme {scheme!r} is not supported (it cannot be read by byte range, and pipe: would run a "
+            f"command); "
             "use a local path or an http(s) URL"
         )
     path = Path(os.path.abspath(root / os.path.expanduser(part)))
@@ -163,7 +167,8 @@ class ShardReader:
                 self._drop(path)
                 if attempt == self._tries or _is_final(error):
                     raise DataError(
-                        f"shard {path}: cannot read {what} after {attempt} tries: {error}. An I/O error is never skipped: check the disk, "
+                        f"shard {path}: cannot read {what} after {attempt} tries: {error}. An I/O error is never skipped: check "
+                        f"the disk, "
                         "mount or server, then start again (it resumes); data.io_retries sets the number of tries"
                     ) from error
                 self._sleep(wait)
@@ -178,7 +183,8 @@ class ShardReader:
             chunk = os.pread(descriptor, size - done, offset + done)
             if not chunk:
                 raise DataError(
-                    f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} that its index names: "
+                    f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} that its index "
+                    f"names: "
                     "it was truncated; restore the file and index it again"
                 )
             chunks.append(chunk)
@@ -198,7 +204,8 @@ class ShardReader:
             now = os.fstat(descriptor)
             if (now.st_size, str(now.st_mtime_ns)) != (shard.size, shard.stamp):
                 raise DataError(
-                    f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; now: {now.st_size} "
+                    f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; "
+                    f"now: {now.st_size} "
                     f"bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
                 )
         except BaseException:
@@ -250,7 +257,9 @@ def _read_url(shard: Shard, offset: int, size: int) -> bytes:
             )
         stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         if stamp != shard.stamp:
-            raise DataError(f"shard {shard.path} changed since it was indexed ({shard.stamp!r} became {stamp!r}); start again to index it anew")
+            raise DataError(
+                f"shard {shard.path} changed since it was indexed ({shard.stamp!r} became {stamp!r}); start again to index it anew"
+            )
         data = answer.read(size + 1)
     if len(data) != size:
         raise OSError(f"the server sent {len(data)} bytes of {size}")
@@ -291,7 +300,8 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
     The key of a member is its name up to the first dot of the file name (the webdataset convention), the rest is its extension.
 
     Raises:
-        DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key whose members are not
+        DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key whose
+        members are not
             together, or a field that a sample has twice; it names the byte offset and what to do.
     """
     buffer_size = _SCAN_BUFFER * 4 if is_url(shard.path) else 1 << 16
@@ -335,7 +345,8 @@ def _group(shard: Shard, file: io.BufferedReader) -> ShardMembers:
                 if not keys or keys[-1] != key:
                     if key in seen:
                         raise DataError(
-                            f"shard {shard.path}, byte {position}: key {key!r} appears again after other samples (first as sample {seen[key]}); "
+                            f"shard {shard.path}, byte {position}: key {key!r} appears again after other samples (first as "
+                            f"sample {seen[key]}); "
                             "the files of one sample must be adjacent and keys unique: write the shard again"
                         )
                     seen[key] = len(keys)
@@ -354,7 +365,8 @@ def _group(shard: Shard, file: io.BufferedReader) -> ShardMembers:
             _check_end(shard, file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"shard {shard.path} is corrupt or truncated near byte {position} of {shard.size}: {error}; download or write it again, or "
+            f"shard {shard.path} is corrupt or truncated near byte {position} of {shard.size}: {error}; download or write it "
+            f"again, or "
             "take it out of the source"
         ) from error
     return ShardMembers(
@@ -374,7 +386,8 @@ def _check_end(shard: Shard, file: io.BufferedReader, offset: int) -> None:
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
         raise DataError(
-            f"shard {shard.path} ends at byte {shard.size} without the end-of-archive marker: it was truncated while being written or copied; "
+            f"shard {shard.path} ends at byte {shard.size} without the end-of-archive marker: it was truncated while being "
+            f"written or copied; "
             "download or write it again"
         )
     if block.count(0) != _BLOCK:
@@ -385,6 +398,7 @@ def _check_end(shard: Shard, file: io.BufferedReader, offset: int) -> None:
     while block := file.read(_SCAN_BUFFER):
         if block.count(0) != len(block):
             raise DataError(
-                f"shard {shard.path} has data after its end-of-archive marker at byte {offset} (tars joined with cat?); its later samples would "
+                f"shard {shard.path} has data after its end-of-archive marker at byte {offset} (tars joined with cat?); its "
+                f"later samples would "
                 "be lost: write it again as one tar"
             )

@@ -2,6 +2,8 @@
 
 Users' text never becomes a special token: a caption that contains `<end_of_image>` is encoded as the characters it is made of.
 Special ids are looked up by their string; Janus and Janus-Pro number them differently (specification section 3).
+Texts are encoded piece by piece between special tokens, so a SentencePiece model should be trained with add_dummy_prefix off,
+remove_extra_whitespaces off and normalization_rule_name identity, and with byte_fallback on: then nothing of a text is lost.
 """
 
 from __future__ import annotations
@@ -22,20 +24,10 @@ from jp_train.types import SpecialTokens
 STRINGS_FILE = "jp_train_tokenizer.json"
 """Written beside an exported tokenizer: which string plays which role."""
 
-SENTENCEPIECE_OPTIONS = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,
-    "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-}
-"""Options under which encoding loses nothing (newlines and runs of spaces included) and texts can be encoded piece by piece."""
-
 
 class Tokenizer(ABC):
-    """Text <-> ids. Made by `load_tokenizer`; pickles as its path, and refuses to unpickle when the files have changed meanwhile."""
+    """Text <-> ids. Made by `load_tokenizer`; pickles as its path, and refuses to unpickle when the files have changed
+    meanwhile."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         self.cfg = cfg
@@ -48,7 +40,8 @@ class Tokenizer(ABC):
             token = self._special_id(string)
             if token is None:
                 raise ConfigError(
-                    f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; add it to the tokenizer "
+                    f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; add it to "
+                    f"the tokenizer "
                     f"as a special token, or set tokenizer.{name} to the string that this tokenizer uses"
                 )
             ids[name] = token
@@ -63,7 +56,8 @@ class Tokenizer(ABC):
                 self._roles[string] = token
             elif string.startswith("<"):
                 raise ConfigError(
-                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its vocabulary; add it, or "
+                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its vocabulary; "
+                    f"add it, or "
                     f"use a plain word like Janus did (tokenizer.user=User tokenizer.assistant=Assistant)"
                 )
         reserved = self._reserved()
@@ -90,7 +84,8 @@ class Tokenizer(ABC):
         return [token for character in text for token in self._encode(character) if token not in self._reserved_ids]
 
     def encode_template(self, text: str) -> list[int]:
-        """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as single tokens)."""
+        """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as single
+        tokens)."""
         if self._role_pattern is None:
             return self.encode(text)
         ids, start = [], 0
@@ -108,7 +103,8 @@ class Tokenizer(ABC):
         return self._decode([int(token) for token in ids if int(token) not in self._reserved_ids and 0 <= int(token) < self.vocab_size])
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer into `folder` so that `load_saved_tokenizer` (and transformers, for a Hugging Face one) can read it."""
+        """Write the tokenizer into `folder` so that `load_saved_tokenizer` (and transformers, for a Hugging Face one) can read
+        it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
@@ -152,7 +148,8 @@ class Tokenizer(ABC):
 def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     """The tokenizer at `cfg.path`: a folder with tokenizer.json (or with one *.model file), or a SentencePiece .model file.
 
-    Raises ConfigError when it is missing, cannot be read, or lacks a special token. Nothing is downloaded and no remote code is run.
+    Raises ConfigError when it is missing, cannot be read, or lacks a special token. Nothing is downloaded and no remote code is
+    run.
     """
     if not cfg.path:
         raise ConfigError("tokenizer.path is not set: give a folder with a Hugging Face tokenizer, or a SentencePiece .model file")
@@ -160,7 +157,9 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     if path.is_file():
         return _SentencePiece(cfg, path)
     if not path.is_dir():
-        raise ConfigError(f"tokenizer.path {path.absolute()} does not exist: give a Hugging Face tokenizer folder, or a SentencePiece .model file")
+        raise ConfigError(
+            f"tokenizer.path {path.absolute()} does not exist: give a Hugging Face tokenizer folder, or a SentencePiece .model file"
+        )
     if (path / "tokenizer.json").exists():
         return _HuggingFace(cfg, path)
     models = sorted(path.glob("*.model"))
@@ -170,46 +169,11 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
 
 
 def load_saved_tokenizer(folder: str | Path) -> Tokenizer:
-    """A tokenizer that `Tokenizer.save` wrote, e.g. in an export; other Hugging Face folders are taken to use Janus-Pro's strings."""
+    """A tokenizer that `Tokenizer.save` wrote, e.g. in an export; other Hugging Face folders are taken to use Janus-Pro's
+    strings."""
     strings = Path(folder) / STRINGS_FILE
     known = json.loads(strings.read_text(encoding="utf-8")) if strings.exists() else {}
     return load_tokenizer(TokenizerConfig(path=str(folder), **known))
-
-
-def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int, cfg: TokenizerConfig) -> TokenizerConfig:
-    """Train a SentencePiece BPE model on `texts`, with the special tokens and role markers of `cfg`, and write it to `path`.
-
-    Returns `cfg` with its path set. Raises ConfigError when the vocabulary size does not suit the text.
-    """
-    import io
-
-    import sentencepiece
-
-    markers = [cfg.boi, cfg.eoi, cfg.image_placeholder, *(role for role in (cfg.user, cfg.assistant) if role.startswith("<"))]
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            bos_id=0,
-            eos_id=1,
-            pad_id=2,
-            unk_id=3,
-            bos_piece=cfg.bos,
-            eos_piece=cfg.eos,
-            pad_piece=cfg.pad,
-            control_symbols=markers,
-            minloglevel=2,
-            num_threads=1,
-            **SENTENCEPIECE_OPTIONS,
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"SentencePiece cannot train a vocabulary of {vocab_size}: {error}") from error
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(model.getvalue())
-    return TokenizerConfig(**{**asdict(cfg), "path": str(target)})
 
 
 def _reload(cfg: TokenizerConfig, fingerprint: str) -> Tokenizer:
@@ -266,7 +230,7 @@ class _HuggingFace(Tokenizer):
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
             self._backend = self._tokenizer.backend_tokenizer
-        except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a folder it cannot read
+        except Exception as error:  # transformers raises many kinds for a folder it cannot read
             raise ConfigError(f"tokenizer.path {path} is not a fast Hugging Face tokenizer: {error}") from error
         self._added = {added.content: token for token, added in self._tokenizer.added_tokens_decoder.items()}
         super().__init__(cfg)

@@ -62,13 +62,16 @@ class Patience:
 
     def observe(self, loss: float) -> bool:
         """Take one validation's `val/total`; True when the run should stop."""
-        if self.limit is None:
-            return False
         if self.best is None or loss < self.best:
             self.best, self.waited = loss, 0
         else:
             self.waited += 1
-        return self.waited >= self.limit
+        return self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and self.waited >= self.limit
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}

@@ -9,6 +9,7 @@ Shapes: T tokens of the micro-batch, H query heads, K key/value heads, C channel
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _document_loop(
     bounds = cu_seqlens.tolist()
     grouped = query.shape[0] != key.shape[0]
     parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = (x[None, :, start:end] for x in (query, key, value))
         part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         parts.append(part[0].transpose(0, 1))
@@ -90,9 +91,7 @@ def _varlen_attention(
     """The fused kernel over all documents at once.  ``[H|K, T, C]`` in, ``[T, H, C]`` out; window (-1, 0) means causal."""
     q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
-    )
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -98,6 +98,4 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
         parameter.requires_grad_(learns)
         counts[learns][module] = counts[learns].get(module, 0) + getattr(parameter, "ds_numel", parameter.numel())
         lists[learns].append(name)
-    return FreezeReport(
-        trainable=counts[True], frozen=counts[False], trainable_names=tuple(lists[True]), frozen_names=tuple(lists[False])
-    )
+    return FreezeReport(trainable=counts[True], frozen=counts[False], trainable_names=tuple(lists[True]), frozen_names=tuple(lists[False]))

@@ -14,11 +14,13 @@ Shapes: T tokens of a micro-batch, d hidden width, U/G understanding/generation 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+from transformers import JanusConfig, JanusVQVAEConfig, LlamaConfig
 from transformers.models.janus.modeling_janus import (
     JanusVisionAlignerMLP,
     JanusVisionModel,
@@ -28,8 +30,8 @@ from transformers.models.janus.modeling_janus import (
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from jp_train.config.schema import LossConfig, ModelConfig, Reduction
-from jp_train.errors import ConfigError
 from jp_train.model.attention import PACKED_ATTENTION
+from jp_train.model.configuration import build_config
 from jp_train.model.loss import (
     N_KINDS,
     CrossEntropyLinear,
@@ -40,79 +42,7 @@ from jp_train.model.loss import (
 )
 from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch
 
-
-def build_config(
-    model: ModelConfig, image_token_id: int, *, bos_token_id: int | None = None, eos_token_id: int | None = None
-) -> JanusConfig:
-    """transformers' configuration of a jp_train model.
-
-    ``tie_word_embeddings`` is False at both levels (JanusConfig defaults to True and would really tie the text head), the
-    language model has no padding row (Janus trains the pad token's embedding), and GELU is the exact erf form.
-
-    Raises:
-        ConfigError: if sizes do not fit each other.
-    """
-    vision, vq, language = model.vision, model.vq, model.language
-    stride = 2 ** (len(vq.channel_multiplier) - 1)
-    if vision.image_size % vision.patch_size or vision.image_size // vision.patch_size != vision.image_size // stride:
-        raise ConfigError(
-            f"model.vision.image_size={vision.image_size} with patch_size={vision.patch_size} and a VQ stride of {stride} gives "
-            f"{vision.image_size / vision.patch_size:g} and {vision.image_size / stride:g} tokens a side: they must be the same whole number"
-        )
-    for key, width, heads in (("vision", vision.hidden_size, vision.heads), ("language", language.hidden_size, language.heads)):
-        if width % heads:
-            raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
-    vision_config = JanusVisionConfig(
-        hidden_size=vision.hidden_size,
-        num_hidden_layers=vision.layers,
-        num_attention_heads=vision.heads,
-        mlp_ratio=vision.mlp_ratio,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        projection_dim=language.hidden_size,
-        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-    )
-    text_config = LlamaConfig(
-        hidden_size=language.hidden_size,
-        intermediate_size=language.intermediate_size,
-        num_hidden_layers=language.layers,
-        num_attention_heads=language.heads,
-        num_key_value_heads=language.heads,
-        vocab_size=language.vocab_size,
-        rms_norm_eps=language.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
-        max_position_embeddings=language.max_position_embeddings,
-        tie_word_embeddings=False,
-        pad_token_id=None,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-    )
-    return JanusConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        vq_config=build_vq_config(model),
-        image_token_id=image_token_id,
-        tie_word_embeddings=False,
-    )
-
-
-def build_vq_config(model: ModelConfig) -> JanusVQVAEConfig:
-    """transformers' configuration of the VQ tokenizer and of the generation aligner and head that share it."""
-    vq, width = model.vq, model.language.hidden_size
-    return JanusVQVAEConfig(
-        embed_dim=vq.embed_dim,
-        num_embeddings=vq.codebook_size,
-        latent_channels=vq.latent_channels,
-        base_channels=vq.base_channels,
-        channel_multiplier=list(vq.channel_multiplier),
-        num_res_blocks=vq.res_blocks,
-        num_patches=model.vision.image_size // model.vision.patch_size,
-        projection_dim=width,
-        image_token_embed_dim=width,
-        hidden_act="gelu",
-    )
+__all__ = ["JanusPro", "build_config"]
 
 
 class Float32Rotary(nn.Module):
@@ -174,9 +104,7 @@ class JanusPro(nn.Module):
         image_token_id: id of ``<image_placeholder>``, kept in the exported configuration.
     """
 
-    def __init__(
-        self, cfg: ModelConfig, loss: LossConfig, n_sources: int, activation_checkpointing: bool, image_token_id: int
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, loss: LossConfig, n_sources: int, activation_checkpointing: bool, image_token_id: int) -> None:
         super().__init__()
         config = build_config(cfg, image_token_id)
         config.vision_config._attn_implementation = "sdpa"
@@ -228,6 +156,8 @@ class JanusPro(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """The language model's output ``[T, d]``, after its final norm."""
+        if self.janus_config.text_config._attn_implementation != PACKED_ATTENTION:
+            raise ValueError("packed rows inside `plain_attention()`: documents would see each other")
         embeddings = self.input_embeddings(batch)
         out = self.model.language_model(
             inputs_embeds=embeddings.unsqueeze(0),
@@ -262,6 +192,16 @@ class JanusPro(nn.Module):
         """Generation path: VQ ids int64 ``[...]`` to ``[..., d]``: gen_embed, gen_aligner."""
         return self.model.generation_aligner(self.model.generation_embeddings(ids))
 
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Within it the language model takes ordinary batches with a padding mask and a KV cache; packed rows are refused."""
+        config = self.janus_config.text_config
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = PACKED_ATTENTION
+
     def text_logits(self, batch: PackedBatch) -> torch.Tensor:
         """The text head's logits ``[T, V]`` at every position (for tests and tools: training never builds them)."""
         return self.lm_head(self.hidden_states(batch))
@@ -281,7 +221,9 @@ def _place(embeddings: torch.Tensor, slots: torch.Tensor | None, features: torch
 def _check_slots(batch: PackedBatch, slots: int) -> None:
     """Shapes only: reads no device value."""
     if len(batch.gen_pending):
-        raise ValueError(f"{len(batch.gen_pending)} generation pictures have no VQ ids yet: call vq.fill_pending(batch, vq) before the model")
+        raise ValueError(
+            f"{len(batch.gen_pending)} generation pictures have no VQ ids yet: call vq.fill_pending(batch, vq) before the model"
+        )
     for name, pictures in (("und", len(batch.und_images)), ("gen", len(batch.gen_ids))):
         found = len(getattr(batch, f"{name}_slots"))
         if found != pictures * slots:

@@ -4,3 +4,7 @@
 table, `panels.py` decides which curves there are, `curves.py` draws them, `tables.py`, `style.py` and `page.py` write the HTML. Open
 `page.build_report` first. No module here imports torch, deepspeed or matplotlib at import time.
 """
+
+from jp_train.report.page import build_report
+
+__all__ = ["build_report"]

@@ -9,13 +9,17 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jp_train.report.data import Series
 from jp_train.report.summary import smooth
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PANEL_INCHES = (5.0, 3.1)
 DPI = 160
@@ -63,7 +67,7 @@ DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)))
 class Line:
     """One measured curve. `color` numbers the theme's cycle; `window` steps are averaged; `held_out` are rings joined by a dashed line.
 
-    `reference`, a constant or None, is the configured value the curve should meet, drawn dashed in the same colour.
+    `reference`, a constant or None, is the configured value the curve should meet, drawn dashed on top.
     """
 
     label: str
@@ -102,7 +106,7 @@ class Panel:
             points = line.series.finite() if line.series is not None else None
             if points is not None and len(points):
                 ends = [self.format(v) for v in smooth(points, line.window).values[[0, -1]].tolist()]
-                parts.append(f"{line.label} {ends[0]} to {ends[1]} (steps {points.steps[0]} to {points.steps[-1]})")
+                parts.append(f"{line.label} {ends[0]} to {ends[1]} (steps {points.steps[0]} to {points.steps[-1]})".strip())
             if line.held_out is not None and len(line.held_out):
                 ends = [self.format(v) for v in line.held_out.values[[0, -1]].tolist()]
                 parts.append(f"held-out {line.label} {ends[0]} to {ends[1]}")
@@ -143,26 +147,34 @@ def short_number(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def render_panel(panel: Panel, theme: Theme) -> bytes:
-    """One panel as a PNG of PANEL_INCHES at DPI."""
-    figure = _new_figure(PANEL_INCHES, theme)
-    axes = figure.add_axes((0.115, 0.135, 0.66, 0.70))
-    _draw(axes, panel, theme)
-    return _png(figure)
+def draw_panel(panel: Panel, theme: Theme) -> Image:
+    """One panel as a picture of PANEL_INCHES at DPI."""
+    figure = _new_figure(theme)
+    longest = max((len(line.label) for line in panel.lines), default=0)
+    right = 0.03 + min(0.34, 0.0135 * (longest + 7))  # room for `label 0.123` behind the line ends
+    _draw(figure.add_axes((0.095, 0.135, 0.905 - right, 0.70)), panel, theme)
+    return _picture(figure)
 
 
-def render_sheet(panels: Sequence[Panel], columns: int, path: Path) -> None:
-    """All panels of a group on one light PNG at `path`, `columns` a row; written beside and renamed."""
-    rows = -(-len(panels) // columns)
-    width, height = PANEL_INCHES
-    figure = _new_figure((width * columns, height * rows), LIGHT)
-    for i, panel in enumerate(panels):
-        row, column = divmod(i, columns)
-        left, bottom = column / columns, 1 - (row + 1) / rows
-        axes = figure.add_axes((left + 0.115 / columns, bottom + 0.135 / rows, 0.66 / columns, 0.70 / rows))
-        _draw(axes, panel, LIGHT)
+def to_png(picture: Image) -> bytes:
+    """A PNG file. Charts have few colours, so a palette shrinks it to a third."""
+    from PIL import Image as PILImage
+
+    out = io.BytesIO()
+    picture.quantize(colors=192, method=PILImage.Quantize.FASTOCTREE, dither=PILImage.Dither.NONE).save(out, format="png")
+    return out.getvalue()
+
+
+def write_sheet(pictures: Sequence[Image], columns: int, path: Path) -> None:
+    """All panels of a group on one PNG at `path`, `columns` a row; written beside and renamed."""
+    from PIL import Image as PILImage
+
+    width, height = pictures[0].size
+    sheet = PILImage.new("RGB", (width * columns, height * -(-len(pictures) // columns)), LIGHT.background)
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (width * (i % columns), height * (i // columns)))
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(_png(figure))
+    partial.write_bytes(to_png(sheet))
     partial.replace(path)
 
 
@@ -174,25 +186,20 @@ def shared_limits(panels: Sequence[Panel]) -> tuple[float, float] | None:
     return _padded(min(r[0] for r in ranges), max(r[1] for r in ranges), log=any(panel.log_y for panel in panels))
 
 
-def _new_figure(size: tuple[float, float], theme: Theme) -> Any:
+def _new_figure(theme: Theme) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.background)
+    figure = Figure(figsize=PANEL_INCHES, dpi=DPI, facecolor=theme.background)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Any) -> bytes:
-    """Few colours, so a palette shrinks the file to a third."""
-    from PIL import Image
+def _picture(figure: Any) -> Image:
+    from PIL import Image as PILImage
 
-    canvas = figure.canvas
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    out = io.BytesIO()
-    picture.quantize(colors=160, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
-    return out.getvalue()
+    figure.canvas.draw()
+    return PILImage.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
 
 
 def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
@@ -262,14 +269,14 @@ def _draw_line(axes: Any, line: Line, panel: Panel, theme: Theme) -> tuple[float
         marker = "o" if len(averaged) < 3 else None
         axes.plot(averaged.steps[keep], averaged.values[keep], color=color, linewidth=1.7, linestyle=style, marker=marker, markersize=4)
         end = float(averaged.values[-1])
-        text = f"{line.label} {panel.format(end)}"
+        text = f"{line.label} {panel.format(end)}".strip()
     if line.held_out is not None and len(line.held_out):
         axes.plot(line.held_out.steps, line.held_out.values, color=color, linewidth=0.9, linestyle=(0, (2, 2)), marker="o", markersize=4.5,
                   markerfacecolor=theme.background, markeredgecolor=color, markeredgewidth=1.3, clip_on=False, zorder=3)  # fmt: skip
         if end is None:
-            end, text = float(line.held_out.values[-1]), f"{line.label} {panel.format(float(line.held_out.values[-1]))}"
+            end, text = float(line.held_out.values[-1]), f"{line.label} {panel.format(float(line.held_out.values[-1]))}".strip()
     if line.reference is not None:
-        axes.axhline(line.reference, color=color, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.9)
+        axes.axhline(line.reference, color=theme.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     return None if end is None else (end, text, color)
 
 
@@ -294,7 +301,7 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], theme: Theme) -> None:
         if mark.kind == "save":
             axes.plot([mark.step], [0], marker=2, markersize=5, color=theme.muted, transform=across, clip_on=False, linestyle="none")
         elif mark.kind == "spike":
-            axes.plot([mark.step], [0.985], marker="x", markersize=5, color=theme.alert, transform=across, clip_on=False, linestyle="none")
+            axes.plot([mark.step], [1.025], marker="x", markersize=5, color=theme.alert, transform=across, clip_on=False, linestyle="none")
         else:
             axes.axvline(mark.step, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)))
             if mark.kind not in named:
@@ -314,7 +321,7 @@ def _direct_labels(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
         where = axes.transAxes.inverted().transform(axes.transData.transform((0, min(max(value, low), high))))[1]
         placed.append([float(where), text, color])
     placed.sort(key=lambda item: item[0])
-    for below, above in zip(placed, placed[1:], strict=False):
+    for below, above in pairwise(placed):
         above[0] = max(above[0], below[0] + gap)
     overflow = placed[-1][0] - 1.0 if placed else 0.0
     if overflow > 0:
@@ -322,7 +329,7 @@ def _direct_labels(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
         for below, above in zip(placed[-2::-1], placed[:0:-1], strict=False):
             below[0] = min(below[0], above[0] - gap)
     for where, text, color in placed:
-        axes.text(1.02, where, text, transform=axes.transAxes, color=color, fontsize=8.5, va="center", fontweight="medium", parse_math=False)
+        axes.text(1.02, where, text, transform=axes.transAxes, color=color, fontsize=8.5, va="center", parse_math=False)
 
 
 def _note_off_scale(axes: Any, panel: Panel, limits: tuple[float, float], theme: Theme) -> None:
@@ -373,4 +380,4 @@ def _padded(low: float, high: float, *, log: bool) -> tuple[float, float]:
         return low / 1.25, high * 1.25
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     floor = low - room
-    return (0.0 if 0 <= low and floor < 0 else floor), high + room
+    return (0.0 if low >= 0 and floor < 0 else floor), high + room

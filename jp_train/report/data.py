@@ -211,7 +211,7 @@ def _read_metrics(path: Path, unreadable: Counter[str]) -> tuple[dict[str, Serie
                 unreadable["metrics.jsonl"] += 1
                 continue
             step = int(step)
-            values = {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)}
+            values = {k: math.nan if v is None else v for k, v in record.items() if k != "step" and _is_number_or_null(v)}
             only_validation = bool(values) and all(key.startswith("val/") for key in values)
             if last is not None and (step < last or (step == last and not only_validation)):
                 repeated += last - step + 1
@@ -233,6 +233,11 @@ def _read_metrics(path: Path, unreadable: Counter[str]) -> tuple[dict[str, Serie
             "Wait for the first step, or name another run folder"
         )
     return series, repeated
+
+
+def _is_number_or_null(value: Any) -> bool:
+    """JSON has no NaN: the trainer writes null for a number that is not finite."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _forget_from(columns: dict[str, tuple[array[int], array[float]]], step: int) -> None:

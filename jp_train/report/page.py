@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jp_train.errors import ConfigError, DataError
 from jp_train.report import curves
@@ -16,6 +17,9 @@ from jp_train.report.panels import Layout, is_sequence_of_stages, panel_groups, 
 from jp_train.report.style import CSS
 from jp_train.report.summary import Summary, summarize
 from jp_train.report.tables import STATE_WORDS, duration, esc, evaluation_table, events_table, large, ledger_tables, percent, summary_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Content security policy of the page: even a caption that got past the escaping could load and run nothing."""
@@ -41,9 +45,13 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None, title: str |
         runs.sort(key=lambda run: (stage_number(run.path.resolve().name) or 0))
     groups = panel_groups(runs, layout)
     target.parent.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, str] = {}
     for group in groups:
-        curves.render_sheet(group.panels, _columns(group, runs, layout), target.parent / f"curves_{group.key}.png")
-    page = _page(runs, groups, layout, title or _default_title(paths, layout))
+        pictures = [curves.draw_panel(panel, LIGHT) for panel in group.panels]
+        columns = _columns(group, runs, layout)
+        curves.write_sheet(pictures, columns, target.parent / f"curves_{group.key}.png")
+        drawn[group.key] = _curves(group, columns, pictures)
+    page = _page(runs, groups, drawn, layout, title or _default_title(paths, layout))
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(target)
@@ -102,11 +110,11 @@ def _columns(group: PanelGroup, runs: Sequence[RunData], layout: Layout) -> int:
     return min(2, len(group.panels))
 
 
-def _page(runs: Sequence[RunData], groups: Sequence[PanelGroup], layout: Layout, title: str) -> str:
+def _page(runs: Sequence[RunData], groups: Sequence[PanelGroup], drawn: dict[str, str], layout: Layout, title: str) -> str:
     summaries = [summarize(run) for run in runs]
     sections: list[tuple[str, str, str]] = [("summary", "Summary", f'<div class="card">{summary_table(summaries)}</div>{_reading_notes(runs)}')]
     sections += [(key, name, html) for key, name, html in (_evaluation(runs), _pictures(runs)) if html]
-    sections += [(group.key, group.title, _curves(group, runs, layout)) for group in groups]
+    sections += [(group.key, group.title, drawn[group.key]) for group in groups]
     sections += [_events(runs), _ledger(runs), _config(runs)]
     nav = "".join(f'<a href="#{key}">{esc(name)}</a>' for key, name, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{esc(name)}</h2>{html}</section>' for key, name, html in sections)
@@ -158,9 +166,8 @@ def _reading_notes(runs: Sequence[RunData]) -> str:
     return "".join(f'<p class="note">{esc(note)}</p>' for note in notes)
 
 
-def _curves(group: PanelGroup, runs: Sequence[RunData], layout: Layout) -> str:
-    columns = _columns(group, runs, layout)
-    figures = "".join(f"<figure>{_picture(panel)}</figure>" for panel in group.panels)
+def _curves(group: PanelGroup, columns: int, pictures: Sequence[Image]) -> str:
+    figures = "".join(f"<figure>{_picture(panel, picture)}</figure>" for panel, picture in zip(group.panels, pictures, strict=True))
     wide = " c3" if columns > 2 else ""
     return (
         f'<p class="note">{esc(group.note)} Also as <code>curves_{group.key}.png</code>.</p>'
@@ -168,9 +175,9 @@ def _curves(group: PanelGroup, runs: Sequence[RunData], layout: Layout) -> str:
     )
 
 
-def _picture(panel: Panel) -> str:
-    light, dark = (_data_uri(curves.render_panel(panel, theme)) for theme in (LIGHT, DARK))
-    width, height = (round(inches * curves.DPI) for inches in curves.PANEL_INCHES)
+def _picture(panel: Panel, light_picture: Image) -> str:
+    light, dark = (_data_uri(curves.to_png(picture)) for picture in (light_picture, curves.draw_panel(panel, DARK)))
+    width, height = light_picture.size
     return (
         f'<picture><source media="(prefers-color-scheme:dark)" srcset="{dark}">'
         f'<img src="{light}" width="{width}" height="{height}" alt="{esc(panel.describe())}"></picture>'

@@ -47,9 +47,9 @@ def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, .
         PanelGroup(
             key="speed",
             title="Speed",
-            note="Tokens of all ranks, and the time a step waited for data.",
+            note="Tokens of all ranks, and the time a step waited for data. The first step, which compiles and allocates, is left out.",
             panels=(
-                *_simple(runs, layout, "perf/tokens_per_s", "Throughput", "tokens a second, all ranks"),
+                *_simple(runs, layout, "perf/tokens_per_s", "Throughput", "tokens a second, all ranks", derive=_throughput),
                 *_simple(runs, layout, "data_wait_share", "Data wait", "share of the step's time", percent=True, derive=_wait_share),
             ),
         ),
@@ -87,7 +87,7 @@ def marks_of(run: RunData) -> tuple[Mark, ...]:
         if step is not None and event["event"] in MARKED_EVENTS:
             marks.append(Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"])))
     ends_early = {m.step for m in marks if m.kind == "stopped early"}
-    marks = [m for m in marks if not (m.kind == "stop" and m.step in ends_early)]
+    marks = [m for m in marks if not (m.kind == "stop" and (m.step in ends_early or m.step >= run.last_step))]
     if sum(m.kind == "save" for m in marks) > 40:
         marks = [m for m in marks if m.kind != "save"]
     return tuple(marks)
@@ -141,7 +141,7 @@ def _loss(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
         color = INK if name == "total" else i - 1
         lines = []
         for j, run in enumerate(runs):
-            label, number = (name, color) if len(runs) == 1 else (run.label, j)
+            label, number = ("", color) if len(runs) == 1 else (run.label, j)
             lines.append(_line(run, f"loss/{name}", label, number, held_out=held_out(run, name)))
         marks = marks_of(runs[0]) if len(runs) == 1 else ()
         title = "All kinds" if name == "total" else name.capitalize()
@@ -151,8 +151,9 @@ def _loss(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
 
 def _source_panel(run: RunData, runs: Sequence[RunData]) -> Panel:
     prefix = "loss/source/"
-    names = sorted(key.removeprefix(prefix) for key in run.series if key.startswith(prefix))
-    lines = [_line(run, prefix + name, name, i) for i, name in enumerate(names[:MAX_SOURCES])]
+    everywhere = sorted({key.removeprefix(prefix) for other in runs for key in other.series if key.startswith(prefix)})
+    names = [name for name in everywhere if prefix + name in run.series]  # a source has one colour in all stages
+    lines = [_line(run, prefix + name, name, everywhere.index(name)) for name in names[:MAX_SOURCES]]
     quiet = tuple(replace(line, held_out=None) for line in _present(lines))
     more = f", {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
     return Panel(title=_title(run, "loss by source", runs), unit=f"nats a supervised token{more}", lines=quiet, marks=marks_of(run))
@@ -166,15 +167,23 @@ def _mixture(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
 
         def of_run(run: RunData, among: Sequence[RunData]) -> Panel:
             shares = configured_shares(run)
-            lines = [_line(run, f"mixture/{kind}", kind, i, reference=shares[i]) for i, kind in enumerate(KIND_NAMES)]
+            lines = [_line(run, f"mixture/{kind}", kind, i, reference=shares[i]) for i, kind in enumerate(KIND_NAMES) if _takes_part(run, kind)]
             return Panel(title=_title(run, "realised mixture", among), unit=unit(run), lines=_present(lines), percent=True)
 
         return _per_run(runs, of_run, share=True)
     panels = []
     for i, kind in enumerate(KIND_NAMES):
         lines = [_line(run, f"mixture/{kind}", run.label, j, reference=configured_shares(run)[i]) for j, run in enumerate(runs)]
+        if not any(_takes_part(run, kind) for run in runs):
+            continue
         panels.append(Panel(title=f"Share of {kind}", unit=unit(runs[0]), lines=_present(lines), percent=True))
     return tuple(panel for panel in panels if panel.lines)
+
+
+def _takes_part(run: RunData, kind: str) -> bool:
+    """Whether the kind was asked for or seen: a kind at 0 from the first to the last step has no line."""
+    series = run.series.get(f"mixture/{kind}")
+    return bool(configured_shares(run)[KIND_NAMES.index(kind)]) or (series is not None and bool((series.finite().values > 0).any()))
 
 
 def _simple(
@@ -214,13 +223,23 @@ def _simple(
     return (panel,) if lines else ()
 
 
+def _throughput(run: RunData) -> Series | None:
+    return _without_first(run.series.get("perf/tokens_per_s"))
+
+
+def _without_first(series: Series | None) -> Series | None:
+    if series is None or len(series) < 3:
+        return series
+    return Series(steps=series.steps[1:], values=series.values[1:])
+
+
 def _wait_share(run: RunData) -> Series | None:
     step, wait = run.series.get("time/step_s"), run.series.get("time/data_wait_s")
     if step is None or wait is None:
         return None
     waits = dict(zip(wait.steps.tolist(), wait.values.tolist(), strict=True))
     points = [(s, waits[s] / t) for s, t in zip(step.steps.tolist(), step.values.tolist(), strict=True) if s in waits and t > 0]
-    return _series(points) if points else None
+    return _without_first(_series(points)) if points else None
 
 
 def _series(points: Sequence[tuple[int, float]]) -> Series:

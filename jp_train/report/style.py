@@ -54,13 +54,14 @@ figcaption span{color:var(--muted);white-space:pre-line}
 .fill{height:12px;border-radius:3px;background:var(--accent);opacity:.75}
 .track s{position:absolute;top:-3px;bottom:-3px;width:2px;margin-left:-1px;background:var(--muted)}
 .track s.target,.k.target{background:var(--ink)}.track s.ceiling{background:none;border-left:2px dashed var(--ink)}
+.bar small{margin-top:5px}
 .k{display:inline-block;width:2px;height:.9em;background:var(--muted);margin:0 6px 0 10px;vertical-align:-1px}
 .k.ceiling{background:none;border-left:2px dashed var(--ink)}
 details{margin-top:10px}summary{cursor:pointer;color:var(--accent)}
 pre{background:var(--soft);border-radius:8px;padding:12px;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:10px 0 0}
 footer{margin-top:36px;color:var(--muted);font-size:.82rem;overflow-wrap:anywhere}
 @media(max-width:1000px){.panels{grid-template-columns:repeat(min(var(--columns),2),minmax(0,1fr))}.panels.c3{grid-template-columns:1fr}}
-@media(max-width:680px){main{padding:18px 12px 48px}.panels,.panels.c3{grid-template-columns:1fr}.card{padding:12px}
+@media(max-width:680px){td.nowrap{white-space:normal;min-width:6.5em}main{padding:18px 12px 48px}.panels,.panels.c3{grid-template-columns:1fr}.card{padding:12px}
 .tiles{grid-template-columns:repeat(2,1fr)}.summary td{min-width:172px}.summary th[scope=row]{white-space:normal;max-width:104px;padding-right:10px}
 .evaluation,.evaluation tbody,.evaluation tr,.evaluation th,.evaluation td{display:block;border:0;padding:0}
 .evaluation tr{border-top:1px solid var(--line);padding:8px 0}.evaluation .bar{width:100%}.evaluation td.num{text-align:left;font-size:1.1rem}}

@@ -18,7 +18,8 @@ SUMMARY_SHARE = 0.05
 SUMMARY_MAX_STEPS = 50
 """... and over at most this many."""
 
-ENDED_STATES = ("finished", "stopped_early", "stopped", "failed")
+ENDINGS = ("stop", "stopped_early", "failed")
+"""Events that end a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,16 +125,14 @@ def planned_steps(config: dict[str, Any]) -> int | None:
 
 def run_state(status: dict[str, Any], events: tuple[dict[str, Any], ...]) -> tuple[str, str]:
     """What became of the run, and why: status.json first, else its last stop event. A run that was killed still says `running`."""
-    ends = [event for event in events if event.get("event") in ("stop", "stopped_early", "start", "resume")]
-    last_end = ends[-1] if ends and ends[-1]["event"] in ("stop", "stopped_early") else {}
+    ends = [event for event in events if event.get("event") in (*ENDINGS, "start", "resume")]
+    last_end = ends[-1] if ends and ends[-1]["event"] in ENDINGS else {}
     early = [event for event in ends if event["event"] == "stopped_early"] if last_end else []
     reason = str(status.get("reason") or (early[-1] if early else last_end).get("reason") or "")
     state = str(status.get("state") or "")
-    if state in ("", "running") and early:
-        state = "stopped_early"
-    elif not state:
-        state = "stopped" if last_end else "unknown"
-    return state, reason
+    if state in ("", "running") and last_end:
+        state = "stopped_early" if early else str(last_end.get("state") or ("failed" if last_end["event"] == "failed" else "stopped"))
+    return {"done": "finished", "": "unknown"}.get(state, state), reason
 
 
 def world_size(status: dict[str, Any], events: tuple[dict[str, Any], ...]) -> int | None:
@@ -146,10 +145,8 @@ def world_size(status: dict[str, Any], events: tuple[dict[str, Any], ...]) -> in
 
 
 def steps_done(run: RunData) -> int:
-    """Optimizer steps taken: from status.json where it knows more than the metrics (steps may be logged from 0 or from 1)."""
-    total = run.series.get("loss/total")
-    logged = len(total) if total is not None and int(total.steps[0]) == 0 else run.last_step
-    return max(logged, as_int(run.status.get("step")) or 0)
+    """Optimizer steps taken: `step` of a metrics line counts completed steps; status.json may know of more."""
+    return max(run.last_step, as_int(run.status.get("step")) or 0)
 
 
 def configured_shares(run: RunData) -> tuple[float | None, float | None, float | None]:
@@ -204,10 +201,12 @@ def as_int(value: Any) -> int | None:
 
 
 def parse_time(value: Any) -> datetime | None:
-    """An ISO 8601 time of events.jsonl; a time without a zone is taken as local."""
+    """A time of events.jsonl or status.json: seconds since 1970, or ISO 8601 (without a zone: local time). In local time."""
     try:
-        return datetime.fromisoformat(str(value)).astimezone()
-    except ValueError:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value).astimezone()
+        return datetime.fromisoformat(str(value).replace("Z", "+00:00")).astimezone()
+    except (ValueError, OverflowError, OSError):
         return None
 
 

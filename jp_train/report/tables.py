@@ -10,10 +10,14 @@ from jp_train.report.data import LEDGER_ROWS, EvaluationRow, RunData
 from jp_train.report.summary import LossChange, ShareOfKind, Summary, parse_time
 
 MAX_EVENTS = 200
+OPEN_EVENTS = 24
+"""A longer timeline is folded."""
 STATE_WORDS = {
     "finished": "finished",
     "stopped_early": "stopped early",
     "stopped": "stopped before its last step",
+    "stopped_by_signal": "stopped by a signal, saved",
+    "starting": "starting",
     "failed": "failed",
     "running": "running, or killed while running",
     "unknown": "unknown (no status.json)",
@@ -124,7 +128,7 @@ def _arrow(first: float | None, last: float | None) -> str:
 
 
 def _mixture(summary: Summary) -> str:
-    lines = "".join(_share(share) for share in summary.shares if share.realised is not None or share.configured)
+    lines = "".join(_share(share) for share in summary.shares if share.realised or share.configured)
     return f"{lines}<small>in {esc(summary.ratio_unit)}: realised, configured</small>" if lines else NONE
 
 
@@ -175,14 +179,15 @@ def events_table(run: RunData) -> str:
     rows = []
     for event in events:
         when = parse_time(event.get("time"))
-        rest = ", ".join(f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step"))
+        rest = ", ".join(f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None))
         stamp = f'<time datetime="{esc(when.isoformat())}">{when:%Y-%m-%d %H:%M:%S}</time>' if when else esc(event.get("time", ""))
         name = str(event["event"])
         rows.append(
             f'<tr><td class="num">{esc(event.get("step", ""))}</td><td><span class="event e-{esc(_slug(name))}">{esc(name.replace("_", " "))}</span></td>'
             f'<td class="nowrap">{stamp}</td><td class="wrap">{esc(rest)}</td></tr>'
         )
-    return _table(("step", "event", "time", "detail"), rows, numeric=(0,))
+    table = _table(("step", "event", "time", "detail"), rows, numeric=(0,))
+    return table if len(rows) <= OPEN_EVENTS else f"<details><summary>{len(run.events)} events</summary>{table}</details>"
 
 
 def ledger_tables(run: RunData) -> str:
@@ -194,7 +199,7 @@ def ledger_tables(run: RunData) -> str:
         numeric=(0,),
     )
     rows = [
-        f'<tr><td class="num">{esc(row.get("step", ""))}</td>'
+        f'<tr><td class="num">{esc("index" if row.get("step") is None else row["step"])}</td>'
         + "".join(f'<td class="wrap">{esc(row.get(key, ""))}</td>' for key in ("source", "shard", "key", "reason"))
         + "</tr>"
         for row in ledger.rows

@@ -28,6 +28,10 @@ class VQTraining:
     continuous_steps: int
     """Steps at the start without quantization; then the codebook starts as k-means of the encoder's outputs."""
     commitment: float = 0.25
+    colour_weight: float = 4.0
+    """Extra weight of a fully saturated pixel's error over a grey one's: small coloured shapes on white would else hardly count."""
+    kmeans_pictures: int = 1500
+    """Pictures whose encoder outputs the codebook's k-means sees."""
     codebook_decay: float = 0.98
     """Decay a step of the running means that codebook rows are."""
     restart_every: int = 50
@@ -111,10 +115,18 @@ def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
     return vq.decode(ids).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
+@torch.no_grad()
+def _unit_outputs(vq: JanusVQVAE, pictures: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Unit encoder outputs ``[n, dim]`` of ``count`` random pictures."""
+    rows = torch.randperm(len(pictures), generator=generator)[:count]
+    outputs = [vq.quant_conv(vq.encoder(to_model_range(pictures[part]))) for part in rows.split(32)]
+    return F.normalize(torch.cat(outputs).permute(0, 2, 3, 1).reshape(-1, outputs[0].shape[1]), dim=-1)
+
+
 def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
     """Train a VQ tokenizer on uint8 pictures ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
 
-    The objective is L1 + L2 of the pixels plus the commitment of encoder outputs to their rows; gradients pass the
+    The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their rows; gradients pass the
     quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
 
     Raises:
@@ -137,7 +149,6 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
         optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps)
     )
     progress = Progress("VQ tokenizer", training.steps)
-    recent: list[torch.Tensor] = []
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pictures,), generator=generator)
         pixels = to_model_range(pictures[rows])
@@ -149,7 +160,7 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
         quantized = unit
         if step >= training.continuous_steps:
             if step == training.continuous_steps:
-                codebook.kmeans(torch.cat(recent))
+                codebook.kmeans(_unit_outputs(vq, pictures, training.kmeans_pictures, generator))
             ids = codebook.nearest(flat.detach())
             chosen = codebook.weight[ids].view_as(unit.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             commitment = (unit - chosen).square().sum(1).mean()
@@ -158,20 +169,19 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
             late = step >= training.steps - training.freeze_codebook_last
             if not late and step % training.restart_every == 0:
                 codebook.restart(flat.detach(), training.restart_below)
-        elif step >= training.continuous_steps - 16:
-            recent.append(flat.detach())
         with torch.autocast("cpu", torch.bfloat16, enabled=training.autocast):
             decoded = vq.decoder(vq.post_quant_conv(quantized)).float()
         error = decoded - pixels
-        squared = error.square().mean()
-        loss = error.abs().mean() + squared + training.commitment * commitment
+        chroma = (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)) / 2
+        weight = 1 + training.colour_weight * chroma
+        loss = (weight * (error.abs() + error.square())).mean() + training.commitment * commitment
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if progress.due(step):
-            psnr = 10 * torch.log10(4.0 / squared.detach()).item()
+            psnr = 10 * torch.log10(4.0 / error.detach().square().mean()).item()
             live = int((codebook.counts > training.restart_below).sum())
             progress.show(step, f"PSNR {psnr:.1f} dB, {live}/{config.num_embeddings} codes in use")
     vq.quantize.embedding.weight.data = F.normalize(codebook.weight, dim=-1)

@@ -40,10 +40,10 @@ PAIR_SOURCES = ("pairs-gen-val", "pairs-und-val")
 class ShardSizes:
     """Number of samples of each source; text sources hold what Python's reference yields."""
 
-    digits_gen: int = 4000
-    scenes_gen: int = 6000
-    digits_und: int = 3000
-    scenes_und: int = 6000
+    digits_gen: int = 3000
+    scenes_gen: int = 5000
+    digits_und: int = 2500
+    scenes_und: int = 5000
     val_each: int = 180
     """Samples of each held-out picture source (at most the 360 held-out digits)."""
     samples_per_shard: int = 2000

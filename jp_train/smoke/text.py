@@ -10,8 +10,8 @@ import numpy as np
 
 from jp_train.smoke.seeding import generator
 
-DOCUMENT_CHARACTERS = 700
-"""Documents are runs of whole paragraphs of about this many characters."""
+DOCUMENT_CHARACTERS = 240
+"""Documents are runs of whole sentences of about this many characters, so that they are of a length with the other kinds."""
 MAX_ANSWER_CHARACTERS = 240
 DIALOGUE_QUESTIONS = (
     'What does Python say about "{}"?',
@@ -20,6 +20,7 @@ DIALOGUE_QUESTIONS = (
 )
 
 _RULE = re.compile(r"^[*=~\-^\"]{4,}$", re.MULTILINE)
+_SENTENCE_END = re.compile(r"(?<=[.:;!?]) ")
 _SPACES = re.compile(r"[ \t]*\n[ \t]*")
 
 
@@ -52,7 +53,7 @@ def load_topics() -> tuple[Topic, ...]:
 
 
 def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str], list[str]]:
-    """Return training and held-out documents of about 700 characters, cut at paragraph ends.
+    """Return training and held-out documents of about 240 characters, cut at sentence ends.
 
     Which documents are held out depends on the seed and their position only.
 
@@ -63,22 +64,25 @@ def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str
         raise ValueError(f"held_out_share must be between 0 and 1, got {held_out_share}")
     documents: list[str] = []
     for topic in load_topics():
-        pending: list[str] = []
+        pending = ""
         for paragraph in topic.paragraphs:
-            pending.append(paragraph)
-            if sum(map(len, pending)) >= DOCUMENT_CHARACTERS:
-                documents.append("\n".join(pending))
-                pending = []
-        if pending:
-            documents.append("\n".join(pending))
+            for sentence in _SENTENCE_END.split(paragraph):
+                if pending and len(pending) + len(sentence) > DOCUMENT_CHARACTERS:
+                    documents.append(pending)
+                    pending = ""
+                pending += (" " if pending and not pending.endswith("\n") else "") + sentence
+            pending += "\n"
+        if pending.strip():
+            documents.append(pending)
     held_out = generator(seed, "text", "held-out").random(len(documents)) < held_out_share
+    documents = [d.strip() for d in documents]
     train = [d for d, out in zip(documents, held_out, strict=True) if not out]
     return train, [d for d, out in zip(documents, held_out, strict=True) if out]
 
 
 def _first_sentences(paragraph: str) -> str:
     """Whole sentences of the paragraph up to the answer limit; at least the first, cut if it alone is too long."""
-    sentences = re.split(r"(?<=[.:;]) ", paragraph)
+    sentences = _SENTENCE_END.split(paragraph)
     answer = sentences[0]
     for sentence in sentences[1:]:
         if len(answer) + 1 + len(sentence) > MAX_ANSWER_CHARACTERS:

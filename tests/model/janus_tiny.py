@@ -19,12 +19,8 @@ N_SOURCES = 3
 def tiny_config() -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(hidden_size=24, layers=2, heads=2, mlp_ratio=2.0, image_size=SIDE, patch_size=8),
-        vq=VQConfig(
-            codebook_size=CODES, embed_dim=8, base_channels=32, channel_multiplier=[1, 1, 1, 2], res_blocks=1, latent_channels=32
-        ),
-        language=LanguageConfig(
-            hidden_size=DIM, intermediate_size=48, layers=2, heads=2, vocab_size=VOCAB, max_position_embeddings=256
-        ),
+        vq=VQConfig(codebook_size=CODES, embed_dim=8, base_channels=32, channel_multiplier=[1, 1, 1, 2], res_blocks=1, latent_channels=32),
+        language=LanguageConfig(hidden_size=DIM, intermediate_size=48, layers=2, heads=2, vocab_size=VOCAB, max_position_embeddings=256),
     )
 
 

@@ -1,0 +1,32 @@
+"""`jp-train check`: everything about a run that can be known without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command, add_config, add_json
+
+DETAILS = """\
+Reads the configuration, the hostfile, the tokenizer, the headers of the starting weights, and the shards' indexes as far as they are
+built, and prints the resolved plan of the stage: batch arithmetic, parameters and what learns, sources with samples, tokens and the epochs the stage
+will make over each. Problems are listed first; exit status 2 when there is one."""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "check", "what a configuration would run, and whether it fits together", DETAILS)
+    add_config(parser)
+    parser.add_argument("--hostfile", type=Path, default=None, help="take the world size from this hostfile")
+    parser.add_argument("--config-only", action="store_true", help="do not look at tokenizer, weights and shards (they are on another machine)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.check import check, format_check
+    from jp_train.config import load_config
+
+    found = check(load_config(arguments.config, arguments.overrides), arguments.hostfile, config_only=arguments.config_only)
+    print(json.dumps(found) if arguments.json else format_check(found))
+    return 2 if found["problems"] else 0

@@ -1,0 +1,29 @@
+"""`jp-train export`: weights of a run in a layout that others read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command
+
+DETAILS = """\
+SOURCE: a finished run folder, its export/, a checkpoint folder (checkpoints/step_...), or any folder in transformers' or the released layout.
+`hf` loads with transformers' JanusForConditionalGeneration.from_pretrained; `deepseek` has the tensor names of the released Janus-Pro files
+(load it non-strictly there: the pooling head that nobody uses is left out)."""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "export", "write a run's weights as safetensors, in transformers' or the released layout", DETAILS)
+    parser.add_argument("source", metavar="SOURCE", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; complete or absent")
+    parser.add_argument("--layout", choices=("hf", "deepseek"), default="hf")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.convert import convert
+
+    print(convert(arguments.source, arguments.out, layout=arguments.layout, dtype=arguments.dtype))
+    return 0

@@ -1,0 +1,27 @@
+"""`jp-train import`: a released checkpoint into the layout that stages start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command
+
+DETAILS = """\
+Turns a released deepseek-ai Janus-Pro folder (or any layout that `export` writes) into transformers' format, names and shapes checked.
+Optional: `model.init_from` reads a released folder directly too."""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "import", "turn a released checkpoint into transformers' format", DETAILS)
+    parser.add_argument("source", metavar="IN", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.convert import convert
+
+    print(convert(arguments.source, arguments.out, layout="hf", dtype=arguments.dtype))
+    return 0

@@ -1,0 +1,310 @@
+"""The index of the sources: where every field of every sample lies, and how many tokens the sample has.
+
+It is kept in sidecars beside the shards (sidecar.py) and built, in parallel processes, where they are missing or stale. Pictures
+are not decoded here: an undecodable one is found when it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from jp_train.config.schema import Crop, RunConfig, SourceConfig
+from jp_train.data.encode import Encoder
+from jp_train.data.processes import signals_deferred, worker_context
+from jp_train.data.samples import IMAGE_EXTENSIONS, parse_sample, wanted_fields
+from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
+from jp_train.data.sidecar import FORMAT, ShardTokens, load_members, load_tokens, store_members, store_tokens
+from jp_train.data.tokenizer import Tokenizer
+from jp_train.errors import DataError, SkipSample
+from jp_train.types import Kind, RawSample, SourceInfo, TextSample
+
+SMALL_BYTES = 64 << 20
+"""Less stale data than this is indexed without starting processes."""
+
+_NAMED_BAD = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadSample:
+    """A sample (or file) that the index leaves out, and why."""
+
+    info: SourceInfo
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexProgress:
+    """What a progress callback gets, after each shard: counts of shards, samples and bytes done, of all that were stale."""
+
+    shards_done: int
+    shards: int
+    samples: int
+    bytes_done: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceLocator:
+    """What a loader worker needs to find the samples of a source: no per-sample array, so it is cheap to send to a process."""
+
+    name: str
+    kind: Kind
+    config: SourceConfig
+    fingerprint: str
+    shards: tuple[Shard, ...]
+    samples_before: np.ndarray
+    """int64 [shards + 1]: usable samples before each shard."""
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Shard number, and number among the shard's usable samples. Raises DataError when the source has no such sample."""
+        if not 0 <= sample < self.samples_before[-1]:
+            raise DataError(
+                f"source {self.name!r} has {int(self.samples_before[-1])} samples, the plan asks for number {sample}: another index"
+            )
+        shard = int(np.searchsorted(self.samples_before, sample, side="right")) - 1
+        return shard, sample - int(self.samples_before[shard])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceIndex:
+    """The index of one source, over its shards in order: token counts int32 [N] of its N usable samples, and the bad ones."""
+
+    locator: SourceLocator
+    tokens: np.ndarray
+    short_tokens: np.ndarray
+    dropped_tokens: np.ndarray
+    dialogues: int
+    bad: tuple[BadSample, ...]
+
+    @property
+    def name(self) -> str:
+        return self.locator.name
+
+    @property
+    def kind(self) -> Kind:
+        return self.locator.kind
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return self.locator.shards
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def index_sources(
+    cfg: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    processes: int = 1,
+    progress: Callable[[IndexProgress], None] | None = None,
+    sources: Mapping[str, SourceConfig] | None = None,
+) -> list[SourceIndex]:
+    """The index of every source (default: `cfg.data.sources`), in order; missing or stale sidecars are built first, by
+    `processes`.
+
+    Raises:
+        DataError: for missing, corrupt or empty shards, or a source without a usable sample.
+        ConfigError: for shards that cannot be named so.
+    """
+    sources = cfg.data.sources if sources is None else sources
+    encoder = Encoder(cfg, tokenizer)
+    reader = ShardReader(cfg.data.io_retries)
+    shards = {name: [reader.stat(path) for path in expand_shards(source.shards, cfg.data.root)] for name, source in sources.items()}
+    prints = {name: source_fingerprint(encoder, source) for name, source in sources.items()}
+    stale = [
+        _Task(name=name, source=source, shard=shard, fingerprint=prints[name])
+        for name, source in sources.items()
+        for shard in shards[name]
+        if load_tokens(shard, prints[name]) is None or load_members(shard) is None
+    ]
+    _build(stale, cfg, tokenizer, encoder, reader, processes, progress)
+    reader.close()
+    return [_assemble(name, source, shards[name], prints[name]) for name, source in sources.items()]
+
+
+def index_shard(
+    shard: Shard, *, name: str, source: SourceConfig, fingerprint: str, encoder: Encoder, reader: ShardReader, crop: Crop
+) -> ShardTokens:
+    """Build and write both sidecars of one shard; returns the tokens one. Raises DataError for a corrupt tar or failed reads."""
+    members = load_members(shard)
+    if members is None:
+        members = scan_members(shard, reader)
+        store_members(shard, members)
+    kind = Kind(source.kind.value)
+    good: list[int] = []
+    counts: list[tuple[int, int, int, int]] = []
+    bad = list(members.ignored)
+    dialogues = 0
+    for number, key in enumerate(members.keys):
+        raw = read_fields(shard, members, number, kind, crop, reader, name, pictures=False)
+        try:
+            sample = parse_sample(raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
+            count = encoder.token_counts(sample)
+        except SkipSample as reason:
+            bad.append((key, str(reason)))
+            continue
+        good.append(number)
+        counts.append((count.tokens, count.short_tokens, count.dropped_tokens, count.short_dropped_tokens))
+        dialogues += isinstance(sample, TextSample) and bool(sample.turns)
+    table = np.array(counts, np.int32).reshape(-1, 4)
+    tokens = ShardTokens(
+        sample=np.array(good, np.int32),
+        tokens=table[:, 0],
+        short_tokens=table[:, 1],
+        dropped_tokens=table[:, 2],
+        short_dropped_tokens=table[:, 3],
+        dialogues=dialogues,
+        bad=tuple(bad),
+    )
+    store_tokens(shard, fingerprint, tokens)
+    return tokens
+
+
+def source_fingerprint(encoder: Encoder, source: SourceConfig) -> str:
+    """Hex digest of all that decides the token counts of a source's shards besides their bytes."""
+    parts = [str(FORMAT), encoder.fingerprint, source.kind.value, source.class_prompt.value, source.class_template]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def read_fields(
+    shard: Shard,
+    members: ShardMembers,
+    number: int,
+    kind: Kind,
+    crop: Crop,
+    reader: ShardReader,
+    source: str,
+    *,
+    pictures: bool = True,
+) -> RawSample:
+    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty bytes)."""
+    first, last = int(members.member_start[number]), int(members.member_start[number + 1])
+    where = {members.extensions[members.extension[member]]: member for member in range(first, last)}
+    fields = {}
+    for extension in wanted_fields(kind, where, crop):
+        member = where[extension]
+        skip = not pictures and extension in IMAGE_EXTENSIONS
+        fields[extension] = b"" if skip else reader.read(shard, int(members.offset[member]), int(members.size[member]))
+    return RawSample(info=SourceInfo(source=source, shard=shard.path, key=members.keys[number]), fields=fields)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    name: str
+    source: SourceConfig
+    shard: Shard
+    fingerprint: str
+
+
+def _build(
+    tasks: Sequence[_Task],
+    cfg: RunConfig,
+    tokenizer: Tokenizer,
+    encoder: Encoder,
+    reader: ShardReader,
+    processes: int,
+    progress: Callable[[IndexProgress], None] | None,
+) -> None:
+    total = sum(task.shard.size for task in tasks)
+    done = samples = bytes_done = 0
+
+    def report(task: _Task, count: int) -> None:
+        nonlocal done, samples, bytes_done
+        done, samples, bytes_done = done + 1, samples + count, bytes_done + task.shard.size
+        if progress is not None:
+            progress(IndexProgress(shards_done=done, shards=len(tasks), samples=samples, bytes_done=bytes_done, bytes=total))
+
+    if processes <= 1 or len(tasks) < 2 or total < SMALL_BYTES:
+        for task in tasks:
+            report(task, _run(task, cfg, encoder, reader))
+        return
+    with signals_deferred():
+        pool = ProcessPoolExecutor(
+            min(processes, len(tasks)), mp_context=worker_context(), initializer=_start_worker, initargs=(cfg, tokenizer)
+        )
+        pending = {pool.submit(_run_in_worker, task): task for task in sorted(tasks, key=lambda task: -task.shard.size)}
+    try:
+        while pending:
+            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                task = pending.pop(future)
+                try:
+                    report(task, future.result())
+                except BrokenProcessPool as error:
+                    raise DataError(
+                        f"an indexing process died near shard {task.shard.path} (out of memory?); try fewer processes, or 1 to "
+                        f"see the cause"
+                    ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run(task: _Task, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> int:
+    tokens = index_shard(
+        task.shard,
+        name=task.name,
+        source=task.source,
+        fingerprint=task.fingerprint,
+        encoder=encoder,
+        reader=reader,
+        crop=cfg.data.crop,
+    )
+    return len(tokens)
+
+
+_worker: tuple[RunConfig, Encoder, ShardReader] | None = None
+
+
+def _start_worker(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    global _worker
+    _worker = (cfg, Encoder(cfg, tokenizer), ShardReader(cfg.data.io_retries))
+
+
+def _run_in_worker(task: _Task) -> int:
+    assert _worker is not None
+    return _run(task, *_worker)
+
+
+def _assemble(name: str, source: SourceConfig, shards: Sequence[Shard], fingerprint: str) -> SourceIndex:
+    parts: list[ShardTokens] = []
+    bad: list[BadSample] = []
+    for shard in shards:
+        part = load_tokens(shard, fingerprint)
+        if part is None:
+            raise DataError(
+                f"source {name!r}: the index of {shard.path} vanished while it was read, or the shard is being rewritten; start again"
+            )
+        parts.append(part)
+        bad += [BadSample(info=SourceInfo(source=name, shard=shard.path, key=key), reason=reason) for key, reason in part.bad]
+    lengths = [len(part) for part in parts]
+    if not sum(lengths):
+        examples = "; ".join(f"{sample.info.key}: {sample.reason}" for sample in bad[:_NAMED_BAD])
+        found = f"all {len(bad)} are bad, e.g. {examples}" if bad else "the shards are empty"
+        raise DataError(f"source {name!r} ({source.shards}) has no usable {source.kind.value} sample: {found}")
+
+    def joined(field: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field) for part in parts]).astype(np.int32)
+
+    locator = SourceLocator(
+        name=name,
+        kind=Kind(source.kind.value),
+        config=source,
+        fingerprint=fingerprint,
+        shards=tuple(shards),
+        samples_before=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
+    return SourceIndex(
+        locator=locator,
+        tokens=joined("tokens"),
+        short_tokens=joined("short_tokens"),
+        dropped_tokens=joined("dropped_tokens"),
+        dialogues=sum(part.dialogues for part in parts),
+        bad=tuple(bad),
+    )

@@ -1,0 +1,150 @@
+"""The ledger of bad samples: every document that was skipped is named in `ledger.jsonl`, and bounded by a budget.
+
+Past the budget, or after too many bad samples of one source on end, the run stops with the cause instead of training on what is
+left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jp_train.config.schema import RunConfig
+from jp_train.data.index import SourceIndex
+from jp_train.errors import DataError
+from jp_train.types import SkippedDocument
+
+LEDGER_FILE = "ledger.jsonl"
+
+
+class Ledger:
+    """Counts used and skipped documents per source, and writes one JSON line per skipped one.
+
+    Give every rank the same gathered lists, so that all stop together; only the one with `write` touches the file.
+    """
+
+    def __init__(self, run_dir: str | Path, cfg: RunConfig, *, write: bool = True) -> None:
+        self._path = Path(run_dir) / LEDGER_FILE
+        self._data = cfg.data
+        self._write = write
+        self._used: dict[str, int] = {}
+        self._skipped: dict[str, int] = {}
+        self._consecutive: dict[str, int] = {}
+
+    def record(self, skipped: Sequence[SkippedDocument], used_per_source: Mapping[str, int], step: int) -> None:
+        """Take in one step: append its skipped documents, add the used ones, then check the limits.
+
+        The consecutive limit counts in whole steps: a step in which a source gave any good document starts its count anew.
+
+        Raises:
+            DataError: when a source is past `data.skip_budget` (and `data.skip_minimum`) or `data.skip_consecutive`.
+        """
+        self._append(
+            {
+                "step": step,
+                "source": bad.info.source,
+                "shard": bad.info.shard,
+                "key": bad.info.key,
+                "reason": bad.reason,
+                "document": asdict(bad.ref),
+            }
+            for bad in skipped
+        )
+        for name, count in used_per_source.items():
+            self._used[name] = self._used.get(name, 0) + count
+        last: dict[str, SkippedDocument] = {}
+        in_step: dict[str, int] = {}
+        for bad in skipped:
+            name = bad.info.source
+            last[name] = bad
+            in_step[name] = in_step.get(name, 0) + 1
+        for name, count in used_per_source.items():
+            if count:
+                self._consecutive[name] = 0
+        for name, count in in_step.items():
+            self._skipped[name] = self._skipped.get(name, 0) + count
+            if not used_per_source.get(name):
+                self._consecutive[name] = self._consecutive.get(name, 0) + count
+        for name, bad in last.items():
+            self._check(name, bad, step)
+
+    def record_index(self, indexes: Sequence[SourceIndex]) -> int:
+        """Name the samples that the indexes leave out, each once however often the run starts. Returns how many there are.
+
+        They are not part of the plan, so they do not count against the budget.
+        """
+        bad = [sample for index in indexes for sample in index.bad]
+        if bad and self._write:
+            known = self._named_at_index()
+            self._append(
+                {
+                    "step": None,
+                    "source": sample.info.source,
+                    "shard": sample.info.shard,
+                    "key": sample.info.key,
+                    "reason": sample.reason,
+                }
+                for sample in bad
+                if (sample.info.source, sample.info.shard, sample.info.key) not in known
+            )
+        return len(bad)
+
+    @property
+    def skipped(self) -> int:
+        """Documents skipped so far, over all sources."""
+        return sum(self._skipped.values())
+
+    def state(self) -> dict[str, Any]:
+        """The counts, JSON-able, for a checkpoint."""
+        return {"used": dict(self._used), "skipped": dict(self._skipped), "consecutive": dict(self._consecutive)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue with the counts of `state`."""
+        self._used, self._skipped = dict(state["used"]), dict(state["skipped"])
+        self._consecutive = dict(state["consecutive"])
+
+    def _check(self, name: str, bad: SkippedDocument, step: int) -> None:
+        skipped, used = self._skipped[name], self._used.get(name, 0)
+        allowed = max(self._data.skip_minimum, self._data.skip_budget * (used + skipped))
+        example = f"the last one: shard {bad.info.shard}, key {bad.info.key!r}: {bad.reason}. All are named in {self._path}"
+        if skipped > allowed:
+            raise DataError(
+                f"source {name!r}: {skipped} bad samples of {used + skipped} by step {step} exceed the budget of {allowed:g} "
+                f"(data.skip_budget {self._data.skip_budget:g}, data.skip_minimum {self._data.skip_minimum}); {example}; repair "
+                f"or take out the "
+                "shards, or raise the budget"
+            )
+        if self._consecutive.get(name, 0) >= self._data.skip_consecutive:
+            raise DataError(
+                f"source {name!r}: {self._consecutive[name]} bad samples on end by step {step} (data.skip_consecutive "
+                f"{self._data.skip_consecutive}): its shards or a decoder are broken; {example}"
+            )
+
+    def _append(self, entries: Iterable[dict[str, Any]]) -> None:
+        if not self._write:
+            return
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        if not lines:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _named_at_index(self) -> set[tuple[str, str, str]]:
+        if not self._path.exists():
+            return set()
+        named = set()
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that a crash cut short
+            if entry.get("step") is None:
+                named.add((entry.get("source"), entry.get("shard"), entry.get("key")))
+        return named

@@ -1,0 +1,374 @@
+"""The order of the data: every row of every step, as a pure function of the recipe, the documents' lengths, the seed and the row number.
+
+    source order (sequence.py)  ->  mixture (mixture.py)  ->  pool of pending documents  ->  packing (packing.py)  ->  RowSpecs
+
+The plan is a fold: its state before a step is one integer per source, the mixture's deficits and references to the documents in the pool;
+a few kilobytes for a whole cluster. No rank, worker or run history enters it, and no sample is read. `Plan.rows_at` reaches any step
+from the nearest snapshot of that state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from jp_train.config.schema import Mix, OverLong, RatioUnit
+from jp_train.data.mixture import CarrySchedule, Mixture, SampledSchedule
+from jp_train.data.packing import Layout, pack_samples, pack_tokens
+from jp_train.data.sequence import DocumentRules, Pending, PlanSource, SourceSequence
+from jp_train.errors import ConfigError, DataError
+from jp_train.types import KINDS, DocumentRef, RowSpec
+
+__all__ = ["Plan", "PlanSource"]
+
+STATE_VERSION = 1
+
+
+class Plan:
+    """The rows of a stage, step after step.
+
+    Arguments mirror the config: `mixture` are the shares in KINDS order; `ratio_unit`, `mix`, `over_long` are the schema's enums or
+    their values; `samples_per_row` is None where the batch counts packed rows; `training_steps` (None: endless) bounds the steps for
+    which every kind must have a source. Attributes: `step`, the number of the step that `next_step` will return; `sources`; `unused`,
+    the names of the sources that are never drawn, with the reason.
+
+    Raises:
+        ConfigError: if a number is out of range, two sources share a name, a kind with a share has no source at some step, or
+            `samples_per_row` documents cannot fit a row.
+        DataError: if a source in use is empty, or none of its samples can be used.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PlanSource],
+        *,
+        seed: int,
+        rows_per_step: int,
+        seq_len: int,
+        pool_size: int,
+        mixture: Sequence[float],
+        ratio_unit: RatioUnit | str = RatioUnit.samples,
+        mix: Mix | str = Mix.carry,
+        samples_per_row: int | None = None,
+        pad_dropout: float = 0.0,
+        first_sentence: float = 0.0,
+        over_long: OverLong | str = OverLong.truncate,
+        snapshot_steps: int = 1000,
+        training_steps: int | None = None,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.seed, self.rows_per_step, self.seq_len, self.samples_per_row = seed, rows_per_step, seq_len, samples_per_row
+        self.pool_size, self.snapshot_steps = pool_size, snapshot_steps
+        self.ratio_unit, self.mix, self.over_long = RatioUnit(ratio_unit), Mix(mix), OverLong(over_long)
+        self.pad_dropout, self.first_sentence = pad_dropout, first_sentence
+        self._check_numbers()
+        self.mixture = Mixture(self.sources, mixture, training_steps)
+        self.unused = self.mixture.unused
+        self._rules = self._make_rules()
+        sequences = self._sequences()
+        for sequence in sequences.values():
+            sequence.check_usable()
+        by_tokens = self.ratio_unit is RatioUnit.tokens
+        self._mean_costs = {
+            index: Fraction(*sequence.mean_length()) if by_tokens else Fraction(1) for index, sequence in sequences.items()
+        }
+        self._recipe: dict[str, Any] | None = None
+        self._fold = _Fold(self)
+        self._replay: _Fold | None = None
+        self._snapshots: dict[int, dict[str, Any]] = {0: self._fold.state()}
+
+    def _check_numbers(self) -> None:
+        at_least = {"rows_per_step": 1, "seq_len": 4, "pool_size": self.samples_per_row or 1, "snapshot_steps": 1}
+        if self.samples_per_row is not None:
+            at_least["samples_per_row"] = 1
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"the plan needs {name} >= {least}, got {getattr(self, name)}")
+        for name in ("pad_dropout", "first_sentence"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} is a probability, expected 0 to 1, got {getattr(self, name)}")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"data.sources must have different names, got {', '.join(sorted(names))}")
+
+    def _make_rules(self) -> DocumentRules:
+        """The length limit of a document: a row, less what the row's other documents need at least where their number is fixed."""
+        limit, cut_texts = self.seq_len, self.samples_per_row is None
+        used = [source for source in self.sources if source.name not in self.unused]
+        for source in used:
+            source.check()
+        if self.samples_per_row is not None:
+            shortest, name = min((source.shortest(), source.name) for source in used)
+            limit = self.seq_len - (self.samples_per_row - 1) * shortest
+            if limit < shortest:
+                raise ConfigError(
+                    f"stage.samples_per_row is {self.samples_per_row}, but a row of data.seq_len {self.seq_len} tokens cannot hold that many "
+                    f"documents: the shortest, of source {name!r}, has {shortest}. "
+                    f"Set samples_per_row <= {max(1, self.seq_len // shortest)} or seq_len >= {self.samples_per_row * shortest}"
+                )
+        return DocumentRules(
+            seed=self.seed,
+            limit=limit,
+            cut_texts=cut_texts,
+            drop=self.over_long is OverLong.drop,
+            first_sentence=self.first_sentence,
+            pad_dropout=self.pad_dropout,
+        )
+
+    def _sequences(self) -> dict[int, SourceSequence]:
+        return {
+            index: SourceSequence(source, index, self._rules)
+            for index, source in enumerate(self.sources)
+            if source.name not in self.unused
+        }
+
+    @property
+    def step(self) -> int:
+        """The number of the step that `next_step` returns next."""
+        return self._fold.step
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Documents passed over so far by `over_long`, per source in use, including those looked at for the pool."""
+        return {self.sources[index].name: sequence.dropped for index, sequence in self._fold.sequences.items()}
+
+    def next_step(self) -> list[RowSpec]:
+        """The `rows_per_step` rows of step `step`, and go on to the next.
+
+        Raises:
+            ConfigError: if no `samples_per_row` documents of the pool fit a row, or a kind runs out of sources (`training_steps` not given).
+        """
+        rows = self._fold.advance()
+        if self._fold.step % self.snapshot_steps == 0:
+            self._snapshots[self._fold.step] = self._fold.state()
+        return rows
+
+    def rows_at(self, step: int) -> list[RowSpec]:
+        """The rows of any step, before or after the current one, by a fold from the nearest snapshot at or before it.
+
+        The running state is not disturbed. Costs one step's planning for each step between (consecutive calls go on from each other).
+        """
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
+        nearest = max(start for start in self._snapshots if start <= step)
+        fold = self._replay
+        if fold is None or not nearest <= fold.step <= step:
+            fold = _Fold(self)
+            fold.restore(self._snapshots[nearest])
+        self._replay = None  # so that an error on the way leaves no half-advanced fold behind
+        while fold.step < step:
+            fold.advance(make_rows=False)
+            if fold.step % self.snapshot_steps == 0:
+                self._snapshots.setdefault(fold.step, fold.state())
+        rows = fold.advance()
+        self._replay = fold
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to continue at step `step`, JSON-able, a few kilobytes: what a checkpoint stores."""
+        return {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe(), **self._fold.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a `state()` of the same recipe, lengths and seed. Costs the same at any step.
+
+        Raises:
+            DataError: if the state belongs to another plan; the message names what differs.
+        """
+        self.add_snapshot(state)
+        self._fold.restore(state)
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The states kept so far, in order of step: every `snapshot_steps`, the start, and those added; each as `state()`."""
+        header = {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe()}
+        return [{**header, **self._snapshots[step]} for step in sorted(self._snapshots)]
+
+    def add_snapshot(self, state: dict[str, Any]) -> None:
+        """Let `rows_at` start from `state` (of a checkpoint, or of another process's `snapshots`).
+
+        Raises:
+            DataError: as `restore`.
+        """
+        self._check_state(state)
+        self._snapshots[state["step"]] = {
+            key: state[key] for key in ("step", "phase", "positions", "dropped", "schedule", "pool", "cut")
+        }
+
+    def recipe(self) -> dict[str, Any]:
+        """What the rows depend on, JSON-able: the settings, and per source its settings and the fingerprint of its lengths."""
+        if self._recipe is None:
+            settings = {
+                "seed": self.seed,
+                "rows_per_step": self.rows_per_step,
+                "seq_len": self.seq_len,
+                "pool_size": self.pool_size,
+                "mixture": ":".join(str(share) for share in self.mixture.shares),
+                "ratio_unit": self.ratio_unit.value,
+                "mix": self.mix.value,
+                "samples_per_row": self.samples_per_row,
+                "pad_dropout": self.pad_dropout,
+                "first_sentence": self.first_sentence,
+                "over_long": self.over_long.value,
+                "sources": " ".join(source.name for source in self.sources),
+            }
+            for source in self.sources:
+                if source.name not in self.unused:
+                    settings[f"sources.{source.name}"] = (
+                        f"{source.kind.value}, weight {float(source.weight)!r}, steps {source.from_step} to {source.to_step}, "
+                        f"{'cuttable, ' if source.cuttable else ''}{len(source.tokens)} samples, lengths {source.fingerprint()}"
+                    )
+            self._recipe = settings
+        return dict(self._recipe)
+
+    def fingerprint(self) -> str:
+        """32 hex digits of `recipe()`: equal fingerprints, equal rows."""
+        return hashlib.blake2b(json.dumps(self.recipe(), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise DataError(
+                f"the plan state has version {state.get('version')!r}, this program reads {STATE_VERSION}: use the version that wrote it"
+            )
+        if state["fingerprint"] == self.fingerprint():
+            return
+        theirs, ours = state["recipe"], self.recipe()
+        differences = [
+            f"{key}: the state has {theirs.get(key, 'none')}, this run has {ours.get(key, 'none')}"
+            for key in sorted({**theirs, **ours})
+            if theirs.get(key) != ours.get(key)
+        ]
+        raise DataError(
+            f"the plan state of step {state['step']} belongs to other data; its rows would not continue. "
+            + "; ".join(differences)
+            + ". Restore these, or start a new run with model.init_from (weights only)"
+        )
+
+
+class _Fold:
+    """The running state of a plan: everything that changes from step to step."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.step = 0
+        self.sequences = plan._sequences()
+        self._draw = {index: sequence.draw for index, sequence in self.sequences.items()}
+        self._cost = (lambda pending: pending.length) if plan.ratio_unit is RatioUnit.tokens else None
+        if plan.mix is Mix.carry:
+            self._schedule: CarrySchedule | SampledSchedule = CarrySchedule(plan.mixture)
+        else:
+            self._schedule = SampledSchedule(plan.mixture, plan.seed, plan._mean_costs)
+        self._phase = 0
+        self._pool: list[Pending] = []  # oldest first, after the tail of a cut text, if there is one
+        self._lengths: list[int] = []  # of the pool, what is still to be placed
+        self._cuttable: list[bool] = []
+        self._cut = 0  # tokens of pool[0] that earlier rows hold; 0 if it is whole
+
+    def advance(self, *, make_rows: bool = True) -> list[RowSpec]:
+        """Plan one step; its rows, or nothing if `make_rows` is False."""
+        self._enter_phase()
+        rows = []
+        for row in range(self._plan.rows_per_step):
+            missing = self._plan.pool_size - len(self._pool)
+            if missing > 0:
+                self._admit(self._schedule.deal(missing, self._draw, self._cost))
+            documents = self._take(self._layout())
+            if make_rows:
+                rows.append(RowSpec(step=self.step, row=row, documents=documents))
+        self.step += 1
+        return rows
+
+    def _enter_phase(self) -> None:
+        """At a step where sources join or leave: documents of a source that left are taken out of the pool (a text already begun is not)."""
+        phase = self._plan.mixture.phase_index(self.step)
+        if phase == self._phase:
+            return
+        self._plan.mixture.check_phase(phase)
+        self._phase = phase
+        active = {source for members in self._plan.mixture.phases[phase].members for source in members}
+        staying, cut = [], self._cut
+        for position, pending in enumerate(self._pool):
+            if pending.ref.source in active or (position == 0 and cut):
+                staying.append(pending)
+            else:
+                kind = KINDS.index(self._plan.sources[pending.ref.source].kind)
+                self._schedule.refund(kind, self._cost(pending) if self._cost else 1)
+        self._pool, self._lengths, self._cuttable = [], [], []
+        self._admit(staying)
+        if cut:
+            self._lengths[0] -= cut
+        self._schedule.enter(phase)
+
+    def _admit(self, documents: Sequence[Pending]) -> None:
+        sources, may_cut = self._plan.sources, self._plan.samples_per_row is None
+        self._pool += documents
+        self._lengths += [pending.length for pending in documents]
+        self._cuttable += [may_cut and sources[pending.ref.source].cuttable for pending in documents]
+
+    def _layout(self) -> Layout:
+        plan = self._plan
+        if plan.samples_per_row is None:
+            return pack_tokens(self._lengths, self._cuttable, plan.seq_len, tail=self._cut > 0)
+        layout = pack_samples(self._lengths, plan.seq_len, plan.samples_per_row)
+        if layout is None:
+            raise ConfigError(
+                f"step {self.step}: no {plan.samples_per_row} of the {len(self._lengths)} pending documents fit a row of data.seq_len "
+                f"{plan.seq_len} tokens; their lengths: {sorted(self._lengths)}. "
+                "Lower stage.samples_per_row, raise data.seq_len, or raise data.pool_size"
+            )
+        return layout
+
+    def _take(self, layout: Layout) -> tuple[DocumentRef, ...]:
+        """Remove a row's documents from the pool; the tail of a cut text goes to its front."""
+        pool, lengths, cuttable = self._pool, self._lengths, self._cuttable
+        documents = [pool[position].ref for position in layout.whole]
+        cut_before, self._cut = self._cut, 0
+        if cut_before and layout.whole:
+            documents[0] = replace(documents[0], start=cut_before, length=lengths[0])
+        tail = None
+        if layout.cut >= 0:
+            tail = pool[layout.cut]
+            start = cut_before if layout.cut == 0 else 0
+            documents.append(replace(tail.ref, start=start, length=layout.cut_length))
+            self._cut = start + layout.cut_length
+        removed = layout.whole if tail is None else sorted((*layout.whole, layout.cut))
+        for position in reversed(removed):
+            del pool[position], lengths[position], cuttable[position]
+        if tail is not None:
+            pool.insert(0, tail)
+            lengths.insert(0, tail.length - self._cut)
+            cuttable.insert(0, True)
+        return tuple(documents)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; lists are indexed as the recipe's sources (-1 position for one that is not in use)."""
+        indices = range(len(self._plan.sources))
+        return {
+            "step": self.step,
+            "phase": self._phase,
+            "positions": [self.sequences[index].position if index in self.sequences else -1 for index in indices],
+            "dropped": [self.sequences[index].dropped if index in self.sequences else 0 for index in indices],
+            "schedule": self._schedule.state(),
+            "pool": [[pending.ref.source, pending.number] for pending in self._pool],
+            "cut": self._cut,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        self.step, self._phase, self._cut = state["step"], state["phase"], state["cut"]
+        for index, sequence in self.sequences.items():
+            sequence.restore(state["positions"][index], state["dropped"][index])
+        self._schedule.enter(self._phase)
+        self._schedule.restore(state["schedule"])
+        self._pool, self._lengths, self._cuttable = [], [], []
+        found: dict[tuple[int, int], Pending] = {}
+        for source in {source for source, _ in state["pool"]}:
+            numbers = np.array([number for owner, number in state["pool"] if owner == source])
+            found.update({(source, pending.number): pending for pending in self.sequences[source].documents(numbers)})
+        self._admit([found[source, number] for source, number in state["pool"]])
+        if self._cut:
+            self._lengths[0] -= self._cut

@@ -1,0 +1,160 @@
+"""From a configuration to a training engine: the process group, the partitioned model with its weights, the DeepSpeed engine.
+
+The order matters under ZeRO-3 and is spelt out in `build_engine`: construct partitioned, load weights group by group from rank 0, set what is
+trainable, only then initialise the engine (DEEPSPEED.md section 2).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from jp_train.config import BatchPlan, RunConfig
+from jp_train.engine.config import deepspeed_config
+from jp_train.engine.cpu_operator import skip_shared_memory_operator
+from jp_train.engine.cpu_operator import skip_shared_memory_operator
+from jp_train.engine.guard import SequenceGuard
+from jp_train.engine.optim import ParameterGroups, parameter_groups
+from jp_train.errors import ConfigError, JpTrainError
+from jp_train.model import freeze, pretrained
+from jp_train.model.janus_pro import JanusPro
+from jp_train.model.vq import VQTokenizer
+
+T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the data-parallel ranks, as plain numbers, and its device."""
+
+    dp_rank: int
+    dp_world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes the run folder."""
+        return self.dp_rank == 0
+
+
+def init_process_group(cfg: RunConfig) -> Ranks:
+    """Join the process group that the environment describes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: the deepspeed launcher sets
+    them); without them this is one rank of one. A collective that waits longer than `engine.collective_timeout_s` fails.
+
+    Raises ConfigError when there are more local ranks than devices.
+    """
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if has_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; "
+                "give the host as many slots in the hostfile as it has GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+
+    import deepspeed
+
+    quiet_deepspeed()
+    skip_shared_memory_operator()
+    timeout = timedelta(seconds=cfg.engine.collective_timeout_s)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def leave_process_group() -> None:
+    """Close the process group, so that interpreter shutdown has no open connections to trip over."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0, then on the others (which find what rank 0 built). Rank 0's JpTrainError is raised on every rank. Collective."""
+    result: T | None = None
+    box: list[JpTrainError | None] = [None]
+    if ranks.is_main:
+        try:
+            result = action()
+        except JpTrainError as error:
+            box[0] = error
+    if ranks.dp_world_size > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise box[0]
+    return result if ranks.is_main else action()  # type: ignore[return-value]
+
+
+def quiet_deepspeed() -> None:
+    """DeepSpeed logs its whole configuration at INFO; warnings and errors stay."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the loop trains with. `deepspeed` is the DeepSpeedEngine around `model`; `vq` encodes pictures and is never trained."""
+
+    deepspeed: Any
+    model: JanusPro
+    vq: VQTokenizer
+    groups: ParameterGroups
+    guard: SequenceGuard
+    freeze_report: freeze.FreezeReport
+    weights: str
+    """One line: where the weights came from."""
+
+
+def build_engine(cfg: RunConfig, plan: BatchPlan, ranks: Ranks, *, n_sources: int, image_token_id: int) -> Engine:
+    """The engine at step 0: partitioned model with the stage's input weights, frozen as `stage.trainable` says. Collective.
+
+    No rank ever holds the whole model: modules are partitioned as they are constructed, and rank 0 fills them a group of tensors at a time.
+    Raises ConfigError (weights that do not fit, unknown module names).
+    """
+    import deepspeed
+
+    ds_config = deepspeed_config(cfg, plan)
+    # the VQ tokenizer stays outside zero.Init: it is replicated (72M parameters), and ZeRO would have to gather it for every picture
+    vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = JanusPro(cfg.model, cfg.loss, n_sources, cfg.engine.activation_checkpointing, image_token_id)
+    weights = pretrained.prepare_weights(model, vq, cfg.model, seed=cfg.seed, gather=gather_for_writing, is_writer=ranks.is_main)
+    vq.to(ranks.device)
+    report = freeze.set_trainable(model, cfg.stage.trainable)  # before initialize: frozen parameters get no master copy and no moments
+    groups = parameter_groups(model.named_parameters(), cfg.optimizer, freeze.module_of)
+    guard = SequenceGuard(model, ranks.dp_rank)  # before DeepSpeed's own hooks, so that it knows the module whose gather is waited for
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups.groups, config=ds_config, dist_init_required=False)
+    return Engine(deepspeed=engine, model=model, vq=vq, groups=groups, guard=guard, freeze_report=report, weights=weights)
+
+
+def gather_for_writing(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    """The whole of these parameters on every rank inside the block; what rank 0 wrote is everybody's afterwards. Collective."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
+def gather_for_reading(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    """The whole of these parameters on every rank inside the block, not to be changed. Collective."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

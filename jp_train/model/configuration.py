@@ -1,0 +1,155 @@
+"""jp_train's model configuration as transformers' configuration, and back from the config.json of a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+from jp_train.config.schema import LanguageConfig, ModelConfig, VisionConfig, VQConfig
+from jp_train.errors import CheckpointError, ConfigError
+
+
+def build_config(
+    model: ModelConfig, image_token_id: int, *, bos_token_id: int | None = None, eos_token_id: int | None = None
+) -> JanusConfig:
+    """transformers' configuration of a jp_train model.
+
+    ``tie_word_embeddings`` is False at both levels (JanusConfig defaults to True and would really tie the text head), the
+    language model has no padding row (Janus trains the pad token's embedding), and GELU is the exact erf form.
+
+    Raises:
+        ConfigError: if sizes do not fit each other.
+    """
+    vision, vq, language = model.vision, model.vq, model.language
+    stride = 2 ** (len(vq.channel_multiplier) - 1)
+    if vision.image_size % vision.patch_size or vision.image_size // vision.patch_size != vision.image_size // stride:
+        raise ConfigError(
+            f"model.vision.image_size={vision.image_size} with patch_size={vision.patch_size} and a VQ stride of {stride} gives "
+            f"{vision.image_size / vision.patch_size:g} and {vision.image_size / stride:g} tokens a side: they must be the same whole number"
+        )
+    for key, width, heads in (("vision", vision.hidden_size, vision.heads), ("language", language.hidden_size, language.heads)):
+        if width % heads:
+            raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
+    vision_config = JanusVisionConfig(
+        hidden_size=vision.hidden_size,
+        num_hidden_layers=vision.layers,
+        num_attention_heads=vision.heads,
+        mlp_ratio=vision.mlp_ratio,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        projection_dim=language.hidden_size,
+        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+    text_config = LlamaConfig(
+        hidden_size=language.hidden_size,
+        intermediate_size=language.intermediate_size,
+        num_hidden_layers=language.layers,
+        num_attention_heads=language.heads,
+        num_key_value_heads=language.heads,
+        vocab_size=language.vocab_size,
+        rms_norm_eps=language.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        max_position_embeddings=language.max_position_embeddings,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+    )
+    return JanusConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        vq_config=build_vq_config(model),
+        image_token_id=image_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def build_vq_config(model: ModelConfig) -> JanusVQVAEConfig:
+    """transformers' configuration of the VQ tokenizer and of the generation aligner and head that share it."""
+    vq, width = model.vq, model.language.hidden_size
+    return JanusVQVAEConfig(
+        embed_dim=vq.embed_dim,
+        num_embeddings=vq.codebook_size,
+        latent_channels=vq.latent_channels,
+        base_channels=vq.base_channels,
+        channel_multiplier=list(vq.channel_multiplier),
+        num_res_blocks=vq.res_blocks,
+        num_patches=model.vision.image_size // model.vision.patch_size,
+        projection_dim=width,
+        image_token_embed_dim=width,
+        hidden_act="gelu",
+    )
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """Model sizes from a folder's config.json (transformers' or the released form).
+
+    Raises:
+        CheckpointError: if there is no such file, or it describes no Janus model.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    raw = raw.get("jp_train", raw)
+    if raw.get("model_type") == "multi_modality":
+        return _from_released_config(raw)
+    if raw.get("model_type") != "janus":
+        raise CheckpointError(
+            f"{file} has model_type {raw.get('model_type')!r}; expected 'janus' (transformers) or 'multi_modality' (deepseek-ai)"
+        )
+    config = JanusConfig.from_dict(raw)
+    vision, vq = config.vision_config, config.vq_config
+    return ModelConfig(
+        vision=VisionConfig(
+            hidden_size=vision.hidden_size,
+            layers=vision.num_hidden_layers,
+            heads=vision.num_attention_heads,
+            mlp_ratio=float(vision.mlp_ratio),
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+        ),
+        vq=VQConfig(
+            codebook_size=vq.num_embeddings,
+            embed_dim=vq.embed_dim,
+            base_channels=vq.base_channels,
+            channel_multiplier=list(vq.channel_multiplier),
+            res_blocks=vq.num_res_blocks,
+            latent_channels=vq.latent_channels,
+        ),
+        language=_language(config.text_config, file),
+    )
+
+
+def _from_released_config(raw: dict[str, Any]) -> ModelConfig:
+    """Released files name a SigLIP and a VQ, which are jp_train's defaults; the 7B's language_config leans on Llama's defaults."""
+    tower, vq = raw["vision_config"]["params"]["model_name"], raw["gen_vision_config"]["cls"]
+    if tower != "siglip_large_patch16_384" or vq != "VQ-16":
+        raise CheckpointError(
+            f"config.json names the vision tower {tower!r} and the tokenizer {vq!r}; siglip_large_patch16_384 and VQ-16 are known"
+        )
+    given = {k: v for k, v in raw["language_config"].items() if k not in ("torch_dtype", "model_type")}
+    return ModelConfig(language=_language(LlamaConfig(**given), Path("config.json")))
+
+
+def _language(text: LlamaConfig, file: Path) -> LanguageConfig:
+    if text.num_key_value_heads != text.num_attention_heads:
+        raise CheckpointError(
+            f"{file} has {text.num_key_value_heads} key/value heads for {text.num_attention_heads} heads: grouped attention is not supported"
+        )
+    return LanguageConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        vocab_size=text.vocab_size,
+        rms_norm_eps=float(text.rms_norm_eps),
+        rope_theta=float(text.rope_parameters["rope_theta"]),
+        max_position_embeddings=text.max_position_embeddings,
+    )

@@ -1,0 +1,119 @@
+"""What rank 0 tells the world about a run; on the other ranks every method does nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jp_train.config import BatchPlan, RunConfig
+from jp_train.engine.identity import plain
+from jp_train.engine.stop import Stop, last_step
+from jp_train.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, wandb_mode
+from jp_train.types import KINDS
+
+
+class RunLog:
+    """Console, events.jsonl and status.json from the start; metrics.jsonl, wandb and TensorBoard from `open`."""
+
+    def __init__(self, cfg: RunConfig, *, active: bool, dp_world_size: int) -> None:
+        self._cfg = cfg
+        self._active = active
+        self._sinks: list[Sink] = []
+        self._step = 0
+        self._checkpoint: dict[str, Any] | None = None
+        if not active:
+            return
+        self.folder = Path(cfg.run_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._progress = Progress(last_step(cfg.stage))
+        self._console = Console(cfg.logging.every_steps, self._progress)
+        self._events = Events(self.folder / "events.jsonl")
+        self._status = StatusFile(
+            self.folder / "status.json",
+            stage=cfg.stage.name,
+            planned_steps=last_step(cfg.stage),
+            training_steps=cfg.stage.training_steps,
+            dp_world_size=dp_world_size,
+        )
+
+    def open(self, *, batch: BatchPlan, resumed_step: int | None, checkpoint: Mapping[str, Any] | None) -> None:
+        """Start the sinks. `resumed_step`: completed steps of the checkpoint that is resumed, None for a new run."""
+        if not self._active:
+            return
+        self._step = resumed_step or 0
+        self._checkpoint = dict(checkpoint) if checkpoint else None
+        self._sinks = [self._console, MetricsFile(self.folder / "metrics.jsonl", resumed_step)]
+        if self._cfg.logging.tensorboard:
+            self._sinks.append(TensorBoard(self.folder / "tensorboard", resumed_step))
+        mode = wandb_mode(self._cfg.logging.wandb)
+        if mode != "disabled":
+            name = f"{self.folder.resolve().parent.name}/{self.folder.resolve().name}"
+            config = plain(asdict(self._cfg))
+            self._sinks.append(Wandb(self.folder, self._cfg.logging.wandb, mode=mode, config=config, name=name))
+        self.say(batch.describe())
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self._active:
+            self._console.say(text)
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """A line of events.jsonl."""
+        if self._active:
+            self._events.write(name, step, **details)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was completed."""
+        self._checkpoint = {"step": step, "time": round(time.time(), 3)}
+
+    def step(self, step: int, values: Mapping[str, float], *, skipped_documents: int = 0, skipped_steps: int = 0) -> None:
+        """All values of one step (or, at step 0, of the validation before training)."""
+        if not self._active:
+            return
+        self._step = step
+        if "loss/total" in values:
+            self._progress.tick()
+        for sink in self._sinks:
+            sink.log(step, values)
+        status: dict[str, Any] = {"state": "running", "step": step, "checkpoint": self._checkpoint, "eta_s": self._progress.eta_s(step)}
+        if "loss/total" in values:
+            status |= {
+                "loss": values["loss/total"],
+                "losses": {kind.value: values[f"loss/{kind}"] for kind in KINDS if f"loss/{kind}" in values},
+                "step_s": values["time/step_s"],
+                "data_wait_s": values["time/data_wait_s"],
+                "tokens_per_s": values["perf/tokens_per_s"],
+                "skipped_documents": skipped_documents,
+                "skipped_steps": skipped_steps,
+            }
+        self._status.update(**status)
+
+    def finish(self, stop: Stop, step: int) -> None:
+        """The run ended as planned or asked for."""
+        if not self._active:
+            return
+        self.event("stopped_early" if stop.state == "stopped_early" else "stop", step, reason=stop.reason, state=stop.state, exit_code=stop.exit_code)
+        self._status.update(state=stop.state, reason=stop.reason, step=step, checkpoint=self._checkpoint, eta_s=0)
+        self.say(f"{stop.state.replace('_', ' ')} after step {step}: {stop.reason}")
+        self.close()
+
+    def fail(self, error: BaseException) -> None:
+        """The run ended with an error."""
+        if not self._active:
+            return
+        self.event("failed", self._step, error=type(error).__name__, reason=str(error))
+        self._status.update(state="failed", reason=f"{type(error).__name__}: {error}", checkpoint=self._checkpoint)
+        self.close()
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+    def damaged(self, problem: str) -> None:
+        """A checkpoint was passed over."""
+        self.event("damaged_checkpoint", self._step, reason=problem)
+        self.say(f"passed over a damaged checkpoint: {problem}")

@@ -1,0 +1,232 @@
+"""The smoke run: data, tokenizer, pretrained parts, the three stages under the deepspeed launcher, judging, report.
+
+Each step writes into `--out` and leaves a mark in `--out/steps/` when it is complete, so an interrupted run goes on where it was; the stages
+themselves resume from their checkpoints. A run that had finished starts afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jp_train.errors import ConfigError, JpTrainError, LaunchError
+from jp_train.smoke.sizes import SmokeSizes
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = (1, 2, 3)
+LAST = "report"
+EXPECTED_S = {"data": 15, "tokenizer": 5, "parts": 180, "stage1": 60, "stage2": 150, "stage3": 120, "evaluation": 60, "report": 10}
+"""What each step took where this was written (two cores): only the estimate of the time left is made of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`out`: the folder everything goes to; `overrides`: key=value for every stage; `tiny`: a few steps of everything, for tests."""
+
+    out: Path
+    seed: int = 0
+    hostfile: Path = ROOT / "hostfiles" / "local"
+    overrides: tuple[str, ...] = ()
+    tiny: bool = False
+    master_port: int = 29500
+
+    @property
+    def sizes(self) -> SmokeSizes:
+        return SmokeSizes.minute() if self.tiny else SmokeSizes()
+
+
+def run_smoke(options: Options, *, only_stage: int | None = None, fresh: bool = False) -> int:
+    """Run all steps (or those up to `only_stage`, that stage anew) and print the summary. Returns the exit status."""
+    steps = _steps(options)
+    if only_stage is not None:
+        steps = steps[: [name for name, _ in steps].index(f"stage{only_stage}") + 1]
+        _forget(options.out, [f"stage{number}" for number in STAGES if number >= only_stage])
+    elif fresh or _mark(options.out, LAST).exists():
+        _say(f"starting afresh in {options.out}")
+        shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    _check_same_options(options)
+    started = time.monotonic()
+    for number, (name, step) in enumerate(steps, start=1):
+        if _mark(options.out, name).exists():
+            _say(f"[{number}/{len(steps)}] {name}: done before, kept")
+            continue
+        left = sum(EXPECTED_S[later] for later, _ in steps[number - 1 :])
+        _say(f"[{number}/{len(steps)}] {name} ... (about {left // 60} min {left % 60:02d} s left in all)")
+        began = time.monotonic()
+        code = step()
+        if code:
+            return code
+        _write_mark(options.out, name, time.monotonic() - began)
+    if only_stage is None:
+        from jp_train.smoke.summary import format_summary
+
+        print(format_summary(options.out, seconds=time.monotonic() - started))
+    return 0
+
+
+def _steps(options: Options) -> list[tuple[str, Callable[[], int]]]:
+    """Names and functions in order; a function returns an exit status."""
+    return [
+        ("data", lambda: _build_data(options)),
+        ("tokenizer", lambda: _build_tokenizer(options)),
+        ("parts", lambda: _build_parts(options)),
+        *((f"stage{stage}", lambda stage=stage: _train_stage(options, stage)) for stage in STAGES),
+        ("evaluation", lambda: _evaluate(options)),
+        ("report", lambda: _report(options)),
+    ]
+
+
+def _build_data(options: Options) -> int:
+    from jp_train.smoke.shards import build_shards
+
+    with _rebuilt(options.out / "data") as folder:
+        built = build_shards(folder, options.seed, options.sizes.shards)
+    _say(f"  {sum(built.samples.values())} samples of {len(built.samples)} sources")
+    return 0
+
+
+def _build_tokenizer(options: Options) -> int:
+    from jp_train.smoke.tokenizer import train_tokenizer
+
+    with _rebuilt(options.out / "tokenizer") as folder:
+        train_tokenizer(options.out / "data", folder)
+    return 0
+
+
+def _build_parts(options: Options) -> int:
+    from jp_train.smoke.pretrain import pretrain_all
+
+    with _rebuilt(options.out / "init") as folder:
+        pretrain_all(folder, options.out / "data", options.out / "tokenizer", options.sizes, options.seed)
+    return 0
+
+
+def stage_overrides(options: Options, stage: int) -> list[str]:
+    """key=value that put one stage's run into `options.out`."""
+    out = options.out
+    start = out / "init" if stage == 1 else out / f"stage{stage - 1}"
+    overrides = [
+        f"run_dir={out / f'stage{stage}'}",
+        f"tokenizer.path={out / 'tokenizer'}",
+        f"model.init_from={start}",
+        f"data.root={out / 'data'}",
+        f"seed={options.seed}",
+    ]
+    if options.tiny:
+        steps = {1: 3, 2: 6, 3: 4}[stage]
+        overrides += [f"stage.training_steps={steps}", "validation.documents=8", "optimizer.warmup_steps=1"]
+        overrides += ["stage.early_stop.at_step=4"] if stage == 2 else []
+    return [*overrides, *options.overrides]
+
+
+def _train_stage(options: Options, stage: int) -> int:
+    from jp_train.launch import launch
+
+    config = ROOT / "launch" / f"smoke_stage{stage}.yaml"
+    code = launch(config, stage_overrides(options, stage), options.hostfile, master_port=options.master_port)
+    if code:
+        _say(f"stage {stage} ended with status {code}; run the same command again to resume it")
+        return code
+    if not (options.out / f"stage{stage}" / "export" / "config.json").is_file():
+        raise LaunchError(f"stage {stage} ended with status 0 but wrote no export in {options.out / f'stage{stage}'}")
+    return 0
+
+
+def _evaluate(options: Options) -> int:
+    from jp_train.smoke.judgement import judge
+
+    judge(options.out, seed=options.seed, tiny=options.tiny)
+    return 0
+
+
+def _report(options: Options) -> int:
+    from jp_train.report import build_report
+
+    build_report([options.out / f"stage{stage}" for stage in STAGES], options.out, "jp_train smoke run: three stages")
+    return 0
+
+
+@contextlib.contextmanager
+def _rebuilt(folder: Path):
+    """A fresh `folder` for one step: what an interrupted run left there is removed first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+
+
+def _mark(out: Path, name: str) -> Path:
+    return out / "steps" / f"{name}.json"
+
+
+def _write_mark(out: Path, name: str, seconds: float) -> None:
+    mark = _mark(out, name)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps({"step": name, "seconds": round(seconds, 1)}))
+
+
+def _forget(out: Path, names: Sequence[str]) -> None:
+    """Remove steps and what they wrote; what comes after them is not valid any more either."""
+    for name in (*names, "evaluation", LAST):
+        _mark(out, name).unlink(missing_ok=True)
+    for name in names:
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _check_same_options(options: Options) -> None:
+    """A folder begun with another seed or other sizes cannot be continued."""
+    file = options.out / "steps" / "options.json"
+    mine = {"seed": options.seed, "tiny": options.tiny, "overrides": list(options.overrides)}
+    if file.exists():
+        found = json.loads(file.read_text())
+        if found != mine:
+            raise ConfigError(f"{options.out} was begun with {found}, not {mine}; add --fresh to start over, or give another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(mine))
+
+
+def _say(text: str) -> None:
+    print(f"smoke: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jp_train.smoke`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m jp_train.smoke",
+        description="Train a tiny Janus-Pro through all three stages on real pictures and text, judge it, and write a report. About 10 minutes on 2 cores.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="folder for everything the run makes (default runs/smoke)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-stage", type=int, choices=STAGES, help="only this stage, anew; what it needs is made first")
+    parser.add_argument("--fresh", action="store_true", help="start over even if an interrupted run could go on")
+    parser.add_argument("--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing")
+    parser.add_argument("--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks")
+    parser.add_argument("--master-port", type=int, default=29500)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override keys of all three stages")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    options = Options(
+        out=arguments.out,
+        seed=arguments.seed,
+        hostfile=arguments.hostfile,
+        overrides=tuple(arguments.overrides),
+        tiny=arguments.tiny,
+        master_port=arguments.master_port,
+    )
+    try:
+        return run_smoke(options, only_stage=arguments.only_stage, fresh=arguments.fresh)
+    except JpTrainError as error:
+        _say(f"{type(error).__name__}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on")
+        return 130

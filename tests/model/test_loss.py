@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from janus_tiny import pack, random_docs
+
+from jp_train.model.loss import CrossEntropyLinear, SupervisedPositions, document_of_token
+from jp_train.types import IGNORE_INDEX, Kind
+
+
+def case(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[CrossEntropyLinear, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    head = CrossEntropyLinear(12, 31, bias=bias).to(dtype)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+    hidden = torch.randn(23, 12, generator=g).to(dtype)
+    labels = torch.randint(0, 31, (23,), generator=g)
+    labels[[2, 22]] = IGNORE_INDEX
+    return head, hidden, labels, torch.rand(23, generator=g)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 23, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk: int, bias: bool) -> None:
+    head, hidden, labels, weights = case(torch.float32, bias)
+    plain = hidden.clone().requires_grad_()
+    expected = F.cross_entropy(F.linear(plain, head.weight, head.bias), labels, reduction="none", ignore_index=IGNORE_INDEX)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), [plain, *head.parameters()])
+    chunked = hidden.clone().requires_grad_()
+    losses = head(chunked, labels, chunk)
+    grads = torch.autograd.grad((losses * weights).sum(), [chunked, *head.parameters()])
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-5)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_losses_are_float32_and_near_the_exact_ones() -> None:
+    head, hidden, labels, _ = case(torch.bfloat16)
+    exact = F.cross_entropy(F.linear(hidden.double(), head.weight.double(), head.bias.double()), labels, reduction="none")
+    losses = head(hidden.requires_grad_(), labels, 7)
+    losses.sum().backward()
+    assert losses.dtype is torch.float32
+    assert head.weight.grad.dtype is torch.bfloat16
+    torch.testing.assert_close(losses.double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_without_labels_it_is_an_ordinary_linear_layer() -> None:
+    head, hidden, _, _ = case()
+    assert torch.equal(head(hidden), F.linear(hidden, head.weight, head.bias))
+
+
+def test_a_frozen_head_gets_no_weight_gradient_but_passes_gradients_on() -> None:
+    head, hidden, labels, _ = case(torch.float32)
+    head.requires_grad_(False)
+    head(hidden.requires_grad_(), labels, 4).sum().backward()
+    assert head.weight.grad is None
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_only_ignored_labels_give_zero_loss_and_zero_gradients() -> None:
+    head, hidden, _, _ = case(torch.float32)
+    losses = head(hidden[:1].requires_grad_(), torch.tensor([IGNORE_INDEX]), 4)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0]
+    assert head.weight.grad.abs().max() == 0
+
+
+def test_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jp_train.model import loss
+
+    rows: list[int] = []
+    original = loss._logits
+    monkeypatch.setattr(loss, "_logits", lambda h, w, b: rows.append(len(h)) or original(h, w, b))
+    head, hidden, labels, _ = case(torch.float32)
+    head(hidden.requires_grad_(), labels, 10).sum().backward()
+    assert rows == [10, 10, 3, 10, 10, 3]
+
+
+def test_a_head_without_a_supervised_position_gets_one_ignored_stand_in() -> None:
+    found = SupervisedPositions(torch.full((5,), IGNORE_INDEX), torch.zeros(5, dtype=torch.int64))
+    assert (found.count, found.positions.tolist(), found.labels.tolist()) == (0, [0], [IGNORE_INDEX])
+
+
+def test_tokens_know_their_document_and_wrong_lengths_are_a_bug() -> None:
+    from dataclasses import replace
+
+    docs = random_docs(1, [Kind.TEXT, Kind.GENERATION])
+    batch = pack(docs)
+    assert document_of_token(batch).tolist() == [0] * len(docs[0].ids) + [1] * len(docs[1].ids)
+    with pytest.raises(ValueError, match="a bug in collate"):
+        document_of_token(replace(batch, document_lengths=batch.document_lengths + 1))
