@@ -51,9 +51,11 @@ def _attempt(found: dict[str, Any], name: str, action) -> None:
 
 
 def _batch(config: RunConfig, hostfile: Path | None) -> dict[str, Any]:
-    from jp_train.launch import parse_hostfile
+    ranks = 1
+    if hostfile:
+        from jp_train.launch import parse_hostfile
 
-    ranks = sum(host.slots for host in parse_hostfile(hostfile)) if hostfile else 1
+        ranks = sum(host.slots for host in parse_hostfile(hostfile))
     plan = batch_plan(config, ranks)
     return {
         "ranks": ranks,
@@ -98,7 +100,7 @@ def _weights(config: RunConfig) -> dict[str, Any]:
             model = JanusPro(config.model, config.loss, 1, False, 0)
             vq = VQTokenizer(config.model.vq, config.model.vision.image_size)
         expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
-        expected |= {f"model.vqmodel.{name}": tuple(value.shape) for name, value in vq.named_parameters()}
+        expected |= {f"model.{name}": tuple(value.shape) for name, value in vq.named_parameters()}
         source = open_weights(config.model.init_from)
         check_keys(expected, source)
         return {"init_from": config.model.init_from, "tensors": len(expected)}
@@ -155,9 +157,13 @@ def format_check(found: dict[str, Any]) -> str:
     if "batch" in found:
         lines.append(f"  batch       {found['batch']['text']}")
     optimizer = found["optimizer"]
-    lines.append(f"  optimizer   lr {optimizer['lr']:g} {optimizer['schedule']}, warm-up {optimizer['warmup_steps']:,}, decay {optimizer['weight_decay']:g}")
+    lines.append(
+        f"  optimizer   lr {optimizer['lr']:g} {optimizer['schedule']}, warm-up {optimizer['warmup_steps']:,}, decay {optimizer['weight_decay']:g}"
+    )
     shares = found["mixture"]["shares"]
-    lines.append(f"  mixture     {' : '.join(f'{value:g}' for value in shares.values())} ({' : '.join(shares)}, in {found['mixture']['unit']})")
+    lines.append(
+        f"  mixture     {' : '.join(f'{value:g}' for value in shares.values())} ({' : '.join(shares)}, in {found['mixture']['unit']})"
+    )
     if "parameters" in found:
         counts = found["parameters"]
         lines.append(f"  parameters  {counts['total']:,}, of which {counts['trainable']:,} learn:")

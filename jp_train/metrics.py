@@ -43,8 +43,6 @@ class StepTally:
             if start == 0:
                 counts["kind_samples"][kind] += 1
                 counts["source_samples"][source] += 1
-        for skipped in batch.skipped:
-            counts["source_samples"][skipped.ref.source] += 1
         counts["text_tokens"][0] += batch.supervised_text_tokens
         counts["image_tokens"][0] += batch.supervised_image_tokens
         counts["und_images"][0] += len(batch.und_images)
@@ -144,7 +142,7 @@ class StepTotals:
         return [int(number) for number in self.table[:, fields(self.n_sources)["signature"]].flatten()]
 
     def source_samples(self) -> list[int]:
-        """Documents per source that this step used or tried to use."""
+        """Documents per source that this step used (a cut text counts where it starts)."""
         return [int(number) for number in self.total("source_samples")]
 
 

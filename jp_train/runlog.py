@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig
+from jp_train.data.ledger import LEDGER_FILE
 from jp_train.engine.identity import plain
 from jp_train.engine.stop import Stop, last_step
-from jp_train.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, wandb_mode
+from jp_train.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, drop_later_lines, wandb_mode
 from jp_train.types import KINDS
 
 
@@ -46,6 +47,7 @@ class RunLog:
         self._step = resumed_step or 0
         self._checkpoint = dict(checkpoint) if checkpoint else None
         self._sinks = [self._console, MetricsFile(self.folder / "metrics.jsonl", resumed_step)]
+        drop_later_lines(self.folder / LEDGER_FILE, resumed_step or 0)
         if self._cfg.logging.tensorboard:
             self._sinks.append(TensorBoard(self.folder / "tensorboard", resumed_step))
         mode = wandb_mode(self._cfg.logging.wandb)
@@ -95,7 +97,13 @@ class RunLog:
         """The run ended as planned or asked for."""
         if not self._active:
             return
-        self.event("stopped_early" if stop.state == "stopped_early" else "stop", step, reason=stop.reason, state=stop.state, exit_code=stop.exit_code)
+        self.event(
+            "stopped_early" if stop.state == "stopped_early" else "stop",
+            step,
+            reason=stop.reason,
+            state=stop.state,
+            exit_code=stop.exit_code,
+        )
         self._status.update(state=stop.state, reason=stop.reason, step=step, checkpoint=self._checkpoint, eta_s=0)
         self.say(f"{stop.state.replace('_', ' ')} after step {step}: {stop.reason}")
         self.close()

@@ -18,7 +18,9 @@ from typing import Any, Protocol, TextIO
 from jp_train.config.schema import WandbConfig, WandbMode
 from jp_train.errors import ConfigError
 from jp_train.metrics import json_safe
-from jp_train.types import KINDS
+from jp_train.types import KINDS, Kind
+
+SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
 
 RATE_SMOOTHING = 0.1
 """Weight of the newest step in the step time that the ETA is made of."""
@@ -74,6 +76,22 @@ def _lines_until(path: Path, last_step: int | None) -> list[str]:
             if last_step is not None and step <= last_step:
                 kept[step] = line if line.endswith("\n") else line + "\n"
     return list(kept.values())
+
+
+def drop_later_lines(path: Path, last_step: int) -> None:
+    """Take the lines of steps after `last_step` out of a JSON-lines file (a resumed run writes them again); lines without a step stay."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                step = json.loads(line).get("step")
+            except (ValueError, AttributeError):
+                continue
+            if step is None or step <= last_step:
+                kept.append(line if line.endswith("\n") else line + "\n")
+    write_atomically(path, "".join(kept))
 
 
 class Events:
@@ -160,7 +178,7 @@ class Console:
         return len(str(self._progress.planned))
 
     def _line(self, step: int, values: Mapping[str, float]) -> str:
-        kinds = {kind.value[:3]: values[f"loss/{kind}"] for kind in KINDS if f"loss/{kind}" in values}
+        kinds = {SHORT[kind]: values[f"loss/{kind}"] for kind in KINDS if f"loss/{kind}" in values}
         eta = self._progress.eta_s(step)
         parts = [
             f"step {step:>{self._digits}}/{self._progress.planned}",

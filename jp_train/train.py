@@ -87,34 +87,22 @@ class TrainState:
     skips: SkipCounter = field(default_factory=SkipCounter)
     step: int = 0
     tokens: int = 0
-    skipped_documents: int = 0
-    used_per_source: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def restored(cls, cfg: RunConfig, saved: dict[str, Any] | None) -> TrainState:
         """The saved state, or a new run's."""
-        state = cls(Patience(cfg.stage.early_stop.patience), used_per_source=dict.fromkeys(cfg.data.sources, 0))
+        state = cls(Patience(cfg.stage.early_stop.patience))
         if saved is not None:
             state.patience.restore(saved["patience"])
             state.skips.restore(saved["skips"])
-            state.step, state.tokens, state.skipped_documents = saved["step"], saved["tokens"], saved["skipped_documents"]
-            state.used_per_source |= saved["used_per_source"]
+            state.step, state.tokens = saved["step"], saved["tokens"]
         return state
 
     def saved(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "skipped_documents": self.skipped_documents,
-            "used_per_source": self.used_per_source,
-            "patience": self.patience.state(),
-            "skips": self.skips.state(),
-        }
+        return {"step": self.step, "tokens": self.tokens, "patience": self.patience.state(), "skips": self.skips.state()}
 
 
-def prepare(
-    cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, checkpoint: Checkpoint | None, flag: SignalFlag
-) -> Trainer:
+def prepare(cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, checkpoint: Checkpoint | None, flag: SignalFlag) -> Trainer:
     """Data, model, engine and, for a resumed run, the checkpoint's state in them. Cheap checks come before slow work. Collective."""
     batch = batch_plan(cfg, ranks.dp_world_size)
     if checkpoint is not None:
@@ -124,7 +112,7 @@ def prepare(
     tokenizer = load_tokenizer(cfg.tokenizer)
     log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
     indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer))
-    plan = build_plan(cfg, indexes, batch)
+    plan = build_plan(cfg, indexes, batch, tokenizer)
     engine = build_engine(cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder)
     log.say(f"{engine.freeze_report.describe()}; weights: {engine.weights}")
 
@@ -133,7 +121,9 @@ def prepare(
     if checkpoint is not None:
         for key, what in (("tokenizer", "tokenizer.path"), ("frozen_checksum", "model.init_from")):
             if checkpoint.manifest[key] != about[key]:
-                raise CheckpointError(f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back")
+                raise CheckpointError(
+                    f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back"
+                )
         store.load(engine.deepspeed, checkpoint)
         plan.restore(checkpoint.state["plan"])
     state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
@@ -142,19 +132,23 @@ def prepare(
     log.event("resume" if checkpoint else "start", state.step, **about_run)
     if checkpoint:
         log.say(f"resumed {checkpoint.path} after step {state.step}")
+    ledger = Ledger(Path(cfg.run_dir), cfg, write=ranks.is_main)
+    if checkpoint is not None:
+        ledger.restore(checkpoint.state["ledger"])
+    left_out = ledger.record_index(indexes)
+    if left_out:
+        log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
+    names = list(cfg.validation.sources)
     held_out = HeldOut(
         cfg,
-        main_first(
-            ranks,
-            lambda: {name: validation_batches(cfg, tokenizer, name, ranks.dp_rank, ranks.dp_world_size) for name in cfg.validation.sources},
-        ),
+        main_first(ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size) for n in names}),
         engine,
         ranks,
     )
     loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size, batch_plan=batch)
     return Trainer(
         cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, store=store, log=log, flag=flag,
-        state=state, about=about, plan_state=plan.state(), saved_step=state.step if checkpoint else -1,
+        ledger=ledger, state=state, about=about, plan_state=plan.state(), saved_step=state.step if checkpoint else -1,
     )  # fmt: skip
 
 
@@ -172,6 +166,7 @@ class Trainer:
     store: CheckpointStore
     log: RunLog
     flag: SignalFlag
+    ledger: Ledger
     state: TrainState
     about: dict[str, Any]
     plan_state: dict[str, Any]
@@ -181,7 +176,6 @@ class Trainer:
     def run(self) -> Stop:
         """Train until a stop rule says so; then save, export, and tell why."""
         cfg, state, log = self.cfg, self.state, self.log
-        ledger = Ledger(Path(cfg.run_dir), cfg)
         steps = iter(self.loader)
         stop = decide(cfg.stage, step=state.step, signal_number=0, patience_over=state.patience.over)
         if state.step == 0 and self.held_out:
@@ -193,7 +187,7 @@ class Trainer:
             result = self.train_step(micro_batches, totals, began=began, data_wait_s=data_wait_s)
             self.plan_state = plan_state
             state.step += 1
-            self.account(result, micro_batches, ledger)
+            self.account(result, micro_batches)
             stop = decide(cfg.stage, step=state.step, signal_number=result.totals.signal, patience_over=False)
             values = result.values
             due = cfg.validation.every_steps and state.step % cfg.validation.every_steps == 0
@@ -203,7 +197,7 @@ class Trainer:
                 values |= measured
                 if due and state.patience.observe(measured["val/total"]) and stop is None:
                     stop = decide(cfg.stage, step=state.step, signal_number=0, patience_over=True)
-            log.step(state.step, values, skipped_documents=state.skipped_documents, skipped_steps=state.skips.total)
+            log.step(state.step, values, skipped_documents=self.ledger.skipped, skipped_steps=state.skips.total)
             if stop is not None or state.step % cfg.checkpoint.every_steps == 0:
                 self.save()
         self.loader.close()
@@ -267,20 +261,19 @@ class Trainer:
             if failure is not None:
                 raise failure
             raise DataError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
-        assert item is not None and item.step == self.state.step, f"the loader is at step {item and item.step}, the trainer at {self.state.step}"
+        assert item is not None and item.step == self.state.step, (
+            f"the loader is at step {item and item.step}, the trainer at {self.state.step}"
+        )
         return item.micro_batches, item.plan_state, SupervisedTotals(text, image, documents)
 
-    def account(self, result: StepResult, micro_batches: Sequence[PackedBatch], ledger: Ledger) -> None:
+    def account(self, result: StepResult, micro_batches: Sequence[PackedBatch]) -> None:
         """Skipped documents to the ledger, skipped updates to events.jsonl; raises when a budget is over, on all ranks at the same step."""
         state, step = self.state, self.state.step
         state.tokens += int(result.values["tokens/total"])
-        used = dict(zip(self.cfg.data.sources, result.totals.source_samples(), strict=True))
-        for name, count in used.items():
-            state.used_per_source[name] += count
-        if result.totals.skipped:
-            state.skipped_documents += result.totals.skipped
+        skipped = []
+        if result.totals.skipped:  # the same number on every rank, so all gather or none
             skipped = [document for own in self.gathered([d for batch in micro_batches for d in batch.skipped]) for document in own]
-            main_first(self.ranks, lambda: ledger.record(skipped, state.used_per_source, step) if self.ranks.is_main else None)
+        self.ledger.record(skipped, dict(zip(self.cfg.data.sources, result.totals.source_samples(), strict=True)), step)
         too_many = state.skips.observe(result.applied)
         if not result.applied:
             rows = [row for own in self.gathered([explained(row) for batch in micro_batches for row in batch.provenance]) for row in own]
@@ -327,7 +320,7 @@ class Trainer:
             path = self.store.save(
                 self.engine.deepspeed,
                 step=self.state.step,
-                state={"training": self.state.saved(), "plan": self.plan_state, "freeze_proof": self.proof},
+                state={"training": self.state.saved(), "plan": self.plan_state, "ledger": self.ledger.state(), "freeze_proof": self.proof},
                 identity=identity(self.cfg),
                 config_text=dump_config(self.cfg),
                 about={**self.about, "stage": self.cfg.stage.name, "freeze_proof": self.proof},

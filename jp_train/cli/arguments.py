@@ -19,4 +19,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_command(commands: argparse._SubParsersAction, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
     """A subparser whose help starts with what the command is for."""
-    return commands.add_parser(name, help=summary, description=f"{summary}.\n\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    return commands.add_parser(
+        name, help=summary, description=f"{summary}.\n\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )

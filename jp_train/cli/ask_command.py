@@ -15,7 +15,12 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--image", type=Path, required=True, help="JPEG, PNG or WebP")
     parser.add_argument("--question", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--template", choices=("stage1", "stage2", "stage3"), default=None, help="prompt layout (default: of the stage the weights come from)")
+    parser.add_argument(
+        "--template",
+        choices=("stage1", "stage2", "stage3"),
+        default=None,
+        help="prompt layout (default: of the stage the weights come from)",
+    )
     parser.set_defaults(run=run)
 
 

@@ -18,7 +18,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "check", "what a configuration would run, and whether it fits together", DETAILS)
     add_config(parser)
     parser.add_argument("--hostfile", type=Path, default=None, help="take the world size from this hostfile")
-    parser.add_argument("--config-only", action="store_true", help="do not look at tokenizer, weights and shards (they are on another machine)")
+    parser.add_argument(
+        "--config-only", action="store_true", help="do not look at tokenizer, weights and shards (they are on another machine)"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 
 from jp_train.cli.arguments import add_command, add_config, add_json
 
@@ -27,8 +28,10 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run_index(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
-    from jp_train.data.tools.index import format_summary, index_command
+    from jp_train.data.tools.index import index_command
 
-    summary = index_command(load_config(arguments.config, arguments.overrides), arguments.processes)
-    print(json.dumps(summary) if arguments.json else format_summary(summary))
+    table = sys.stderr if arguments.json else sys.stdout
+    summary = index_command(load_config(arguments.config, arguments.overrides), arguments.processes, table=table)
+    if arguments.json:
+        print(json.dumps(summary))
     return 0

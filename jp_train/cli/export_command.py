@@ -18,7 +18,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; complete or absent")
     parser.add_argument("--layout", choices=("hf", "deepseek"), default="hf")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)"
+    )
     parser.set_defaults(run=run)
 
 

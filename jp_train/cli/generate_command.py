@@ -19,10 +19,17 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", type=Path, required=True, help="an exported folder, or a finished run folder")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times; one picture each")
     parser.add_argument("--out", type=Path, required=True, help="PNG; several prompts are written as OUT-1.png, OUT-2.png, ...")
-    parser.add_argument("--cfg-scale", type=float, default=5.0, help="logits = uncond + scale x (cond - uncond); 1 turns guidance off (default 5)")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=5.0, help="logits = uncond + scale x (cond - uncond); 1 turns guidance off (default 5)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--template", choices=("stage1", "stage2", "stage3"), default=None, help="prompt layout (default: of the stage the weights come from)")
+    parser.add_argument(
+        "--template",
+        choices=("stage1", "stage2", "stage3"),
+        default=None,
+        help="prompt layout (default: of the stage the weights come from)",
+    )
     parser.set_defaults(run=run)
 
 

@@ -42,7 +42,7 @@ class StepBatches:
 
     @property
     def used_per_source(self) -> dict[str, int]:
-        """Documents used per source in this rank's rows, for the ledger."""
+        """Documents (spans of cut texts counted apart) used per source in this rank's rows, for the ledger."""
         used: dict[str, int] = {}
         for batch in self.micro_batches:
             for row in batch.provenance:

@@ -19,8 +19,9 @@ from functools import lru_cache
 import numpy as np
 
 MASK64 = (1 << 64) - 1
-FEISTEL_ROUNDS = 6
-"""Four rounds of a pseudo-random function make a strong permutation (Luby and Rackoff); the other two are for grids of few cells."""
+ROUNDS, ROUNDS_SMALL, SMALL = 6, 24, 4096
+"""Feistel rounds: four rounds of a pseudo-random function make a strong permutation (Luby and Rackoff), on grids of many cells. Below
+`SMALL` samples more are used: at 5 samples, a chi-square test finds the 120 orders uneven up to 10 rounds and even from 14 on."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -83,7 +84,7 @@ def permute(key: tuple[int, ...], index: int, size: int) -> int:
     folded = fold_key(key)
     while True:
         row, column = divmod(index, columns)
-        for round_number in range(FEISTEL_ROUNDS):
+        for round_number in range(_rounds(size)):
             round_key = (folded + (round_number + 1) * _GOLDEN) & MASK64
             if round_number % 2:
                 column = (column + (mix64(row ^ round_key) >> 32)) % columns
@@ -107,7 +108,7 @@ def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.nda
     while len(pending):
         row, column = np.divmod(values, columns)
         round_keys = keys.copy()
-        for round_number in range(FEISTEL_ROUNDS):
+        for round_number in range(_rounds(size)):
             round_keys += _U64(_GOLDEN)
             if round_number % 2:
                 column = _remainder(column + (_mix64_many(row ^ round_keys) >> _U64(32)), columns)
@@ -119,6 +120,10 @@ def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.nda
         outside = ~inside
         pending, values, keys = pending[outside], values[outside], keys[outside]
     return result
+
+
+def _rounds(size: int) -> int:
+    return ROUNDS_SMALL if size < SMALL else ROUNDS
 
 
 def _remainder(values: np.ndarray, divisor: np.uint64) -> np.ndarray:

@@ -28,6 +28,7 @@ from jp_train.types import KINDS, DocumentRef, RowSpec
 __all__ = ["Plan", "PlanSource"]
 
 STATE_VERSION = 1
+_FOLD_KEYS = ("step", "phase", "positions", "dropped", "schedule", "pool", "cut")
 
 
 class Plan:
@@ -232,8 +233,12 @@ class Plan:
     def _check_state(self, state: dict[str, Any]) -> None:
         if state.get("version") != STATE_VERSION:
             raise DataError(
-                f"the plan state has version {state.get('version')!r}, this program reads {STATE_VERSION}: use the version that wrote it"
+                f"the plan state has version {state.get('version')!r}, this program reads version {STATE_VERSION}: "
+                "continue with the program that wrote it"
             )
+        missing = {"fingerprint", "recipe", *_FOLD_KEYS} - state.keys()
+        if missing:
+            raise DataError(f"the plan state is damaged: it lacks {', '.join(sorted(missing))}. Resume from another checkpoint")
         if state["fingerprint"] == self.fingerprint():
             return
         theirs, ours = state["recipe"], self.recipe()
@@ -262,6 +267,9 @@ class _Fold:
             self._schedule: CarrySchedule | SampledSchedule = CarrySchedule(plan.mixture)
         else:
             self._schedule = SampledSchedule(plan.mixture, plan.seed, plan._mean_costs)
+        self._cuttable_sources = {
+            index for index in self.sequences if plan.sources[index].cuttable and plan.samples_per_row is None
+        }
         self._phase = 0
         self._pool: list[Pending] = []  # oldest first, after the tail of a cut text, if there is one
         self._lengths: list[int] = []  # of the pool, what is still to be placed
@@ -304,10 +312,10 @@ class _Fold:
         self._schedule.enter(phase)
 
     def _admit(self, documents: Sequence[Pending]) -> None:
-        sources, may_cut = self._plan.sources, self._plan.samples_per_row is None
+        cuttable = self._cuttable_sources
         self._pool += documents
         self._lengths += [pending.length for pending in documents]
-        self._cuttable += [may_cut and sources[pending.ref.source].cuttable for pending in documents]
+        self._cuttable += [pending.ref.source in cuttable for pending in documents]
 
     def _layout(self) -> Layout:
         plan = self._plan

@@ -191,7 +191,9 @@ def _vq_ids(raw: RawSample, image_slots: int, codebook_size: int) -> np.ndarray 
             raise SkipSample(f".{VQ_EXTENSION} is {dtype} {list(shape)}, expected uint16 [{image_slots}]; encode the pictures again")
         file.seek(0)
         ids = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except SkipSample:
+        raise
+    except Exception as error:  # numpy parses the header as Python source: broken bytes raise SyntaxError, TokenError, ValueError, ...
         raise SkipSample(f".{VQ_EXTENSION} cannot be read: {error}") from None
     if int(ids.max()) >= codebook_size:
         raise SkipSample(f".{VQ_EXTENSION} holds id {int(ids.max())}, but the codebook has {codebook_size}; it belongs to another VQ model")

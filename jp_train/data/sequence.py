@@ -170,7 +170,7 @@ class SourceSequence:
         refs = _document_refs(
             len(plain_lengths), self._index, epochs.tolist(), samples.tolist(), plain_lengths, short.tolist(), truncated.tolist()
         )
-        return list(map(Pending, plain_lengths, numbers.tolist(), refs))
+        return list(map(tuple.__new__, repeat(Pending), zip(plain_lengths, numbers.tolist(), refs, strict=True)))
 
     def _fit(self, lengths: np.ndarray, minimum: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which documents can be used, their lengths in rows, and how many tokens each loses for it."""

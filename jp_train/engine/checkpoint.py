@@ -63,7 +63,15 @@ class CheckpointStore:
         self._world = dp_world_size
 
     def save(
-        self, engine: Any, *, step: int, state: dict[str, Any], identity: dict[str, Any], config_text: str, about: dict[str, Any], with_frozen: bool
+        self,
+        engine: Any,
+        *,
+        step: int,
+        state: dict[str, Any],
+        identity: dict[str, Any],
+        config_text: str,
+        about: dict[str, Any],
+        with_frozen: bool,
     ) -> Path:
         """Write the checkpoint of `step` completed steps. Collective.
 
@@ -114,7 +122,9 @@ class CheckpointStore:
                 on_damage(problems[-1])
         if problems:
             raise CheckpointError(
-                "no complete checkpoint: " + "; ".join(problems) + ". Restore one of them, or delete them all to start this run from the beginning"
+                "no complete checkpoint: "
+                + "; ".join(problems)
+                + ". Restore one of them, or delete them all to start this run from the beginning"
             )
         return None
 

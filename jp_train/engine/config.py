@@ -83,7 +83,7 @@ def deepspeed_config(cfg: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 def _merge(generated: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     for path in _paths(extra):
         for owned, owner in OWNED_KEYS.items():
-            if path == owned or path.startswith(owned + ".") or owned.startswith(path + ".") and not _is_section(extra, path):
+            if path == owned or path.startswith(owned + ".") or (owned.startswith(path + ".") and not _is_section(extra, path)):
                 raise ConfigError(f"engine.deepspeed.{path} is set by jp_train; change {owner} instead, and leave this key out")
     merged = copy.deepcopy(generated)
     for key, value in extra.items():

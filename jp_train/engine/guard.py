@@ -32,7 +32,7 @@ class SequenceGuard:
             if next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(self._hook(name, zlib.crc32(name.encode())))
 
-    def _hook(self, name: str, number: int):  # noqa: ANN202 - torch's hook type
+    def _hook(self, name: str, number: int):
         def note(_module: torch.nn.Module, _inputs: object) -> None:
             self.last = name
             self.entered += 1
@@ -66,7 +66,17 @@ ADVICE = (
     "last module that each rank names. A slow file system or a very long save needs a larger engine.collective_timeout_s"
 )
 
-_MARKS = ("timed out", "timeout", "connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "received data size", "socket")
+_MARKS = (
+    "timed out",
+    "timeout",
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "gloo",
+    "nccl",
+    "received data size",
+    "socket",
+)
 
 
 def is_collective_failure(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import torch
 from jp_train.config import BatchPlan, RunConfig
 from jp_train.engine.config import deepspeed_config
 from jp_train.engine.cpu_operator import skip_shared_memory_operator
-from jp_train.engine.cpu_operator import skip_shared_memory_operator
 from jp_train.engine.guard import SequenceGuard
 from jp_train.engine.optim import ParameterGroups, parameter_groups
 from jp_train.errors import ConfigError, JpTrainError
@@ -29,6 +29,7 @@ from jp_train.model.janus_pro import JanusPro
 from jp_train.model.vq import VQTokenizer
 
 T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -98,10 +99,11 @@ def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
 
 
 def quiet_deepspeed() -> None:
-    """DeepSpeed logs its whole configuration at INFO; warnings and errors stay."""
+    """DeepSpeed logs its whole configuration at INFO, and torch warns about names that DeepSpeed 0.19 still calls; other warnings stay."""
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class FreezeProofError(JpTrainError):
 class FreezeProof:
     """What was checked, for events.jsonl and the checkpoint: counts, and one checksum over all frozen parameters."""
 
-    step: int
+    first_step: int
     frozen_parameters: int
     frozen_checksum: str
     trainable_parameters: int
@@ -44,7 +44,9 @@ class FreezeProof:
 class FreezeWatch:
     """Takes the evidence of one step. Build it before the step's first backward, `finish` after the optimizer step, on every rank."""
 
-    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], module_of: Callable[[str], str], n_micro_batches: int) -> None:
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], module_of: Callable[[str], str], n_micro_batches: int
+    ) -> None:
         named = list(named_parameters)
         self._frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
         self._trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
@@ -87,7 +89,7 @@ class FreezeWatch:
         for name, _ in self._trainable:
             modules[self._module_of(name)] = modules.get(self._module_of(name), 0) + 1
         return FreezeProof(
-            step=step,
+            first_step=step,
             frozen_parameters=len(self._frozen),
             frozen_checksum=combined(self._before),
             trainable_parameters=len(self._trainable),

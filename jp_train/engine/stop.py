@@ -129,5 +129,3 @@ def decide(stage: StageConfig, *, step: int, signal_number: int, patience_over: 
     if signal_number:
         return Stop(f"signal {signal.Signals(signal_number).name}", "stopped_by_signal", 128 + signal_number)
     return None
-
-

@@ -28,6 +28,8 @@ LEDGER_ROWS = 50
 MAX_SAMPLE_IMAGES = 48
 MAX_SAMPLE_BYTES = 24 * 2**20
 """Pictures embedded into the page, together at most this many bytes; the others are named as left out."""
+LINE_HEADS = ('{"step"', '{"event"', '{"time"')
+"""How the lines of a run folder's files start; an object inside a line starts otherwise."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -181,7 +183,7 @@ def read_json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
             yield found
             continue
         yield None
-        start = text.rfind('{"')
+        start = max(text.rfind(head) for head in LINE_HEADS)
         recovered = _json_object(text[start:]) if start > 0 else None
         if recovered is not None:
             yield recovered

@@ -124,13 +124,14 @@ def planned_steps(config: dict[str, Any]) -> int | None:
 
 
 def run_state(status: dict[str, Any], events: tuple[dict[str, Any], ...]) -> tuple[str, str]:
-    """What became of the run, and why: status.json first, else its last stop event. A run that was killed still says `running`."""
+    """What became of the run, and why: status.json first, else its last stop event. A run that was killed still
+    says `running` there."""
     ends = [event for event in events if event.get("event") in (*ENDINGS, "start", "resume")]
     last_end = ends[-1] if ends and ends[-1]["event"] in ENDINGS else {}
     early = [event for event in ends if event["event"] == "stopped_early"] if last_end else []
     reason = str(status.get("reason") or (early[-1] if early else last_end).get("reason") or "")
     state = str(status.get("state") or "")
-    if state in ("", "running") and last_end:
+    if not state and last_end:
         state = "stopped_early" if early else str(last_end.get("state") or ("failed" if last_end["event"] == "failed" else "stopped"))
     return {"done": "finished", "": "unknown"}.get(state, state), reason
 

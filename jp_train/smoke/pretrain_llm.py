@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from jp_train.smoke.precision import autocast
 from jp_train.smoke.progress import Progress
 
 
@@ -19,6 +20,8 @@ class TextTraining:
     row_tokens: int
     learning_rate: float
     weight_decay: float = 0.05
+    bfloat16: bool = True
+    """Matrix products in bfloat16 where the CPU gains from it."""
 
 
 def train_llm(config: LlamaConfig, documents: list[list[int]], training: TextTraining, *, seed: int) -> LlamaForCausalLM:
@@ -49,7 +52,8 @@ def train_llm(config: LlamaConfig, documents: list[list[int]], training: TextTra
             order = torch.randperm(len(documents), generator=generator).tolist()
             stream = torch.cat([stream, *(torch.tensor(documents[i]) for i in order)])
         rows, stream = stream[:needed].view(training.batch_rows, -1), stream[needed:]
-        loss = model(input_ids=rows, labels=rows).loss
+        with autocast(training.bfloat16):
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.models.janus.configuration_janus import JanusVisionConfig
 from transformers.models.janus.modeling_janus import JanusVisionModel
 
-from jp_train.smoke.pretrain_vq import to_model_range
+from jp_train.smoke.precision import autocast
+from jp_train.smoke.pretrain_vq import scale_weights, to_model_range
 from jp_train.smoke.progress import Progress
 
 
@@ -28,6 +29,8 @@ class VisionTraining:
     weight_decay: float = 0.05
     embedding_size: int = 128
     """Length of the shared image-text vectors."""
+    bfloat16: bool = True
+    """Matrix products in bfloat16 where the CPU gains from it."""
 
 
 class TextTower(nn.Module):
@@ -93,6 +96,7 @@ def train_vision(
     identity: dict[tuple[int, ...], int] = {}
     text_number = torch.tensor([identity.setdefault(tuple(t), len(identity)) for t in texts])
     vision = JanusVisionModel(config).train()
+    scale_weights(vision, generator)
     vision.config._attn_implementation = "sdpa"
     width = training.embedding_size
     image_out = nn.Linear(config.hidden_size, width)
@@ -108,9 +112,10 @@ def train_vision(
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pairs,), generator=generator)
         length = int(real[rows].sum(1).max())
-        tokens = vision(to_model_range(pictures[rows])).last_hidden_state
-        image = F.normalize(image_out(tokens.mean(1)), dim=-1)
-        text = F.normalize(tower(ids[rows, :length], real[rows, :length]), dim=-1)
+        with autocast(training.bfloat16):
+            tokens = vision(to_model_range(pictures[rows])).last_hidden_state
+            image = F.normalize(image_out(tokens.mean(1)).float(), dim=-1)
+            text = F.normalize(tower(ids[rows, :length], real[rows, :length]).float(), dim=-1)
         same = text_number[rows, None] == text_number[None, rows]
         loss = sigmoid_loss(image, text, log_scale.exp(), bias, same)
         optimizer.zero_grad(set_to_none=True)

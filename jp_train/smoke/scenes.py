@@ -36,7 +36,7 @@ HELD_OUT_PAIRS = frozenset({("circle", "orange"), ("square", "green"), ("triangl
 
 PICTURE_SIDE = 72
 BACKGROUND = (255, 255, 255)
-OBJECT_RADIUS = 0.185
+OBJECT_RADIUS = 0.2
 """Half the side of an object's bounding square, as a share of the picture's side."""
 JITTER = 0.02
 """Largest shift of an object from the centre of its cell, as a share of the picture's side."""

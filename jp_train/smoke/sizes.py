@@ -39,6 +39,8 @@ class ModelSizes:
     llm_intermediate: int = 512
     llm_layers: int = 4
     llm_heads: int = 4
+    llm_init_std: float = 0.05
+    """Initial std of the language model's weights; transformers' 0.02 suits widths in the thousands."""
     max_positions: int = 1024
 
     def __post_init__(self) -> None:
@@ -68,6 +70,7 @@ def janus_config(model: ModelSizes, *, vocab_size: int, special_ids: dict[str, i
         num_key_value_heads=model.llm_heads,
         max_position_embeddings=model.max_positions,
         rms_norm_eps=1e-6,
+        initializer_range=model.llm_init_std,
         tie_word_embeddings=False,
         bos_token_id=special_ids["bos"],
         eos_token_id=special_ids["eos"],
@@ -109,13 +112,13 @@ class SmokeSizes:
     model: ModelSizes = field(default_factory=ModelSizes)
     shards: ShardSizes = field(default_factory=ShardSizes)
     vq: VQTraining = field(
-        default_factory=lambda: VQTraining(steps=1000, batch_pictures=16, learning_rate=2e-3, continuous_steps=100)
+        default_factory=lambda: VQTraining(steps=700, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150)
     )
     vision: VisionTraining = field(
-        default_factory=lambda: VisionTraining(steps=500, batch_pairs=128, learning_rate=1e-3)
+        default_factory=lambda: VisionTraining(steps=350, batch_pairs=128, learning_rate=1e-3)
     )
     text: TextTraining = field(
-        default_factory=lambda: TextTraining(steps=150, batch_rows=8, row_tokens=256, learning_rate=2e-3)
+        default_factory=lambda: TextTraining(steps=120, batch_rows=8, row_tokens=256, learning_rate=2e-3)
     )
     threads: int = 2
     """Threads of the pretraining process (the stages run as two processes of one thread)."""

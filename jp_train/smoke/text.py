@@ -6,8 +6,6 @@ import pydoc_data.topics
 import re
 from dataclasses import dataclass
 
-import numpy as np
-
 from jp_train.smoke.seeding import generator
 
 DOCUMENT_CHARACTERS = 240
@@ -75,7 +73,7 @@ def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str
         if pending.strip():
             documents.append(pending)
     held_out = generator(seed, "text", "held-out").random(len(documents)) < held_out_share
-    documents = [d.strip() for d in documents]
+    documents = list(dict.fromkeys(d.strip() for d in documents))  # some topics repeat sections of others
     train = [d for d, out in zip(documents, held_out, strict=True) if not out]
     return train, [d for d, out in zip(documents, held_out, strict=True) if out]
 
@@ -94,28 +92,14 @@ def _first_sentences(paragraph: str) -> str:
 def split_dialogues(seed: int, *, held_out_share: float = 0.15) -> tuple[list[Dialogue], list[Dialogue]]:
     """Return training and held-out dialogues; a topic's quoted keywords and title are what is asked about.
 
-    Questions of one topic are never on both sides of the split.
+    Questions with the same answer, those of one topic above all, are never on both sides of the split.
     """
     train: list[Dialogue] = []
     held_out: list[Dialogue] = []
     for topic in load_topics():
-        side = held_out if generator(seed, "dialogue", topic.key).random() < held_out_share else train
-        answer = _first_sentences(topic.paragraphs[0])
+        answer = _first_sentences(topic.paragraphs[0])  # decides the side: some topics open alike
+        side = held_out if generator(seed, "dialogue", answer).random() < held_out_share else train
         for subject in dict.fromkeys((topic.title, topic.key)):
             for wording in DIALOGUE_QUESTIONS:
                 side.append(Dialogue(question=wording.format(subject), answer=answer))
     return train, held_out
-
-
-def repeated(items: list, count: int, rng: np.random.Generator) -> list:
-    """``count`` items: whole shuffled passes over ``items``, the last one partial.
-
-    Raises:
-        ValueError: if there is nothing to repeat.
-    """
-    if not items:
-        raise ValueError("cannot repeat an empty list")
-    order: list[int] = []
-    while len(order) < count:
-        order.extend(rng.permutation(len(items)).tolist())
-    return [items[i] for i in order[:count]]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import pydoc_data.topics
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 
-import numpy as np
 import pytest
-import webdataset
-from PIL import Image
+from data_samples import (
+    IMAGE_SIZE,
+    PATCH,
+    generation_samples,
+    stored_samples,
+    text_samples,
+    understanding_samples,
+    write_shard,
+)
 
 from jp_train.config.schema import MixtureConfig, RunConfig, SourceConfig, SourceKind, Template, TokenizerConfig
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
-
-IMAGE_SIZE, PATCH = 32, 8
-SLOTS = (IMAGE_SIZE // PATCH) ** 2
 
 
 @pytest.fixture(scope="session")
@@ -74,52 +75,6 @@ def cfg(tokenizer_config) -> RunConfig:
     return config
 
 
-def png(seed: int, width: int = 40, height: int = 30) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Path:
-    """A tar with the given (key, {extension: bytes}), written by webdataset."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
-        for key, fields in samples:
-            writer.write({"__key__": key, **fields})
-    return path
-
-
-def json_bytes(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
-def conversation(question: str, answer: str) -> bytes:
-    return json_bytes({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]})
-
-
-WORDS = "the a red blue statement value of object in Python class defines returns square circle and small large".split()
-
-
-def words(seed: int, count: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, count)) + "."
-
-
-def generation_samples(count: int, first: int = 0) -> list[tuple[str, dict[str, bytes]]]:
-    return [
-        (f"g{n:04d}", {"png": png(n), "json": json_bytes({"caption": f"{words(n, 3 + n % 5)} {words(n + 1, 4)}"})})
-        for n in range(first, first + count)
-    ]
-
-
-def understanding_samples(count: int) -> list[tuple[str, dict[str, bytes]]]:
-    return [(f"u{n:04d}", {"png": png(n, 30, 50), "json": conversation(f"<image>\n{words(n, 4)}", words(n + 9, 3 + n % 7))}) for n in range(count)]
-
-
-def text_samples(count: int) -> list[tuple[str, dict[str, bytes]]]:
-    return [(f"t{n:04d}", {"txt": words(n, 5 + 37 * (n % 9)).encode()}) for n in range(count)]
-
-
 @pytest.fixture
 def mixed(cfg, tmp_path) -> Callable[..., RunConfig]:
     """Writes four small sources of all kinds and sets them in `cfg`: 8 rows a step, 2:3:5, pad dropout and first sentences on."""
@@ -130,11 +85,7 @@ def mixed(cfg, tmp_path) -> Callable[..., RunConfig]:
 
         write_shard(tmp_path / "real-0.tar", damage(generation_samples(13)))
         write_shard(tmp_path / "real-1.tar", damage(generation_samples(12, 13)))
-        ids = np.arange(SLOTS, dtype=np.uint16)
-        buffer = io.BytesIO()
-        np.save(buffer, ids)
-        stored = [(f"s{n:03d}", {"json": json_bytes({"caption": words(n, 5)}), "vq.npy": buffer.getvalue()}) for n in range(9)]
-        write_shard(tmp_path / "stored.tar", stored)
+        write_shard(tmp_path / "stored.tar", stored_samples(9))
         write_shard(tmp_path / "und.tar", damage(understanding_samples(17)))
         write_shard(tmp_path / "text.tar", text_samples(21))
         cfg.data.root = str(tmp_path)

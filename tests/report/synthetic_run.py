@@ -1,6 +1,6 @@
 """Run folders that look like those of a real training, written from a seed: for the tests, and to look at the page while changing it.
 
-    python -m tests.report.synthetic OUT        writes OUT/stage1 .. stage3, OUT/run_a, OUT/run_b and their reports
+    python -m tests.report.synthetic_run OUT        writes OUT/stage1 .. stage3, OUT/run_a, OUT/run_b and their reports
 """
 
 from __future__ import annotations

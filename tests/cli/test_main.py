@@ -1,0 +1,121 @@
+"""The command line: exit statuses, one-line errors, and every command that needs no training run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jp_train.cli.main import COMMANDS, build_parser, main
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE1 = str(ROOT / "launch" / "smoke_stage1.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out) > 150
+
+
+def test_the_top_level_help_shows_the_way_through_and_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "jp-train launch" in text and "exit status" in text
+    assert all(command in text for command in COMMANDS)
+
+
+def test_a_wrong_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args(["trane"])
+    assert stop.value.code == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_a_mistyped_key_exits_2_with_one_line_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "jp_train", "check", STAGE1, "optimizer.warmup_step=3"], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'optimizer.warmup_steps'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_check_of_a_paper_config_prints_the_papers_numbers_without_data(capsys):
+    code = main(["check", "launch/janus_pro_7b_stage2.yaml", "--config-only", "--hostfile", "hostfiles/a100_32x8"])
+    text = capsys.readouterr().out
+    assert code == 0
+    for expected in ("360,000, stopped early at 270,000", "7,407,773,323", "7,032,201,216", "2 : 3 : 5", "256 ranks"):
+        assert expected in text
+
+
+def test_check_of_a_world_size_that_does_not_divide_the_rows_lists_the_problem_and_exits_2(tmp_path, capsys):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node1 slots=5\n")
+    code = main(["check", "launch/janus_pro_1b_stage2.yaml", "--config-only", "--hostfile", str(hostfile), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 2
+    assert "512 rows" in found["problems"][0] and "5 ranks" in found["problems"][0]
+
+
+def test_check_reads_tokenizer_weights_and_shards_and_counts_epochs(small_world, capsys):
+    code = main(["check", "launch/smoke_stage1.yaml", *small_world.overrides, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0, found["problems"]
+    assert found["weights"]["tensors"] > 200
+    rows = {row["name"]: row for row in found["sources"]}
+    assert set(rows) == {"digits-und", "scenes-und", "digits-gen", "scenes-gen"}
+    steps, batch = found["steps"]["stops_at"], 64
+    generated = sum(rows[name]["epochs"] * rows[name]["samples"] for name in ("digits-gen", "scenes-gen"))
+    assert generated == pytest.approx(steps * batch * 3 / 4, rel=1e-6)
+
+
+def test_check_names_weights_that_do_not_fit(small_world, capsys):
+    code = main(["check", "launch/smoke_stage1.yaml", *small_world.overrides, "model.language.layers=5", "--json"])
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert code == 2
+    assert "layers.4" in problems[0] and "missing" in problems[0]
+
+
+def test_data_index_counts_every_sample_once(small_world, capsys):
+    assert main(["data", "index", "launch/smoke_stage1.yaml", *small_world.overrides, "--processes", "1", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert "digits-gen" in json.dumps(summary)
+
+
+def test_weights_survive_the_way_to_the_released_layout_and_back(small_world, tmp_path, capsys):
+    from jp_train.model.pretrained import open_weights
+
+    assert main(["export", str(small_world.root / "init"), str(tmp_path / "released"), "--layout", "deepseek", "--dtype", "fp32"]) == 0
+    assert main(["import", str(tmp_path / "released"), str(tmp_path / "back"), "--dtype", "fp32"]) == 0
+    before, after = open_weights(small_world.root / "init"), open_weights(tmp_path / "back")
+    assert sorted(before.keys()) == sorted(after.keys())
+    for name in before.keys():  # noqa: SIM118 - no dict
+        assert before.get(name).equal(after.get(name)), name
+    assert main(["export", str(tmp_path / "back"), str(tmp_path / "released")]) == 4  # the folder exists
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_generate_writes_pictures_and_ask_reads_one(small_world, tmp_path, capsys):
+    model = str(small_world.root / "init")
+    out = tmp_path / "picture.png"
+    prompts = ["--prompt", "the digit seven", "--prompt", "a red circle"]
+    assert main(["generate", "--model", model, *prompts, "--out", str(out), "--cfg-scale", "1"]) == 0
+    files = capsys.readouterr().out.split()
+    assert [Path(file).name for file in files] == ["picture-1.png", "picture-2.png"]
+    assert Image.open(files[0]).size == (32, 32)
+    assert main(["ask", "--model", model, "--image", files[0], "--question", "What is it?", "--max-new-tokens", "4"]) == 0
+    assert main(["ask", "--model", model, "--image", str(tmp_path / "absent.png"), "--question", "?"]) == 3
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 4
+    assert main(["generate", "--model", model, "--prompt", "x", "--out", "picture.bmp"]) == 2

@@ -1,0 +1,43 @@
+"""Artefacts that several rooms' tests share: the smoke run's data, tokenizer and starting weights at their smallest, made once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """`overrides` point any launch/smoke_stage*.yaml at these folders."""
+
+    root: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            f"data.root={self.root / 'data'}",
+            f"tokenizer.path={self.root / 'tokenizer'}",
+            f"model.init_from={self.root / 'init'}",
+            f"run_dir={self.root / 'run'}",
+        ]
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory) -> SmallWorld:
+    """Real shards, a real tokenizer and real (barely trained) weights of the smoke run, in about 15 seconds."""
+    from jp_train.smoke.pretrain import pretrain_all
+    from jp_train.smoke.shards import build_shards
+    from jp_train.smoke.sizes import SmokeSizes
+    from jp_train.smoke.tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("small_world")
+    sizes = SmokeSizes.minute()
+    build_shards(root / "data", 0, sizes.shards)
+    train_tokenizer(root / "data", root / "tokenizer")
+    pretrain_all(root / "init", root / "data", root / "tokenizer", sizes, 0)
+    return SmallWorld(root)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jp_train.config.schema import Crop
+from jp_train.data.image import (
+    decode_rgb,
+    generation_transform,
+    load_generation_image,
+    load_understanding_image,
+    understanding_transform,
+)
+from jp_train.errors import SkipSample
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth random picture (noise would make every rounding visible, and photographs are smooth)."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def slow_bicubic(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Antialiased bicubic (a = -0.5), written from its definition, float64 [H, W, 3] -> [height, width, 3]."""
+
+    def kernel(x: np.ndarray) -> np.ndarray:
+        x = np.abs(x)
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+    def matrix(old: int, new: int) -> np.ndarray:
+        scale = old / new
+        centres = (np.arange(new) + 0.5) * scale
+        rows = kernel((np.arange(old) + 0.5 - centres[:, None]) / max(scale, 1.0))
+        return rows / rows.sum(1, keepdims=True)
+
+    wide = np.clip(np.round(np.einsum("tw,hwc->htc", matrix(pixels.shape[1], width), pixels.astype(float))), 0, 255)
+    return np.clip(np.round(np.einsum("th,hwc->twc", matrix(pixels.shape[0], height), wide)), 0, 255)
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (100, 7), (7, 100), (32, 32), (5, 5), (37, 91)])
+def test_understanding_follows_its_definition(width, height):
+    size = 48
+    image = picture(width, height)
+    longest = max(width, height)
+    new_width, new_height = max(int(width / longest * size), 14), max(int(height / longest * size), 14)
+    expected = np.full((size, size, 3), 127.0)
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    expected[top : top + new_height, left : left + new_width] = slow_bicubic(np.asarray(image), new_width, new_height)
+    got = understanding_transform(image, size)
+    assert got.dtype == np.uint8 and got.shape == (3, size, size) and got.flags.c_contiguous
+    assert np.abs(got.transpose(1, 2, 0) - expected).max() <= 1
+
+
+def test_the_short_side_is_truncated_not_rounded():
+    got = understanding_transform(Image.new("RGB", (100, 99), (255, 255, 255)), 50)  # 99 / 100 * 50 = 49.5
+    assert (got[0] == 255).sum() == 50 * 49
+
+
+def test_understanding_equals_the_processor_of_transformers_where_it_does_not_round():
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    processor = JanusImageProcessorPil(do_normalize=False, do_rescale=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for width, height in [(96, 96), (192, 96), (64, 128), (384, 384), (768, 96)]:
+        image = picture(width, height, width)
+        theirs = processor(image, do_resize=True, size={"height": 384, "width": 384}, return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(understanding_transform(image, 384), theirs)
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 41), (100, 50), (33, 33), (64, 20)])
+def test_generation_crops_the_resized_picture(width, height):
+    size = 24
+    image = picture(width, height)
+    new_width, new_height = int(width * size / min(width, height)), int(height * size / min(width, height))
+    resized = slow_bicubic(np.asarray(image), new_width, new_height)
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    got = generation_transform(image, size).transpose(1, 2, 0)
+    assert np.abs(got - resized[top : top + size, left : left + size]).max() <= 1
+    for uniform in (0.0, 0.4, math.nextafter(1, 0)):
+        left, top = int(uniform * (new_width - size + 1)), int(uniform * (new_height - size + 1))
+        got = generation_transform(image, size, Crop.random, uniform).transpose(1, 2, 0)
+        assert np.abs(got - resized[top : top + size, left : left + size]).max() <= 1
+
+
+def test_every_short_side_becomes_the_size_exactly():
+    for side in (1, 3, 49, 98, 107, 383, 385, 1000, 1537):
+        assert generation_transform(Image.new("RGB", (side, side + 3)), 96).shape == (3, 96, 96)
+
+
+def test_transparency_is_composited_on_white():
+    clear = Image.new("RGBA", (20, 20), (10, 20, 30, 0))
+    half = Image.new("RGBA", (20, 20), (0, 0, 0, 128))
+    assert (load_generation_image(encoded(clear), 16) == 255).all()
+    assert np.abs(load_generation_image(encoded(half), 16).astype(int) - 127).max() <= 1
+    palette = Image.new("P", (20, 20))
+    palette.putpalette([200, 100, 50, 0, 0, 0])
+    assert (load_understanding_image(encoded(palette, transparency=0), 16) == 255).all()
+    assert load_understanding_image(encoded(palette), 16)[:, 0, 0].tolist() == [200, 100, 50]
+    assert (load_generation_image(encoded(Image.new("LA", (20, 20), (9, 0))), 16) == 255).all()
+
+
+def test_grey_cmyk_and_sixteen_bit_pictures_become_rgb():
+    assert (load_generation_image(encoded(Image.new("L", (20, 20), 77)), 16) == 77).all()
+    assert load_generation_image(encoded(Image.new("CMYK", (20, 20)), "JPEG"), 16).min() >= 250
+    sixteen = Image.fromarray(np.full((20, 20), 0x8000, np.uint16))
+    assert (load_generation_image(encoded(sixteen), 16) == 0x80).all()
+    assert (load_generation_image(encoded(Image.new("1", (20, 20), 1)), 16) == 255).all()
+
+
+def test_exif_orientation_is_applied():
+    image = picture(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate 90 degrees clockwise to view
+    assert decode_rgb(encoded(image, "PNG", exif=exif)).size == (20, 40)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(load_generation_image(encoded(image, "PNG", exif=exif), 16), load_generation_image(encoded(upright), 16))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"junk", encoded(picture(40, 40))[:90], encoded(picture(90, 90), "JPEG")[:400], b"GIF89a" + b"\0" * 50]
+)
+def test_broken_bytes_are_a_skip(data):
+    with pytest.raises(SkipSample, match="undecodable"):
+        load_understanding_image(data, 16)
+
+
+def test_other_formats_are_a_skip():
+    with pytest.raises(SkipSample, match="undecodable"):
+        decode_rgb(encoded(picture(9, 9), "BMP"))
+
+
+def test_a_picture_over_the_pixel_limit_is_refused_before_it_is_decoded(monkeypatch):
+    data = encoded(Image.new("RGB", (200, 100)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(SkipSample, match="max_image_pixels 19999"):
+        load_generation_image(data, 16, max_pixels=19999)
+
+
+def test_a_picture_whose_resized_form_would_be_huge_is_a_skip():
+    with pytest.raises(SkipSample, match="too long"):
+        load_generation_image(encoded(Image.new("RGB", (3000, 2))), 384, max_pixels=1_000_000)
+
+
+def test_a_decompression_bomb_beyond_pillows_own_limit_is_a_skip():
+    with pytest.raises(SkipSample):
+        load_generation_image(encoded(Image.new("1", (20000, 10000))), 16)

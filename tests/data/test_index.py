@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+import pytest
+from data_samples import conversation, generation_samples, json_bytes, png, text_samples, understanding_samples, write_shard
+
+from jp_train.config.schema import ClassPrompt, SourceConfig, SourceKind, Template
+from jp_train.data import index as index_module
+from jp_train.data import sidecar
+from jp_train.data.encode import Encoder
+from jp_train.data.index import index_sources, read_fields, source_fingerprint
+from jp_train.data.samples import parse_sample
+from jp_train.data.shards import ShardReader
+from jp_train.data.tools.index import index_command
+from jp_train.errors import DataError
+from jp_train.types import Kind
+
+
+def only(cfg, name="s", kind="text", shards="a.tar", **options):
+    cfg.data.sources = {name: SourceConfig(kind=SourceKind(kind), shards=shards, **options)}
+    return cfg
+
+
+def test_the_index_has_place_and_length_of_every_sample(mixed, tokenizer):
+    cfg = mixed()
+    encoder, reader = Encoder(cfg, tokenizer), ShardReader()
+    written = {"real": generation_samples(25), "und": understanding_samples(17), "text": text_samples(21)}
+    for index in index_sources(cfg, tokenizer):
+        if index.name == "stored":
+            continue
+        assert len(index) == len(written[index.name]) and not index.bad
+        for number, (key, fields) in enumerate(written[index.name]):
+            shard_number, entry = index.locator.locate(number)
+            shard = index.shards[shard_number]
+            members, tokens = sidecar.load_members(shard), sidecar.load_tokens(shard, index.locator.fingerprint)
+            raw = read_fields(shard, members, int(tokens.sample[entry]), index.kind, cfg.data.crop, reader, index.name)
+            assert raw.info.key == key and raw.fields == fields
+            sample = parse_sample(raw, index.kind, index.locator.config, image_slots=16, codebook_size=64)
+            counts = encoder.token_counts(sample)
+            assert (index.tokens[number], index.short_tokens[number]) == (counts.tokens, counts.short_tokens)
+
+
+def test_a_second_run_reads_the_sidecars_and_a_touched_shard_is_indexed_again(cfg, tmp_path, tokenizer, monkeypatch):
+    cfg.data.root = str(tmp_path)
+    path = write_shard(tmp_path / "a.tar", text_samples(4))
+    built = []
+    original = index_module.index_shard
+    monkeypatch.setattr(index_module, "index_shard", lambda *a, **k: built.append(1) or original(*a, **k))
+    first = index_sources(only(cfg), tokenizer)[0]
+    assert len(built) == 1
+    again = index_sources(only(cfg), tokenizer)[0]
+    assert len(built) == 1
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    write_shard(path, text_samples(6))
+    assert len(index_sources(only(cfg), tokenizer)[0]) == 6 and len(built) == 2
+    os.utime(path, ns=(1, 1))
+    index_sources(only(cfg), tokenizer)
+    assert len(built) == 3
+
+
+def test_stages_and_options_have_their_own_counts_and_do_not_overwrite_each_other(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", generation_samples(3))
+    only(cfg, kind="generation")
+    lengths = {}
+    for template in (Template.stage2, Template.stage3, Template.stage2):
+        cfg.stage.template = template
+        lengths.setdefault(template, []).append(index_sources(cfg, tokenizer)[0].tokens.tolist())
+    assert lengths[Template.stage2][0] == lengths[Template.stage2][1] != lengths[Template.stage3][0]
+    assert len(list(tmp_path.glob("*.jp-tokens-*.npz"))) == 2 and len(list(tmp_path.glob("*.jp-members.npz"))) == 1
+    encoder = Encoder(cfg, tokenizer)
+    plain = SourceConfig(kind=SourceKind.generation)
+    assert source_fingerprint(encoder, plain) != source_fingerprint(
+        encoder, SourceConfig(kind=SourceKind.generation, class_prompt=ClassPrompt.first_lemma)
+    )
+
+
+def test_a_damaged_sidecar_is_rebuilt_and_pickles_are_never_loaded(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", text_samples(3))
+    expected = index_sources(only(cfg), tokenizer)[0].tokens
+    poison = io.BytesIO()
+    np.savez(poison, meta=np.array([{"evil": 1}], dtype=object))
+    for garbage in (b"", b"junk", poison.getvalue(), None):
+        for path in tmp_path.glob("*.npz"):
+            path.write_bytes(path.read_bytes()[:200] if garbage is None else garbage)
+        np.testing.assert_array_equal(index_sources(only(cfg), tokenizer)[0].tokens, expected)
+
+
+def test_a_read_only_shard_folder_falls_back_to_the_cache_folder(cfg, tmp_path, tokenizer, monkeypatch):
+    shards, cache = tmp_path / "shards", tmp_path / "cache"
+    cfg.data.root = str(shards)
+    write_shard(shards / "a.tar", text_samples(3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    real_open = open
+
+    def guarded(path, mode="r", *args, **kwargs):
+        if "x" in mode and str(path).startswith(str(shards)):
+            raise PermissionError(30, "Read-only file system")
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(sidecar, "open", guarded, raising=False)
+    assert len(index_sources(only(cfg), tokenizer)[0]) == 3
+    assert os.listdir(shards) == ["a.tar"]
+    assert len(list((cache / "jp_train" / "index").rglob("*.npz"))) == 2
+    monkeypatch.setattr(index_module, "index_shard", lambda *a, **k: pytest.fail("rebuilt"))
+    assert len(index_sources(only(cfg), tokenizer)[0]) == 3
+
+
+def test_malformed_samples_are_left_out_counted_and_named(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    samples = [
+        ("good", {"png": png(1), "json": conversation("<image>\nq", "a")}),
+        ("nojson", {"png": png(1)}),
+        ("badjson", {"png": png(1), "json": b"{"}),
+        ("nopicture", {"json": conversation("<image>\nq", "a")}),
+        ("also", {"png": b"not decoded by the index", "json": json_bytes({"caption": "c"})}),
+    ]
+    write_shard(tmp_path / "a.tar", samples)
+    index = index_sources(only(cfg, kind="understanding"), tokenizer)[0]
+    assert len(index) == 2
+    assert [(bad.info.key, bad.reason.split(":")[0]) for bad in index.bad] == [
+        ("nojson", "no .json"),
+        ("badjson", "malformed .json"),
+        ("nopicture", "no picture"),
+    ]
+    shard = index.shards[0]
+    tokens = sidecar.load_tokens(shard, index.locator.fingerprint)
+    assert tokens.sample.tolist() == [0, 4]
+
+
+def test_a_source_without_a_usable_sample_is_an_error_with_reasons(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", text_samples(2))
+    with pytest.raises(DataError, match=r"'s'.*no usable generation sample: all 2 are bad, e.g. t0000"):
+        index_sources(only(cfg, kind="generation"), tokenizer)
+    write_shard(tmp_path / "empty.tar", [])
+    with pytest.raises(DataError, match="no usable text sample: the shards are empty"):
+        index_sources(only(cfg, shards="empty.tar"), tokenizer)
+
+
+def test_parallel_processes_build_the_same_index(mixed, tokenizer, tmp_path, monkeypatch):
+    cfg = mixed()
+    alone = index_sources(cfg, tokenizer)
+    for path in tmp_path.glob("*.npz"):
+        path.unlink()
+    monkeypatch.setattr(index_module, "SMALL_BYTES", 0)
+    seen = []
+    together = index_sources(cfg, tokenizer, processes=2, progress=seen.append)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.dropped_tokens, other.dropped_tokens)
+    assert [at.shards_done for at in seen] == [1, 2, 3, 4, 5] and seen[-1].bytes_done == seen[-1].bytes > 0
+    assert seen[-1].samples == sum(map(len, alone))
+    (tmp_path / "text.tar").write_bytes(b"junk" * 500)
+    with pytest.raises(DataError, match="text.tar.*corrupt"):
+        index_sources(cfg, tokenizer, processes=2)
+
+
+def test_dialogues_are_counted_because_they_may_not_be_cut(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", [("a", {"json": conversation("q", "a")}), ("b", {"txt": b"plain"})])
+    index = index_sources(only(cfg), tokenizer)[0]
+    assert index.dialogues == 1 and index.kind is Kind.TEXT
+
+
+def test_the_index_command_prints_a_table_and_progress(mixed):
+    cfg = mixed()
+    cfg.validation.sources = {"held": SourceConfig(kind=SourceKind.text, shards="text.tar")}
+    table, progress = io.StringIO(), io.StringIO()
+    summary = index_command(cfg, 1, table=table, progress=progress)
+    assert [source["name"] for source in summary["sources"]] == ["real", "stored", "und", "text", "validation/held"]
+    assert summary["sources"][0]["samples"] == 25 and summary["sources"][0]["shards"] == 2
+    assert "s left" in progress.getvalue().splitlines()[-1]
+    assert table.getvalue().splitlines()[0].split() == ["source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB"]

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jp_train.data.index import BadSample, SourceIndex
+from jp_train.data.ledger import Ledger
+from jp_train.errors import DataError
+from jp_train.types import DocumentRef, SkippedDocument, SourceInfo
+
+
+def bad(count: int, source: str = "a") -> list[SkippedDocument]:
+    return [
+        SkippedDocument(
+            info=SourceInfo(source=source, shard="x.tar", key=f"k{n}"),
+            ref=DocumentRef(source=0, epoch=0, sample=n, start=0, length=9),
+            reason="undecodable é",
+        )
+        for n in range(count)
+    ]
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_skip_is_one_line_with_source_shard_key_and_reason(cfg, tmp_path):
+    Ledger(tmp_path / "run", cfg).record(bad(2), {"a": 100}, step=5)
+    entries = lines(tmp_path / "run")
+    assert [entry["key"] for entry in entries] == ["k0", "k1"]
+    assert {key: entries[0][key] for key in ("step", "source", "shard", "reason")} == {
+        "step": 5,
+        "source": "a",
+        "shard": "x.tar",
+        "reason": "undecodable é",
+    }
+    assert entries[1]["document"]["sample"] == 1
+
+
+def test_a_step_without_skips_writes_nothing(cfg, tmp_path):
+    Ledger(tmp_path, cfg).record([], {"a": 100}, step=0)
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_the_minimum_is_always_allowed_and_one_more_stops_with_the_counts(cfg, tmp_path):
+    cfg.data.skip_minimum, cfg.data.skip_budget = 3, 0.0
+    ledger = Ledger(tmp_path, cfg)
+    ledger.record(bad(3), {"a": 7, "b": 50}, step=0)
+    ledger.record(bad(3, "b"), {"a": 1, "b": 50}, step=1)  # each source has its own budget
+    with pytest.raises(DataError, match=r"source 'a': 4 bad samples of 13 by step 2 exceed the budget of 3 .*k0.*undecodable"):
+        ledger.record(bad(1), {"a": 1}, step=2)
+    assert len(lines(tmp_path)) == 7  # the one that broke the budget is named too
+
+
+def test_the_budget_grows_with_the_samples_used(cfg, tmp_path):
+    cfg.data.skip_minimum, cfg.data.skip_budget = 1, 0.01
+    ledger = Ledger(tmp_path, cfg)
+    ledger.record(bad(5), {"a": 1000}, step=0)
+    ledger.record(bad(5), {"a": 1000}, step=1)
+    with pytest.raises(DataError, match="exceed the budget"):
+        ledger.record(bad(12), {"a": 10}, step=2)
+
+
+def test_bad_samples_on_end_stop_the_run_and_a_good_one_starts_the_count_anew(cfg, tmp_path):
+    cfg.data.skip_minimum, cfg.data.skip_consecutive = 1000, 6
+    ledger = Ledger(tmp_path, cfg)
+    ledger.record(bad(5), {"b": 9}, step=0)
+    ledger.record(bad(5), {"a": 1}, step=1)
+    ledger.record(bad(3), {}, step=2)
+    with pytest.raises(DataError, match=r"6 bad samples on end by step 3"):
+        ledger.record(bad(3), {"b": 9}, step=3)
+
+
+def test_counts_survive_a_resume_and_other_ranks_write_nothing(cfg, tmp_path):
+    cfg.data.skip_minimum = 4
+    first = Ledger(tmp_path, cfg)
+    first.record(bad(3), {"a": 10}, step=0)
+    for write in (True, False):
+        second = Ledger(tmp_path, cfg, write=write)
+        second.restore(json.loads(json.dumps(first.state())))
+        assert second.skipped == 3
+        with pytest.raises(DataError, match="5 bad samples of 16"):
+            second.record(bad(2), {"a": 1}, step=1)
+    assert len(lines(tmp_path)) == 5
+
+
+def test_samples_that_the_index_leaves_out_are_named_once(cfg, tmp_path):
+    left_out = tuple(BadSample(info=SourceInfo(source="a", shard="x.tar", key=f"k{n}"), reason="no .json") for n in range(3))
+    index = SourceIndex(locator=None, tokens=None, short_tokens=None, dropped_tokens=None, dialogues=0, bad=left_out)
+    assert Ledger(tmp_path, cfg).record_index([index]) == 3
+    assert Ledger(tmp_path, cfg).record_index([index]) == 3
+    entries = lines(tmp_path)
+    assert [(entry["step"], entry["key"]) for entry in entries] == [(None, "k0"), (None, "k1"), (None, "k2")]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from data_samples import conversation, json_bytes, npy
+
+from jp_train.config.schema import ClassPrompt, Crop, SourceConfig, SourceKind
+from jp_train.data.samples import first_sentence, parse_sample, wanted_fields
+from jp_train.errors import SkipSample
+from jp_train.types import Kind, RawSample, SourceInfo, Turn
+
+INFO = SourceInfo(source="s", shard="s.tar", key="k")
+IDS = np.arange(16, dtype=np.uint16)
+
+
+def parse(kind: Kind, fields: dict[str, bytes], source: SourceConfig | None = None):
+    source = source or SourceConfig(kind=SourceKind(kind.value))
+    return parse_sample(RawSample(info=INFO, fields=fields), kind, source, image_slots=16, codebook_size=64)
+
+
+def test_an_understanding_dialogue_loses_its_marker_and_keeps_its_turns():
+    messages = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    sample = parse(Kind.UNDERSTANDING, {"png": b"p", "json": json_bytes({"conversations": messages})})
+    assert sample.turns == (Turn(question="What is it?", answer="A cat."), Turn(question="Sure?", answer="Yes."))
+    assert sample.image == b"p"
+
+
+def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
+    sample = parse(Kind.UNDERSTANDING, {"jpg": b"p", "json": conversation("What is it?\n<image>", "A cat.")})
+    assert sample.turns == (Turn(question="What is it?", answer="A cat."),)
+    sample = parse(Kind.UNDERSTANDING, {"webp": b"p", "json": json_bytes({"caption": "A cat."})})
+    assert sample.turns == (Turn(question="", answer="A cat."),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        (Kind.UNDERSTANDING, {"json": conversation("<image>", "a")}, "no picture"),
+        (Kind.UNDERSTANDING, {"png": b"", "jpg": b"", "json": conversation("<image>", "a")}, "several pictures"),
+        (Kind.UNDERSTANDING, {"png": b""}, "no .json"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": b"{"}, "malformed"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": b"\xff"}, "malformed"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": b"[" * 100_000}, "malformed"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": b"[]"}, "expected an object"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": b"{}"}, "neither"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": json_bytes({"conversations": []})}, "alternating"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": conversation("no marker", "a")}, "<image>"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": conversation("<image><image>", "a")}, "found 2"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": conversation("<image>", " ")}, "empty"),
+        (
+            Kind.UNDERSTANDING,
+            {"png": b"", "json": json_bytes({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]})},
+            "message 1",
+        ),
+        (Kind.GENERATION, {"png": b"", "json": b"{}"}, '"caption"'),
+        (Kind.GENERATION, {"png": b"", "json": b'{"caption": 3}'}, "int"),
+        (Kind.GENERATION, {"png": b"", "json": b'{"caption": "\\ud800"}'}, "surrogate"),
+        (Kind.GENERATION, {"png": b"", "json": b'{"caption": "  "}'}, "empty"),
+        (Kind.GENERATION, {"json": b'{"caption": "a"}'}, "neither a picture"),
+        (Kind.TEXT, {}, "either .txt or .json"),
+        (Kind.TEXT, {"txt": b"a", "json": b"{}"}, "either .txt or .json"),
+        (Kind.TEXT, {"txt": b"\xff\xfe"}, "UTF-8"),
+        (Kind.TEXT, {"txt": b" \n"}, "empty"),
+        (Kind.TEXT, {"txt": b"a", "png": b""}, "picture"),
+        (Kind.TEXT, {"json": b"{}"}, '"text" or "conversations"'),
+        (Kind.TEXT, {"json": conversation("<image>\nq", "a")}, "refers to a picture"),
+    ],
+)
+def test_a_malformed_sample_is_skipped_with_a_reason(kind, fields, says):
+    with pytest.raises(SkipSample) as caught:
+        parse(kind, fields)
+    assert says in str(caught.value)
+
+
+def test_stored_ids_are_taken_only_with_the_right_type_shape_and_codebook():
+    caption = json_bytes({"caption": "a"})
+    sample = parse(Kind.GENERATION, {"vq.npy": npy(IDS), "json": caption})
+    np.testing.assert_array_equal(sample.vq_ids, IDS)
+    objects = io.BytesIO()
+    np.save(objects, np.array([{"a": 1}] * 16, dtype=object), allow_pickle=True)
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"descr": "<u2", "fortran_order": False, "shape": (10**15,)})
+    for bad, says in [
+        (npy(IDS.astype(np.int64)), "int64"),
+        (npy(IDS[:8]), r"\[8\]"),
+        (npy(IDS + np.uint16(60)), "codebook has 64"),
+        (npy(IDS)[:-4], "cannot be read"),
+        (b"", "cannot be read"),
+        (b"junk" * 30, "cannot be read"),
+        (npy(IDS).replace(b"(16,)", b"(16,"), "cannot be read"),
+        (objects.getvalue(), "object"),
+        (huge.getvalue(), "1000000000000000"),
+    ]:
+        with pytest.raises(SkipSample, match=says):
+            parse(Kind.GENERATION, {"vq.npy": bad, "json": caption})
+
+
+def test_text_comes_as_txt_json_or_dialogue():
+    assert parse(Kind.TEXT, {"txt": "é\n".encode()}).text == "é\n"
+    assert parse(Kind.TEXT, {"json": json_bytes({"text": " a "})}).text == " a "
+    sample = parse(Kind.TEXT, {"json": conversation("q", "a")})
+    assert sample.text is None and sample.turns == (Turn(question="q", answer="a"),)
+
+
+def test_only_the_fields_a_kind_needs_are_read():
+    present = ["png", "json", "vq.npy", "txt", "cls"]
+    assert wanted_fields(Kind.UNDERSTANDING, present) == ["json", "png"]
+    assert wanted_fields(Kind.GENERATION, present) == ["json", "vq.npy"]
+    assert wanted_fields(Kind.GENERATION, present, Crop.random) == ["json", "png"]  # stored ids are of the centre crop
+    assert wanted_fields(Kind.GENERATION, ["json", "vq.npy"], Crop.random) == ["json", "vq.npy"]
+    assert set(wanted_fields(Kind.TEXT, ["txt", "cls"])) == {"txt"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [(ClassPrompt.as_is, "tench, Tinca tinca"), (ClassPrompt.first_lemma, "tench"), (ClassPrompt.template, "a photo of tench")],
+)
+def test_class_prompts_rewrite_the_caption(prompt, caption):
+    source = SourceConfig(kind=SourceKind.generation, class_prompt=prompt)
+    fields = {"png": b"", "json": json.dumps({"caption": "tench, Tinca tinca"}).encode()}
+    assert parse(Kind.GENERATION, fields, source).caption == caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "first"),
+    [
+        ("A cat. It sleeps.", "A cat."),
+        ("No end", "No end"),
+        ("3.5 apples and v1.2 fall! Then more.", "3.5 apples and v1.2 fall!"),
+        ('He says "stop." Then goes.', 'He says "stop."'),
+        ("一只猫。它睡觉。", "一只猫。"),
+        ("What?! Yes.", "What?!"),
+        (" padded. x", "padded."),
+    ],
+)
+def test_first_sentence(caption, first):
+    assert first_sentence(caption) == first

@@ -1,0 +1,231 @@
+"""What one rank of an engine test does: the scenarios of FOLDER/scenarios.json, in order. Not a test module.
+
+A scenario is a function `(**arguments) -> JSON-able result`. Several `train` runs share one process and one process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+TESTS = Path(__file__).resolve().parent.parent
+for place in (TESTS / "engine", TESTS / "model", TESTS):
+    sys.path.insert(0, str(place))
+
+import torch  # noqa: E402
+from tiny_run import tiny_run  # noqa: E402
+
+import jp_train.train as training  # noqa: E402
+from jp_train.config import RunConfig  # noqa: E402
+from jp_train.config.schema import Precision, Reduction, SourceConfig, SourceKind  # noqa: E402
+from jp_train.data.loader import rows_hash  # noqa: E402
+from jp_train.engine.init import build_engine  # noqa: E402
+from jp_train.errors import JpTrainError  # noqa: E402
+
+RANK = int(os.environ["RANK"])
+WORLD = int(os.environ["WORLD_SIZE"])
+
+
+def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
+    """A tiny run; `changes` are tiny_run's own arguments and dotted keys of the configuration."""
+    own = {key: changes.pop(key) for key in ("stage", "steps", "rows") if key in changes}
+    init_from = changes.pop("init_from", None)
+    held_out = changes.pop("held_out", False)
+    cfg = tiny_run(Path(data), Path(run_dir), init_from=None if init_from is None else Path(init_from), **own)
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node: Any = cfg
+        for parent in parents:
+            node = getattr(node, parent)
+        kind = {"precision": Precision, "loss.reduction": Reduction}.get(key, lambda x: x)
+        setattr(node, leaf, kind(value))
+    if held_out:
+        cfg.validation.sources = {
+            "held_gen": SourceConfig(kind=SourceKind.generation, shards="held-gen.tar"),
+            "held_und": SourceConfig(kind=SourceKind.understanding, shards="held-und.tar"),
+        }
+    return cfg
+
+
+def train(*, kill_at: int | None = None, kill_rank: int = 1, kill_in_save: bool = False, nan_at: list[int] = (), **changes: Any) -> dict:
+    """`jp_train.train.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
+
+    kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that step's checkpoint.
+    nan_at: steps whose loss rank 0 makes NaN.
+    """
+    cfg = make(**changes)
+    hashes: dict[int, str] = {}
+    plain_step, plain_loss, plain_save = training.Trainer.train_step, training.micro_batch_loss, torch.save
+    here: dict[str, Any] = {}
+
+    def step(self, micro_batches, totals, **timing):
+        number = self.state.step + 1
+        here["step"] = number
+        if number == kill_at and not kill_in_save and kill_rank == RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+        hashes[number] = rows_hash(micro_batches)
+        return plain_step(self, micro_batches, totals, **timing)
+
+    def loss(terms, totals, cfg_loss):
+        value = plain_loss(terms, totals, cfg_loss)
+        return value * float("nan") if here["step"] in nan_at and RANK == 0 else value
+
+    def save(value, path, *args, **kwargs):
+        if kill_in_save and here.get("step") == kill_at and kill_rank == RANK and "optim_states" in str(path):
+            plain_save(value, path, *args, **kwargs)
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain_save(value, path, *args, **kwargs)
+
+    training.Trainer.train_step, training.micro_batch_loss, torch.save = step, loss, save
+    try:
+        return {"code": training.train(cfg), "hashes": hashes}
+    except JpTrainError as error:
+        return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "hashes": hashes}
+    finally:
+        training.Trainer.train_step, training.micro_batch_loss, torch.save = plain_step, plain_loss, plain_save
+
+
+def leak(what: str, **changes: Any) -> dict:
+    """A run whose model breaks the freeze in its first step: `write` moves a frozen weight, `skip` leaves trainable ones out."""
+    import jp_train.model.janus_pro as model
+
+    plain_step, plain_place = training.Trainer.train_step, model._place
+    if what == "write":
+
+        def step(self, *args, **kwargs):
+            frozen = [p for p in self.engine.model.parameters() if not p.requires_grad]
+            handle = self.engine.model.register_forward_hook(lambda *_: frozen[5].ds_tensor.data.view(-1)[:1].add_(2.0**-20))
+            try:
+                return plain_step(self, *args, **kwargs)
+            finally:
+                handle.remove()
+
+        training.Trainer.train_step = step
+    else:
+        model._place = lambda embeddings, slots, features: (
+            embeddings if slots is None else plain_place(embeddings, slots, features)
+        )
+    try:
+        return train(**changes)
+    finally:
+        training.Trainer.train_step, model._place = plain_step, plain_place
+
+
+def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> dict:
+    """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks: losses and gradients against one plain process."""
+    import jp_train.model.janus_pro as model_code
+    from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
+
+    from jp_train.config import batch_plan
+    from jp_train.engine.init import Ranks, gather_for_writing, init_process_group
+    from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
+    from jp_train.model import pretrained
+    from jp_train.model.freeze import set_trainable
+    from jp_train.model.janus_pro import JanusPro
+    from jp_train.types import KINDS
+
+    cfg = make(data, run_dir, stage=stage, rows=WORLD, **{"optimizer.weight_decay": 0.0, "engine.collective_timeout_s": 20.0})
+    cfg.model = tiny_config()
+    cfg.model.vision.layers = cfg.model.language.layers = 1
+    cfg.engine.activation_checkpointing = stage == 3
+    ranks: Ranks = init_process_group(cfg)
+    subsets = [[kind for bit, kind in enumerate(KINDS) if number >> bit & 1] for number in range(8)]
+    batches = [[pack(random_docs(100 * rank + number, kinds)) for number, kinds in enumerate(subsets)] for rank in range(WORLD)]
+
+    oracle = JanusPro(cfg.model, cfg.loss, N_SOURCES, False, PLACEHOLDER)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.2 * torch.randn(parameter.shape, generator=generator))
+    set_trainable(oracle, cfg.stage.trainable)
+    trained = [(name, p) for name, p in oracle.named_parameters() if p.requires_grad]
+    sums: list[list[tuple[float, list[torch.Tensor]]]] = []
+    for own in batches:
+        sums.append([])
+        for batch in own:
+            oracle.zero_grad(set_to_none=True)
+            terms = oracle(batch)
+            loss = terms.text_sum + terms.image_sum
+            loss.backward()
+            sums[-1].append((float(loss), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in trained]))
+
+    plain_prepare, plain_place = pretrained.prepare_weights, model_code._place
+
+    def copy_oracle(model, vq, model_cfg, *, seed, gather, is_writer):
+        values = dict(oracle.named_parameters())
+        for name, parameter in model.named_parameters():
+            with gather_for_writing([parameter]):
+                if is_writer:
+                    parameter.data.copy_(values[name].detach())
+        return "the oracle's"
+
+    pretrained.prepare_weights = copy_oracle
+    if negative:
+        model_code._place = lambda e, slots, features: e if slots is None else plain_place(e, slots, features)
+    try:
+        engine = build_engine(cfg, batch_plan(cfg, WORLD), ranks, n_sources=N_SOURCES, image_token_id=PLACEHOLDER)
+        for group in engine.deepspeed.optimizer.param_groups:
+            group["lr"] = 0.0
+        worst_loss = worst_grad = 0.0
+        pairs = [(a, b) for a in range(8) for b in range(8)] if not negative else [(1, 2)]
+        for pair in pairs:
+            counts = [count_supervised([batches[rank][number]]) for rank, number in enumerate(pair)]
+            totals = SupervisedTotals(
+                sum(c.text_tokens for c in counts), sum(c.image_tokens for c in counts), sum(c.documents for c in counts)
+            )
+            n = max(1, totals.text_tokens + totals.image_tokens)
+            loss = micro_batch_loss(engine.deepspeed(batches[RANK][pair[RANK]]), totals, cfg.loss)
+            engine.deepspeed.backward(loss * WORLD, scale_wrt_gas=False)
+            expected_loss = sums[RANK][pair[RANK]][0] / n
+            worst_loss = max(worst_loss, abs(float(loss) - expected_loss) / max(1e-6, abs(expected_loss)) if expected_loss else abs(float(loss)))
+            named = dict(engine.model.named_parameters())
+            whole_gradients = [sum(sums[rank][number][1][index] for rank, number in enumerate(pair)) / n for index in range(len(trained))]
+            norm = float(sum(whole.square().sum() for whole in whole_gradients))
+            for (name, plain), whole in zip(trained, whole_gradients, strict=True):
+                parameter = named[name]
+                mine = engine.deepspeed.optimizer.get_local_fp32_grad_for_param(parameter).flatten()
+                start = parameter.ds_tensor.numel() * RANK
+                expected = torch.zeros_like(mine)
+                part = whole.flatten()[start : start + mine.numel()]
+                expected[: part.numel()] = part
+                # some gradients (key biases) are zero but for rounding: errors count relative to the whole gradient's norm there
+                scale = max(float(whole.abs().max()), 1e-3 * norm**0.5) or 1.0
+                held = max(0, min(mine.numel(), plain.numel() - start))
+                worst_grad = max(worst_grad, float((mine - expected)[:held].abs().max()) / scale if held else 0.0)
+            engine.deepspeed.step()
+            if norm:
+                found = float(engine.deepspeed.get_global_grad_norm())
+                worst_grad = max(worst_grad, abs(found - norm**0.5) / norm**0.5)
+        return {"pairs": len(pairs), "loss": worst_loss, "grad": worst_grad}
+    except (RuntimeError, JpTrainError, AssertionError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        pretrained.prepare_weights, model_code._place = plain_prepare, plain_place
+
+
+SCENARIOS = {"train": train, "leak": leak, "presence": presence}
+
+
+def main(folder: Path) -> int:
+    training.leave_process_group = lambda: None  # the next scenario needs it
+    code = 0
+    for scenario in json.loads((folder / "scenarios.json").read_text()):
+        name, kind = scenario.pop("name"), scenario.pop("kind")
+        exit_with = scenario.pop("exit_with_code", False)
+        result = SCENARIOS[kind](**scenario)
+        (folder / f"{name}.rank{RANK}.json").write_text(json.dumps(result))
+        if exit_with:
+            code = result.get("code", result.get("exit_code", 1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
