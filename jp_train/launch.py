@@ -28,7 +28,10 @@ from typing import Any
 from jp_train import errors
 from jp_train.config import batch_plan, load_config
 from jp_train.errors import ConfigError, JpTrainError, LaunchError
+from jp_train.hostfile import Host, parse_hostfile, runs_locally, select_slots
 from jp_train.launch_signals import LAUNCH_ID, launched_processes, rank_processes, send
+
+__all__ = ["Host", "exit_code", "launch", "launch_command", "parse_hostfile", "select_slots"]
 
 DEFAULT_PORT = 29500
 DEFAULT_GRACE_S = 600.0
@@ -37,10 +40,21 @@ KILL_WAIT_S = 15.0
 SECOND_SIGNAL_S = 2.0
 """A repeat within this time belongs to the first signal (Ctrl-C may come twice); a later one kills at once."""
 
-HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
-HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
-"""Letters, digits, dots, dashes, underscores, no dash in front: the name is put into ssh and pdsh command lines."""
-PASSED_PREFIXES = ("CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "JP_TRAIN_", "NCCL_", "OMP_", "TOKENIZERS_", "TORCH_", "TRITON_", "WANDB_")
+PASSED_PREFIXES = (
+    "CUDA_",
+    "DEEPSPEED_",
+    "DS_",
+    "FI_",
+    "GLOO_",
+    "HF_",
+    "JP_TRAIN_",
+    "NCCL_",
+    "OMP_",
+    "TOKENIZERS_",
+    "TORCH_",
+    "TRITON_",
+    "WANDB_",
+)
 PASSED_NAMES = ("LD_LIBRARY_PATH", "XDG_CACHE_HOME")
 NOT_PASSED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 """Set per host by the launcher, or meant for the runner alone."""
@@ -49,83 +63,6 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 SECRET_LOOKALIKES = ("TOKENIZERS_",)
 SAFE_VALUE = re.compile(r"[\w@%+=:,./ -]*")
 """Values that an `export NAME="value"` on the remote host leaves as they are."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """One line of a hostfile: `slots` is the number of ranks (GPUs) on the host."""
-
-    name: str
-    slots: int
-
-
-def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
-    """The hosts of a DeepSpeed hostfile, in rank order: `name slots=N` a line, `#` comments and blank lines.
-
-    Raises LaunchError with the line number and what is wrong: missing or empty file, a line of another form, no slots, a repeated host, a name
-    with characters that a shell would interpret.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise LaunchError(f"hostfile {path} is not there; expected a file with `name slots=N` lines (see hostfiles/README.md)")
-    hosts: dict[str, tuple[int, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        where = f"hostfile {path}, line {number}: {text!r}"
-        match = HOST_LINE.fullmatch(text)
-        if not match:
-            raise LaunchError(f"{where}: expected `name slots=N` with a whole number N, and nothing else but a # comment")
-        name, slots = match[1], int(match[2])
-        if not HOST_NAME.fullmatch(name):
-            raise LaunchError(f"{where}: host name {name!r} has characters other than letters, digits, dot, dash and underscore; write the plain name or address")
-        if slots == 0:
-            raise LaunchError(f"{where}: 0 slots; give the number of GPUs, or comment the line out")
-        if name in hosts:
-            raise LaunchError(f"{where}: host {name} is already on line {hosts[name][1]}; write every host once, with all its slots")
-        hosts[name] = (slots, number)
-    if not hosts:
-        raise LaunchError(f"hostfile {path} names no host; expected at least one `name slots=N` line")
-    return [Host(name, slots) for name, (slots, _) in hosts.items()]
-
-
-def select_slots(hosts: Sequence[Host], *, include: str = "", exclude: str = "") -> dict[str, tuple[int, ...]]:
-    """The slots that a run uses on each host, after a filter in DeepSpeed's form `host1@host2:0,2`.
-
-    Raises ConfigError for both filters at once, an unknown host or slot, a filter of another form, or nothing left.
-    """
-    everything = {host.name: tuple(range(host.slots)) for host in hosts}
-    if include and exclude:
-        raise ConfigError("--include and --exclude exclude each other; give one of them")
-    if not include and not exclude:
-        return everything
-    option = "--include" if include else "--exclude"
-    named: dict[str, set[int]] = {}
-    for part in (include or exclude).split("@"):
-        name, _, numbers = part.partition(":")
-        if name not in everything:
-            raise ConfigError(f"{option} {include or exclude!r}: host {name!r} is not in the hostfile; it has {', '.join(everything)}")
-        if ":" in part and not re.fullmatch(r"\d+(,\d+)*", numbers):
-            raise ConfigError(f"{option} {include or exclude!r}: {part!r} is not of the form host or host:0,1")
-        slots = {int(n) for n in numbers.split(",")} if numbers else set(everything[name])
-        unknown = sorted(slots - set(everything[name]))
-        if unknown:
-            raise ConfigError(f"{option} {include or exclude!r}: host {name} has no slot {unknown[0]}; its slots are 0 to {len(everything[name]) - 1}")
-        named.setdefault(name, set()).update(slots)
-    kept = {}
-    for name, slots in everything.items():
-        chosen = tuple(s for s in slots if (s in named.get(name, ())) == bool(include))
-        if chosen:
-            kept[name] = chosen
-    if not kept:
-        raise ConfigError(f"{option} {include or exclude!r} leaves no slot of the hostfile")
-    return kept
-
-
-def runs_locally(selection: Mapping[str, Sequence[int]]) -> bool:
-    """Whether the run is one host, and that host is this one."""
-    return len(selection) == 1 and next(iter(selection)) in ("localhost", "127.0.0.1", socket.gethostname())
 
 
 def launch_command(
@@ -261,7 +198,10 @@ def launch(
     print(batch_plan(cfg, world).describe(), file=out)
     if not local:
         print(f"environment of the ranks: {' '.join(passed.lines)}", file=out)
-        for names, why in ((passed.secrets, "it looks secret; log in on the hosts instead"), (passed.unsafe, "a remote shell would change it")):
+        for names, why in (
+            (passed.secrets, "it looks secret; log in on the hosts instead"),
+            (passed.unsafe, "a remote shell would change it"),
+        ):
             for name in names:
                 print(f"not passed on: {name} ({why})", file=out)
     print(f"command: {shlex.join(command)}", file=out, flush=True)
@@ -293,7 +233,9 @@ def exit_code(code: int, stopped_by: int | None, failure: str) -> int:
     if 0 < number < 65:
         name = signal.Signals(number).name if number in {s.value for s in signal.Signals} else f"signal {number}"
         hint = "; the kernel's out-of-memory killer does this: see dmesg" if number == signal.SIGKILL else ""
-        raise LaunchError(f"a process of the run was killed by {name}{hint}. Run the same command again to resume from the newest checkpoint")
+        raise LaunchError(
+            f"a process of the run was killed by {name}{hint}. Run the same command again to resume from the newest checkpoint"
+        )
     return code
 
 
@@ -318,7 +260,9 @@ class _Running:
             while self._process.poll() is None:
                 if self._signal is not None and deadline is None:
                     deadline = time.monotonic() + self._grace_s
-                    _say(f"{signal.Signals(self._signal).name}: ranks finish their step and save; killed in {self._grace_s:g} s, or by a second signal")
+                    _say(
+                        f"{signal.Signals(self._signal).name}: ranks finish their step and save; killed in {self._grace_s:g} s, or by a second signal"
+                    )
                     told |= self._stop_ranks(told)
                     if not told and not self._remote:
                         os.killpg(self._process.pid, signal.SIGTERM)  # no rank yet, so nothing to save
@@ -383,7 +327,9 @@ class _Running:
 def _check_ready(selection: Mapping[str, Sequence[int]], port: int, *, local: bool) -> None:
     if not local:
         if shutil.which("pdsh") is None:
-            raise LaunchError("pdsh is not installed on this host, and the hostfile names remote hosts; install it (Debian: apt-get install pdsh openssh-client)")
+            raise LaunchError(
+                "pdsh is not installed on this host, and the hostfile names remote hosts; install it (Debian: apt-get install pdsh openssh-client)"
+            )
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -401,9 +347,8 @@ def _check_ready(selection: Mapping[str, Sequence[int]], port: int, *, local: bo
 
 
 def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    """By the driver's device files (NVIDIA, AMD): importing torch to ask it takes seconds, and the ranks ask it anyway."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 
 
 def _describe(selection: Mapping[str, Sequence[int]]) -> str:

@@ -16,6 +16,9 @@ from jp_train.sinks import Console, Events, MetricsFile, Progress, Sink, StatusF
 from jp_train.types import KINDS
 
 
+STATUS_FILE = "status.json"
+
+
 class RunLog:
     """Console, events.jsonl and status.json from the start; metrics.jsonl, wandb and TensorBoard from `open`."""
 
@@ -32,12 +35,21 @@ class RunLog:
         self._progress = Progress(last_step(cfg.stage))
         self._console = Console(cfg.logging.every_steps, self._progress)
         self._events = Events(self.folder / "events.jsonl")
-        self._status = StatusFile(
-            self.folder / "status.json",
-            stage=cfg.stage.name,
-            planned_steps=last_step(cfg.stage),
-            training_steps=cfg.stage.training_steps,
-            dp_world_size=dp_world_size,
+        self._dp_world_size = dp_world_size
+        self._status: StatusFile | None = None
+
+    def begin(self) -> None:
+        """The run will train: from here on status.json is about this attempt. (One that is refused leaves it as it is.)"""
+        if self._active:
+            self._status = self._new_status()
+
+    def _new_status(self) -> StatusFile:
+        return StatusFile(
+            self.folder / STATUS_FILE,
+            stage=self._cfg.stage.name,
+            planned_steps=last_step(self._cfg.stage),
+            training_steps=self._cfg.stage.training_steps,
+            dp_world_size=self._dp_world_size,
         )
 
     def open(self, *, batch: BatchPlan, resumed_step: int | None, checkpoint: Mapping[str, Any] | None) -> None:
@@ -91,6 +103,7 @@ class RunLog:
                 "skipped_documents": skipped_documents,
                 "skipped_steps": skipped_steps,
             }
+        assert self._status is not None, "begin comes first"
         self._status.update(**status)
 
     def finish(self, stop: Stop, step: int) -> None:
@@ -104,6 +117,7 @@ class RunLog:
             state=stop.state,
             exit_code=stop.exit_code,
         )
+        assert self._status is not None, "begin comes first"
         self._status.update(state=stop.state, reason=stop.reason, step=step, checkpoint=self._checkpoint, eta_s=0)
         self.say(f"{stop.state.replace('_', ' ')} after step {step}: {stop.reason}")
         self.close()
@@ -113,7 +127,10 @@ class RunLog:
         if not self._active:
             return
         self.event("failed", self._step, error=type(error).__name__, reason=str(error))
-        self._status.update(state="failed", reason=f"{type(error).__name__}: {error}", checkpoint=self._checkpoint)
+        if self._status is None and not (self.folder / STATUS_FILE).exists():
+            self._status = self._new_status()
+        if self._status is not None:
+            self._status.update(state="failed", reason=f"{type(error).__name__}: {error}", checkpoint=self._checkpoint)
         self.close()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -246,7 +247,7 @@ class Wandb:
             raise ConfigError(f"wandb cannot be imported ({error}); pip install wandb, or set logging.wandb.mode: disabled") from None
         folder = run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
-        run_id = kept_run_id(folder / "run_id", wandb.util.generate_id)
+        run_id = kept_run_id(folder / "run_id", lambda: secrets.token_hex(4))
         self._run = wandb.init(
             dir=str(run_dir),
             project=cfg.project,

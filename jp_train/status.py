@@ -41,7 +41,9 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
     metrics, events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
     told = _read_object(run_dir / "status.json")
     if not run_dir.is_dir() or not (told or metrics.is_file() or events.is_file()):
-        raise DataError(f"{run_dir} is not a run folder: expected status.json or metrics.jsonl in it. Name the `run_dir` of a training that was started")
+        raise DataError(
+            f"{run_dir} is not a run folder: expected status.json or metrics.jsonl in it. Name the `run_dir` of a training that was started"
+        )
     recent = _recent_steps(metrics)
     timeline = _tail(events)
     trained = [record for record in recent if "loss/total" in record]
@@ -85,7 +87,11 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
 def format_status(found: dict[str, Any]) -> str:
     """The screen: at most 80 columns but for long reasons, aligned, nothing that needs colour."""
     planned = found["planned_steps"]
-    done = f"{found['step']:,} of {planned:,} ({100 * found['share_done']:.1f}%)  {_bar(found['share_done'])}" if planned else f"{found['step']:,}"
+    done = (
+        f"{found['step']:,} of {planned:,} ({100 * found['share_done']:.1f}%)  {_bar(found['share_done'])}"
+        if planned
+        else f"{found['step']:,}"
+    )
     ranks = f", {found['world_size']} ranks" if found["world_size"] else ""
     lines = [
         f"{found['run_dir']}  ({found['stage']}{ranks})" if found["stage"] else found["run_dir"],
@@ -96,7 +102,11 @@ def format_status(found: dict[str, Any]) -> str:
     if found["held_out"]:
         lines.append(_row("held out", "  ".join(f"{name} {value:.4f}" for name, value in found["held_out"].items())))
     wait = "-" if found["data_wait_share"] is None else f"{100 * found['data_wait_share']:.1f}%"
-    speed = "-" if found["tokens_per_s"] is None else f"{found['tokens_per_s']:,.0f} tokens/s, {duration(found['step_s'])} a step, {wait} of it waiting for data"
+    speed = (
+        "-"
+        if found["tokens_per_s"] is None
+        else f"{found['tokens_per_s']:,.0f} tokens/s, {duration(found['step_s'])} a step, {wait} of it waiting for data"
+    )
     lines.append(_row("speed", speed))
     if found["fill"] is not None:
         lines.append(_row("fill", f"{100 * found['fill']:.2f}%"))
@@ -105,12 +115,16 @@ def format_status(found: dict[str, Any]) -> str:
         lines.append(_row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago"))
     checkpoint = found["checkpoint"]
     kept = f", {found['checkpoints']} on disk" if found["checkpoints"] else ""
-    lines.append(_row("checkpoint", f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}" if checkpoint else "none yet"))
+    lines.append(
+        _row("checkpoint", f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}" if checkpoint else "none yet")
+    )
     skips = "unknown" if found["skipped_documents"] is None else f"{found['skipped_documents']:,} samples"
     lines.append(_row("skipped", skips + (f", {found['skipped_steps']} steps" if found["skipped_steps"] else "")))
     for event in found["events"]:
         when = parse_time(event.get("time"))
-        detail = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None))
+        detail = ", ".join(
+            f"{key} {value}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None)
+        )
         lines.append(_row("events" if event is found["events"][0] else "", f"{when:%m-%d %H:%M:%S}  " * bool(when) + f"step {event.get('step', '?')}  {event['event']}"
                           + (f"  {detail[:90]}" if detail else "")))  # fmt: skip
     return "\n".join(lines)
@@ -166,7 +180,9 @@ def _recent_steps(path: Path) -> list[dict[str, Any]]:
 
 def _newest_held_out(recent: list[dict[str, Any]]) -> dict[str, float]:
     for record in reversed(recent):
-        found = {key.removeprefix("val/"): float(value) for key, value in record.items() if key.startswith("val/") and _float(value) is not None}
+        found = {
+            key.removeprefix("val/"): float(value) for key, value in record.items() if key.startswith("val/") and _float(value) is not None
+        }
         if found:
             return found
     return {}

@@ -107,6 +107,7 @@ def prepare(cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, c
     batch = batch_plan(cfg, ranks.dp_world_size)
     if checkpoint is not None:
         refuse_other_world(checkpoint, ranks.dp_world_size)
+    log.begin()
     if ranks.is_main:
         save_config(cfg, Path(cfg.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(cfg.tokenizer)

@@ -66,14 +66,25 @@ def test_the_reader_of_imports_sees_every_form() -> None:
 @pytest.mark.parametrize("room", ["jp_train.data", "jp_train.model"])
 def test_data_and_model_import_neither_each_other_nor_upwards(room: str) -> None:
     other = {"jp_train.data": "jp_train.model", "jp_train.model": "jp_train.data"}[room]
-    for above in (other, "jp_train.engine", "jp_train.train", "jp_train.launch", "jp_train.cli", "jp_train.report", "jp_train.smoke", "jp_train.sinks"):
+    for above in (
+        other,
+        "jp_train.engine",
+        "jp_train.train",
+        "jp_train.launch",
+        "jp_train.cli",
+        "jp_train.report",
+        "jp_train.smoke",
+        "jp_train.sinks",
+    ):
         assert importers(above, within(room)) == set(), f"{room} must not import {above}"
 
 
 def test_the_lowest_modules_import_nothing_above_them() -> None:
     for path in within("jp_train.types", "jp_train.errors", "jp_train.config"):
         own = {name for name in imports_of(path) if name.startswith("jp_train.")}
-        assert {name for name in own if not name.startswith(("jp_train.errors", "jp_train.types", "jp_train.config"))} == set(), module_name(path)
+        assert {name for name in own if not name.startswith(("jp_train.errors", "jp_train.types", "jp_train.config"))} == set(), (
+            module_name(path)
+        )
 
 
 def test_only_the_engine_and_the_launcher_import_deepspeed() -> None:
@@ -105,6 +116,7 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.create_connection = refuse
 import numpy, torch
 import torch.distributed
+import sklearn.datasets  # brings rich, which draws a number from `random` while it is imported: not ours to change
 
 def state():
     return (
@@ -128,12 +140,22 @@ def test_importing_touches_no_device_process_group_network_seed_or_logger() -> N
     heavy = {module_name(path) for path in within("jp_train.engine")} | {"jp_train.__main__"}
     heavy |= {name for path in MODULES if (name := module_name(path)) not in heavy and _reaches(path, heavy)}
     light = sorted({module_name(path) for path in MODULES} - heavy, key=lambda name: (name.count("."), name))
-    assert {"jp_train", "jp_train.types", "jp_train.config", "jp_train.report", "jp_train.status", "jp_train.launch", "jp_train.cli.main"} <= set(light)
+    assert {
+        "jp_train",
+        "jp_train.types",
+        "jp_train.config",
+        "jp_train.report",
+        "jp_train.status",
+        "jp_train.launch",
+        "jp_train.cli.main",
+    } <= set(light)
     done = subprocess.run([sys.executable, "-c", CHECK, *light], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def _reaches(path: Path, heavy: set[str]) -> bool:
     """Whether a module imports the engine at its top level (inside a function it costs nothing at import time)."""
-    top = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    top = "\n".join(
+        ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
     return bool(imports_in(top, module_name(path).rpartition(".")[0]) & heavy)

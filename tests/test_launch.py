@@ -179,7 +179,9 @@ def test_exit_codes_mean_what_they_say() -> None:
             exit_code(killed, None, "")
 
 
-def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     config = ROOT / "launch" / "janus_pro_1b_stage2.yaml"
     assert launch(config, ["seed=3"], ROOT / "hostfiles" / "a100_16x8", dry_run=True) == 0
@@ -206,22 +208,32 @@ def stand_in(tmp_path: Path) -> Path:
     (tmp_path / "jp_train" / "__main__.py").write_text(TRAINER)
     (tmp_path / "run.yaml").write_text("preset: tiny/stage1\n")
     (tmp_path / "mode").write_text("train")
-    (tmp_path / "driver.py").parent.joinpath("drive").mkdir()
+    (tmp_path / "drive").mkdir()
     (tmp_path / "drive" / "driver.py").write_text(DRIVER)
     return tmp_path
 
 
-def start(folder: Path, hostfile_text: str, overrides: list[str], **env: str) -> subprocess.Popen[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "drive/driver.py", str(folder / "run.yaml"), str(write_hostfile(folder, hostfile_text)), json.dumps(overrides), port]
+        return int(free.getsockname()[1])
+
+
+def start(folder: Path, hostfile_text: str, overrides: list[str], **env: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "drive/driver.py",
+        str(folder / "run.yaml"),
+        str(write_hostfile(folder, hostfile_text)),
+        json.dumps(overrides),
+        str(free_port()),
+    ]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     return subprocess.Popen(command, cwd=folder, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def ranks_started(folder: Path, running: subprocess.Popen[str]) -> list[dict]:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not all((folder / f"rank{i}.json").is_file() for i in (0, 1)):
         assert running.poll() is None and time.monotonic() < until, running.stderr and running.stderr.read()
         time.sleep(0.1)
@@ -230,14 +242,14 @@ def ranks_started(folder: Path, running: subprocess.Popen[str]) -> list[dict]:
 
 def check_stop(folder: Path, running: subprocess.Popen[str], ranks: list[dict]) -> None:
     running.send_signal(signal.SIGTERM)
-    _, errors = running.communicate(timeout=40)
+    _, errors = running.communicate(timeout=120)
     assert running.returncode == 143, errors
     assert [(folder / f"saved{i}").read_text() for i in (0, 1)] == ["1", "1"], "each rank gets the signal exactly once, and saves"
     assert not any(Path(f"/proc/{rank['pid']}").exists() for rank in ranks)
 
 
 def test_a_stop_signal_reaches_local_ranks_once_and_their_code_comes_back(stand_in: Path) -> None:
-    running = start(stand_in, "localhost slots=2\n", ["seed=3", "data.class_note={a,b} c"][:1])
+    running = start(stand_in, "localhost slots=2\n", ["seed=3"])
     ranks = ranks_started(stand_in, running)
     assert [rank["argv"] for rank in ranks] == [["train", str(stand_in / "run.yaml"), "seed=3"]] * 2
     assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"], r["env"]["WORLD_SIZE"]) for r in ranks] == [("0", "0", "2"), ("1", "1", "2")]
@@ -245,11 +257,14 @@ def test_a_stop_signal_reaches_local_ranks_once_and_their_code_comes_back(stand_
     check_stop(stand_in, running, ranks)
 
 
-def test_a_failing_rank_ends_the_run_with_its_code(stand_in: Path) -> None:
+def test_a_failing_rank_ends_the_run_with_its_code_and_leaves_the_handlers_as_they_were(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (stand_in / "mode").write_text("fail")
-    running = start(stand_in, "localhost slots=2\n", [])
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 3, errors
+    monkeypatch.chdir(stand_in)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert launch(stand_in / "run.yaml", [], write_hostfile(stand_in, "localhost slots=2\n"), master_port=free_port()) == 3
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_remote_ranks_get_their_arguments_unchanged_and_one_stop_signal(stand_in: Path) -> None:
@@ -259,10 +274,17 @@ def test_remote_ranks_get_their_arguments_unchanged_and_one_stop_signal(stand_in
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     overrides = ["data.root=a {b,c} \"d\" 'e' * ~", "data.system_prompt=$(id)`id`;&|<>*{1..3}[x]\"'!#", "seed=3"]
-    env = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "WANDB_API_KEY": "s3cret", "WANDB_MODE": "offline", "JP_TRAIN_NOTE": "two words"}
+    env = {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "WANDB_API_KEY": "s3cret",
+        "WANDB_MODE": "offline",
+        "JP_TRAIN_NOTE": "two words",
+    }
     running = start(stand_in, "alpha slots=1\nbeta slots=1\n", overrides, **env)
     ranks = ranks_started(stand_in, running)
     assert [rank["argv"][2:] for rank in ranks] == [overrides] * 2
     assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"]) for r in ranks] == [("0", "0"), ("1", "0")]
-    assert all(rank["env"]["JP_TRAIN_NOTE"] == "two words" and re.fullmatch("[0-9a-f]{16}", rank["env"]["JP_TRAIN_LAUNCH_ID"]) for rank in ranks)
+    assert all(
+        rank["env"]["JP_TRAIN_NOTE"] == "two words" and re.fullmatch("[0-9a-f]{16}", rank["env"]["JP_TRAIN_LAUNCH_ID"]) for rank in ranks
+    )
     check_stop(stand_in, running, ranks)

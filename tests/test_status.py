@@ -44,7 +44,12 @@ def test_a_run_without_a_sign_of_life_for_three_step_times_is_stale(tmp_path: Pa
 
 
 def test_an_ended_run_is_never_stale_and_has_no_eta(tmp_path: Path) -> None:
-    for state, shown in (("done", "finished"), ("stopped_early", "stopped_early"), ("stopped_by_signal", "stopped_by_signal"), ("failed", "failed")):
+    for state, shown in (
+        ("done", "finished"),
+        ("stopped_early", "stopped_early"),
+        ("stopped_by_signal", "stopped_by_signal"),
+        ("failed", "failed"),
+    ):
         found = status(write_run(tmp_path / state, steps=30, state=state), now=9e9)
         assert found["state"] == shown and found["eta_s"] is None and "ETA" not in format_status(found)
 
@@ -53,7 +58,9 @@ def test_losses_come_from_the_attempt_that_counts(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     steps = [(1, 9.0), (2, 9.0), (3, 9.0), (2, 1.0)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss/total": v}) + "\n" for s, v in steps) + '{"step": 3, "loss/t')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss/total": v}) + "\n" for s, v in steps) + '{"step": 3, "loss/t'
+    )
     found = status(folder)
     assert found["losses"]["total"] == 5.0 and found["step"] == 2 and found["state"] == "unknown"
 
@@ -62,7 +69,9 @@ def test_a_run_that_has_only_started_is_shown_and_an_empty_folder_refused(tmp_pa
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError, match="not a run folder"):
         status(tmp_path / "run")
-    (tmp_path / "run" / "status.json").write_text(json.dumps({"state": "starting", "planned_steps": 10, "dp_world_size": 2, "stage": "stage1"}))
+    (tmp_path / "run" / "status.json").write_text(
+        json.dumps({"state": "starting", "planned_steps": 10, "dp_world_size": 2, "stage": "stage1"})
+    )
     found = status(tmp_path / "run")
     assert (found["state"], found["step"], found["checkpoint"], found["tokens_per_s"]) == ("starting", 0, None, None)
     assert "none yet" in format_status(found)

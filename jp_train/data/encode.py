@@ -3,19 +3,16 @@
     text, stages 1 and 2     BOS text EOS                                                   all text and EOS supervised
     text, stage 3            BOS <|User|>: question \\n\\n<|Assistant|>: answer EOS ...          answers and their EOS
     understanding, stage 1   BOS boi [S] eoi caption EOS                                    the text and EOS
-    understanding, stage 2   BOS boi [S] eoi question " " answer EOS                        the text and EOS (answers with
-    mask_question)
+    understanding, stage 2   BOS boi [S] eoi question " " answer EOS                        the same (mask_question: answers and EOS)
     understanding, stage 3   BOS system \\n\\n<|User|>: boi [S] eoi \\n question \\n\\n<|Assistant|>: answer EOS ...
+                                                                                            answers and their EOS
     generation, stages 1, 2  BOS caption boi [S] eoi EOS                                    the S image tokens
     generation, stage 3      BOS <|User|>: caption \\n\\n<|Assistant|>: boi [S] eoi EOS         the S image tokens
 
-Decisions where the paper is silent: an answer begins with one space (it is what the prompt `<|Assistant|>:` leads to at
-inference);
-a caption without a question is asked `data.caption_question` from stage 2 on; further turns of a stage 1 or 2 dialogue start on
-a new
-line; a dialogue of a text source is plain lines in stages 1 and 2; plain text in stage 3 is laid out and supervised as in stage
-2.
-All tokens stay in the input, the last one too, so a document is as long as the layout's row in the table.
+Decisions where the paper is silent: an answer begins with one space (it is what the prompt `<|Assistant|>:` leads to at inference);
+a caption without a question is asked `data.caption_question` from stage 2 on; further turns of a stage 1 or 2 dialogue start on a
+new line; a dialogue of a text source is plain lines in stages 1 and 2; plain text in stage 3 is laid out and supervised as in
+stage 2. All tokens stay in the input, the last one too, so a document is as long as the layout's row in the table.
 """
 
 from __future__ import annotations
@@ -172,8 +169,7 @@ class Encoder:
         if expected_tokens is not None and len(layout.ids) != expected_tokens:
             raise DataError(
                 f"stale index: {sample.info} has {len(layout.ids)} tokens, its index says {expected_tokens}; delete the shard's "
-                f".jp-tokens sidecar, "
-                "or run `jp-train data index` again"
+                ".jp-tokens sidecar, or run `jp-train data index` again"
             )
         if max_tokens is not None and len(layout.ids) > max_tokens:
             layout = self._truncate(layout, max_tokens)

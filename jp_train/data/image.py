@@ -1,9 +1,8 @@
 """Pictures as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
 
 Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on white; grey,
-palette,
-CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard deviation 0.5 are the model's
-business.
+palette, CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard deviation 0.5 are the
+model's business.
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ def generation_transform(
     width, height = (int(side * size / shortest) for side in image.size)
     if width * height > max_pixels:
         raise SkipSample(
-            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would have {width} "
-            f"x {height} "
-            f"pixels, above data.max_image_pixels {max_pixels}"
+            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would have {width} x "
+            f"{height} pixels, above data.max_image_pixels {max_pixels}"
         )
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     spare_x, spare_y = width - size, height - size

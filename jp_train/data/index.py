@@ -16,10 +16,10 @@ import numpy as np
 
 from jp_train.config.schema import Crop, RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
-from jp_train.data.processes import signals_deferred, worker_context
+from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
 from jp_train.data.samples import IMAGE_EXTENSIONS, parse_sample, wanted_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
-from jp_train.data.sidecar import FORMAT, ShardTokens, load_members, load_tokens, store_members, store_tokens
+from jp_train.data.sidecar import FORMAT, ShardTokens, has_members, load_members, load_tokens, store_members, store_tokens
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import DataError, SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, TextSample
@@ -118,15 +118,18 @@ def index_sources(
     reader = ShardReader(cfg.data.io_retries)
     shards = {name: [reader.stat(path) for path in expand_shards(source.shards, cfg.data.root)] for name, source in sources.items()}
     prints = {name: source_fingerprint(encoder, source) for name, source in sources.items()}
-    stale = [
-        _Task(name=name, source=source, shard=shard, fingerprint=prints[name])
-        for name, source in sources.items()
-        for shard in shards[name]
-        if load_tokens(shard, prints[name]) is None or load_members(shard) is None
-    ]
+    loaded: dict[tuple[str, str], ShardTokens] = {}
+    stale: list[_Task] = []
+    for name, source in sources.items():
+        for shard in shards[name]:
+            tokens = load_tokens(shard, prints[name])
+            if tokens is not None and has_members(shard):
+                loaded[name, shard.path] = tokens
+            else:
+                stale.append(_Task(name=name, source=source, shard=shard, fingerprint=prints[name]))
     _build(stale, cfg, tokenizer, encoder, reader, processes, progress)
     reader.close()
-    return [_assemble(name, source, shards[name], prints[name]) for name, source in sources.items()]
+    return [_assemble(name, source, shards[name], prints[name], loaded) for name, source in sources.items()]
 
 
 def index_shard(
@@ -264,6 +267,7 @@ _worker: tuple[RunConfig, Encoder, ShardReader] | None = None
 
 def _start_worker(cfg: RunConfig, tokenizer: Tokenizer) -> None:
     global _worker
+    end_with_trainer()
     _worker = (cfg, Encoder(cfg, tokenizer), ShardReader(cfg.data.io_retries))
 
 
@@ -272,11 +276,13 @@ def _run_in_worker(task: _Task) -> int:
     return _run(task, *_worker)
 
 
-def _assemble(name: str, source: SourceConfig, shards: Sequence[Shard], fingerprint: str) -> SourceIndex:
+def _assemble(
+    name: str, source: SourceConfig, shards: Sequence[Shard], fingerprint: str, loaded: Mapping[tuple[str, str], ShardTokens]
+) -> SourceIndex:
     parts: list[ShardTokens] = []
     bad: list[BadSample] = []
     for shard in shards:
-        part = load_tokens(shard, fingerprint)
+        part = loaded.get((name, shard.path)) or load_tokens(shard, fingerprint)
         if part is None:
             raise DataError(
                 f"source {name!r}: the index of {shard.path} vanished while it was read, or the shard is being rewritten; start again"

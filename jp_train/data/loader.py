@@ -1,10 +1,9 @@
 """The step loader: the plan is the sampler of an ordinary torch DataLoader whose workers are stateless.
 
-The sampler runs in the trainer's process and hands out RowSpecs, so the order of the data knows nothing of ranks or workers:
-rank k of W
-builds rows [kR/W, (k+1)R/W) of each step, with any number of worker processes. The plan runs ahead of training by the prefetch;
-each
-step therefore carries the plan's state as it was right after that step, which is what a checkpoint of the step must store.
+The sampler runs in the trainer's process and hands out RowSpecs, so the order of the data knows nothing of ranks or workers: rank
+k of W builds rows [kR/W, (k+1)R/W) of each step, with any number of worker processes. The plan runs ahead of training by the
+prefetch; each step therefore carries the plan's state as it was right after that step, which is what a checkpoint of the step must
+store.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jp_train.data.collate import Collator
 from jp_train.data.encode import Encoder
 from jp_train.data.index import SourceIndex, index_sources
 from jp_train.data.plan import Plan, PlanSource
-from jp_train.data.processes import signals_deferred, worker_context
+from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
 from jp_train.data.rows import RowBuilder
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import ConfigError, DataError
@@ -125,8 +124,7 @@ class StepLoader:
         if rest or rows % batch_plan.micro_batch_rows or not 0 <= dp_rank < dp_world_size:
             raise ConfigError(
                 f"rank {dp_rank} of {dp_world_size} cannot take its share of {batch_plan.rows_per_step} rows a step in "
-                f"micro-batches of "
-                f"{batch_plan.micro_batch_rows}: the world size times engine.micro_batch_rows must divide the rows"
+                f"micro-batches of {batch_plan.micro_batch_rows}: the world size times engine.micro_batch_rows must divide the rows"
             )
         self._rows, self._micro = rows, batch_plan.micro_batch_rows
         self._builder = RowBuilder(cfg, [index.locator for index in indexes], tokenizer)
@@ -140,6 +138,7 @@ class StepLoader:
             sampler=self._sampler,
             num_workers=self._workers,
             collate_fn=_unchanged,
+            worker_init_fn=end_with_trainer,
             generator=torch.Generator(),  # its own: the training generator must not depend on the loader
             **parallel,
         )
@@ -190,8 +189,7 @@ class StepLoader:
             first = f", whose first document is {self._builder.describe(spec.documents[0])}" if spec is not None and spec.documents else ""
             raise DataError(
                 f"a loader worker died while {where} was awaited{first}: {error}. Out of memory? Lower data.workers or "
-                f"data.prefetch_rows; "
-                "data.workers=0 shows a fault in the open"
+                "data.prefetch_rows; data.workers=0 shows a fault in the open"
             ) from error
         waiting.popleft()
         if isinstance(result, _Failure):
@@ -240,8 +238,7 @@ class _Rows(Dataset):
             first = self._builder.describe(spec.documents[0]) if spec.documents else "none"
             return _Failure(
                 f"row {spec.row} of step {spec.step} (first document: {first}) failed in the loader; this is a fault of "
-                f"jp_train:\n"
-                f"{traceback.format_exc()}"
+                f"jp_train:\n{traceback.format_exc()}"
             )
 
 
@@ -274,8 +271,7 @@ def validation_batches(cfg: RunConfig, tokenizer: Tokenizer, source_name: str, d
     """Held-out documents of one `cfg.validation.sources` entry, packed in order: this rank's batches.
 
     The first `cfg.validation.documents` documents, without random choices, fill rows one after another. Every rank gets the same
-    number of
-    batches; the last ones may hold empty rows. `document_sources` counts within `cfg.validation.sources`.
+    number of batches; the last ones may hold empty rows. `document_sources` counts within `cfg.validation.sources`.
 
     Raises:
         ConfigError: for an unknown source name.

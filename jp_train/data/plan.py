@@ -99,28 +99,46 @@ class Plan:
             raise ConfigError(f"data.sources must have different names, got {', '.join(sorted(names))}")
 
     def _make_rules(self) -> DocumentRules:
-        """The length limit of a document: a row, less what the row's other documents need at least where their number is fixed."""
-        limit, cut_texts = self.seq_len, self.samples_per_row is None
+        """How long a document may be: a row; where rows hold a fixed number of documents, what is left of one beside short ones.
+
+        Short is the quartile, so that the pool always has partners for the longest. With the shortest of all instead, documents that
+        hardly anything fits beside pile up in the pool, until no row can be made of it, days into a run.
+        """
         used = [source for source in self.sources if source.name not in self.unused]
         for source in used:
             source.check()
+        limit = self.seq_len
         if self.samples_per_row is not None:
-            shortest, name = min((source.shortest(), source.name) for source in used)
-            limit = self.seq_len - (self.samples_per_row - 1) * shortest
-            if limit < shortest:
+            short = self._short_length(used)
+            limit -= (self.samples_per_row - 1) * short
+            if limit < short:
                 raise ConfigError(
                     f"stage.samples_per_row is {self.samples_per_row}, but a row of data.seq_len {self.seq_len} tokens cannot hold that many "
-                    f"documents: the shortest, of source {name!r}, has {shortest}. "
-                    f"Set samples_per_row <= {max(1, self.seq_len // shortest)} or seq_len >= {self.samples_per_row * shortest}"
+                    f"documents: three quarters of them have {short} tokens or more. "
+                    f"Set samples_per_row <= {max(1, self.seq_len // short)} or seq_len >= {self.samples_per_row * short}"
                 )
         return DocumentRules(
             seed=self.seed,
             limit=limit,
-            cut_texts=cut_texts,
+            cut_texts=self.samples_per_row is None,
             drop=self.over_long is OverLong.drop,
             first_sentence=self.first_sentence,
             pad_dropout=self.pad_dropout,
         )
+
+    def _short_length(self, used: Sequence[PlanSource]) -> int:
+        """The median of the sources' quartiles, each source counting with its share of the mixture."""
+        mass: dict[int, Fraction] = {}
+        for source in used:
+            kind_weight = sum(Fraction(other.weight) for other in used if other.kind == source.kind)
+            share = self.mixture.shares[KINDS.index(source.kind)] * Fraction(source.weight) / kind_weight
+            mass[source.quartile()] = mass.get(source.quartile(), Fraction(0)) + share
+        lower = Fraction(0)
+        for quartile in sorted(mass):
+            lower += mass[quartile]
+            if 2 * lower >= sum(mass.values()):
+                break
+        return quartile
 
     def _sequences(self) -> dict[int, SourceSequence]:
         return {

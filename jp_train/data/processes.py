@@ -4,6 +4,8 @@ trainer."""
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,8 +21,7 @@ def worker_context() -> BaseContext:
     """The start method of every data worker: a fork server that imports torch and the data package once, and nothing of the
     trainer.
 
-    A plain fork would copy a process that holds CUDA and threads. Each worker starts by importing the caller's main module, as
-    with
+    A plain fork would copy a process that holds CUDA and threads. Each worker starts by importing the caller's main module, as with
     `spawn`: entry points keep their heavy imports inside functions.
     """
     context = multiprocessing.get_context("forkserver")
@@ -28,12 +29,26 @@ def worker_context() -> BaseContext:
     return context
 
 
+def end_with_trainer(_worker: int = 0) -> None:
+    """Call it first in every worker: the process ends as soon as the one that asked for it is gone, even by SIGKILL.
+
+    A fork server lives as long as its workers, and torch's own check only looks at the fork server, so both would stay forever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_and_exit, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()
+
+
+def _wait_and_exit(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
 @contextmanager
 def signals_deferred() -> Iterator[None]:
     """Start processes inside: they inherit a mask that blocks SIGINT, SIGTERM and SIGUSR1, so that only the trainer answers them.
 
-    A scheduler signals every process of a job; the trainer must still be able to finish its step, which needs its workers. A
-    signal
+    A scheduler signals every process of a job; the trainer must still be able to finish its step, which needs its workers. A signal
     that comes while inside is delivered on leaving. Workers end by the loader's `close`, or on seeing that the trainer is gone.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -144,8 +144,7 @@ class RowBuilder:
         if locator.kind is not Kind.TEXT or ref.truncated or ref.start + ref.length > expected:
             raise DataError(
                 f"the plan uses tokens {ref.start} to {ref.start + ref.length} ({ref.truncated} truncated) of {raw.info}, which "
-                f"has {expected}: "
-                "plan and index do not belong together; start again"
+                f"has {expected}: plan and index do not belong together; start again"
             )
         return cut_text(document, ref.start, ref.length)
 
@@ -159,8 +158,8 @@ class RowBuilder:
         tokens = load_tokens(locator.shards[shard], locator.fingerprint)
         if members is None or tokens is None:
             raise DataError(
-                f"the index of shard {locator.shards[shard].path} (source {locator.name!r}) is gone or stale; start again so "
-                f"that it is rebuilt"
+                f"the index of shard {locator.shards[shard].path} (source {locator.name!r}) is gone or stale; "
+                "start again so that it is rebuilt"
             )
         self._tables[source, shard] = members, tokens
         self._cached += len(members.keys)

@@ -1,5 +1,4 @@
-"""Tar members -> a typed sample, with strict checks: a field that is missing, doubled or malformed is a SkipSample with its
-reason.
+"""Tar members -> a typed sample, with strict checks: a field that is missing, doubled or malformed is a SkipSample.
 
 Layouts ({key}.* are the members of one sample; members that no layout names are not read):
 

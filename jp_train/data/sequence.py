@@ -68,9 +68,10 @@ class PlanSource:
                     f"source {self.name!r}: sample {int(array.argmin())} has {name} {int(array.min())}, expected at least 1. Rebuild the index"
                 )
 
-    def shortest(self) -> int:
-        """The fewest tokens that a document of this source can have."""
-        return min(int(array.min()) for name, array in self.arrays().items() if name != "min_tokens")
+    def quartile(self) -> int:
+        """A quarter of the samples have at most this many tokens."""
+        middle = (len(self.tokens) - 1) // 4
+        return int(np.partition(self.tokens, middle)[middle])
 
     def fingerprint(self) -> str:
         """16 hex digits of the lengths, however they are stored (list, memory map, any integer type)."""
@@ -198,7 +199,7 @@ class SourceSequence:
     def mean_length(self) -> tuple[int, int]:
         """(sum, count) of the lengths in rows of the samples as they are with their whole text; exact integers."""
         usable, lengths, _ = self._fit(np.asarray(self._source.tokens, np.int64), self._source.min_tokens)
-        return (int(lengths[usable].sum()), int(usable.sum())) if usable.any() else (self._source.shortest(), 1)
+        return (int(lengths[usable].sum()), int(usable.sum())) if usable.any() else (1, 1)
 
 
 _new_ref = object.__new__

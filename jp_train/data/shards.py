@@ -56,9 +56,8 @@ class Shard:
 class ShardMembers:
     """The files of a shard, grouped into N samples by key, in tar order.
 
-    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int16 (index into `extensions`),
-    `offset` and
-    `size` int64, in bytes from the start of the tar. `ignored` lists file names that belong to no sample, with the reason.
+    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int16 (index into `extensions`), `offset`
+    and `size` int64, in bytes from the start of the tar. `ignored` lists file names that belong to no sample, with the reason.
     """
 
     keys: tuple[str, ...]
@@ -105,8 +104,7 @@ def _expand_one(part: str, spec: str, root: Path) -> list[str]:
     if scheme == "pipe" or "://" in part:
         raise ConfigError(
             f"shards {spec!r}: the scheme {scheme!r} is not supported (it cannot be read by byte range, and pipe: would run a "
-            f"command); "
-            "use a local path or an http(s) URL"
+            "command); use a local path or an http(s) URL"
         )
     path = Path(os.path.abspath(root / os.path.expanduser(part)))
     if path.is_dir():
@@ -168,8 +166,7 @@ class ShardReader:
                 if attempt == self._tries or _is_final(error):
                     raise DataError(
                         f"shard {path}: cannot read {what} after {attempt} tries: {error}. An I/O error is never skipped: check "
-                        f"the disk, "
-                        "mount or server, then start again (it resumes); data.io_retries sets the number of tries"
+                        "the disk, mount or server, then start again (it resumes); data.io_retries sets the number of tries"
                     ) from error
                 self._sleep(wait)
                 wait *= 2
@@ -184,8 +181,7 @@ class ShardReader:
             if not chunk:
                 raise DataError(
                     f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} that its index "
-                    f"names: "
-                    "it was truncated; restore the file and index it again"
+                    "names: it was truncated; restore the file and index it again"
                 )
             chunks.append(chunk)
             done += len(chunk)
@@ -204,9 +200,8 @@ class ShardReader:
             now = os.fstat(descriptor)
             if (now.st_size, str(now.st_mtime_ns)) != (shard.size, shard.stamp):
                 raise DataError(
-                    f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; "
-                    f"now: {now.st_size} "
-                    f"bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
+                    f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; now: "
+                    f"{now.st_size} bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
                 )
         except BaseException:
             os.close(descriptor)
@@ -301,8 +296,7 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
 
     Raises:
         DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key whose
-        members are not
-            together, or a field that a sample has twice; it names the byte offset and what to do.
+            members are not together, or a field that a sample has twice; it names the byte offset and what to do.
     """
     buffer_size = _SCAN_BUFFER * 4 if is_url(shard.path) else 1 << 16
     with io.BufferedReader(_ShardFile(reader, shard), buffer_size) as file:
@@ -345,9 +339,8 @@ def _group(shard: Shard, file: io.BufferedReader) -> ShardMembers:
                 if not keys or keys[-1] != key:
                     if key in seen:
                         raise DataError(
-                            f"shard {shard.path}, byte {position}: key {key!r} appears again after other samples (first as "
-                            f"sample {seen[key]}); "
-                            "the files of one sample must be adjacent and keys unique: write the shard again"
+                            f"shard {shard.path}, byte {position}: key {key!r} appears again after other samples (first as sample "
+                            f"{seen[key]}); the files of one sample must be adjacent and keys unique: write the shard again"
                         )
                     seen[key] = len(keys)
                     keys.append(key)
@@ -366,8 +359,7 @@ def _group(shard: Shard, file: io.BufferedReader) -> ShardMembers:
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"shard {shard.path} is corrupt or truncated near byte {position} of {shard.size}: {error}; download or write it "
-            f"again, or "
-            "take it out of the source"
+            "again, or take it out of the source"
         ) from error
     return ShardMembers(
         keys=tuple(keys),
@@ -386,9 +378,8 @@ def _check_end(shard: Shard, file: io.BufferedReader, offset: int) -> None:
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
         raise DataError(
-            f"shard {shard.path} ends at byte {shard.size} without the end-of-archive marker: it was truncated while being "
-            f"written or copied; "
-            "download or write it again"
+            f"shard {shard.path} ends at byte {shard.size} without the end-of-archive marker: it was truncated while being written "
+            "or copied; download or write it again"
         )
     if block.count(0) != _BLOCK:
         raise DataError(
@@ -398,7 +389,6 @@ def _check_end(shard: Shard, file: io.BufferedReader, offset: int) -> None:
     while block := file.read(_SCAN_BUFFER):
         if block.count(0) != len(block):
             raise DataError(
-                f"shard {shard.path} has data after its end-of-archive marker at byte {offset} (tars joined with cat?); its "
-                f"later samples would "
-                "be lost: write it again as one tar"
+                f"shard {shard.path} has data after its end-of-archive marker at byte {offset} (tars joined with cat?); its later "
+                "samples would be lost: write it again as one tar"
             )

@@ -1,5 +1,4 @@
-"""The index files of one shard: written atomically, read without pickles, ignored when they belong to another content or
-fingerprint.
+"""The index files of one shard: written atomically, read without pickles, ignored when they belong to other content.
 
     X.tar.jp-members.npz           keys, extensions, byte offsets and sizes; valid for one size and stamp of the shard
     X.tar.jp-tokens-<print>.npz    token counts of the usable samples, and the bad ones with their reasons; valid for one
@@ -67,6 +66,11 @@ def load_members(shard: Shard) -> ShardMembers | None:
         size=arrays["size"],
         ignored=tuple((name, reason) for name, reason in meta["ignored"]),
     )
+
+
+def has_members(shard: Shard) -> bool:
+    """Whether a current members sidecar exists; cheaper than loading it."""
+    return _read(shard, _MEMBERS, _identity(shard), arrays=False) is not None
 
 
 def load_tokens(shard: Shard, fingerprint: str) -> ShardTokens | None:
@@ -146,14 +150,14 @@ def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarra
     raise DataError(f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable")
 
 
-def _read(shard: Shard, suffix: str, expected: dict) -> tuple[dict, dict[str, np.ndarray]] | None:
+def _read(shard: Shard, suffix: str, expected: dict, *, arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]] | None:
     for path in _candidates(shard, suffix):
         try:
             with np.load(path, allow_pickle=False) as file:
                 meta = json.loads(bytes(file["meta"]))
                 if any(meta.get(key) != value for key, value in expected.items()):
                     continue
-                return meta, {name: file[name] for name in file.files if name != "meta"}
+                return meta, {name: file[name] for name in file.files if arrays and name != "meta"}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue  # absent, or damaged: it is built again
     return None

@@ -41,8 +41,7 @@ class Tokenizer(ABC):
             if token is None:
                 raise ConfigError(
                     f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; add it to "
-                    f"the tokenizer "
-                    f"as a special token, or set tokenizer.{name} to the string that this tokenizer uses"
+                    f"the tokenizer as a special token, or set tokenizer.{name} to the string that this tokenizer uses"
                 )
             ids[name] = token
         if len(set(ids.values())) != len(ids):
@@ -56,9 +55,8 @@ class Tokenizer(ABC):
                 self._roles[string] = token
             elif string.startswith("<"):
                 raise ConfigError(
-                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its vocabulary; "
-                    f"add it, or "
-                    f"use a plain word like Janus did (tokenizer.user=User tokenizer.assistant=Assistant)"
+                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its vocabulary; add "
+                    "it, or use a plain word like Janus did (tokenizer.user=User tokenizer.assistant=Assistant)"
                 )
         reserved = self._reserved()
         reserved.update({string: ids[name] for name, string in strings.items()}, **self._roles)

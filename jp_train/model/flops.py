@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,38 +96,46 @@ def step_flops(cfg: ModelConfig, statistics: BatchStatistics, trainable: Iterabl
     learns = set(trainable)
     s, width = statistics, cfg.language.hidden_size
     slots = (cfg.vision.image_size // cfg.vision.patch_size) ** 2
-
-    vision = s.und_images * _vision_forward(cfg, slots)
-    aligner = s.und_images * slots * 2.0 * (cfg.vision.hidden_size * width + width * width)
-    gen_aligner = s.gen_images * slots * 2.0 * (cfg.vq.embed_dim * width + width * width)
-    layer = 2.0 * (4 * width * width + 3 * width * cfg.language.intermediate_size)
-    llm_weights = cfg.language.layers * s.tokens * layer
-    llm_attention = cfg.language.layers * 4.0 * width * s.squared_lengths
-    text_head = s.text_positions * 2.0 * width * cfg.language.vocab_size
-    image_head = s.image_positions * 2.0 * (width * width + width * cfg.vq.codebook_size)
-    forward = vision + aligner + gen_aligner + llm_weights + llm_attention + text_head + image_head
-
-    # Each weight product costs its forward again per gradient: once towards its input (if anything below it learns), once for
-    # the weight (if it learns). Attention has no weight: two gradients or none.
-    below_llm = bool(learns & {"vision_model", "aligner", "gen_aligner", "gen_embed"})
+    sees = "vision_model" in learns
     llm = "language_model" in learns
-    through_llm = below_llm or llm
-    backward = 2 * vision if "vision_model" in learns else 0.0
-    backward += aligner * (("aligner" in learns) + ("vision_model" in learns))
-    backward += gen_aligner * (("gen_aligner" in learns) + ("gen_embed" in learns))
-    backward += llm_weights * (through_llm + llm) + llm_attention * 2 * through_llm
-    backward += text_head * (through_llm + llm)
-    backward += image_head * (through_llm + ("gen_head" in learns))
-    return StepFlops(forward=forward, backward=backward, vq_encode=s.encoded_images * vq_flops(cfg)[0] if s.encoded_images else 0.0)
+    through_llm = llm or bool(learns & {"vision_model", "aligner", "gen_aligner", "gen_embed"})
+
+    patches = s.und_images * slots * 2.0 * 3 * cfg.vision.patch_size**2 * cfg.vision.hidden_size
+    blocks = s.und_images * cfg.vision.layers * _vision_block(cfg, slots)
+    aligner = _Chain(s.und_images * slots, (cfg.vision.hidden_size, width, width), learns="aligner" in learns, below=sees)
+    gen_aligner = _Chain(
+        s.gen_images * slots, (cfg.vq.embed_dim, width, width), learns="gen_aligner" in learns, below="gen_embed" in learns
+    )
+    layer = 2.0 * (4 * width * width + 3 * width * cfg.language.intermediate_size)
+    weights = cfg.language.layers * s.tokens * layer
+    attention = cfg.language.layers * 4.0 * width * s.squared_lengths
+    text_head = _Chain(s.text_positions, (width, cfg.language.vocab_size), learns=llm, below=through_llm)
+    image_head = _Chain(s.image_positions, (width, width, cfg.vq.codebook_size), learns="gen_head" in learns, below=through_llm)
+    chains = (aligner, gen_aligner, text_head, image_head)
+
+    # A weight product costs its forward again per gradient: one towards its input, if anything below learns, one for the weight, if
+    # it learns. Attention has no weight: two gradients or none. Pixels need no gradient.
+    forward = patches + blocks + weights + attention + sum(chain.forward for chain in chains)
+    backward = (patches + 2 * blocks) * sees + weights * (through_llm + llm) + 2 * attention * through_llm
+    backward += sum(chain.backward for chain in chains)
+    encoding = s.encoded_images * vq_flops(cfg)[0] if s.encoded_images else 0.0
+    return StepFlops(forward=forward, backward=backward, vq_encode=encoding)
 
 
-def _vision_forward(cfg: ModelConfig, slots: int) -> float:
-    """Forward FLOPs of the SigLIP tower for one picture (0.381e12 for SigLIP-L at 384 px)."""
+class _Chain:
+    """FLOPs of a few linear layers in a row, ``sizes`` wide, on ``positions`` vectors."""
+
+    def __init__(self, positions: int, sizes: tuple[int, ...], *, learns: bool, below: bool) -> None:
+        layers = [2.0 * positions * a * b for a, b in pairwise(sizes)]
+        self.forward = sum(layers)
+        towards_input = sum(layers[1:]) * (learns or below) + layers[0] * below
+        self.backward = towards_input + self.forward * learns
+
+
+def _vision_block(cfg: ModelConfig, slots: int) -> float:
+    """Forward FLOPs of one SigLIP block for one picture (24 blocks and the patches of SigLIP-L at 384 px: 0.381e12)."""
     width = cfg.vision.hidden_size
-    patches = slots * 2.0 * 3 * cfg.vision.patch_size**2 * width
-    hidden = int(width * cfg.vision.mlp_ratio)
-    block = slots * 2.0 * (4 * width * width + 2 * width * hidden) + 4.0 * width * slots * slots
-    return patches + cfg.vision.layers * block
+    return slots * 2.0 * (4 * width * width + 2 * width * int(width * cfg.vision.mlp_ratio)) + 4.0 * width * slots * slots
 
 
 def vq_flops(cfg: ModelConfig) -> tuple[float, float]:

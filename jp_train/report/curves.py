@@ -210,7 +210,9 @@ def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
     axes.tick_params(colors=theme.muted, labelsize=8, length=0, pad=4)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.text(0, 1.115, panel.title, transform=axes.transAxes, color=theme.ink, fontsize=10.5, fontweight="bold", va="bottom", parse_math=False)
+    axes.text(
+        0, 1.115, panel.title, transform=axes.transAxes, color=theme.ink, fontsize=10.5, fontweight="bold", va="bottom", parse_math=False
+    )
     axes.text(0, 1.085, panel.unit, transform=axes.transAxes, color=theme.muted, fontsize=8, va="top", parse_math=False)
     axes.text(1, -0.115, "step", transform=axes.transAxes, color=theme.muted, fontsize=8, ha="right", va="top")
     limits = panel.limits or _own_limits(panel)
@@ -240,18 +242,31 @@ def _step_axis(axes: Any, panel: Panel) -> None:
     axes.set_xlim(first, last if last > first else first + 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(round(value))))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel_tick(panel, value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(panel, value, spacing)))
     if panel.log_y:
         axes.yaxis.set_major_locator(LogLocator(numticks=6, subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    ticks = axes.get_yticks()
+    spacing = float(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
 
 
-def panel_tick(panel: Panel, value: float) -> str:
-    """An axis label: percentages without needless digits."""
-    return f"{100 * value:.4g}%" if panel.percent else short_number(value)
+def _tick(panel: Panel, value: float, spacing: float) -> str:
+    """An axis label with as many decimals as the distance between ticks needs, so that no two are the same."""
+    if panel.percent:
+        if abs(value - 1) < 1e-9:
+            return "100%"
+        return f"{100 * value:.{_decimals(100 * spacing)}f}%"
+    if panel.log_y or abs(value) >= 9_995 or spacing < 0.001:
+        return short_number(value)
+    return f"{value:,.{_decimals(spacing)}f}"
+
+
+def _decimals(spacing: float) -> int:
+    mantissa, exponent = f"{spacing:.1e}".split("e")
+    return max(0, -int(exponent) + (not mantissa.endswith(".0")))
 
 
 def _draw_line(axes: Any, line: Line, panel: Panel, theme: Theme) -> tuple[float, str, str] | None:

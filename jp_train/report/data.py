@@ -203,7 +203,9 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 
 def _read_metrics(path: Path, unreadable: Counter[str]) -> tuple[dict[str, Series], int]:
     if not path.is_file():
-        raise DataError(f"{path.parent} has no metrics.jsonl; expected a run folder that has trained at least one step. Name the run's `run_dir`")
+        raise DataError(
+            f"{path.parent} has no metrics.jsonl; expected a run folder that has trained at least one step. Name the run's `run_dir`"
+        )
     columns: dict[str, tuple[array[int], array[float]]] = {}
     last, repeated = None, 0
     with _open_text(path) as lines:

@@ -42,7 +42,7 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None, title: str |
     side_by_side = is_sequence_of_stages(runs) if stages is None else stages
     layout = Layout.stages if side_by_side else Layout.overlay
     if layout is Layout.stages:
-        runs.sort(key=lambda run: (stage_number(run.path.resolve().name) or 0))
+        runs.sort(key=lambda run: stage_number(run.path.resolve().name) or 0)
     groups = panel_groups(runs, layout)
     target.parent.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, str] = {}
@@ -92,7 +92,9 @@ def _target(paths: Sequence[Path], out: Path | None) -> Path:
             raise DataError(f"{paths[0]} is not a folder; expected a run folder (the `run_dir` of a training)")
         return paths[0] / "report.html"
     if len(parents) > 1:
-        raise ConfigError(f"the {len(paths)} run folders have no common parent folder to write the report to; give --out FOLDER or --out FILE.html")
+        raise ConfigError(
+            f"the {len(paths)} run folders have no common parent folder to write the report to; give --out FOLDER or --out FILE.html"
+        )
     return parents.pop() / "report.html"
 
 
@@ -112,7 +114,9 @@ def _columns(group: PanelGroup, runs: Sequence[RunData], layout: Layout) -> int:
 
 def _page(runs: Sequence[RunData], groups: Sequence[PanelGroup], drawn: dict[str, str], layout: Layout, title: str) -> str:
     summaries = [summarize(run) for run in runs]
-    sections: list[tuple[str, str, str]] = [("summary", "Summary", f'<div class="card">{summary_table(summaries)}</div>{_reading_notes(runs)}')]
+    sections: list[tuple[str, str, str]] = [
+        ("summary", "Summary", f'<div class="card">{summary_table(summaries)}</div>{_reading_notes(runs)}')
+    ]
     sections += [(key, name, html) for key, name, html in (_evaluation(runs), _pictures(runs)) if html]
     sections += [(group.key, group.title, drawn[group.key]) for group in groups]
     sections += [_events(runs), _ledger(runs), _config(runs)]
@@ -160,9 +164,13 @@ def _reading_notes(runs: Sequence[RunData]) -> str:
             if key in run.missing:
                 notes.append(prefix + run.missing[key])
         for name, number in run.unreadable_lines.items():
-            notes.append(f"{prefix}{number} line{'s' if number > 1 else ''} of {name} could not be read (a run that is killed leaves half a line).")
+            notes.append(
+                f"{prefix}{number} line{'s' if number > 1 else ''} of {name} could not be read (a run that is killed leaves half a line)."
+            )
         if run.repeated_steps:
-            notes.append(f"{prefix}{run.repeated_steps} steps were lost to an interruption and trained again; the curves show the second time.")
+            notes.append(
+                f"{prefix}{run.repeated_steps} steps were lost to an interruption and trained again; the curves show the second time."
+            )
     return "".join(f'<p class="note">{esc(note)}</p>' for note in notes)
 
 
@@ -171,7 +179,7 @@ def _curves(group: PanelGroup, columns: int, pictures: Sequence[Image]) -> str:
     wide = " c3" if columns > 2 else ""
     return (
         f'<p class="note">{esc(group.note)} Also as <code>curves_{group.key}.png</code>.</p>'
-        f'<div class="panels{wide}" style="--columns:{columns}">{figures}</div>'
+        f'<div class="panels{wide}" style="--columns:{max(2, columns)}">{figures}</div>'
     )
 
 
@@ -228,7 +236,10 @@ def _sample(image: SampleImage) -> str:
 
 
 def _events(runs: Sequence[RunData]) -> tuple[str, str, str]:
-    parts = [f'<div class="card">{events_table(run)}</div>' if run.events else _missing(run.missing.get("events", "events.jsonl is empty.")) for run in runs]
+    parts = [
+        f'<div class="card">{events_table(run)}</div>' if run.events else _missing(run.missing.get("events", "events.jsonl is empty."))
+        for run in runs
+    ]
     return "events", "Events", _each(runs, parts)
 
 
@@ -244,7 +255,9 @@ def _ledger(runs: Sequence[RunData]) -> tuple[str, str, str]:
 
 def _config(runs: Sequence[RunData]) -> tuple[str, str, str]:
     parts = [
-        f"<details><summary>config.yaml, as resolved</summary><pre>{esc(run.config_text)}</pre></details>" if run.config_text else _missing(run.missing["config"])
+        f"<details><summary>config.yaml, as resolved</summary><pre>{esc(run.config_text)}</pre></details>"
+        if run.config_text
+        else _missing(run.missing["config"])
         for run in runs
     ]
     return "config", "Configuration", _each(runs, parts)

@@ -112,7 +112,7 @@ def _present(lines: Sequence[Line | None]) -> tuple[Line, ...]:
 
 
 def _title(run: RunData, title: str, runs: Sequence[RunData]) -> str:
-    return f"{run.label} · {title}" if len(runs) > 1 else title
+    return f"{run.label} · {title}" if len(runs) > 1 else title.capitalize()
 
 
 def _per_run(runs: Sequence[RunData], make: Callable[[RunData, Sequence[RunData]], Panel], *, share: bool) -> tuple[Panel, ...]:
@@ -167,7 +167,9 @@ def _mixture(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
 
         def of_run(run: RunData, among: Sequence[RunData]) -> Panel:
             shares = configured_shares(run)
-            lines = [_line(run, f"mixture/{kind}", kind, i, reference=shares[i]) for i, kind in enumerate(KIND_NAMES) if _takes_part(run, kind)]
+            lines = [
+                _line(run, f"mixture/{kind}", kind, i, reference=shares[i]) for i, kind in enumerate(KIND_NAMES) if _takes_part(run, kind)
+            ]
             return Panel(title=_title(run, "realised mixture", among), unit=unit(run), lines=_present(lines), percent=True)
 
         return _per_run(runs, of_run, share=True)
@@ -219,7 +221,15 @@ def _simple(
         return _same_scale(panels) if any(panel.lines for panel in panels) else ()
     single = len(runs) == 1
     lines = _present([line(run, "" if single else run.label, INK if single else j) for j, run in enumerate(runs)])
-    panel = Panel(title=title, unit=unit, lines=lines, percent=percent, log_y=log_y, marks=marks_of(runs[0]) if single else (), threshold=limit(runs[0]))
+    panel = Panel(
+        title=title,
+        unit=unit,
+        lines=lines,
+        percent=percent,
+        log_y=log_y,
+        marks=marks_of(runs[0]) if single else (),
+        threshold=limit(runs[0]),
+    )
     return (panel,) if lines else ()
 
 

@@ -168,7 +168,9 @@ def held_out(run: RunData, name: str) -> Series | None:
     members = []
     for source, settings in sources.items() if isinstance(sources, dict) else ():
         if isinstance(settings, dict) and (name == "total" or settings.get("kind") == name):
-            members += [run.series[key] for key in (f"val/loss/source/{source}", f"val/source/{source}", f"val/{source}") if key in run.series][:1]
+            members += [
+                run.series[key] for key in (f"val/loss/source/{source}", f"val/source/{source}", f"val/{source}") if key in run.series
+            ][:1]
     if not members:
         return None
     steps = np.unique(np.concatenate([m.steps for m in members]))

@@ -179,7 +179,9 @@ def events_table(run: RunData) -> str:
     rows = []
     for event in events:
         when = parse_time(event.get("time"))
-        rest = ", ".join(f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None))
+        rest = ", ".join(
+            f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None)
+        )
         stamp = f'<time datetime="{esc(when.isoformat())}">{when:%Y-%m-%d %H:%M:%S}</time>' if when else esc(event.get("time", ""))
         name = str(event["event"])
         rows.append(
@@ -195,7 +197,10 @@ def ledger_tables(run: RunData) -> str:
     ledger = run.ledger
     counts = _table(
         ("samples", "source", "reason"),
-        [f'<tr><td class="num">{n:,}</td><td>{esc(source)}</td><td class="wrap">{esc(reason)}</td></tr>' for source, reason, n in ledger.counts],
+        [
+            f'<tr><td class="num">{n:,}</td><td>{esc(source)}</td><td class="wrap">{esc(reason)}</td></tr>'
+            for source, reason, n in ledger.counts
+        ],
         numeric=(0,),
     )
     rows = [

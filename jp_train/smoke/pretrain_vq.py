@@ -142,8 +142,8 @@ def _unit_outputs(vq: JanusVQVAE, pictures: torch.Tensor, count: int, generator:
 def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
     """Train a VQ tokenizer on uint8 pictures ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
 
-    The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their rows; gradients pass the
-    quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
+    The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their
+    rows; gradients pass the quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
 
     Raises:
         ValueError: if the picture side does not fit the configured grid.

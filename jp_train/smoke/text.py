@@ -72,8 +72,8 @@ def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str
             pending += "\n"
         if pending.strip():
             documents.append(pending)
-    held_out = generator(seed, "text", "held-out").random(len(documents)) < held_out_share
     documents = list(dict.fromkeys(d.strip() for d in documents))  # some topics repeat sections of others
+    held_out = generator(seed, "text", "held-out").random(len(documents)) < held_out_share
     train = [d for d, out in zip(documents, held_out, strict=True) if not out]
     return train, [d for d, out in zip(documents, held_out, strict=True) if out]
 

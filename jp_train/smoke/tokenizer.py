@@ -1,10 +1,11 @@
 """Train the smoke run's tokenizer: SentencePiece learns the pieces, a Hugging Face folder holds the result.
 
-Two files come out: ``tokenizer.model`` (SentencePiece, ordinary pieces and byte fallback only) and the
-``transformers`` files beside it, loadable by ``AutoTokenizer.from_pretrained(folder)`` without remote code.  The
-Janus special tokens live in the second: two of them contain U+2581, which SentencePiece reads as a space, so as
-SentencePiece symbols they would not come back unchanged; as added tokens of the fast tokenizer they match literally
-before any normalization.  There is no dummy prefix space: equal text has equal pieces wherever it stands.
+Two forms come out, with the same ids: ``tokenizer.model`` (SentencePiece) and the ``transformers`` files beside it,
+loadable by ``AutoTokenizer.from_pretrained(folder)`` without remote code.  SentencePiece itself is trained on
+ordinary pieces only; the Janus special tokens are appended afterwards, because three of them contain U+2581, which
+its trainer reads as a space.  In the transformers form they match literally, before any normalization (``decode``
+still shows their U+2581 as a space, as it does every piece's; ask for ids by string, or skip special tokens).
+There is no dummy prefix space: equal text has equal pieces wherever it stands.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_understanding_equals_the_processor_of_transformers_where_it_does_not_ro
     from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
     processor = JanusImageProcessorPil(do_normalize=False, do_rescale=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    for width, height in [(96, 96), (192, 96), (64, 128), (384, 384), (768, 96)]:
+    for width, height in [(96, 96), (192, 96), (64, 128), (768, 96)]:
         image = picture(width, height, width)
         theirs = processor(image, do_resize=True, size={"height": 384, "width": 384}, return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(understanding_transform(image, 384), theirs)

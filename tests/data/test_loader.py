@@ -3,8 +3,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +293,55 @@ def test_signals_meant_for_the_trainer_do_not_end_its_workers(mixed, tokenizer):
                 os.kill(worker.pid, number)
         rest = list(itertools.islice(loader, STEPS - 1))
     assert [rows_hash(step.micro_batches) for step in [first, *rest]] == expected
+
+
+KILLED_TRAINER = """
+import pickle, sys, time
+
+def main():
+    import psutil
+    from jp_train.config.batch import batch_plan
+    from jp_train.data.index import index_sources
+    from jp_train.data.loader import StepLoader, build_plan
+    from jp_train.data.tokenizer import load_tokenizer
+
+    cfg = pickle.load(open(sys.argv[1], "rb"))
+    cfg.data.workers = 2
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    indexes, batch = index_sources(cfg, tokenizer), batch_plan(cfg, 1)
+    plan = build_plan(cfg, indexes, batch, tokenizer)
+    loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch)
+    next(loader)
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_workers_end_when_the_trainer_is_killed_outright(mixed, tokenizer, tmp_path):
+    """SIGKILL leaves the trainer no time to say goodbye; its fork server and workers must still not stay behind."""
+    cfg = mixed()
+    (tmp_path / "cfg.pickle").write_bytes(pickle.dumps(cfg))
+    script = tmp_path / "trainer.py"
+    script.write_text(KILLED_TRAINER)
+    trainer = subprocess.Popen([sys.executable, script, tmp_path / "cfg.pickle"], stdout=subprocess.PIPE, text=True)
+    children = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(children) >= 3  # fork server and two workers, at least
+    trainer.kill()
+    trainer.wait()
+    end = time.monotonic() + 30
+    while time.monotonic() < end and any(_runs(pid) for pid in children):
+        time.sleep(0.1)
+    assert not [pid for pid in children if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_workers_end_with_the_loader(mixed, tokenizer):

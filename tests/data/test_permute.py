@@ -11,7 +11,6 @@ import pytest
 
 from jp_train.data.permute import document_uniform, document_uniform_many, fold_key, name_key, permute, permute_many
 
-
 GOLDEN_KEY = 9941854307267098285
 GOLDEN_ORDER = [2, 8, 3, 4, 7, 0, 6, 5, 1, 9]
 GOLDEN_SAMPLE = 31788098
@@ -84,7 +83,7 @@ def test_uniforms_are_uniform_and_independent_between_purposes_sources_and_epoch
         document_uniform_many(1, "a", zeros, samples, "pad_dropout"),
     ]
     for stream in streams:
-        assert 0 <= stream.min() and stream.max() < 1
+        assert stream.min() >= 0 and stream.max() < 1
         occupied, _ = np.histogram(stream, bins=10, range=(0, 1))
         assert ((occupied - 5000) ** 2 / 5000).sum() < 27.9  # 9 degrees of freedom, 0.1% point
     correlations = np.corrcoef(streams) - np.eye(len(streams))

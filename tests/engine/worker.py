@@ -1,14 +1,14 @@
-"""What one rank of an engine test does: the scenarios of FOLDER/scenarios.json, in order. Not a test module.
+"""What one rank of an engine test does (see tests/distributed.py). Not a test module.
 
 A scenario is a function `(**arguments) -> JSON-able result`. Several `train` runs share one process and one process group.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,27 @@ TESTS = Path(__file__).resolve().parent.parent
 for place in (TESTS / "engine", TESTS / "model", TESTS):
     sys.path.insert(0, str(place))
 
+import deepspeed  # noqa: E402, F401 - imported once, before the ranks are forked
 import torch  # noqa: E402
+from distributed import run_scenarios, serve  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tiny_run import tiny_run  # noqa: E402
 
 import jp_train.train as training  # noqa: E402
 from jp_train.config import RunConfig  # noqa: E402
 from jp_train.config.schema import Precision, Reduction, SourceConfig, SourceKind  # noqa: E402
 from jp_train.data.loader import rows_hash  # noqa: E402
+from jp_train.engine.export import whole_tensors  # noqa: E402
 from jp_train.engine.init import build_engine  # noqa: E402
 from jp_train.errors import JpTrainError  # noqa: E402
 
-RANK = int(os.environ["RANK"])
-WORLD = int(os.environ["WORLD_SIZE"])
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def world() -> int:
+    return int(os.environ["WORLD_SIZE"])
 
 
 def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
@@ -54,13 +63,34 @@ def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
     return cfg
 
 
-def train(*, kill_at: int | None = None, kill_rank: int = 1, kill_in_save: bool = False, nan_at: list[int] = (), **changes: Any) -> dict:
+def train(
+    *,
+    kill_at: int | None = None,
+    kill_rank: int = 1,
+    kill_in_save: bool = False,
+    nan_at: list[int] = (),
+    dump_start: str | None = None,
+    wait_in_step: int | None = None,
+    **changes: Any,
+) -> dict:
     """`jp_train.train.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
 
     kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that step's checkpoint.
-    nan_at: steps whose loss rank 0 makes NaN.
+    nan_at: steps whose loss rank 0 makes NaN. dump_start: a safetensors file for the weights before the first step.
+    wait_in_step: linger in this step until a stop signal has arrived at rank 0 (the test sends it there).
     """
     cfg = make(**changes)
+    plain_prepare = training.prepare
+
+    def prepare(*args):
+        trainer = plain_prepare(*args)
+        tensors = list(whole_tensors(trainer.engine, keep=rank() == 0))
+        if rank() == 0:
+            save_file({name: tensor.clone() for name, tensor in tensors}, dump_start)
+        return trainer
+
+    if dump_start:
+        training.prepare = prepare
     hashes: dict[int, str] = {}
     plain_step, plain_loss, plain_save = training.Trainer.train_step, training.micro_batch_loss, torch.save
     here: dict[str, Any] = {}
@@ -68,17 +98,21 @@ def train(*, kill_at: int | None = None, kill_rank: int = 1, kill_in_save: bool 
     def step(self, micro_batches, totals, **timing):
         number = self.state.step + 1
         here["step"] = number
-        if number == kill_at and not kill_in_save and kill_rank == RANK:
+        if number == kill_at and not kill_in_save and kill_rank == rank():
             os.kill(os.getpid(), signal.SIGKILL)
         hashes[number] = rows_hash(micro_batches)
+        if number == wait_in_step and rank() == 0:
+            Path(cfg.run_dir, "waiting").touch()
+            while not self.flag.number:
+                time.sleep(0.02)
         return plain_step(self, micro_batches, totals, **timing)
 
     def loss(terms, totals, cfg_loss):
         value = plain_loss(terms, totals, cfg_loss)
-        return value * float("nan") if here["step"] in nan_at and RANK == 0 else value
+        return value * float("nan") if here["step"] in nan_at and rank() == 0 else value
 
     def save(value, path, *args, **kwargs):
-        if kill_in_save and here.get("step") == kill_at and kill_rank == RANK and "optim_states" in str(path):
+        if kill_in_save and here.get("step") == kill_at and kill_rank == rank() and "optim_states" in str(path):
             plain_save(value, path, *args, **kwargs)
             Path(path).write_bytes(Path(path).read_bytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
@@ -91,6 +125,7 @@ def train(*, kill_at: int | None = None, kill_rank: int = 1, kill_in_save: bool 
         return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "hashes": hashes}
     finally:
         training.Trainer.train_step, training.micro_batch_loss, torch.save = plain_step, plain_loss, plain_save
+        training.prepare = plain_prepare
 
 
 def leak(what: str, **changes: Any) -> dict:
@@ -102,7 +137,11 @@ def leak(what: str, **changes: Any) -> dict:
 
         def step(self, *args, **kwargs):
             frozen = [p for p in self.engine.model.parameters() if not p.requires_grad]
-            handle = self.engine.model.register_forward_hook(lambda *_: frozen[5].ds_tensor.data.view(-1)[:1].add_(2.0**-20))
+
+            def write(*_: Any) -> None:
+                frozen[5].ds_tensor.data.view(-1)[:1].add_(2.0**-20)
+
+            handle = self.engine.model.register_forward_hook(write)
             try:
                 return plain_step(self, *args, **kwargs)
             finally:
@@ -110,9 +149,7 @@ def leak(what: str, **changes: Any) -> dict:
 
         training.Trainer.train_step = step
     else:
-        model._place = lambda embeddings, slots, features: (
-            embeddings if slots is None else plain_place(embeddings, slots, features)
-        )
+        model._place = lambda embeddings, slots, features: embeddings if slots is None else plain_place(embeddings, slots, features)
     try:
         return train(**changes)
     finally:
@@ -121,9 +158,9 @@ def leak(what: str, **changes: Any) -> dict:
 
 def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> dict:
     """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks: losses and gradients against one plain process."""
-    import jp_train.model.janus_pro as model_code
     from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
 
+    import jp_train.model.janus_pro as model_code
     from jp_train.config import batch_plan
     from jp_train.engine.init import Ranks, gather_for_writing, init_process_group
     from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
@@ -132,13 +169,13 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
     from jp_train.model.janus_pro import JanusPro
     from jp_train.types import KINDS
 
-    cfg = make(data, run_dir, stage=stage, rows=WORLD, **{"optimizer.weight_decay": 0.0, "engine.collective_timeout_s": 20.0})
+    cfg = make(data, run_dir, stage=stage, rows=world(), **{"optimizer.weight_decay": 0.0, "engine.collective_timeout_s": 20.0})
     cfg.model = tiny_config()
     cfg.model.vision.layers = cfg.model.language.layers = 1
     cfg.engine.activation_checkpointing = stage == 3
     ranks: Ranks = init_process_group(cfg)
     subsets = [[kind for bit, kind in enumerate(KINDS) if number >> bit & 1] for number in range(8)]
-    batches = [[pack(random_docs(100 * rank + number, kinds)) for number, kinds in enumerate(subsets)] for rank in range(WORLD)]
+    batches = [[pack(random_docs(100 * r + number, kinds)) for number, kinds in enumerate(subsets)] for r in range(world())]
 
     oracle = JanusPro(cfg.model, cfg.loss, N_SOURCES, False, PLACEHOLDER)
     generator = torch.Generator().manual_seed(1)
@@ -171,28 +208,30 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
     if negative:
         model_code._place = lambda e, slots, features: e if slots is None else plain_place(e, slots, features)
     try:
-        engine = build_engine(cfg, batch_plan(cfg, WORLD), ranks, n_sources=N_SOURCES, image_token_id=PLACEHOLDER)
+        engine = build_engine(cfg, batch_plan(cfg, world()), ranks, n_sources=N_SOURCES, image_token_id=PLACEHOLDER)
         for group in engine.deepspeed.optimizer.param_groups:
             group["lr"] = 0.0
         worst_loss = worst_grad = 0.0
         pairs = [(a, b) for a in range(8) for b in range(8)] if not negative else [(1, 2)]
         for pair in pairs:
-            counts = [count_supervised([batches[rank][number]]) for rank, number in enumerate(pair)]
+            counts = [count_supervised([batches[r][number]]) for r, number in enumerate(pair)]
             totals = SupervisedTotals(
                 sum(c.text_tokens for c in counts), sum(c.image_tokens for c in counts), sum(c.documents for c in counts)
             )
             n = max(1, totals.text_tokens + totals.image_tokens)
-            loss = micro_batch_loss(engine.deepspeed(batches[RANK][pair[RANK]]), totals, cfg.loss)
-            engine.deepspeed.backward(loss * WORLD, scale_wrt_gas=False)
-            expected_loss = sums[RANK][pair[RANK]][0] / n
-            worst_loss = max(worst_loss, abs(float(loss) - expected_loss) / max(1e-6, abs(expected_loss)) if expected_loss else abs(float(loss)))
+            loss = micro_batch_loss(engine.deepspeed(batches[rank()][pair[rank()]]), totals, cfg.loss)
+            engine.deepspeed.backward(loss * world(), scale_wrt_gas=False)
+            expected_loss = sums[rank()][pair[rank()]][0] / n
+            worst_loss = max(
+                worst_loss, abs(float(loss) - expected_loss) / max(1e-6, abs(expected_loss)) if expected_loss else abs(float(loss))
+            )
             named = dict(engine.model.named_parameters())
-            whole_gradients = [sum(sums[rank][number][1][index] for rank, number in enumerate(pair)) / n for index in range(len(trained))]
+            whole_gradients = [sum(sums[r][number][1][index] for r, number in enumerate(pair)) / n for index in range(len(trained))]
             norm = float(sum(whole.square().sum() for whole in whole_gradients))
             for (name, plain), whole in zip(trained, whole_gradients, strict=True):
                 parameter = named[name]
                 mine = engine.deepspeed.optimizer.get_local_fp32_grad_for_param(parameter).flatten()
-                start = parameter.ds_tensor.numel() * RANK
+                start = parameter.ds_tensor.numel() * rank()
                 expected = torch.zeros_like(mine)
                 part = whole.flatten()[start : start + mine.numel()]
                 expected[: part.numel()] = part
@@ -214,18 +253,10 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
 SCENARIOS = {"train": train, "leak": leak, "presence": presence}
 
 
-def main(folder: Path) -> int:
+def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
     training.leave_process_group = lambda: None  # the next scenario needs it
-    code = 0
-    for scenario in json.loads((folder / "scenarios.json").read_text()):
-        name, kind = scenario.pop("name"), scenario.pop("kind")
-        exit_with = scenario.pop("exit_with_code", False)
-        result = SCENARIOS[kind](**scenario)
-        (folder / f"{name}.rank{RANK}.json").write_text(json.dumps(result))
-        if exit_with:
-            code = result.get("code", result.get("exit_code", 1))
-    return code
+    return run_scenarios(SCENARIOS, folder, scenarios)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    serve(run)

@@ -255,6 +255,13 @@ def test_sizes_that_do_not_fit_are_a_config_error() -> None:
         build_config(cfg, PLACEHOLDER)
 
 
+def test_the_text_head_is_untied_and_the_pad_row_can_learn() -> None:
+    config = build_config(tiny_config(), PLACEHOLDER)
+    assert config.tie_word_embeddings is False
+    assert config.text_config.tie_word_embeddings is False
+    assert tiny_model().model.language_model.embed_tokens.padding_idx is None
+
+
 def test_boi_predicts_the_first_code_and_the_last_slot_predicts_none() -> None:
     doc = gen_doc([9, 10], [5, 6, 7, 8])
     assert doc.ids[3] == BOI

@@ -1,6 +1,6 @@
 """Run folders that look like those of a real training, written from a seed: for the tests, and to look at the page while changing it.
 
-    python -m tests.report.synthetic_run OUT        writes OUT/stage1 .. stage3, OUT/run_a, OUT/run_b and their reports
+python tests/report/synthetic_run.py OUT       writes OUT/stage1 .. stage3, OUT/run_a, OUT/run_b and their reports
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ TRAINABLE = {
     "stage2": ["aligner", "language_model", "gen_embed", "gen_aligner", "gen_head"],
     "stage3": ["vision_model", "aligner", "language_model", "gen_embed", "gen_aligner", "gen_head"],
 }
-SOURCES = {"und_digits": "understanding", "und_scenes": "understanding", "text_topics": "text", "gen_digits": "generation", "gen_scenes": "generation"}
+SOURCES = {
+    "und_digits": "understanding",
+    "und_scenes": "understanding",
+    "text_topics": "text",
+    "gen_digits": "generation",
+    "gen_scenes": "generation",
+}
 EARLY = "stage.early_stop.at_step {} of 720 training steps"
 KINDS = ("understanding", "text", "generation")
 LEVELS = {"understanding": (4.6, 0.9), "text": (6.8, 3.1), "generation": (6.2, 3.4)}
@@ -75,7 +81,14 @@ def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned:
 
 
 EVALUATION = [
-    {"name": "Generated digits, judged", "value": 0.74, "chance": 0.1, "ceiling": 0.93, "target": 0.6, "note": "judge's own accuracy 0.98; CFG 1.5"},
+    {
+        "name": "Generated digits, judged",
+        "value": 0.74,
+        "chance": 0.1,
+        "ceiling": 0.93,
+        "target": 0.6,
+        "note": "judge's own accuracy 0.98; CFG 1.5",
+    },
     {"name": "Held-out digits named", "value": 0.88, "chance": 0.1, "target": 0.8},
     {"name": "Scenes: single object", "value": 0.61, "chance": 0.04, "ceiling": 0.84, "target": 0.4},
     {"name": "Scenes: colours", "value": 0.29, "chance": 0.11, "ceiling": 0.84, "target": 0.4, "note": "short by 0.11: too few steps"},
@@ -155,7 +168,7 @@ def _write_pictures(folder: Path, random: np.random.Generator) -> None:
             inset = int(random.integers(6, 18))
             draw.ellipse((x + inset, y + inset, x + cell - inset, y + cell - inset), fill=color)
         grid.save(folder / f"{name}.png")
-        caption = {"title": f"Generated {name}", "text": "Rows: CFG 1, 1.5, 3.\nPrompts: a handwritten digit <0> ... \"9\" & so on."}
+        caption = {"title": f"Generated {name}", "text": 'Rows: CFG 1, 1.5, 3.\nPrompts: a handwritten digit <0> ... "9" & so on.'}
         (folder / f"{name}.json").write_text(json.dumps(caption))
 
 

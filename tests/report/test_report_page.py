@@ -82,7 +82,14 @@ def test_every_curve_has_a_picture_for_each_scheme_and_words_for_those_who_do_no
 
 def test_the_sheets_lie_beside_the_page(stages: Path) -> None:
     names = sorted(p.name for p in stages.parent.glob("curves_*.png"))
-    assert names == ["curves_loss.png", "curves_loss_source.png", "curves_mixture.png", "curves_optim.png", "curves_packing.png", "curves_speed.png"]
+    assert names == [
+        "curves_loss.png",
+        "curves_loss_source.png",
+        "curves_mixture.png",
+        "curves_optim.png",
+        "curves_packing.png",
+        "curves_speed.png",
+    ]
     assert all((stages.parent / name).read_bytes().startswith(b"\x89PNG") for name in names)
     assert not list(stages.parent.glob(".*partial"))
 

@@ -33,7 +33,9 @@ def test_a_line_appended_to_a_torn_line_is_recovered(tmp_path: Path) -> None:
 
 def test_an_object_inside_a_torn_ledger_line_is_no_bad_sample(tmp_path: Path) -> None:
     write_lines(tmp_path / "r", [{"step": 1, "loss/total": 3.0}])
-    run = read_run(write_lines(tmp_path / "r", ['{"step": 4, "source": "a", "reason": "x", "document": {"source": 0, "epoch": 1}'], "ledger.jsonl"))
+    run = read_run(
+        write_lines(tmp_path / "r", ['{"step": 4, "source": "a", "reason": "x", "document": {"source": 0, "epoch": 1}'], "ledger.jsonl")
+    )
     assert run.ledger.total == 0 and run.unreadable_lines == {"ledger.jsonl": 1}
 
 
@@ -47,13 +49,20 @@ def test_steps_trained_again_after_a_resume_count_once_and_nothing_of_the_lost_a
 
 
 def test_a_validation_line_of_the_same_step_takes_nothing_away(tmp_path: Path) -> None:
-    run = read_run(write_lines(tmp_path / "r", [{"step": 0, "val/text": 5.0}, {"step": 1, "loss/total": 3.0}, {"step": 1, "val/text": 4.0}]))
+    run = read_run(
+        write_lines(tmp_path / "r", [{"step": 0, "val/text": 5.0}, {"step": 1, "loss/total": 3.0}, {"step": 1, "val/text": 4.0}])
+    )
     assert run.series["val/text"].values.tolist() == [5.0, 4.0] and run.series["loss/total"].values.tolist() == [3.0]
     assert run.repeated_steps == 0
 
 
 def test_numbers_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path) -> None:
-    records = [{"step": 1, "loss/total": 3.0}, {"step": 2, "loss/total": None}, '{"step": 3, "loss/total": NaN}', {"step": 4, "loss/total": 2.0}]
+    records = [
+        {"step": 1, "loss/total": 3.0},
+        {"step": 2, "loss/total": None},
+        '{"step": 3, "loss/total": NaN}',
+        {"step": 4, "loss/total": 2.0},
+    ]
     run = read_run(write_lines(tmp_path / "r", records))
     assert summarize(run).non_finite_steps == 2
     assert run.series["loss/total"].finite().steps.tolist() == [1, 4]

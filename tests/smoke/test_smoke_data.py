@@ -59,7 +59,12 @@ def test_the_scene_judge_reads_true_pictures_without_error_at_every_side(categor
 
 @pytest.mark.parametrize(
     ("change", "category"),
-    [({"shape": "circle"}, "single"), ({"colour": "red"}, "colours"), ({"colour": "red"}, "attribution"), ({"y": 0.75, "x": 0.75}, "position")],
+    [
+        ({"shape": "circle"}, "single"),
+        ({"colour": "red"}, "colours"),
+        ({"colour": "red"}, "attribution"),
+        ({"y": 0.75, "x": 0.75}, "position"),
+    ],
 )
 def test_the_scene_judge_refuses_a_picture_that_differs_in_what_the_category_asks(change: dict, category: str) -> None:
     blue_cross = scenes.SceneObject(shape="cross", colour="blue", cell="top left", x=0.25, y=0.25)

@@ -1,0 +1,231 @@
+"""Files of weights, read lazily, under canonical names, with strict checks of names and shapes.
+
+Canonical names are those of transformers' JanusForConditionalGeneration, VQ included (``layouts.py``).  No pickle is executed:
+safetensors, or ``torch.load(weights_only=True)`` for .pt and .bin files (LlamaGen's VQ-16 and the released Janus-Pro-1B come as such).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from jp_train.errors import CheckpointError
+from jp_train.model import layouts
+
+SHOWN = 6
+"""Names listed in an error message."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+class WeightSource:
+    """Named tensors that are read when asked for."""
+
+    def __init__(self, path: Path, entries: Mapping[str, _Entry]) -> None:
+        self.path = path
+        self._entries = dict(entries)
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Known from the file's header."""
+        return self._entries[name].shape
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or the file cannot be read.
+        """
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}{_nearest(name, self.keys())}")
+        try:
+            return self._entries[name].read()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+
+    def select(self, prefixes: Sequence[str]) -> WeightSource:
+        """The tensors whose name starts with one of the prefixes."""
+        return WeightSource(self.path, {k: e for k, e in self._entries.items() if k.startswith(tuple(prefixes))})
+
+    def renamed(self, rename: Callable[[str], str | None]) -> WeightSource:
+        """Under other names; a tensor renamed to None is left out."""
+        return WeightSource(self.path, {new: e for k, e in self._entries.items() if (new := rename(k)) is not None})
+
+    def canonical(self) -> WeightSource:
+        """A released checkpoint under canonical names; names that the released layout does not know are kept, to be reported."""
+        entries: dict[str, _Entry] = {}
+        for key, entry in self._entries.items():
+            try:
+                pieces = layouts.from_released(key)
+            except KeyError:
+                entries[key] = entry
+                continue
+            for name, piece in pieces:
+                entries[name] = _piece(entry, piece)
+        return WeightSource(self.path, entries)
+
+    def with_alias(self, name: str, target: str) -> WeightSource:
+        """Also offers tensor ``target`` as ``name``."""
+        return WeightSource(self.path, {**self._entries, name: self._entries[target]})
+
+
+def _piece(entry: _Entry, piece: layouts.Piece) -> _Entry:
+    if piece is layouts.Piece.WHOLE:
+        return entry
+    if piece is layouts.Piece.FIRST_ROW:
+        return _Entry(entry.shape[1:], lambda: entry.read()[0])
+    third = entry.shape[0] // 3
+    start = int(piece.value) * third
+    return _Entry((third, *entry.shape[1:]), lambda: entry.read()[start : start + third])
+
+
+def open_weights(path: str | Path) -> WeightSource:
+    """Weights of a whole model under canonical names.
+
+    ``path``: a folder in transformers' format, a released deepseek-ai folder, or a run folder (its ``export/`` is taken).
+
+    Raises:
+        CheckpointError: if there is nothing, or nothing known, at ``path``.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists() and (path / "export").is_dir():
+        path = path / "export"
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{path} is a run folder without export/: its stage has not ended, or checkpoint.export_at_end was off. "
+            f"Write one with `jp-train export {path}/checkpoints/STEP {path}/export --layout hf`"
+        )
+    source = _open(path)
+    keys = source.keys()
+    if layouts.is_canonical(keys):
+        return source
+    if layouts.is_released(keys):
+        return source.canonical()
+    raise CheckpointError(
+        f"{path} holds no Janus model: expected tensors like 'model.language_model.layers.0…' (transformers) or "
+        f"'language_model.model.layers.0…' (released), found {_some(keys)}. A part of a model goes into model.init_parts instead"
+    )
+
+
+def open_part(path: str | Path, part: str) -> WeightSource:
+    """One pretrained part under canonical names, of ``language_model``, ``vision_model`` or ``gen_vision_model``.
+
+    The file or folder may hold just that part (Hugging Face Llama; Hugging Face SigLIP or transformers' JanusVisionModel; LlamaGen's VQ-16
+    .pt or transformers' JanusVQVAE) or a whole Janus model in either layout.  A Llama with tied embeddings lends them to the text head.
+
+    Raises:
+        CheckpointError: if there is nothing readable at ``path``.
+    """
+    prefixes = {"language_model": ("model.language_model.", "lm_head."), "vision_model": ("model.vision_model.",)}
+    renames = {"language_model": layouts.language_part, "vision_model": layouts.vision_part, "gen_vision_model": layouts.vq_part}
+    wanted = prefixes.get(part, ("model.vqmodel.",))
+    source = _open(Path(path))
+    keys = source.keys()
+    if layouts.is_canonical(keys):
+        return source.select(wanted)
+    if layouts.is_released(keys):
+        return source.canonical().select(wanted)
+    source = source.renamed(renames[part])
+    embeddings = "model.language_model.embed_tokens.weight"
+    if part == "language_model" and "lm_head.weight" not in source.keys() and embeddings in source.keys():  # noqa: SIM118
+        source = source.with_alias("lm_head.weight", embeddings)
+    return source
+
+
+def _open(path: Path) -> WeightSource:
+    """All tensors of a file or folder under their own names."""
+    if path.is_file():
+        return WeightSource(path, _open_file(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder. Give a folder with safetensors, or a .safetensors, .pt or .bin file")
+    for ending in ("safetensors", "bin"):
+        index = next(iter(sorted(path.glob(f"*.{ending}.index.json"))), None)
+        if index is not None:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [path / name for name in names]
+            absent = [file.name for file in files if not file.exists()]
+            if absent:
+                raise CheckpointError(f"{index} lists {len(files)} files but {', '.join(absent)} missing: the copy is incomplete")
+        else:
+            files = sorted(path.glob(f"*.{ending}"))
+        if files:
+            entries: dict[str, _Entry] = {}
+            for file in files:
+                entries.update(_open_file(file))
+            return WeightSource(path, entries)
+    raise CheckpointError(f"{path} holds no *.safetensors and no *.bin file")
+
+
+def _open_file(path: Path) -> dict[str, _Entry]:
+    if path.suffix == ".safetensors":
+        try:
+            file = safe_open(path, framework="pt")
+            return {
+                key: _Entry(tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key))  # type: ignore[misc]
+                for key in file.keys()  # noqa: SIM118 - safe_open is no dict
+            }
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of the format before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as plain tensors (weights_only): {error}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
+    return {k: _Entry(tuple(t.shape), lambda t=t: t) for k, t in state.items() if isinstance(t, torch.Tensor)}  # type: ignore[misc]
+
+
+def check_keys(expected: Mapping[str, tuple[int, ...]], source: WeightSource) -> None:
+    """Names and shapes must match exactly.
+
+    Raises:
+        CheckpointError: listing missing (each with the nearest name), unexpected and wrongly shaped tensors, shortened.
+    """
+    found = source.keys()
+    missing = [name for name in expected if name not in set(found)]
+    unexpected = [name for name in found if name not in expected]
+    shapes = [name for name in expected if name in set(found) and source.shape(name) != tuple(expected[name])]
+    problems = []
+    if missing:
+        near = _nearest(missing[0], unexpected)
+        problems.append(f"{len(missing)} missing: {_some(missing)}{near}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+    if shapes:
+        first = [f"{n} is {list(source.shape(n))}, the configuration says {list(expected[n])}" for n in shapes[:SHOWN]]
+        problems.append(f"{len(shapes)} of another shape: {'; '.join(first)}")
+    if problems:
+        raise CheckpointError(
+            f"{source.path} does not fit the model of this configuration. {'. '.join(problems)}. Check model.* in the config"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return f" (nearest to {name!r}: {close[0]!r})" if close else ""
