@@ -6,8 +6,9 @@ every rank reads the same sums and maxima from. Signals ride along, so that all 
 
 from __future__ import annotations
 
+import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,10 +219,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def json_safe(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values with NaN and infinities as None: JSON has no number for them."""
-    return {key: None if isinstance(value, float) and not _finite(value) else value for key, value in values.items()}
-
-
-def _finite(value: float) -> bool:
-    return value == value and value not in (float("inf"), float("-inf"))
+def json_safe(value: Any) -> Any:
+    """The same value with NaN and infinities as None, at any depth: JSON has no number for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from jp_train.engine.identity import plain
 from jp_train.engine.stop import Stop, last_step
 from jp_train.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, drop_later_lines, wandb_mode
 from jp_train.types import KINDS
-
 
 STATUS_FILE = "status.json"
 
@@ -57,7 +56,7 @@ class RunLog:
         if not self._active:
             return
         self._step = resumed_step or 0
-        self._checkpoint = dict(checkpoint) if checkpoint else None
+        self._checkpoint = {"step": checkpoint["step"], "time": round(checkpoint["time"], 3)} if checkpoint else None
         self._sinks = [self._console, MetricsFile(self.folder / "metrics.jsonl", resumed_step)]
         drop_later_lines(self.folder / LEDGER_FILE, resumed_step or 0)
         if self._cfg.logging.tensorboard:
@@ -90,8 +89,8 @@ class RunLog:
         self._step = step
         if "loss/total" in values:
             self._progress.tick()
-        for sink in self._sinks:
-            sink.log(step, values)
+        for sink in list(self._sinks):
+            self._attempt(sink, lambda sink=sink: sink.log(step, values))
         status: dict[str, Any] = {"state": "running", "step": step, "checkpoint": self._checkpoint, "eta_s": self._progress.eta_s(step)}
         if "loss/total" in values:
             status |= {
@@ -134,9 +133,21 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        """Close all sinks."""
+        for sink in list(self._sinks):
+            self._attempt(sink, sink.close)
         self._sinks = []
+
+    def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
+        """Run `action`; a sink that is not essential and fails is named and dropped: wandb's troubles may not end a run."""
+        try:
+            action()
+        except Exception as error:
+            if sink.essential:
+                raise
+            self._sinks.remove(sink)
+            self.event("sink_failed", self._step, sink=type(sink).__name__, reason=f"{type(error).__name__}: {error}")
+            self.say(f"{type(sink).__name__} failed and is off for the rest of this attempt: {type(error).__name__}: {error}")
 
     def damaged(self, problem: str) -> None:
         """A checkpoint was passed over."""

@@ -28,7 +28,9 @@ RATE_SMOOTHING = 0.1
 
 
 class Sink(Protocol):
-    """Takes the values of one step; `values` uses the metrics.jsonl keys."""
+    """Takes the values of one step; `values` uses the metrics.jsonl keys. When one that is not `essential` fails, training goes on without it."""
+
+    essential: bool
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -51,6 +53,8 @@ class MetricsFile:
     Opening it for a run that continues after `resumed_step` steps drops the lines of later steps (they are trained again) and a torn last
     line, in one atomic replacement, so that the file holds every step once. A run that starts anew passes None, and the file starts empty.
     """
+
+    essential = True
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         if path.exists():
@@ -152,6 +156,8 @@ class Progress:
 class Console:
     """One tidy line on stderr every `every_steps` steps, after the first and the last step, and after a validation."""
 
+    essential = True
+
     def __init__(self, every_steps: int, progress: Progress, stream: TextIO | None = None) -> None:
         self._every = every_steps
         self._progress = progress
@@ -215,6 +221,8 @@ def _named(values: Mapping[str, float]) -> str:
 class TensorBoard:
     """TensorBoard scalars in `RUN/tensorboard/`. Raises ConfigError when the package is missing."""
 
+    essential = False
+
     def __init__(self, folder: Path, resumed_step: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -237,8 +245,10 @@ class Wandb:
     """One wandb run per run folder: its id is kept in `wandb/run_id`, so a resumed run continues the same curves.
 
     `step` is an ordinary value with which every curve is plotted: wandb's own counter would refuse the steps that are trained again
-    after a kill.
+    after a kill. wandb's helper process may die before training does (the deepspeed launcher sends SIGTERM to the children of a rank too).
     """
+
+    essential = False
 
     def __init__(self, run_dir: Path, cfg: WandbConfig, *, mode: str, config: Mapping[str, Any], name: str) -> None:
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,20 @@ from jp_train.engine.export import export
 from jp_train.engine.guard import compare_signatures
 from jp_train.engine.heldout import HeldOut
 from jp_train.engine.identity import environment, identity
-from jp_train.engine.init import Engine, Ranks, build_engine, init_process_group, leave_process_group, main_first
+from jp_train.engine.init import (
+    Engine,
+    Ranks,
+    build_engine,
+    gather_objects,
+    init_process_group,
+    leave_process_group,
+    main_first,
+)
 from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
 from jp_train.engine.optim import learning_rate, set_learning_rate
 from jp_train.engine.proof import FreezeWatch, frozen_checksum
-from jp_train.engine.stop import MAX_CONSECUTIVE_SKIPS, Patience, SignalFlag, SkipCounter, Stop, decide
+from jp_train.engine.state import TrainState
+from jp_train.engine.stop import MAX_CONSECUTIVE_SKIPS, SignalFlag, Stop, decide
 from jp_train.errors import CheckpointError, DataError, JpTrainError
 from jp_train.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.model.flops import BatchStatistics, step_flops
@@ -77,29 +86,6 @@ def finished_before(cfg: RunConfig, checkpoint: Checkpoint | None) -> Stop | Non
         return None
     state = TrainState.restored(cfg, checkpoint.state["training"])
     return decide(cfg.stage, step=state.step, signal_number=0, patience_over=state.patience.over)
-
-
-@dataclass
-class TrainState:
-    """What a run remembers between steps besides weights, optimizer and plan: kilobytes, in every checkpoint."""
-
-    patience: Patience
-    skips: SkipCounter = field(default_factory=SkipCounter)
-    step: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def restored(cls, cfg: RunConfig, saved: dict[str, Any] | None) -> TrainState:
-        """The saved state, or a new run's."""
-        state = cls(Patience(cfg.stage.early_stop.patience))
-        if saved is not None:
-            state.patience.restore(saved["patience"])
-            state.skips.restore(saved["skips"])
-            state.step, state.tokens = saved["step"], saved["tokens"]
-        return state
-
-    def saved(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "patience": self.patience.state(), "skips": self.skips.state()}
 
 
 def prepare(cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, checkpoint: Checkpoint | None, flag: SignalFlag) -> Trainer:
@@ -256,9 +242,7 @@ class Trainer:
                 dist.all_reduce(counts)
         text, image, documents, failed = counts.tolist()
         if failed:
-            reasons: list[str | None] = [None] * self.ranks.dp_world_size
-            if self.ranks.dp_world_size > 1:
-                dist.all_gather_object(reasons, str(failure) if failure else None)
+            reasons = gather_objects(self.ranks, str(failure) if failure else None)
             if failure is not None:
                 raise failure
             raise DataError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
@@ -273,11 +257,17 @@ class Trainer:
         state.tokens += int(result.values["tokens/total"])
         skipped = []
         if result.totals.skipped:  # the same number on every rank, so all gather or none
-            skipped = [document for own in self.gathered([d for batch in micro_batches for d in batch.skipped]) for document in own]
+            skipped = [
+                document for own in gather_objects(self.ranks, [d for batch in micro_batches for d in batch.skipped]) for document in own
+            ]
         self.ledger.record(skipped, dict(zip(self.cfg.data.sources, result.totals.source_samples(), strict=True)), step)
         too_many = state.skips.observe(result.applied)
         if not result.applied:
-            rows = [row for own in self.gathered([explained(row) for batch in micro_batches for row in batch.provenance]) for row in own]
+            rows = [
+                row
+                for own in gather_objects(self.ranks, [explained(row) for batch in micro_batches for row in batch.provenance])
+                for row in own
+            ]
             loss, norm = result.values["loss/total"], result.values["optim/grad_norm"]
             self.log.event("spike", step, reason="the gradient is not finite: update skipped", loss=loss, grad_norm=norm, rows=rows)
             self.log.say(f"step {step}: the gradient is not finite, the update was skipped (rows in events.jsonl)")
@@ -345,13 +335,6 @@ class Trainer:
                 is_main=self.ranks.is_main,
             )
         self.log.event("export", self.state.step, path=str(path))
-
-    def gathered(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. Only for rare events: it pickles."""
-        values: list[Any] = [value] * self.ranks.dp_world_size
-        if self.ranks.dp_world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,6 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
     parser.add_argument("--exclude", default="", help="all but these hosts or slots")
     parser.add_argument("--master-port", type=int, default=29500, help="rendezvous port on the first host (default 29500)")
-    parser.add_argument(
-        "--launcher", choices=("pdsh", "openmpi", "slurm"), default="pdsh", help="how remote hosts are reached (default pdsh)"
-    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.set_defaults(run=run)
 
@@ -36,6 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
         include=arguments.include,
         exclude=arguments.exclude,
         master_port=arguments.master_port,
-        launcher=arguments.launcher,
         dry_run=arguments.dry_run,
     )

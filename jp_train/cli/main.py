@@ -39,9 +39,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; `key=value` may stand anywhere, also behind options (argparse alone would refuse it there). Exits with 2 on a usage error."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return int(arguments.run(arguments) or 0)
     except JpTrainError as error:

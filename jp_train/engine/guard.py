@@ -8,6 +8,7 @@ at which step, micro-batch and module it stood.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,4 +97,5 @@ def compare_signatures(signatures: list[int], step: int) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", line)[:300]

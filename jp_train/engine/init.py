@@ -106,6 +106,14 @@ def quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*")
 
 
+def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
+    """Every rank's value, by rank. Collective, and pickles: only for rare events."""
+    values: list[Any] = [value] * ranks.dp_world_size
+    if ranks.dp_world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 @dataclass(frozen=True)
 class Engine:
     """What the loop trains with. `deepspeed` is the DeepSpeedEngine around `model`; `vq` encodes pictures and is never trained."""

@@ -120,7 +120,7 @@ def last_step(stage: StageConfig) -> int:
 def decide(stage: StageConfig, *, step: int, signal_number: int, patience_over: bool) -> Stop | None:
     """Whether to end after `step` completed steps. A finished stage wins over a signal that arrives in its last step."""
     if step >= stage.training_steps:
-        return Stop("all training steps done", "done")
+        return Stop("all training steps done", "finished")
     at_step = stage.early_stop.at_step
     if at_step is not None and step >= at_step:
         return Stop(f"stage.early_stop.at_step {at_step} of {stage.training_steps} training steps", "stopped_early")

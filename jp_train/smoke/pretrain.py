@@ -38,7 +38,7 @@ def special_ids(tokenizer) -> dict[str, int]:
 
 def as_tensor(pictures) -> torch.Tensor:
     """uint8 pictures ``[n, S, S, 3]`` (numpy) to the model's layout, ``[n, 3, S, S]``."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    return torch.tensor(pictures).permute(0, 3, 1, 2).contiguous()
 
 
 def image_text_pairs(data_dir: Path, tokenizer, side: int) -> tuple[torch.Tensor, list[list[int]]]:

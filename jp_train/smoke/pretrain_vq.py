@@ -19,6 +19,11 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from jp_train.smoke.precision import autocast
 from jp_train.smoke.progress import Progress
 
+PLAIN_INK = 0.08
+"""A patch whose darkest channel value is nearer to white than this (of a range of 2) is plain paper."""
+PLAIN_SHARE = 0.01
+"""Plain patches among those that the codebook's k-means sees."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VQTraining:
@@ -131,12 +136,30 @@ def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
     return vq.decode(ids).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
+def worth_a_code(pixels: torch.Tensor, stride: int) -> torch.Tensor:
+    """Which tokens, bool ``[n * tokens]``, show anything: some pixel of their ``stride`` x ``stride`` patch is not white.
+
+    ``pixels`` is ``[n, 3, S, S]`` in [-1, 1].  Most patches of a scene are plain paper.  Were codes spread as the
+    patches are, most would mean paper, and the image head would have to guess which of them comes next.
+    """
+    ink = 1 - pixels.amin(1, keepdim=True)
+    return (F.max_pool2d(ink, stride) > PLAIN_INK).flatten()
+
+
 @torch.no_grad()
-def _unit_outputs(vq: JanusVQVAE, pictures: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Unit encoder outputs ``[n, dim]`` of ``count`` random pictures."""
+def _outputs_for_codes(vq: JanusVQVAE, pictures: torch.Tensor, count: int, stride: int, generator: torch.Generator) -> torch.Tensor:
+    """Unit encoder outputs ``[m, dim]`` of the tokens of ``count`` random pictures that show something, and a few plain ones."""
     rows = torch.randperm(len(pictures), generator=generator)[:count]
-    outputs = [vq.quant_conv(vq.encoder(to_model_range(pictures[part]))) for part in rows.split(32)]
-    return F.normalize(torch.cat(outputs).permute(0, 2, 3, 1).reshape(-1, outputs[0].shape[1]), dim=-1)
+    outputs, shows = [], []
+    for part in rows.split(32):
+        pixels = to_model_range(pictures[part])
+        latent = vq.quant_conv(vq.encoder(pixels)).permute(0, 2, 3, 1)
+        outputs.append(F.normalize(latent.reshape(-1, latent.shape[-1]), dim=-1))
+        shows.append(worth_a_code(pixels, stride))
+    flat, kept = torch.cat(outputs), torch.cat(shows)
+    plain = torch.nonzero(~kept).flatten()
+    kept[plain[: int(PLAIN_SHARE * int(kept.sum())) + 1]] = True
+    return flat[kept]
 
 
 def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
@@ -177,7 +200,7 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
         quantized = unit
         if step >= training.continuous_steps:
             if step == training.continuous_steps:
-                codebook.kmeans(_unit_outputs(vq, pictures, training.kmeans_pictures, generator))
+                codebook.kmeans(_outputs_for_codes(vq, pictures, training.kmeans_pictures, stride, generator))
             ids = codebook.nearest(flat.detach())
             chosen = codebook.weight[ids].view_as(unit.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             commitment = (unit - chosen).square().sum(1).mean()
@@ -185,7 +208,9 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
             codebook.update(flat.detach(), ids)
             late = step >= training.steps - training.freeze_codebook_last
             if not late and step % training.restart_every == 0:
-                codebook.restart(flat.detach(), training.restart_below)
+                shows = worth_a_code(pixels, stride)
+                if shows.any():
+                    codebook.restart(flat.detach()[shows], training.restart_below)
         with autocast(training.bfloat16):
             decoded = vq.decoder(vq.post_quant_conv(quantized)).float()
         error = decoded - pixels

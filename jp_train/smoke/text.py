@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jp_train.smoke.seeding import generator
 
-DOCUMENT_CHARACTERS = 240
+DOCUMENT_CHARACTERS = 120
 """Documents are runs of whole sentences of about this many characters, so that they are of a length with the other kinds."""
 MAX_ANSWER_CHARACTERS = 240
 DIALOGUE_QUESTIONS = (
@@ -51,7 +51,7 @@ def load_topics() -> tuple[Topic, ...]:
 
 
 def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str], list[str]]:
-    """Return training and held-out documents of about 240 characters, cut at sentence ends.
+    """Return training and held-out documents of about 120 characters, cut at sentence ends.
 
     Which documents are held out depends on the seed and their position only.
 

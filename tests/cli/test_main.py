@@ -52,6 +52,18 @@ def test_a_mistyped_key_exits_2_with_one_line_and_no_traceback():
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_overrides_may_stand_before_and_behind_options():
+    from jp_train.cli.main import parse
+
+    arguments = parse(["launch", STAGE1, "seed=1", "--hostfile", "hostfiles/local", "optimizer.lr=2", "--dry-run", "seed=3"])
+    assert sorted(arguments.overrides) == ["optimizer.lr=2", "seed=1", "seed=3"] and arguments.overrides[-1] == "seed=3"
+    with pytest.raises(SystemExit) as stop:
+        parse(["check", STAGE1, "--hostfle", "x"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        parse(["status", "run", "stray"])
+
+
 def test_check_of_a_paper_config_prints_the_papers_numbers_without_data(capsys):
     code = main(["check", "launch/janus_pro_7b_stage2.yaml", "--config-only", "--hostfile", "hostfiles/a100_32x8"])
     text = capsys.readouterr().out

@@ -84,6 +84,8 @@ def two_ranks(nursery, data, runs) -> Launch:
             {"name": "ranks2-gas1", **curve, "engine.micro_batch_rows": 2},
             *({"name": f"presence{stage}", "kind": "presence", "stage": stage} for stage in (1, 2, 3)),
             {"name": "whole", "kind": "train", **RESUMED},
+            {"name": "data-error", "kind": "train", "steps": 4, "data_error_at": 2, **SMALL},
+            {"name": "skips", "kind": "train", "steps": 8, "broken": True, **SMALL},
             {"name": "stopped", "kind": "train", "steps": 50, "wait_in_step": 3, "exit_with_code": True},
         ],
         world=2,
@@ -146,6 +148,10 @@ def after_crashes(nursery, data, runs, two_ranks) -> Launch:
             {"name": "resumed", **killed, "run_dir": str(runs / "killed")},
             {"name": "resumed-saving", **killed, "run_dir": str(runs / "killed-saving")},
             *stages,
+            *(
+                {"name": name, "kind": "train", "run_dir": str(runs / folder), "steps": steps, "init_from": str(runs / "stage1"), **SMALL}
+                for name, folder, steps in (("split-1", "split", 2), ("split-2", "split", 4), ("unsplit", "unsplit", 4))
+            ),
             {"name": "no-dummy", "kind": "presence", "stage": 3, "negative": True},
         ],
         world=2,
@@ -337,6 +343,15 @@ def test_transformers_loads_the_export_with_every_key_accounted_for(runs, after_
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
 
 
+def test_a_checkpoint_without_the_frozen_weights_resumes_from_the_input_weights(runs, after_crashes):
+    assert [after_crashes.result(name)["code"] for name in ("split-1", "split-2", "unsplit")] == [0, 0, 0]
+    manifest = json.loads((runs / "split" / "checkpoints" / "step_0000004" / "manifest.json").read_text())
+    assert manifest["with_frozen"] is False
+    split, whole = metrics(runs / "split"), metrics(runs / "unsplit")
+    for step in (3, 4):
+        assert (split[step]["loss/total"], split[step]["optim/grad_norm"]) == (whole[step]["loss/total"], whole[step]["optim/grad_norm"])
+
+
 # -- stop rules and proofs ------------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +371,21 @@ def test_the_frozen_checksum_does_not_depend_on_the_number_of_ranks(runs, one_ra
     one_rank.result("ranks1-gas4"), two_ranks.result("ranks2-gas2")
     proofs = [events(runs / name, "freeze_proof")[0] for name in ("ranks1-gas4", "ranks2-gas2")]
     assert proofs[0]["frozen_checksum"] == proofs[1]["frozen_checksum"]
+
+
+def test_an_error_of_one_ranks_data_is_raised_by_all_ranks_at_the_same_step(two_ranks):
+    for rank in (0, 1):
+        result = two_ranks.result("data-error", rank)
+        assert result["error"] == "DataError" and result["exit_code"] == 3 and "x.tar: cannot be read" in result["message"]
+        assert list(result["hashes"]) == ["1"]
+
+
+def test_undecodable_pictures_are_named_in_the_ledger_and_counted_once(runs, two_ranks):
+    assert two_ranks.result("skips")["code"] == 0
+    named = [json.loads(line) for line in (runs / "skips" / "ledger.jsonl").read_text().splitlines()]
+    counted = sum(line["data/skipped"] for line in metrics(runs / "skips").values())
+    assert named and counted == len(named) == json.loads((runs / "skips" / "status.json").read_text())["skipped_documents"]
+    assert {line["key"] for line in named} <= {"g0003", "g0008"}
 
 
 def test_one_non_finite_step_is_skipped_and_logged_with_its_rows(runs, one_rank):

@@ -66,6 +66,10 @@ def write_data(folder: Path) -> Path:
     """Shards of the three kinds, a held-out shard each, and the tokenizer; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_shard(folder / "gen.tar", generation_samples(25))
+    broken = [
+        (key, {**fields, "png": fields["png"][:60]} if n in (3, 8) else fields) for n, (key, fields) in enumerate(generation_samples(12))
+    ]
+    write_shard(folder / "gen-broken.tar", broken)
     write_shard(folder / "und.tar", understanding_samples(17))
     write_shard(folder / "text.tar", text_samples(21))
     write_shard(folder / "held-gen.tar", generation_samples(3, first=100))

@@ -31,7 +31,7 @@ from jp_train.config.schema import Precision, Reduction, SourceConfig, SourceKin
 from jp_train.data.loader import rows_hash  # noqa: E402
 from jp_train.engine.export import whole_tensors  # noqa: E402
 from jp_train.engine.init import build_engine  # noqa: E402
-from jp_train.errors import JpTrainError  # noqa: E402
+from jp_train.errors import DataError, JpTrainError  # noqa: E402
 
 
 def rank() -> int:
@@ -46,7 +46,7 @@ def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
     """A tiny run; `changes` are tiny_run's own arguments and dotted keys of the configuration."""
     own = {key: changes.pop(key) for key in ("stage", "steps", "rows") if key in changes}
     init_from = changes.pop("init_from", None)
-    held_out = changes.pop("held_out", False)
+    held_out, broken = changes.pop("held_out", False), changes.pop("broken", False)
     cfg = tiny_run(Path(data), Path(run_dir), init_from=None if init_from is None else Path(init_from), **own)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
@@ -55,6 +55,8 @@ def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
             node = getattr(node, parent)
         kind = {"precision": Precision, "loss.reduction": Reduction}.get(key, lambda x: x)
         setattr(node, leaf, kind(value))
+    if broken:
+        cfg.data.sources["gen"].shards = "gen-broken.tar"
     if held_out:
         cfg.validation.sources = {
             "held_gen": SourceConfig(kind=SourceKind.generation, shards="held-gen.tar"),
@@ -71,12 +73,14 @@ def train(
     nan_at: list[int] = (),
     dump_start: str | None = None,
     wait_in_step: int | None = None,
+    data_error_at: int | None = None,
     **changes: Any,
 ) -> dict:
     """`jp_train.train.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
 
     kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that step's checkpoint.
     nan_at: steps whose loss rank 0 makes NaN. dump_start: a safetensors file for the weights before the first step.
+    data_error_at: rank 1's loader fails at that step.
     wait_in_step: linger in this step until a stop signal has arrived at rank 0 (the test sends it there).
     """
     cfg = make(**changes)
@@ -118,6 +122,15 @@ def train(
             os.kill(os.getpid(), signal.SIGKILL)
         return plain_save(value, path, *args, **kwargs)
 
+    plain_next = training.StepLoader.__next__
+
+    def following(self):
+        item = plain_next(self)
+        if item.step + 1 == data_error_at and rank() == 1:
+            raise DataError("shard x.tar: cannot be read")
+        return item
+
+    training.StepLoader.__next__ = following
     training.Trainer.train_step, training.micro_batch_loss, torch.save = step, loss, save
     try:
         return {"code": training.train(cfg), "hashes": hashes}
@@ -126,6 +139,7 @@ def train(
     finally:
         training.Trainer.train_step, training.micro_batch_loss, torch.save = plain_step, plain_loss, plain_save
         training.prepare = plain_prepare
+        training.StepLoader.__next__ = plain_next
 
 
 def leak(what: str, **changes: Any) -> dict:

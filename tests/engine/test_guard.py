@@ -1,0 +1,47 @@
+"""Which exceptions are failed collectives, and what they then say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jp_train.engine.guard import SequenceGuard, compare_signatures, is_collective_failure
+from jp_train.errors import JpTrainError
+
+
+def test_the_signature_is_the_sequence_of_modules_that_own_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    guard = SequenceGuard(model, rank=3)
+
+    def run(*order: int) -> int:
+        guard.begin_step(7)
+        for index in order:
+            model[index](torch.zeros(2))
+        return guard.signature
+
+    assert run(0, 1, 2) == run(0, 2) != run(2, 0) != run(0)
+    assert guard.entered == 1 and guard.last == "0"
+
+
+def test_a_failed_collective_names_rank_step_micro_batch_and_module():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    guard = SequenceGuard(model, rank=3)
+    guard.begin_step(7)
+    with pytest.raises(JpTrainError) as error, guard.watch("backward", 2):
+        model(torch.zeros(2))
+        raise RuntimeError("[/x/gloo/pair.cc:537] Read error: Connection reset by peer")
+    assert "rank 3 at step 7, backward, micro-batch 2, after 1 module calls (last: 0): Read error" in str(error.value)
+
+
+def test_other_errors_pass_through():
+    guard = SequenceGuard(torch.nn.Linear(1, 1), rank=0)
+    with pytest.raises(RuntimeError, match="shape") as error, guard.watch("forward"):
+        raise RuntimeError("shape mismatch")
+    assert not isinstance(error.value, JpTrainError)
+    assert is_collective_failure(RuntimeError("Timed out waiting 1000ms for recv operation to complete"))
+
+
+def test_differing_signatures_name_the_ranks():
+    compare_signatures([5, 5, 5], step=1)
+    with pytest.raises(JpTrainError, match=r"step 4: rank\(s\) 1, 3 ran another sequence"):
+        compare_signatures([5, 6, 5, 7], step=4)
