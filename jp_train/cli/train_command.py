@@ -15,7 +15,6 @@ Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, exit status 130 / 1
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "train", "run one rank of a training run", DETAILS)
     add_config(parser)
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.set_defaults(run=run)
 
 

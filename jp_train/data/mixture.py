@@ -80,13 +80,9 @@ class Mixture:
         try:
             self.shares = integer_proportions(shares)
         except ValueError as error:
-            raise ConfigError(
-                f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}"
-            ) from error
+            raise ConfigError(f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}") from error
         if len(self.shares) != len(KINDS) or not any(self.shares):
-            raise ConfigError(
-                f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained"
-            )
+            raise ConfigError(f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained")
         for source in sources:
             if not 0 <= source.weight < float("inf"):
                 raise ConfigError(f"data.sources.{source.name}.weight must be a finite number >= 0, got {source.weight}")
@@ -128,11 +124,7 @@ class Mixture:
         phase, sources = self.phases[number], self._sources
         for kind, share, members in zip(KINDS, self.shares, phase.members, strict=True):
             if share and not members:
-                others = [
-                    f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})"
-                    for s in sources
-                    if s.kind == kind and s.weight > 0
-                ]
+                others = [f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})" for s in sources if s.kind == kind and s.weight > 0]
                 raise ConfigError(
                     f"stage.mixture gives {kind} a share of {share}/{sum(self.shares)}, but no source of that kind is active at step "
                     f"{phase.from_step}; sources of kind {kind}: {', '.join(others) or 'none'}. Add a source with `kind: {kind}` to "

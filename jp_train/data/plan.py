@@ -76,9 +76,7 @@ class Plan:
         for sequence in sequences.values():
             sequence.check_usable()
         by_tokens = self.ratio_unit is RatioUnit.tokens
-        self._mean_costs = {
-            index: Fraction(*sequence.mean_length()) if by_tokens else Fraction(1) for index, sequence in sequences.items()
-        }
+        self._mean_costs = {index: Fraction(*sequence.mean_length()) if by_tokens else Fraction(1) for index, sequence in sequences.items()}
         self._recipe: dict[str, Any] | None = None
         self._fold = _Fold(self)
         self._replay: _Fold | None = None
@@ -142,9 +140,7 @@ class Plan:
 
     def _sequences(self) -> dict[int, SourceSequence]:
         return {
-            index: SourceSequence(source, index, self._rules)
-            for index, source in enumerate(self.sources)
-            if source.name not in self.unused
+            index: SourceSequence(source, index, self._rules) for index, source in enumerate(self.sources) if source.name not in self.unused
         }
 
     @property
@@ -214,9 +210,7 @@ class Plan:
             DataError: as `restore`.
         """
         self._check_state(state)
-        self._snapshots[state["step"]] = {
-            key: state[key] for key in ("step", "phase", "positions", "dropped", "schedule", "pool", "cut")
-        }
+        self._snapshots[state["step"]] = {key: state[key] for key in ("step", "phase", "positions", "dropped", "schedule", "pool", "cut")}
 
     def recipe(self) -> dict[str, Any]:
         """What the rows depend on, JSON-able: the settings, and per source its settings and the fingerprint of its lengths."""
@@ -285,9 +279,7 @@ class _Fold:
             self._schedule: CarrySchedule | SampledSchedule = CarrySchedule(plan.mixture)
         else:
             self._schedule = SampledSchedule(plan.mixture, plan.seed, plan._mean_costs)
-        self._cuttable_sources = {
-            index for index in self.sequences if plan.sources[index].cuttable and plan.samples_per_row is None
-        }
+        self._cuttable_sources = {index for index in self.sequences if plan.sources[index].cuttable and plan.samples_per_row is None}
         self._phase = 0
         self._pool: list[Pending] = []  # oldest first, after the tail of a cut text, if there is one
         self._lengths: list[int] = []  # of the pool, what is still to be placed

@@ -60,9 +60,7 @@ class PlanSource:
             )
         for name, array in self.arrays().items():
             if array.shape not in ((size,), (1,) if name == "min_tokens" else (size,)):
-                raise DataError(
-                    f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the index"
-                )
+                raise DataError(f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the index")
             if array.min() < (0 if name == "min_tokens" else 1):
                 raise DataError(
                     f"source {self.name!r}: sample {int(array.argmin())} has {name} {int(array.min())}, expected at least 1. Rebuild the index"

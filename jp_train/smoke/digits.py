@@ -48,9 +48,7 @@ def load_digit_split(seed: int, *, held_out_share: float = 0.2) -> tuple[DigitSe
         ValueError: (from scikit-learn) if ``held_out_share`` is not between 0 and 1.
     """
     ink, labels = load_digits(return_X_y=True)
-    train, held_out = train_test_split(
-        np.arange(len(labels)), test_size=held_out_share, random_state=seed, stratify=labels
-    )
+    train, held_out = train_test_split(np.arange(len(labels)), test_size=held_out_share, random_state=seed, stratify=labels)
     return tuple(  # type: ignore[return-value]
         DigitSet(
             ink=ink[sorted(rows)].reshape(-1, DIGIT_PIXELS, DIGIT_PIXELS).astype(np.float32),
@@ -60,9 +58,7 @@ def load_digit_split(seed: int, *, held_out_share: float = 0.2) -> tuple[DigitSe
     )
 
 
-def draw_digit(
-    ink: np.ndarray, *, side: int = PICTURE_SIDE, rng: np.random.Generator | None = None
-) -> Image.Image:
+def draw_digit(ink: np.ndarray, *, side: int = PICTURE_SIDE, rng: np.random.Generator | None = None) -> Image.Image:
     """Draw one 8x8 digit as an RGB picture of ``side`` x ``side`` pixels, dark ink on white.
 
     With ``rng`` the digit is turned by up to 8 degrees and shifted by up to 3% of the side; without, it is

@@ -105,9 +105,7 @@ def train_vision(
     modules = nn.ModuleList([vision, image_out, tower])
     trained = [*modules.parameters(), log_scale, bias]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 50) * max(0.02, 1 - s / training.steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 50) * max(0.02, 1 - s / training.steps))
     progress = Progress("vision encoder", training.steps)
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pairs,), generator=generator)

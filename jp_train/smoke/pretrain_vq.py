@@ -185,9 +185,7 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
     vq.quantize.embedding.weight.requires_grad_(False)
     trained = [p for p in vq.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps))
     progress = Progress("VQ tokenizer", training.steps)
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pictures,), generator=generator)

@@ -111,15 +111,9 @@ class SmokeSizes:
 
     model: ModelSizes = field(default_factory=ModelSizes)
     shards: ShardSizes = field(default_factory=ShardSizes)
-    vq: VQTraining = field(
-        default_factory=lambda: VQTraining(steps=850, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150)
-    )
-    vision: VisionTraining = field(
-        default_factory=lambda: VisionTraining(steps=350, batch_pairs=112, learning_rate=1e-3)
-    )
-    text: TextTraining = field(
-        default_factory=lambda: TextTraining(steps=120, batch_rows=8, row_tokens=256, learning_rate=2e-3)
-    )
+    vq: VQTraining = field(default_factory=lambda: VQTraining(steps=850, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150))
+    vision: VisionTraining = field(default_factory=lambda: VisionTraining(steps=350, batch_pairs=112, learning_rate=1e-3))
+    text: TextTraining = field(default_factory=lambda: TextTraining(steps=120, batch_rows=8, row_tokens=256, learning_rate=2e-3))
     threads: int = 2
     """Threads of the pretraining process (the stages run as two processes of one thread)."""
 

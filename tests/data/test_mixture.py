@@ -115,9 +115,7 @@ def test_a_kind_without_a_source_is_refused_with_kind_step_and_remedy() -> None:
     with pytest.raises(ConfigError, match=r"text a share of 3/10, but no source .* step 0; sources of kind text: none"):
         Mixture([Source("u", U), Source("g", G)], (2, 3, 5))
     leaves = [Source("u", U), Source("imagenet", G, to_step=120)]
-    with pytest.raises(
-        ConfigError, match=r"generation .* at step 120; .*imagenet \(steps 0 to 120\).*stage.mixture.generation=0"
-    ):
+    with pytest.raises(ConfigError, match=r"generation .* at step 120; .*imagenet \(steps 0 to 120\).*stage.mixture.generation=0"):
         Mixture(leaves, (1, 0, 1))
     with pytest.raises(ConfigError, match="step 120"):
         Mixture(leaves, (1, 0, 1), training_steps=121)
@@ -136,9 +134,7 @@ def test_impossible_shares_are_refused(shares: tuple[float, ...]) -> None:
         Mixture(three_kinds(), shares)
 
 
-@pytest.mark.parametrize(
-    "source", [Source("x", U, weight=-1), Source("x", U, from_step=5, to_step=5), Source("x", U, weight=float("nan"))]
-)
+@pytest.mark.parametrize("source", [Source("x", U, weight=-1), Source("x", U, from_step=5, to_step=5), Source("x", U, weight=float("nan"))])
 def test_impossible_sources_are_refused_by_name(source: Source) -> None:
     with pytest.raises(ConfigError, match="data.sources.x"):
         Mixture([Source("u", U), source], (1, 0, 0))

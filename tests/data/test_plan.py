@@ -149,9 +149,7 @@ def test_state_is_a_few_kilobytes_for_twelve_sources_at_any_step_and_restoring_c
     take(plan, 10)
     early = plan.state()
     # A late state: the same pool, with every source as far as it would be after 100,000 steps.
-    late = json.loads(
-        json.dumps({**early, "step": 100_000, "positions": [position + 500_000 for position in early["positions"]]})
-    )
+    late = json.loads(json.dumps({**early, "step": 100_000, "positions": [position + 500_000 for position in early["positions"]]}))
     seconds = {}
     for name, state in (("early", early), ("late", late)):
         assert len(json.dumps(state)) < 10_000
@@ -394,9 +392,7 @@ def test_rows_close_after_exactly_n_samples_even_when_the_oldest_do_not_fit() ->
     plan = make_plan(sources, mixture=(1, 0, 3), seq_len=1000, samples_per_row=3)
     rows = [row for step in take(plan, 200) for row in step]
     assert all(len(row.documents) == 3 and tokens_of(row) <= 1000 for row in rows)
-    assert all(
-        d.start == 0 and d.length + d.truncated == sources[d.source].tokens[d.sample] for row in rows for d in row.documents
-    )
+    assert all(d.start == 0 and d.length + d.truncated == sources[d.source].tokens[d.sample] for row in rows for d in row.documents)
     # Longer ones are truncated, and counted, to what two short ones (the quartile of the commoner source) leave.
     longest = 1000 - 2 * int(np.sort(sources[1].tokens)[499 // 4])
     assert max(d.length for row in rows for d in row.documents) == longest
@@ -404,9 +400,7 @@ def test_rows_close_after_exactly_n_samples_even_when_the_oldest_do_not_fit() ->
 
 
 def test_samples_rows_that_cannot_exist_are_refused_with_the_numbers() -> None:
-    with pytest.raises(
-        ConfigError, match=r"samples_per_row is 3.*seq_len 1000.*have 400.*samples_per_row <= 2 or seq_len >= 1200"
-    ):
+    with pytest.raises(ConfigError, match=r"samples_per_row is 3.*seq_len 1000.*have 400.*samples_per_row <= 2 or seq_len >= 1200"):
         make_plan([source(U, [400, 500])], mixture=(1, 0, 0), seq_len=1000, samples_per_row=3)
     # Possible on average (half of the samples are short), but not from every pool of 3.
     plan = make_plan([source(U, [100] * 200 + [600] * 200)], mixture=(1, 0, 0), seq_len=1000, samples_per_row=2, pool_size=3)
