@@ -7,8 +7,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUNS ?= runs/smoke
+SHOWCASE_RUNS ?= runs/showcase
 # --seed and sizes of the smoke run: see `python -m jp_train.smoke --help`
 SMOKE_ARGS ?=
+SHOWCASE_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,6 +37,9 @@ smoke: $(STAMP)  ## train a tiny Janus-Pro through all three stages on real pict
 
 smoke-stage1 smoke-stage2 smoke-stage3: smoke-stage%: $(STAMP)  ## only this stage of the smoke run (what it needs is made first)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) --only-stage $* $(SMOKE_ARGS)
+
+showcase: $(STAMP)  ## the same with emoji in three drawing styles and WordNet (<= 40 minutes; needs npm, apt-get, dpkg-deb)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke.showcase --out $(SHOWCASE_RUNS) $(SHOWCASE_ARGS)
 
 test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -74,9 +74,7 @@ def draw_digit(ink: np.ndarray, *, side: int = PICTURE_SIDE, rng: np.random.Gene
     if rng is not None:
         angle = rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES)
         shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, size=2) * side
-        picture = picture.rotate(
-            angle, resample=Image.Resampling.BILINEAR, translate=(int(round(shift[0])), int(round(shift[1]))), fillcolor=255
-        )
+        picture = picture.rotate(angle, resample=Image.Resampling.BILINEAR, translate=(round(shift[0]), round(shift[1])), fillcolor=255)
     return picture.convert("RGB")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, JanusForConditionalGeneration
@@ -17,7 +20,6 @@ from jp_train.smoke.reading import picture_of, read_pictures, read_source, texts
 from jp_train.smoke.shards import GENERATION_SOURCES, UNDERSTANDING_SOURCES
 from jp_train.smoke.sizes import SmokeSizes, janus_config
 
-ADAPTOR_STD = 0.02
 MAX_TEXT_TOKENS = 40
 """Texts of image-text pairs are cut at this many tokens for the vision encoder's pretraining."""
 
@@ -62,13 +64,17 @@ def text_documents(data_dir: Path, tokenizer) -> list[list[int]]:
 
 @torch.no_grad()
 def reset_adaptors(model: JanusForConditionalGeneration, *, seed: int) -> None:
-    """Random adaptors and image head (normal, std 0.02, zero bias); generation embeddings start as the codebook."""
+    """Random adaptors and image head (normal, zero bias); generation embeddings start as the codebook.
+
+    The std is 1/sqrt(inputs), not the 0.02 of the full-size model: in a network this narrow 0.02 makes image embeddings a hundred times
+    smaller than text embeddings, and a run of minutes never recovers from that.
+    """
     generator = torch.Generator().manual_seed(seed)
     core = model.model
     for part in (core.aligner, core.generation_aligner, core.generation_head):
         for layer in part.modules():
             if isinstance(layer, nn.Linear):
-                layer.weight.normal_(0.0, ADAPTOR_STD, generator=generator)
+                layer.weight.normal_(0.0, layer.in_features**-0.5, generator=generator)
                 layer.bias.zero_()
     core.generation_embeddings.weight.copy_(core.vqmodel.quantize.embedding.weight)
 
@@ -77,7 +83,8 @@ def pretrain_all(out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: Smok
     """Pretrain the VQ tokenizer, the vision encoder and the language model, and write the model stage 1 starts from.
 
     ``out_dir`` becomes a ``JanusForConditionalGeneration`` folder (config.json, model.safetensors) with the
-    tokenizer's files beside them; returns it.  The process's thread count is set for the time of the call only.
+    tokenizer's files beside them; returns it.  The VQ tokenizer is trained in a process of its own beside the other two: two
+    processes of one thread do more than one of two.  The process's thread count is set for the time of the call only.
 
     Raises:
         ConfigError: if the tokenizer lacks a special token.
@@ -88,19 +95,19 @@ def pretrain_all(out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: Smok
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = janus_config(sizes.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer))
     threads = torch.get_num_threads()
-    torch.set_num_threads(sizes.threads)
+    torch.set_num_threads(1)
     try:
-        folders = [Path(data_dir) / source for source in GENERATION_SOURCES]
-        drawn = as_tensor(read_pictures(folders, sizes.model.image_size))
-        vq = train_vq(config.vq_config, drawn, sizes.vq, seed=seed)
-        pictures, texts = image_text_pairs(data_dir, tokenizer, sizes.model.image_size)
-        vision = train_vision(config.vision_config, pictures, texts, sizes.vision, vocab_size=len(tokenizer), seed=seed)
-        llm = train_llm(config.text_config, text_documents(data_dir, tokenizer), sizes.text, seed=seed)
+        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as beside:
+            vq = beside.submit(_train_vq_beside, Path(data_dir), tokenizer_dir, sizes, seed)
+            pictures, texts = image_text_pairs(data_dir, tokenizer, sizes.model.image_size)
+            vision = train_vision(config.vision_config, pictures, texts, sizes.vision, vocab_size=len(tokenizer), seed=seed)
+            llm = train_llm(config.text_config, text_documents(data_dir, tokenizer), sizes.text, seed=seed)
+            vq_weights = {name: torch.from_numpy(value) for name, value in vq.result().items()}
     finally:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     model = JanusForConditionalGeneration(config)
-    model.model.vqmodel.load_state_dict(vq.state_dict())
+    model.model.vqmodel.load_state_dict(vq_weights)
     model.model.vision_model.load_state_dict(vision.state_dict())
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
@@ -108,3 +115,13 @@ def pretrain_all(out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: Smok
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     return out_dir
+
+
+def _train_vq_beside(data_dir: Path, tokenizer_dir: Path, sizes: SmokeSizes, seed: int) -> dict[str, np.ndarray]:
+    """The VQ tokenizer's weights, trained in this process with one thread (numpy: plain bytes travel between processes)."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = janus_config(sizes.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer))
+    drawn = as_tensor(read_pictures([data_dir / source for source in GENERATION_SOURCES], sizes.model.image_size))
+    vq = train_vq(config.vq_config, drawn, sizes.vq, seed=seed)
+    return {name: value.numpy() for name, value in vq.state_dict().items()}

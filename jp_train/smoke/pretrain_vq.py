@@ -21,8 +21,9 @@ from jp_train.smoke.progress import Progress
 
 PLAIN_INK = 0.08
 """A patch whose darkest channel value is nearer to white than this (of a range of 2) is plain paper."""
-PLAIN_SHARE = 0.01
-"""Plain patches among those that the codebook's k-means sees."""
+PAPER = 0
+"""The code that every plain patch is taught to take. Left alone, the encoder hides what other patches show in the codes of plain ones, which are most
+of a scene, and the image head has to guess hundreds of codes that all mean white."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,13 @@ def scale_weights(module: nn.Module, generator: torch.Generator) -> None:
 class UnitCodebook:
     """Codebook rows of unit length as running means of the encoder outputs assigned to them.
 
-    Holds a reference to the embedding weight ``[codes, dim]`` and writes it in place.
+    Row 0 is plain paper (``PAPER``) and never moves. Holds a reference to the embedding weight ``[codes, dim]`` and writes it in place.
     """
 
     def __init__(self, weight: torch.Tensor, decay: float, generator: torch.Generator) -> None:
         self.weight, self.decay, self.generator = weight, decay, generator
+        self.paper = F.one_hot(torch.tensor(PAPER), weight.shape[1]).to(weight.dtype)
+        self.weight[PAPER] = self.paper
         self.sums = weight.detach().clone()
         self.counts = torch.ones(len(weight))
 
@@ -90,6 +93,7 @@ class UnitCodebook:
             empty = counts == 0
             sums[empty] = self._random_rows(unit, int(empty.sum()))
             self.weight.copy_(F.normalize(sums, dim=-1))
+        self.weight[PAPER] = self.paper
         self.sums, self.counts = self.weight.clone(), torch.ones(len(self.weight))
 
     @torch.no_grad()
@@ -100,11 +104,13 @@ class UnitCodebook:
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.weight.copy_(F.normalize(self.sums, dim=-1))
+        self.weight[PAPER] = self.paper
 
     @torch.no_grad()
     def restart(self, unit: torch.Tensor, below: float) -> int:
         """Move rows with a running count below ``below`` onto random vectors of ``unit``; return how many moved."""
         dead = self.counts < below
+        dead[PAPER] = False
         moved = int(dead.sum())
         if moved:
             rows = self._random_rows(unit, moved)
@@ -136,11 +142,10 @@ def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
     return vq.decode(ids).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def worth_a_code(pixels: torch.Tensor, stride: int) -> torch.Tensor:
+def shows_something(pixels: torch.Tensor, stride: int) -> torch.Tensor:
     """Which tokens, bool ``[n * tokens]``, show anything: some pixel of their ``stride`` x ``stride`` patch is not white.
 
-    ``pixels`` is ``[n, 3, S, S]`` in [-1, 1].  Most patches of a scene are plain paper.  Were codes spread as the
-    patches are, most would mean paper, and the image head would have to guess which of them comes next.
+    ``pixels`` is ``[n, 3, S, S]`` in [-1, 1].
     """
     ink = 1 - pixels.amin(1, keepdim=True)
     return (F.max_pool2d(ink, stride) > PLAIN_INK).flatten()
@@ -148,25 +153,21 @@ def worth_a_code(pixels: torch.Tensor, stride: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _outputs_for_codes(vq: JanusVQVAE, pictures: torch.Tensor, count: int, stride: int, generator: torch.Generator) -> torch.Tensor:
-    """Unit encoder outputs ``[m, dim]`` of the tokens of ``count`` random pictures that show something, and a few plain ones."""
+    """Unit encoder outputs ``[m, dim]`` of those tokens of ``count`` random pictures that show something."""
     rows = torch.randperm(len(pictures), generator=generator)[:count]
-    outputs, shows = [], []
+    outputs = []
     for part in rows.split(32):
         pixels = to_model_range(pictures[part])
         latent = vq.quant_conv(vq.encoder(pixels)).permute(0, 2, 3, 1)
-        outputs.append(F.normalize(latent.reshape(-1, latent.shape[-1]), dim=-1))
-        shows.append(worth_a_code(pixels, stride))
-    flat, kept = torch.cat(outputs), torch.cat(shows)
-    plain = torch.nonzero(~kept).flatten()
-    kept[plain[: int(PLAIN_SHARE * int(kept.sum())) + 1]] = True
-    return flat[kept]
+        outputs.append(F.normalize(latent.reshape(-1, latent.shape[-1]), dim=-1)[shows_something(pixels, stride)])
+    return torch.cat(outputs)
 
 
 def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
     """Train a VQ tokenizer on uint8 pictures ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
 
     The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their
-    rows; gradients pass the quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
+    rows (of plain patches: to the paper row, from the first step); gradients pass the quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
 
     Raises:
         ValueError: if the picture side does not fit the configured grid.
@@ -194,21 +195,20 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
             latent = vq.quant_conv(vq.encoder(pixels)).float()
         unit = F.normalize(latent, dim=1)
         flat = unit.permute(0, 2, 3, 1).reshape(-1, config.embed_dim)
-        commitment = pixels.new_zeros(())
-        quantized = unit
+        shows = shows_something(pixels, stride)
+        chosen = torch.where(shows[:, None], flat.detach(), codebook.paper)
         if step >= training.continuous_steps:
             if step == training.continuous_steps:
                 codebook.kmeans(_outputs_for_codes(vq, pictures, training.kmeans_pictures, stride, generator))
-            ids = codebook.nearest(flat.detach())
-            chosen = codebook.weight[ids].view_as(unit.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            commitment = (unit - chosen).square().sum(1).mean()
-            quantized = unit + (chosen - unit).detach()
-            codebook.update(flat.detach(), ids)
+            ids = codebook.nearest(flat.detach()).masked_fill(~shows, PAPER)
+            chosen = codebook.weight[ids]
+            codebook.update(flat.detach()[shows], ids[shows])
             late = step >= training.steps - training.freeze_codebook_last
-            if not late and step % training.restart_every == 0:
-                shows = worth_a_code(pixels, stride)
-                if shows.any():
-                    codebook.restart(flat.detach()[shows], training.restart_below)
+            if not late and step % training.restart_every == 0 and shows.any():
+                codebook.restart(flat.detach()[shows], training.restart_below)
+        chosen = chosen.view_as(unit.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        commitment = (unit - chosen).square().sum(1).mean()
+        quantized = unit + (chosen - unit).detach()
         with autocast(training.bfloat16):
             decoded = vq.decoder(vq.post_quant_conv(quantized)).float()
         error = decoded - pixels

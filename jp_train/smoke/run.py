@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from jp_train.smoke.sizes import SmokeSizes
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (1, 2, 3)
 LAST = "report"
-EXPECTED_S = {"data": 15, "tokenizer": 5, "parts": 180, "stage1": 60, "stage2": 150, "stage3": 120, "evaluation": 60, "report": 10}
+EXPECTED_S = {"data": 15, "tokenizer": 5, "parts": 180, "stage1": 50, "stage2": 185, "stage3": 165, "evaluation": 20, "report": 10}
 """What each step took where this was written (two cores): only the estimate of the time left is made of it."""
 
 
@@ -36,49 +36,65 @@ class Options:
     overrides: tuple[str, ...] = ()
     tiny: bool = False
     master_port: int = 29500
+    recipe: str = "smoke"
+    """Which `launch/{recipe}_stage{1,2,3}.yaml` the stages are launched with."""
 
     @property
     def sizes(self) -> SmokeSizes:
         return SmokeSizes.minute() if self.tiny else SmokeSizes()
 
 
+Step = tuple[str, Callable[[], int]]
+"""A step's name and its function, which returns an exit status."""
+
+
 def run_smoke(options: Options, *, only_stage: int | None = None, fresh: bool = False) -> int:
     """Run all steps (or those up to `only_stage`, that stage anew) and print the summary. Returns the exit status."""
-    steps = _steps(options)
+    started = time.monotonic()
+    code = run_steps(options, _steps(options), EXPECTED_S, only_stage=only_stage, fresh=fresh)
+    if code == 0 and only_stage is None:
+        from jp_train.smoke.summary import format_summary
+
+        print(format_summary(options.out, seconds=time.monotonic() - started))
+    return code
+
+
+def run_steps(
+    options: Options, steps: Sequence[Step], expected_s: Mapping[str, float], *, only_stage: int | None = None, fresh: bool = False
+) -> int:
+    """Run `steps` in order, without those that are marked done in `options.out`; the first status that is not 0 ends it and is returned.
+
+    `expected_s`: seconds of every step, for the estimate of the time left.
+    """
     if only_stage is not None:
         steps = steps[: [name for name, _ in steps].index(f"stage{only_stage}") + 1]
         _forget(options.out, [f"stage{number}" for number in STAGES if number >= only_stage])
     elif fresh or _mark(options.out, LAST).exists():
-        _say(f"starting afresh in {options.out}")
+        say(f"starting afresh in {options.out}")
         shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True, exist_ok=True)
     _check_same_options(options)
-    started = time.monotonic()
     for number, (name, step) in enumerate(steps, start=1):
         if _mark(options.out, name).exists():
-            _say(f"[{number}/{len(steps)}] {name}: done before, kept")
+            say(f"[{number}/{len(steps)}] {name}: done before, kept")
             continue
-        left = sum(EXPECTED_S[later] for later, _ in steps[number - 1 :])
-        _say(f"[{number}/{len(steps)}] {name} ... (about {left // 60} min {left % 60:02d} s left in all)")
+        left = round(sum(expected_s[later] for later, _ in steps[number - 1 :]))
+        say(f"[{number}/{len(steps)}] {name} ... (about {left // 60} min {left % 60:02d} s left in all)")
         began = time.monotonic()
         code = step()
         if code:
             return code
         _write_mark(options.out, name, time.monotonic() - began)
-    if only_stage is None:
-        from jp_train.smoke.summary import format_summary
-
-        print(format_summary(options.out, seconds=time.monotonic() - started))
     return 0
 
 
-def _steps(options: Options) -> list[tuple[str, Callable[[], int]]]:
+def _steps(options: Options) -> list[Step]:
     """Names and functions in order; a function returns an exit status."""
     return [
         ("data", lambda: _build_data(options)),
-        ("tokenizer", lambda: _build_tokenizer(options)),
+        ("tokenizer", lambda: build_tokenizer(options)),
         ("parts", lambda: _build_parts(options)),
-        *((f"stage{stage}", lambda stage=stage: _train_stage(options, stage)) for stage in STAGES),
+        *((f"stage{stage}", lambda stage=stage: train_stage(options, stage)) for stage in STAGES),
         ("evaluation", lambda: _evaluate(options)),
         ("report", lambda: _report(options)),
     ]
@@ -87,16 +103,17 @@ def _steps(options: Options) -> list[tuple[str, Callable[[], int]]]:
 def _build_data(options: Options) -> int:
     from jp_train.smoke.shards import build_shards
 
-    with _rebuilt(options.out / "data") as folder:
+    with rebuilt(options.out / "data") as folder:
         built = build_shards(folder, options.seed, options.sizes.shards)
-    _say(f"  {sum(built.samples.values())} samples of {len(built.samples)} sources")
+    say(f"  {sum(built.samples.values())} samples of {len(built.samples)} sources")
     return 0
 
 
-def _build_tokenizer(options: Options) -> int:
+def build_tokenizer(options: Options) -> int:
+    """Train the tokenizer on the training sources in `options.out/data`."""
     from jp_train.smoke.tokenizer import train_tokenizer
 
-    with _rebuilt(options.out / "tokenizer") as folder:
+    with rebuilt(options.out / "tokenizer") as folder:
         train_tokenizer(options.out / "data", folder)
     return 0
 
@@ -104,7 +121,7 @@ def _build_tokenizer(options: Options) -> int:
 def _build_parts(options: Options) -> int:
     from jp_train.smoke.pretrain import pretrain_all
 
-    with _rebuilt(options.out / "init") as folder:
+    with rebuilt(options.out / "init") as folder:
         pretrain_all(folder, options.out / "data", options.out / "tokenizer", options.sizes, options.seed)
     return 0
 
@@ -127,13 +144,14 @@ def stage_overrides(options: Options, stage: int) -> list[str]:
     return [*overrides, *options.overrides]
 
 
-def _train_stage(options: Options, stage: int) -> int:
+def train_stage(options: Options, stage: int) -> int:
+    """Train one stage under the deepspeed launcher; returns its exit status. Raises LaunchError if it wrote no export."""
     from jp_train.launch import launch
 
-    config = ROOT / "launch" / f"smoke_stage{stage}.yaml"
+    config = ROOT / "launch" / f"{options.recipe}_stage{stage}.yaml"
     code = launch(config, stage_overrides(options, stage), options.hostfile, master_port=options.master_port)
     if code:
-        _say(f"stage {stage} ended with status {code}; run the same command again to resume it")
+        say(f"stage {stage} ended with status {code}; run the same command again to resume it")
         return code
     if not (options.out / f"stage{stage}" / "export" / "config.json").is_file():
         raise LaunchError(f"stage {stage} ended with status 0 but wrote no export in {options.out / f'stage{stage}'}")
@@ -155,7 +173,7 @@ def _report(options: Options) -> int:
 
 
 @contextlib.contextmanager
-def _rebuilt(folder: Path):
+def rebuilt(folder: Path):
     """A fresh `folder` for one step: what an interrupted run left there is removed first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -184,6 +202,8 @@ def _check_same_options(options: Options) -> None:
     """A folder begun with another seed or other sizes cannot be continued."""
     file = options.out / "steps" / "options.json"
     mine = {"seed": options.seed, "tiny": options.tiny, "overrides": list(options.overrides)}
+    if options.recipe != "smoke":
+        mine["recipe"] = options.recipe
     if file.exists():
         found = json.loads(file.read_text())
         if found != mine:
@@ -192,7 +212,8 @@ def _check_same_options(options: Options) -> None:
     file.write_text(json.dumps(mine))
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line of progress on stderr."""
     print(f"smoke: {text}", file=sys.stderr, flush=True)
 
 
@@ -225,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_smoke(options, only_stage=arguments.only_stage, fresh=arguments.fresh)
     except JpTrainError as error:
-        _say(f"{type(error).__name__}: {error}")
+        say(f"{type(error).__name__}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on")
+        say("interrupted; run the same command again to go on")
         return 130

@@ -29,7 +29,7 @@ class ModelSizes:
     vision_hidden: int = 128
     vision_layers: int = 3
     vision_heads: int = 4
-    vq_codes: int = 1024
+    vq_codes: int = 512
     vq_embed_dim: int = 8
     vq_latent_channels: int = 64
     vq_base_channels: int = 32
@@ -111,11 +111,9 @@ class SmokeSizes:
 
     model: ModelSizes = field(default_factory=ModelSizes)
     shards: ShardSizes = field(default_factory=ShardSizes)
-    vq: VQTraining = field(default_factory=lambda: VQTraining(steps=850, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150))
-    vision: VisionTraining = field(default_factory=lambda: VisionTraining(steps=350, batch_pairs=112, learning_rate=1e-3))
-    text: TextTraining = field(default_factory=lambda: TextTraining(steps=120, batch_rows=8, row_tokens=256, learning_rate=2e-3))
-    threads: int = 2
-    """Threads of the pretraining process (the stages run as two processes of one thread)."""
+    vq: VQTraining = field(default_factory=lambda: VQTraining(steps=620, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150))
+    vision: VisionTraining = field(default_factory=lambda: VisionTraining(steps=300, batch_pairs=112, learning_rate=1e-3))
+    text: TextTraining = field(default_factory=lambda: TextTraining(steps=80, batch_rows=8, row_tokens=256, learning_rate=2e-3))
 
     @classmethod
     def minute(cls) -> SmokeSizes:
@@ -126,5 +124,4 @@ class SmokeSizes:
             vq=replace(full.vq, steps=6, continuous_steps=3, freeze_codebook_last=1, batch_pictures=8),
             vision=replace(full.vision, steps=3, batch_pairs=16),
             text=replace(full.text, steps=3, batch_rows=2, row_tokens=64),
-            threads=1,
         )

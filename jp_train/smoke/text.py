@@ -10,7 +10,7 @@ from jp_train.smoke.seeding import generator
 
 DOCUMENT_CHARACTERS = 120
 """Documents are runs of whole sentences of about this many characters, so that they are of a length with the other kinds."""
-MAX_ANSWER_CHARACTERS = 240
+MAX_ANSWER_CHARACTERS = 120
 DIALOGUE_QUESTIONS = (
     'What does Python say about "{}"?',
     'Explain "{}" in Python.',
@@ -89,17 +89,22 @@ def _first_sentences(paragraph: str) -> str:
     return answer[:MAX_ANSWER_CHARACTERS]
 
 
-def split_dialogues(seed: int, *, held_out_share: float = 0.15) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Return training and held-out dialogues; a topic's quoted keywords and title are what is asked about.
+def split_dialogues(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Return training and held-out dialogues: every paragraph of a topic answers one question about the topic.
 
-    Questions with the same answer, those of one topic above all, are never on both sides of the split.
+    No two dialogues have the same answer, so none is on both sides of the split. One dialogue a paragraph, and not many a topic: with few
+    distinct answers a run of minutes learns them by heart, and its held-out loss rises.
     """
-    train: list[Dialogue] = []
-    held_out: list[Dialogue] = []
+    sides: tuple[list[Dialogue], list[Dialogue]] = ([], [])
+    seen: set[str] = set()
     for topic in load_topics():
-        answer = _first_sentences(topic.paragraphs[0])  # decides the side: some topics open alike
-        side = held_out if generator(seed, "dialogue", answer).random() < held_out_share else train
-        for subject in dict.fromkeys((topic.title, topic.key)):
-            for wording in DIALOGUE_QUESTIONS:
-                side.append(Dialogue(question=wording.format(subject), answer=answer))
-    return train, held_out
+        for paragraph in topic.paragraphs:
+            answer = _first_sentences(paragraph)
+            if answer in seen:
+                continue
+            seen.add(answer)
+            rng = generator(seed, "dialogue", answer)
+            held_out = rng.random() < held_out_share
+            wording = DIALOGUE_QUESTIONS[int(rng.integers(len(DIALOGUE_QUESTIONS)))]
+            sides[held_out].append(Dialogue(question=wording.format(topic.title), answer=answer))
+    return sides

@@ -14,7 +14,7 @@ from jp_train.errors import ConfigError
 from jp_train.smoke.pretrain import pretrain_all, special_ids
 from jp_train.smoke.pretrain_llm import TextTraining, train_llm
 from jp_train.smoke.pretrain_vision import sigmoid_loss
-from jp_train.smoke.pretrain_vq import UnitCodebook, decode_pictures, encode_ids, scale_weights, to_model_range, train_vq, worth_a_code
+from jp_train.smoke.pretrain_vq import UnitCodebook, decode_pictures, encode_ids, scale_weights, to_model_range, train_vq, shows_something
 from jp_train.smoke.shards import build_shards
 from jp_train.smoke.sizes import ModelSizes, SmokeSizes, janus_config
 from jp_train.smoke.tokenizer import train_tokenizer
@@ -115,7 +115,7 @@ def test_kmeans_and_restarts_leave_unit_rows_and_no_dead_row() -> None:
 def test_only_patches_that_show_something_ask_for_codes() -> None:
     pictures = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     pictures[0, 0, 9, 18] = 40  # one bluish pixel in the patch of row 1, column 2
-    assert torch.nonzero(worth_a_code(to_model_range(pictures), 8)).flatten().tolist() == [6]
+    assert torch.nonzero(shows_something(to_model_range(pictures), 8)).flatten().tolist() == [6]
 
 
 def test_scaled_weights_keep_the_signal_where_the_default_start_loses_it() -> None:

@@ -1,0 +1,160 @@
+"""`make showcase`: the smoke run's code with another recipe, emoji in three drawing styles and WordNet's glosses.
+
+Downloads once into `.cache/showcase` (npm and Debian packages, see `showcase_sources`), then shards, tokenizer, pretrained parts, the three
+stages of `launch/showcase_stage*.yaml`, judgement and report, with the same marks and resume as `make smoke`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jp_train.errors import JpTrainError
+from jp_train.smoke.run import ROOT, STAGES, Options, Step, build_tokenizer, rebuilt, run_steps, say, train_stage
+from jp_train.smoke.showcase_shards import ShowcaseCounts, build_showcase_shards, link_pretraining_sources
+from jp_train.smoke.showcase_sources import download
+from jp_train.smoke.sizes import SmokeSizes
+
+PARTS_FACTOR = {"vq": 2.5, "vision": 2.0, "text": 3.0}
+"""The pretraining of each part takes this many times the smoke run's steps: emoji have more to draw than scenes, WordNet more to read."""
+EXPECTED_S = {
+    "data": 90,
+    "tokenizer": 30,
+    "parts": 450,
+    "stage1": 150,
+    "stage2": 600,
+    "stage3": 520,
+    "evaluation": 120,
+    "report": 10,
+}
+"""Estimated, not measured: smoke's times, scaled; the stages as the comments of `launch/showcase_stage*.yaml` reckon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowcaseOptions(Options):
+    """Options of the smoke run, and where downloads are kept."""
+
+    recipe: str = "showcase"
+    cache: Path = ROOT / ".cache" / "showcase"
+
+    @property
+    def counts(self) -> ShowcaseCounts:
+        if self.tiny:
+            return ShowcaseCounts(names=12, held_out_names=4, held_out_drawings=3, documents=600, dialogues=60, held_out_texts=40)
+        return ShowcaseCounts()
+
+    @property
+    def sizes(self) -> SmokeSizes:
+        """The smoke run's, with more steps for every part."""
+        sizes = SmokeSizes.minute() if self.tiny else SmokeSizes()
+        if self.tiny:
+            return sizes
+        longer = {part: replace(getattr(sizes, part), steps=round(getattr(sizes, part).steps * by)) for part, by in PARTS_FACTOR.items()}
+        return replace(sizes, **longer)
+
+
+def run_showcase(options: ShowcaseOptions, *, only_data: bool = False, fresh: bool = False) -> int:
+    """Run all steps, or those that make the data, and print the summary. Returns the exit status."""
+    steps = _steps(options)
+    if only_data:
+        steps = steps[: [name for name, _ in steps].index("data") + 1]
+    started = time.monotonic()
+    code = run_steps(options, steps, EXPECTED_S, fresh=fresh)
+    if code == 0 and not only_data:
+        from jp_train.smoke.summary import format_summary
+
+        print(format_summary(options.out, seconds=time.monotonic() - started))
+    return code
+
+
+def _steps(options: ShowcaseOptions) -> list[Step]:
+    return [
+        ("data", lambda: _build_data(options)),
+        ("tokenizer", lambda: build_tokenizer(options)),
+        ("parts", lambda: _build_parts(options)),
+        *((f"stage{stage}", lambda stage=stage: train_stage(options, stage)) for stage in STAGES),
+        ("evaluation", lambda: _evaluate(options)),
+        ("report", lambda: _report(options)),
+    ]
+
+
+def _build_data(options: ShowcaseOptions) -> int:
+    from jp_train.smoke.showcase_judgement import contact_sheet
+
+    options.cache.mkdir(parents=True, exist_ok=True)
+    download(options.cache)
+    with rebuilt(options.out / "data") as folder:
+        built = build_showcase_shards(folder, options.cache, options.seed, options.counts)
+    say(f"  {sum(built.samples.values())} samples of {len(built.samples)} sources")
+    say(f"  a look at it: {contact_sheet(options.out / 'data', options.out / 'data.png')}")
+    return 0
+
+
+def _build_parts(options: ShowcaseOptions) -> int:
+    from jp_train.smoke.pretrain import pretrain_all
+
+    with rebuilt(options.out / "parts-data") as linked, rebuilt(options.out / "init") as folder:
+        link_pretraining_sources(options.out / "data", linked)
+        pretrain_all(folder, linked, options.out / "tokenizer", options.sizes, options.seed)
+    return 0
+
+
+def _evaluate(options: ShowcaseOptions) -> int:
+    from jp_train.smoke.showcase_judgement import judge_showcase
+
+    judge_showcase(options.out, seed=options.seed, tiny=options.tiny)
+    return 0
+
+
+def _report(options: ShowcaseOptions) -> int:
+    from jp_train.report import build_report
+
+    build_report([options.out / f"stage{stage}" for stage in STAGES], options.out, "jp_train showcase: emoji in three styles, three stages")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jp_train.smoke.showcase`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m jp_train.smoke.showcase",
+        description="Train a tiny Janus-Pro on emoji in three drawing styles and WordNet, judge it, and write a report. About 40 minutes on 2 cores.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/showcase"), help="folder for everything the run makes (default runs/showcase)"
+    )
+    parser.add_argument("--cache", type=Path, default=ShowcaseOptions.cache, help="folder that keeps the downloads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-data", action="store_true", help="download and write the shards, train nothing")
+    parser.add_argument("--fresh", action="store_true", help="start over even if an interrupted run could go on; downloads are kept")
+    parser.add_argument("--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing")
+    parser.add_argument("--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks")
+    parser.add_argument("--master-port", type=int, default=29500)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override keys of all three stages")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    options = ShowcaseOptions(
+        out=arguments.out,
+        cache=arguments.cache,
+        seed=arguments.seed,
+        hostfile=arguments.hostfile,
+        overrides=tuple(arguments.overrides),
+        tiny=arguments.tiny,
+        master_port=arguments.master_port,
+    )
+    try:
+        return run_showcase(options, only_data=arguments.only_data, fresh=arguments.fresh)
+    except JpTrainError as error:
+        say(f"{type(error).__name__}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on")
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
