@@ -70,8 +70,7 @@ def run_steps(
         steps = steps[: [name for name, _ in steps].index(f"stage{only_stage}") + 1]
         _forget(options.out, [f"stage{number}" for number in STAGES if number >= only_stage])
     elif fresh or _mark(options.out, LAST).exists():
-        say(f"starting afresh in {options.out}")
-        shutil.rmtree(options.out, ignore_errors=True)
+        _clear(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     _check_same_options(options)
     for number, (name, step) in enumerate(steps, start=1):
@@ -178,6 +177,16 @@ def rebuilt(folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier run. Raises ConfigError for a folder that holds something else: `--out ~ --fresh` must not empty a home."""
+    if not out.exists():
+        return
+    if any(out.iterdir()) and not (out / "steps" / "options.json").exists():
+        raise ConfigError(f"{out} is not empty and was not made by this command; give another --out")
+    say(f"starting afresh in {out}")
+    shutil.rmtree(out)
 
 
 def _mark(out: Path, name: str) -> Path:

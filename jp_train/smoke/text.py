@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from jp_train.smoke.seeding import generator
 
-DOCUMENT_CHARACTERS = 120
+DOCUMENT_CHARACTERS = 80
 """Documents are runs of whole sentences of about this many characters, so that they are of a length with the other kinds."""
-MAX_ANSWER_CHARACTERS = 120
+MAX_ANSWER_CHARACTERS = 80
 DIALOGUE_QUESTIONS = (
     'What does Python say about "{}"?',
     'Explain "{}" in Python.',
@@ -51,7 +51,7 @@ def load_topics() -> tuple[Topic, ...]:
 
 
 def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str], list[str]]:
-    """Return training and held-out documents of about 120 characters, cut at sentence ends.
+    """Return training and held-out documents of about 80 characters, cut at sentence ends.
 
     Which documents are held out depends on the seed and their position only.
 

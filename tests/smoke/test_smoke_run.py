@@ -37,6 +37,13 @@ def test_a_stage_alone_makes_what_it_needs_and_a_second_call_keeps_it(tmp_path, 
     assert "kept" in capsys.readouterr().err
 
 
+def test_starting_afresh_never_removes_a_folder_that_the_smoke_run_did_not_make(tmp_path, capsys):
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("years of work")
+    assert main(["--tiny", "--fresh", "--out", str(tmp_path)]) == 2
+    assert precious.exists() and "was not made by this command" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_starts_from_the_one_before(tmp_path, stage):
     from jp_train.config import load_config
