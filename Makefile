@@ -26,9 +26,10 @@ help:  ## this list
 setup: $(STAMP)  ## virtual environment in .venv with everything pinned
 
 $(STAMP): setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: installing the pinned packages into $(VENV) (about 2 minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check ninja setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[smoke,test]'
 	@touch $@
 

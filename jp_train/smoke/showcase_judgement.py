@@ -189,7 +189,7 @@ def _grid(path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequen
 def contact_sheet(data: Path, path: Path, *, side: int = 64) -> Path:
     """Some drawings of each group with their captions, one PNG; returns `path`."""
     groups = read_groups(data, side)
-    rows = [group.take(range(0, len(group), max(len(group) // (2 * GRID_COLUMNS), 1))[: 2 * GRID_COLUMNS]) for group in groups.values()]
+    rows = [group.take(generator(0, "contact sheet").permutation(len(group))[: 2 * GRID_COLUMNS].tolist()) for group in groups.values()]
     pictures = np.concatenate([group.pictures for group in rows])
     titles = [prompt for group in rows for prompt in group.prompts]
     return evaluate.save_grid(path, pictures, titles, columns=GRID_COLUMNS, heading=f"{', '.join(GROUPS)}: two rows each")

@@ -111,7 +111,7 @@ class SmokeSizes:
 
     model: ModelSizes = field(default_factory=ModelSizes)
     shards: ShardSizes = field(default_factory=ShardSizes)
-    vq: VQTraining = field(default_factory=lambda: VQTraining(steps=620, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150))
+    vq: VQTraining = field(default_factory=lambda: VQTraining(steps=580, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150))
     vision: VisionTraining = field(default_factory=lambda: VisionTraining(steps=300, batch_pairs=112, learning_rate=1e-3))
     text: TextTraining = field(default_factory=lambda: TextTraining(steps=80, batch_rows=8, row_tokens=256, learning_rate=2e-3))
 

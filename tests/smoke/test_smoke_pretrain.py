@@ -14,7 +14,7 @@ from jp_train.errors import ConfigError
 from jp_train.smoke.pretrain import pretrain_all, special_ids
 from jp_train.smoke.pretrain_llm import TextTraining, train_llm
 from jp_train.smoke.pretrain_vision import sigmoid_loss
-from jp_train.smoke.pretrain_vq import UnitCodebook, decode_pictures, encode_ids, scale_weights, to_model_range, train_vq, shows_something
+from jp_train.smoke.pretrain_vq import UnitCodebook, decode_pictures, encode_ids, scale_weights, shows_something, to_model_range, train_vq
 from jp_train.smoke.shards import build_shards
 from jp_train.smoke.sizes import ModelSizes, SmokeSizes, janus_config
 from jp_train.smoke.tokenizer import train_tokenizer
