@@ -89,8 +89,8 @@ def summarize(run: RunData) -> Summary:
         schedule_steps=as_int(run.configured("stage.training_steps")),
         losses=tuple(c for c in (_loss_change(run, name) for name in ("total", *KIND_NAMES)) if c is not None),
         shares=tuple(
-            ShareOfKind(name=kind, configured=share, realised=_mean(run.series.get(f"mixture/{kind}")))
-            for kind, share in zip(KIND_NAMES, configured_shares(run), strict=True)
+            ShareOfKind(name=kind, configured=share, realised=realised)
+            for kind, share, realised in zip(KIND_NAMES, configured_shares(run), realised_shares(run), strict=True)
         ),
         ratio_unit=str(run.configured("stage.ratio_unit", "samples")),
         fill=_mean(run.series.get("packing/fill")),
@@ -157,6 +157,13 @@ def configured_shares(run: RunData) -> tuple[float | None, float | None, float |
     if len(numbers) != len(KIND_NAMES) or sum(numbers) <= 0:
         return (None, None, None)
     return tuple(number / sum(numbers) for number in numbers)  # type: ignore[return-value]
+
+
+def realised_shares(run: RunData) -> tuple[float | None, ...]:
+    """Mean share of every kind over the steps. They add up to 1: a step in which no document starts (a long text fills it) says nothing about the ratio."""
+    means = [_mean(run.series.get(f"mixture/{kind}")) for kind in KIND_NAMES]
+    total = sum(mean for mean in means if mean is not None)
+    return tuple(mean if mean is None or not total else mean / total for mean in means)
 
 
 def held_out(run: RunData, name: str) -> Series | None:

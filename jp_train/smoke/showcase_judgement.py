@@ -19,6 +19,7 @@ from PIL import Image
 
 from jp_train.inference import InferenceModel, answer_questions, generate_images, load_for_inference
 from jp_train.smoke import evaluate
+from jp_train.smoke.judgement import TEMPERATURE
 from jp_train.smoke.reading import note_of, picture_of, read_source
 from jp_train.smoke.seeding import generator
 from jp_train.smoke.showcase_shards import KIND_QUESTION, NAME_QUESTIONS, STYLE_QUESTION, with_article
@@ -116,7 +117,7 @@ def _sweep(model: InferenceModel, nearest: NearestDrawing, group: Drawings, seed
     few = group.take(range(0, len(group), max(len(group) // count, 1)))
     swept = {}
     for scale in CFG_SCALES:
-        pictures = generate_images(model, few.prompts, cfg_scale=scale, seed=seed + 1, batch_size=64)
+        pictures = generate_images(model, few.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed + 1, batch_size=64)
         swept[scale] = float(np.mean(_right(nearest, pictures, few)))
     best = max(swept, key=swept.__getitem__)
     return best, "; sweep " + ", ".join(f"{scale:g}: {value:.2f}" for scale, value in swept.items())
@@ -129,12 +130,14 @@ def _right(nearest: NearestDrawing, pictures: np.ndarray, group: Drawings) -> li
 def _drawn(
     model: InferenceModel, nearest: NearestDrawing, title: str, group: Drawings, scale: float, seed: int, path: Path, note: str
 ) -> list[dict]:
-    pictures = generate_images(model, group.prompts, cfg_scale=scale, seed=seed, batch_size=64)
+    pictures = generate_images(model, group.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
     ids = model.vq.encode(torch.from_numpy(group.pictures).permute(0, 3, 1, 2).contiguous())
     ceiling = np.mean(_right(nearest, model.vq.decode(ids).permute(0, 2, 3, 1).numpy(), group))
     right = _right(nearest, pictures, group)
     _grid(path, pictures, group.prompts, right, f"Generated, {title}, CFG {scale:g}: {np.mean(right):.0%} nearest to the drawing asked for")
-    about = f"{len(group)} prompts at CFG {scale:g}; nearest of the style's drawings; ceiling: VQ round trip{note}"
+    about = (
+        f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; ceiling: VQ round trip{note}"
+    )
     return [_row(f"emoji drawn, {title}", np.mean(right), nearest.chance(group.styles), about, ceiling=ceiling)]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import re
+import textwrap
 from dataclasses import dataclass
 
 from jp_train.smoke.seeding import generator
 
 DOCUMENT_CHARACTERS = 80
 """Documents are runs of whole sentences of about this many characters, so that they are of a length with the other kinds."""
+MAX_SENTENCE_CHARACTERS = 160
+"""A longer sentence is cut between words: grammars and tables of thousands of characters would fill whole steps with text."""
 MAX_ANSWER_CHARACTERS = 80
 DIALOGUE_QUESTIONS = (
     'What does Python say about "{}"?',
@@ -64,7 +67,8 @@ def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str
     for topic in load_topics():
         pending = ""
         for paragraph in topic.paragraphs:
-            for sentence in _SENTENCE_END.split(paragraph):
+            sentences = (part for sentence in _SENTENCE_END.split(paragraph) for part in textwrap.wrap(sentence, MAX_SENTENCE_CHARACTERS))
+            for sentence in sentences:
                 if pending and len(pending) + len(sentence) > DOCUMENT_CHARACTERS:
                     documents.append(pending)
                     pending = ""

@@ -82,7 +82,7 @@ def test_check_of_a_world_size_that_does_not_divide_the_rows_lists_the_problem_a
 
 
 def test_check_reads_tokenizer_weights_and_shards_and_counts_epochs(small_world, capsys):
-    code = main(["check", "launch/smoke_stage1.yaml", *small_world.overrides, "--json"])
+    code = main(["check", "launch/smoke_stage1.yaml", *small_world.overrides, "stage.batch_size=64", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert code == 0, found["problems"]
     assert found["weights"]["tensors"] > 200
