@@ -20,6 +20,7 @@ DIALOGUE_QUESTIONS = (
     'Tell me about "{}".',
 )
 
+_WRAPPER = textwrap.TextWrapper(MAX_SENTENCE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 _RULE = re.compile(r"^[*=~\-^\"]{4,}$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[.:;!?]) ")
 _SPACES = re.compile(r"[ \t]*\n[ \t]*")
@@ -67,7 +68,7 @@ def split_documents(seed: int, *, held_out_share: float = 0.1) -> tuple[list[str
     for topic in load_topics():
         pending = ""
         for paragraph in topic.paragraphs:
-            sentences = (part for sentence in _SENTENCE_END.split(paragraph) for part in textwrap.wrap(sentence, MAX_SENTENCE_CHARACTERS))
+            sentences = (part for sentence in _SENTENCE_END.split(paragraph) for part in _WRAPPER.wrap(sentence))
             for sentence in sentences:
                 if pending and len(pending) + len(sentence) > DOCUMENT_CHARACTERS:
                     documents.append(pending)

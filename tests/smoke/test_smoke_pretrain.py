@@ -14,7 +14,16 @@ from jp_train.errors import ConfigError
 from jp_train.smoke.pretrain import pretrain_all, special_ids
 from jp_train.smoke.pretrain_llm import TextTraining, train_llm
 from jp_train.smoke.pretrain_vision import sigmoid_loss
-from jp_train.smoke.pretrain_vq import UnitCodebook, decode_pictures, encode_ids, scale_weights, shows_something, to_model_range, train_vq
+from jp_train.smoke.pretrain_vq import (
+    PAPER,
+    UnitCodebook,
+    decode_pictures,
+    encode_ids,
+    scale_weights,
+    shows_something,
+    to_model_range,
+    train_vq,
+)
 from jp_train.smoke.shards import build_shards
 from jp_train.smoke.sizes import ModelSizes, SmokeSizes, janus_config
 from jp_train.smoke.tokenizer import train_tokenizer
@@ -67,13 +76,13 @@ def test_vq_ids_are_the_nearest_unit_rows_in_transformers_too(model: JanusForCon
     assert decode_pictures(vq, ours).shape == (6, 3, 32, 32)
 
 
-def test_adaptors_and_image_head_start_small_and_without_bias(model: JanusForConditionalGeneration) -> None:
+def test_adaptors_and_image_head_start_at_the_scale_of_their_inputs_and_without_bias(model: JanusForConditionalGeneration) -> None:
     for part in (model.model.aligner, model.model.generation_aligner, model.model.generation_head):
         for name, weight in part.named_parameters():
             if name.endswith("bias"):
                 assert not weight.any()
             else:
-                assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+                assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.15)
 
 
 def test_both_image_kinds_take_the_same_number_of_slots(model: JanusForConditionalGeneration) -> None:
@@ -107,9 +116,22 @@ def test_kmeans_and_restarts_leave_unit_rows_and_no_dead_row() -> None:
     codebook.kmeans(unit)
     assert len(codebook.nearest(unit).unique()) == 32
     codebook.counts[:5] = 0.0
-    assert codebook.restart(unit, below=0.05) == 5
+    assert codebook.restart(unit, below=0.05) == 4, "the paper row never moves"
+    assert codebook.weight[PAPER].tolist() == [1.0] + [0.0] * 7
     codebook.update(unit, codebook.nearest(unit))
     assert torch.allclose(codebook.weight.norm(dim=-1), torch.ones(32), atol=1e-5)
+
+
+def test_plain_patches_take_the_paper_code_and_only_they_are_taught_to() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
+    pictures[:, :, 8:16, 8:16] = torch.randint(0, 200, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    config = janus_config(SMALL, vocab_size=16, special_ids=IDS).vq_config
+    training = replace(SIZES.vq, steps=60, continuous_steps=20, freeze_codebook_last=10, batch_pictures=16)
+    ids = encode_ids(train_vq(config, pictures, training, seed=0), to_model_range(pictures))
+    shows = shows_something(to_model_range(pictures), 8).view_as(ids)
+    assert (ids[~shows] == PAPER).float().mean() > 0.9
+    assert (ids[shows] == PAPER).float().mean() < 0.1
 
 
 def test_only_patches_that_show_something_ask_for_codes() -> None:
