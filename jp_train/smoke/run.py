@@ -66,13 +66,13 @@ def run_steps(
 
     `expected_s`: seconds of every step, for the estimate of the time left.
     """
+    if fresh or (only_stage is None and _mark(options.out, LAST).exists()):
+        _clear(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    _check_same_options(options)  # before anything is removed
     if only_stage is not None:
         steps = steps[: [name for name, _ in steps].index(f"stage{only_stage}") + 1]
         _forget(options.out, [f"stage{number}" for number in STAGES if number >= only_stage])
-    elif fresh or _mark(options.out, LAST).exists():
-        _clear(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    _check_same_options(options)
     for number, (name, step) in enumerate(steps, start=1):
         if _mark(options.out, name).exists():
             say(f"[{number}/{len(steps)}] {name}: done before, kept")
