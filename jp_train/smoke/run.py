@@ -6,6 +6,7 @@ themselves resume from their checkpoints. A run that had finished starts afresh.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jp_train.errors import ConfigError, JpTrainError, LaunchError
 from jp_train.smoke.sizes import SmokeSizes
@@ -226,37 +228,50 @@ def say(text: str) -> None:
     print(f"smoke: {text}", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m jp_train.smoke`."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m jp_train.smoke",
-        description="Train a tiny Janus-Pro through all three stages on real pictures and text, judge it, and write a report. About 10 minutes on 2 cores.",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="folder for everything the run makes (default runs/smoke)")
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the smoke and the showcase run both take."""
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only-stage", type=int, choices=STAGES, help="only this stage, anew; what it needs is made first")
     parser.add_argument("--fresh", action="store_true", help="start over even if an interrupted run could go on")
     parser.add_argument("--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing")
     parser.add_argument("--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks")
     parser.add_argument("--master-port", type=int, default=29500)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override keys of all three stages")
-    arguments = parser.parse_args(argv)
+
+
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Options` that `add_run_arguments` reads, and `out`."""
+    return {
+        "out": arguments.out,
+        "seed": arguments.seed,
+        "hostfile": arguments.hostfile,
+        "overrides": tuple(arguments.overrides),
+        "tiny": arguments.tiny,
+        "master_port": arguments.master_port,
+    }
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """The status of `run()`; the package's errors and Ctrl-C become one line and their status."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    options = Options(
-        out=arguments.out,
-        seed=arguments.seed,
-        hostfile=arguments.hostfile,
-        overrides=tuple(arguments.overrides),
-        tiny=arguments.tiny,
-        master_port=arguments.master_port,
-    )
     try:
-        return run_smoke(options, only_stage=arguments.only_stage, fresh=arguments.fresh)
+        return run()
     except JpTrainError as error:
         say(f"{type(error).__name__}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted; run the same command again to go on")
         return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jp_train.smoke`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jp_train.smoke",
+        description="Train a tiny Janus-Pro through all three stages on real pictures and text, judge it, and write a report. About 12 minutes on 2 cores.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="folder for everything the run makes (default runs/smoke)")
+    parser.add_argument("--only-stage", type=int, choices=STAGES, help="only this stage, anew; what it needs is made first")
+    add_run_arguments(parser)
+    arguments = parser.parse_args(argv)
+    options = Options(**run_options(arguments))
+    return exit_status(lambda: run_smoke(options, only_stage=arguments.only_stage, fresh=arguments.fresh))

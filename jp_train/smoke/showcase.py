@@ -6,14 +6,26 @@ stages of `launch/showcase_stage*.yaml`, judgement and report, with the same mar
 
 from __future__ import annotations
 
-import os
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jp_train.errors import JpTrainError
-from jp_train.smoke.run import ROOT, STAGES, Options, Step, build_tokenizer, rebuilt, run_steps, say, train_stage
+from jp_train.smoke.run import (
+    ROOT,
+    STAGES,
+    Options,
+    Step,
+    add_run_arguments,
+    build_tokenizer,
+    exit_status,
+    rebuilt,
+    run_options,
+    run_steps,
+    say,
+    train_stage,
+)
 from jp_train.smoke.showcase_shards import ShowcaseCounts, build_showcase_shards, link_pretraining_sources
 from jp_train.smoke.showcase_sources import download
 from jp_train.smoke.sizes import SmokeSizes
@@ -118,8 +130,6 @@ def _report(options: ShowcaseOptions) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jp_train.smoke.showcase`."""
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="python -m jp_train.smoke.showcase",
         description="Train a tiny Janus-Pro on emoji in three drawing styles and WordNet, judge it, and write a report. About 40 minutes on 2 cores.",
@@ -127,33 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/showcase"), help="folder for everything the run makes (default runs/showcase)"
     )
-    parser.add_argument("--cache", type=Path, default=ShowcaseOptions.cache, help="folder that keeps the downloads")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=ShowcaseOptions.cache, help="folder that keeps the downloads (--fresh keeps it too)")
     parser.add_argument("--only-data", action="store_true", help="download and write the shards, train nothing")
-    parser.add_argument("--fresh", action="store_true", help="start over even if an interrupted run could go on; downloads are kept")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing")
-    parser.add_argument("--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks")
-    parser.add_argument("--master-port", type=int, default=29500)
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override keys of all three stages")
+    add_run_arguments(parser)
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("WANDB_SILENT", "true")
-    options = ShowcaseOptions(
-        out=arguments.out,
-        cache=arguments.cache,
-        seed=arguments.seed,
-        hostfile=arguments.hostfile,
-        overrides=tuple(arguments.overrides),
-        tiny=arguments.tiny,
-        master_port=arguments.master_port,
-    )
-    try:
-        return run_showcase(options, only_data=arguments.only_data, fresh=arguments.fresh)
-    except JpTrainError as error:
-        say(f"{type(error).__name__}: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on")
-        return 130
+    options = ShowcaseOptions(cache=arguments.cache, **run_options(arguments))
+    return exit_status(lambda: run_showcase(options, only_data=arguments.only_data, fresh=arguments.fresh))
 
 
 if __name__ == "__main__":
