@@ -1,37 +1,17 @@
-"""`jp-train data ...`: tools for shards and indexes."""
+"""`jp-train data ...`: tools for shards and indexes; each module `data_TOOL` of this package adds its own."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
+import importlib
 
-from jp_train.cli.arguments import add_command, add_config, add_json
+from jp_train.cli.arguments import add_command
+
+TOOLS = ("index",)
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "data", "tools for the data of a run")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    index = add_command(
-        tools,
-        "index",
-        "build the index of every source of a configuration: byte offsets and token counts, beside the shards",
-        "Training builds a missing index itself; for large data do it beforehand, in parallel. An index is rebuilt when the shard, the tokenizer\n"
-        "or the template changed.",
-    )
-    add_config(index)
-    index.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards indexed at a time (default: all cores)")
-    add_json(index)
-    index.set_defaults(run=run_index)
-
-
-def run_index(arguments: argparse.Namespace) -> int:
-    from jp_train.config import load_config
-    from jp_train.data.tools.index import index_command
-
-    table = sys.stderr if arguments.json else sys.stdout
-    summary = index_command(load_config(arguments.config, arguments.overrides), arguments.processes, table=table)
-    if arguments.json:
-        print(json.dumps(summary))
-    return 0
+    for name in TOOLS:
+        importlib.import_module(f"jp_train.cli.data_{name}").register(tools)

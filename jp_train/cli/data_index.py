@@ -1,0 +1,35 @@
+"""`jp-train data index`: byte offsets and token counts beside the shards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from jp_train.cli.arguments import add_command, add_config, add_json
+
+
+def register(tools: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        tools,
+        "index",
+        "build the index of every source of a configuration: byte offsets and token counts, beside the shards",
+        "Training builds a missing index itself; for large data do it beforehand, in parallel. An index is rebuilt when the shard, the tokenizer\n"
+        "or the template changed.",
+    )
+    add_config(parser)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards indexed at a time (default: all cores)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.config import load_config
+    from jp_train.data.tools.index import index_command
+
+    table = sys.stderr if arguments.json else sys.stdout
+    summary = index_command(load_config(arguments.config, arguments.overrides), arguments.processes, table=table)
+    if arguments.json:
+        print(json.dumps(summary))
+    return 0
