@@ -17,6 +17,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model and --template: a trained model in use."""
+    parser.add_argument("--model", type=Path, required=True, help="an exported folder, or a finished run folder")
+    parser.add_argument(
+        "--template",
+        choices=("stage1", "stage2", "stage3"),
+        default=None,
+        help="prompt layout (default: of the stage the weights come from)",
+    )
+
+
 def add_command(commands: argparse._SubParsersAction, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
     """A subparser whose help starts with what the command is for."""
     return commands.add_parser(

@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command
+from jp_train.cli.arguments import add_command, add_model
 from jp_train.errors import DataError
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "ask", "answer a question about a picture")
-    parser.add_argument("--model", type=Path, required=True, help="an exported folder, or a finished run folder")
+    add_model(parser)
     parser.add_argument("--image", type=Path, required=True, help="JPEG, PNG or WebP")
     parser.add_argument("--question", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument(
-        "--template",
-        choices=("stage1", "stage2", "stage3"),
-        default=None,
-        help="prompt layout (default: of the stage the weights come from)",
-    )
     parser.set_defaults(run=run)
 
 

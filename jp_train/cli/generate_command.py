@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command
+from jp_train.cli.arguments import add_command, add_model
 from jp_train.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         "pictures from prompts, with classifier-free guidance",
         "The paper samples with scale 5 at temperature 1; small models that memorise are ruined by that: try 1 to 2.",
     )
-    parser.add_argument("--model", type=Path, required=True, help="an exported folder, or a finished run folder")
+    add_model(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times; one picture each")
     parser.add_argument("--out", type=Path, required=True, help="PNG; several prompts are written as OUT-1.png, OUT-2.png, ...")
     parser.add_argument(
@@ -24,12 +24,6 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--template",
-        choices=("stage1", "stage2", "stage3"),
-        default=None,
-        help="prompt layout (default: of the stage the weights come from)",
-    )
     parser.set_defaults(run=run)
 
 
