@@ -22,7 +22,8 @@ KEYS = {
     *("loss/total", "loss/text", "loss/understanding", "loss/generation", "loss/source/text", "loss/source/und", "loss/source/gen"),
     *("tokens/total", "tokens/understanding", "tokens/text", "tokens/generation"),
     *("mixture/understanding", "mixture/text", "mixture/generation"),
-    *("packing/fill", "packing/truncated_tokens", "data/skipped", "time/step_s", "time/data_wait_s", "perf/tokens_per_s", "perf/mfu"),
+    *("packing/fill", "packing/truncated_tokens", "data/skipped", "data/rows_digest"),
+    *("time/step_s", "time/data_wait_s", "perf/tokens_per_s", "perf/mfu"),
     *("optim/lr", "optim/grad_norm", "memory/peak_gib"),
 }
 
@@ -144,3 +145,27 @@ def test_json_has_no_nan_at_any_depth():
         "b": [1.0, None],
         "c": {"d": None, "e": "x"},
     }
+
+
+def digest(*ranks: list[PackedBatch]) -> float:
+    """`data/rows_digest` of a step whose ranks had these micro-batches."""
+    tallies = []
+    for batches in ranks:
+        tally = StepTally(N_SOURCES)
+        for one in batches:
+            tally.count(one)
+        tallies.append(tally.vector(step_s=1.0, data_wait_s=0.0))
+    table = StepTotals(N_SOURCES, torch.stack(tallies))
+    return step_values(table, source_names=NAMES, ratio_unit=RatioUnit.samples, lr=0.0, grad_norm=0.0, flops=1.0, peak_flops=1.0)[
+        "data/rows_digest"
+    ]
+
+
+def test_the_rows_digest_knows_the_rows_and_not_the_ranks() -> None:
+    a, b, c = batch([Kind.TEXT]), batch([Kind.UNDERSTANDING]), batch([Kind.GENERATION, Kind.TEXT])
+    whole = digest([a, b, c])
+    assert whole == digest([a], [b, c]) == digest([c], [a], [b]) == int(whole) > 0
+    assert whole < 2**32
+    assert whole != digest([a, b]) != digest([a, b, b])
+    shifted = replace(a, provenance=tuple(tuple(replace(document, start=1) for document in row) for row in a.provenance))
+    assert digest([shifted, b, c]) != whole
