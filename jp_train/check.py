@@ -7,7 +7,7 @@ from typing import Any
 
 from jp_train.config import RunConfig, batch_plan
 from jp_train.errors import JpTrainError
-from jp_train.types import KINDS
+from jp_train.types import KINDS, Kind
 
 
 def check(config: RunConfig, hostfile: Path | None = None, *, config_only: bool = False) -> dict[str, Any]:
@@ -114,6 +114,7 @@ def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     from jp_train.config.schema import BatchUnit, RatioUnit
     from jp_train.data.index import index_sources
     from jp_train.data.tokenizer import load_tokenizer
+    from jp_train.data.vq_use import ids_summary
 
     indexes = index_sources(config, load_tokenizer(config.tokenizer))
     mean = {index.name: float(index.tokens.mean()) for index in indexes}
@@ -143,6 +144,7 @@ def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
             "mean_tokens": mean[index.name],
             "tokens": int(index.tokens.sum()),
             "epochs": documents * share[index.name] / total / len(index),
+            "vq_ids": ids_summary(index) if index.kind is Kind.GENERATION else {},
         }
         for index in indexes
     ]
@@ -179,7 +181,23 @@ def format_check(found: dict[str, Any]) -> str:
             lines.append(
                 f"  {row['name']:<22}{row['kind']:<15}{row['shards']:>8,}{row['samples']:>12,}{row['bad']:>6,}{row['mean_tokens']:>13,.1f}{row['epochs']:>9.2f}"
             )
+        lines += _ids_lines(found["sources"])
     return "\n".join(lines)
+
+
+def _ids_lines(sources: list[dict[str, Any]]) -> list[str]:
+    """Which generation sources have stored VQ ids. Training compares the fingerprint with that of its VQ; this does not read the VQ."""
+    lines = [
+        f"  VQ ids of {row['name']}: fingerprint {fingerprint} for {shards:,} of {row['shards']:,} shards"
+        for row in sources
+        for fingerprint, shards in row["vq_ids"].items()
+    ]
+    without = [row["name"] for row in sources if row["kind"] == str(Kind.GENERATION) and not row["vq_ids"]]
+    if without:
+        lines.append(
+            f"  no VQ ids stored for {', '.join(without)}: pictures are encoded in training (jp-train data encode-images does it once)"
+        )
+    return lines
 
 
 def _weights_text(weights: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,38 +17,57 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def convert(source: Path, out: Path, *, layout: Literal["hf", "deepseek"] = "hf", dtype: Literal["bf16", "fp32"] = "bf16") -> Path:
     """Write the weights of `source` to the folder `out` (complete or absent) and return it.
 
-    `source`: a run folder (its export/ is taken), an exported folder, or a released deepseek-ai folder. Tensors are read one at a time.
-    Raises CheckpointError: nothing readable there, names or shapes that do not fit the folder's own config.json, or an `out` that exists.
+    `source`: a run folder (its export/ is taken), an exported folder, a released deepseek-ai folder, or a training checkpoint
+    (`checkpoints/step_...` of a run that may be running): its fp32 master weights, in bf16 equal to what the run itself would export there. Tensors
+    are read one at a time. Raises CheckpointError: nothing readable there, names or shapes that do not fit, or an `out` that exists.
     """
-    from jp_train.data.tokenizer import load_saved_tokenizer
+    from jp_train.data.tokenizer import load_saved_tokenizer, load_tokenizer
     from jp_train.model.configuration import build_config, read_model_config
     from jp_train.model.export import RUN_CONFIG, write_export
+    from jp_train.model.partition_files import INDEX_FILE
     from jp_train.model.pretrained import open_weights
 
-    if source.parent.name == "checkpoints":
-        raise CheckpointError(
-            f"{source} is a training checkpoint: its weights are spread over the ranks' files. A run writes export/ when its stage ends; to end it now, "
-            f"resume it with stage.early_stop.at_step={int(source.name.rsplit('_', 1)[-1]) if source.name.startswith('step_') else 'N'}, then export the run folder"
-        )
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; name a new folder, or remove it first")
     weights = open_weights(source)
     folder = Path(weights.path)
-    tokenizer = load_saved_tokenizer(folder)
-    config = build_config(read_model_config(folder), tokenizer.special.image_placeholder)
+    if (folder / INDEX_FILE).is_file():
+        from jp_train.config import load_config
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in weights.keys():  # noqa: SIM118 - a WeightSource is no dict
-            yield name, weights.get(name)
-
-    run_config = folder / RUN_CONFIG
+        run_config = folder / "config.yaml"
+        run = load_config(run_config, ["preset=null", "recipe=null"])  # the file is whole without them
+        tokenizer, model = load_tokenizer(run.tokenizer), run.model
+        tensors = _checked(folder, weights, DTYPES[run.precision.value])
+    else:
+        run_config = folder / RUN_CONFIG
+        tokenizer, model = load_saved_tokenizer(folder), read_model_config(folder)
+        tensors = ((name, weights.get(name)) for name in weights.keys())  # noqa: SIM118 - a WeightSource is no dict
     write_export(
         out,
-        config,
-        tensors(),
+        build_config(model, tokenizer.special.image_placeholder),
+        tensors,
         tokenizer,
         layout=layout,
         dtype=DTYPES[dtype],
         run_config=run_config.read_text(encoding="utf-8") if run_config.is_file() else None,
     )
     return out
+
+
+def _checked(folder: Path, weights, run_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint; at the end, what was frozen must have the checksum that the run had (it may lie in another folder)."""
+    from jp_train.engine.proof import checksums, combined
+    from jp_train.model.partition_files import PartitionReader
+
+    parameters = PartitionReader(folder).parameters
+    found = []
+    for name in weights.keys():  # noqa: SIM118 - a WeightSource is no dict
+        tensor = weights.get(name)
+        if name in parameters and not parameters[name].trained:
+            found += checksums([tensor.to(run_dtype)])
+        yield name, tensor
+    expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("frozen_checksum")
+    if expected is not None and combined(found) != expected:
+        raise CheckpointError(
+            f"the frozen weights that {folder} was trained with are not those found now (model.init_from has other contents): put the old files back"
+        )

@@ -77,6 +77,23 @@ def launch_command(
 ) -> list[str]:
     """The argv that starts the run: DeepSpeed's runner with `-m jp_train train CONFIG key=value ...` on every rank.
 
+    Raises as `ranks_command` does.
+    """
+    target = ["train", str(config_path), *overrides]
+    return ranks_command(target, hostfile, include=include, exclude=exclude, master_port=master_port, launcher=launcher)
+
+
+def ranks_command(
+    target: Sequence[str],
+    hostfile: str | os.PathLike[str],
+    *,
+    include: str = "",
+    exclude: str = "",
+    master_port: int = DEFAULT_PORT,
+    launcher: str = "pdsh",
+) -> list[str]:
+    """The argv that starts `jp_train TARGET...` on every rank.
+
     For remote hosts the arguments are quoted for the shell they go through. Raises LaunchError (hostfile, an argument that no quoting can save) or
     ConfigError (filter, launcher, port).
     """
@@ -91,7 +108,6 @@ def launch_command(
     argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--master_port", str(master_port)]
     argv += ["--include", include] if include else []
     argv += ["--exclude", exclude] if exclude else []
-    target = ["train", str(config_path), *overrides]
     if runs_locally(selection):
         argv += ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # else the runner wants an ssh server on this very host
     else:
@@ -185,9 +201,33 @@ def launch(
     """
     cfg = load_config(config_path, overrides)
     selection = select_slots(parse_hostfile(hostfile), include=include, exclude=exclude)
-    command = launch_command(
-        config_path, overrides, hostfile, include=include, exclude=exclude, master_port=master_port, launcher=launcher
+    resumes = any((Path(cfg.run_dir) / "checkpoints").glob("step_*"))  # then the micro-batch follows the number of ranks
+    return launch_ranks(
+        ["train", str(config_path), *overrides], hostfile, include=include, exclude=exclude, master_port=master_port, launcher=launcher,
+        dry_run=dry_run, grace_s=grace_s, facts=batch_plan(cfg, sum(map(len, selection.values())), shrink=resumes).describe(),
+        status_file=Path(cfg.run_dir) / "status.json",
     )  # fmt: skip
+
+
+def launch_ranks(
+    target: Sequence[str],
+    hostfile: str | os.PathLike[str],
+    *,
+    include: str = "",
+    exclude: str = "",
+    master_port: int = DEFAULT_PORT,
+    launcher: str = "pdsh",
+    dry_run: bool = False,
+    grace_s: float = DEFAULT_GRACE_S,
+    facts: str = "",
+    status_file: Path | None = None,
+) -> int:
+    """Run `jp_train TARGET...` on every slot of a hostfile and return the ranks' exit code; `facts` is printed before the command.
+
+    Signals, `dry_run` and errors as in `launch`. `status_file`: where the ranks tell why they failed.
+    """
+    selection = select_slots(parse_hostfile(hostfile), include=include, exclude=exclude)
+    command = ranks_command(target, hostfile, include=include, exclude=exclude, master_port=master_port, launcher=launcher)
     world = sum(map(len, selection.values()))
     local = runs_locally(selection)
     launch_id = uuid.uuid4().hex[:16]
@@ -195,7 +235,8 @@ def launch(
     passed = passed_environment(env)
     out = sys.stdout if dry_run else sys.stderr
     print(f"{world} ranks on {_describe(selection)}{' (this host)' if local else ''}", file=out)
-    print(batch_plan(cfg, world).describe(), file=out)
+    if facts:
+        print(facts, file=out)
     if not local:
         print(f"environment of the ranks: {' '.join(passed.lines)}", file=out)
         for names, why in (
@@ -211,7 +252,7 @@ def launch(
     started = time.time()
     with _environment_file(passed) as path:
         code, stopped_by = _Running(command, env | {"DS_ENV_FILE": str(path)}, launch_id, () if local else tuple(selection), grace_s).wait()
-    return exit_code(code, stopped_by, _failure(Path(cfg.run_dir) / "status.json", since=started))
+    return exit_code(code, stopped_by, "" if status_file is None else _failure(status_file, since=started))
 
 
 def exit_code(code: int, stopped_by: int | None, failure: str) -> int:

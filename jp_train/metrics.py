@@ -62,6 +62,12 @@ class StepTally:
         values = torch.cat([part.detach().to(torch.float64) for part in parts])
         self._losses = values if self._losses is None else self._losses + values
 
+    @property
+    def contribution(self) -> torch.Tensor:
+        """This rank's share of the step's loss so far, float64 [1], on the losses' device."""
+        assert self._losses is not None, "add_losses comes first"
+        return self._losses[:1]
+
     def vector(
         self, *, step_s: float, data_wait_s: float, signal_number: int = 0, signature: int = 0, peak_gib: float | None = None
     ) -> torch.Tensor:

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig
 from jp_train.data.ledger import LEDGER_FILE
+from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot
 from jp_train.engine.identity import plain
 from jp_train.engine.stop import Stop, last_step
+from jp_train.errors import JpTrainError
 from jp_train.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, drop_later_lines, wandb_mode
 from jp_train.types import KINDS
 
@@ -27,6 +30,9 @@ class RunLog:
         self._sinks: list[Sink] = []
         self._step = 0
         self._checkpoint: dict[str, Any] | None = None
+        self._failed_saves = 0
+        self._over = False
+        self._dp_world_size = dp_world_size
         if not active:
             return
         self.folder = Path(cfg.run_dir)
@@ -34,7 +40,6 @@ class RunLog:
         self._progress = Progress(last_step(cfg.stage))
         self._console = Console(cfg.logging.every_steps, self._progress)
         self._events = Events(self.folder / "events.jsonl")
-        self._dp_world_size = dp_world_size
         self._status: StatusFile | None = None
 
     def begin(self) -> None:
@@ -44,7 +49,7 @@ class RunLog:
 
     def _new_status(self) -> StatusFile:
         return StatusFile(
-            self.folder / STATUS_FILE,
+            Path(self._cfg.run_dir) / STATUS_FILE,
             stage=self._cfg.stage.name,
             planned_steps=last_step(self._cfg.stage),
             training_steps=self._cfg.stage.training_steps,
@@ -58,7 +63,8 @@ class RunLog:
         self._step = resumed_step or 0
         self._checkpoint = {"step": checkpoint["step"], "time": round(checkpoint["time"], 3)} if checkpoint else None
         self._sinks = [self._console, MetricsFile(self.folder / "metrics.jsonl", resumed_step)]
-        drop_later_lines(self.folder / LEDGER_FILE, resumed_step or 0)
+        for name in (LEDGER_FILE, SNAPSHOTS_FILE):
+            drop_later_lines(self.folder / name, resumed_step or 0)
         if self._cfg.logging.tensorboard:
             self._sinks.append(TensorBoard(self.folder / "tensorboard", resumed_step))
         mode = wandb_mode(self._cfg.logging.wandb)
@@ -78,9 +84,18 @@ class RunLog:
         if self._active:
             self._events.write(name, step, **details)
 
+    def snapshot(self, plan_state: dict[str, Any]) -> None:
+        """A line of plan_snapshots.jsonl, from which `jp-train data explain` reaches the steps that follow."""
+        if self._active:
+            append_snapshot(self.folder / SNAPSHOTS_FILE, plan_state)
+
     def saved(self, step: int) -> None:
         """A checkpoint was completed."""
         self._checkpoint = {"step": step, "time": round(time.time(), 3)}
+
+    def save_failed(self, total: int) -> None:
+        """A checkpoint could not be written; `total` of them since this attempt began."""
+        self._failed_saves = total
 
     def step(self, step: int, values: Mapping[str, float], *, skipped_documents: int = 0, skipped_steps: int = 0) -> None:
         """All values of one step (or, at step 0, of the validation before training)."""
@@ -92,6 +107,7 @@ class RunLog:
         for sink in list(self._sinks):
             self._attempt(sink, lambda sink=sink: sink.log(step, values))
         status: dict[str, Any] = {"state": "running", "step": step, "checkpoint": self._checkpoint, "eta_s": self._progress.eta_s(step)}
+        status |= {"failed_saves": self._failed_saves}
         if "loss/total" in values:
             status |= {
                 "loss": values["loss/total"],
@@ -121,9 +137,34 @@ class RunLog:
         self.say(f"{stop.state.replace('_', ' ')} after step {step}: {stop.reason}")
         self.close()
 
+    def stalled(self, error: JpTrainError, details: Mapping[str, Any]) -> None:
+        """The watchdog ends the run, from its own thread and on any rank. What the training thread may still say about its end is left out."""
+        self._over = True
+        folder = Path(self._cfg.run_dir)
+        events = self._events if self._active else Events(folder / "events.jsonl")
+        events.write(
+            "stalled",
+            details["step"],
+            error=type(error).__name__,
+            reason=str(error),
+            **{k: v for k, v in details.items() if k != "step"},
+        )
+        status = (self._status if self._active else None) or self._new_status()
+        status.update(state="failed", reason=f"{type(error).__name__}: {error}", step=details["step"], checkpoint=self._checkpoint)
+
+    def stopped_at_start(self, code: int) -> None:
+        """A signal ends the run before its first step, from the watchdog's thread: the newest checkpoint is what it was."""
+        self._over = True
+        if not self._active:
+            return
+        reason = f"signal {Signals(code - 128).name} before the first step"
+        self.event("stop", self._step, reason=reason, state="stopped_by_signal", exit_code=code)
+        if self._status is not None:
+            self._status.update(state="stopped_by_signal", reason=reason, step=self._step, checkpoint=self._checkpoint)
+
     def fail(self, error: BaseException) -> None:
         """The run ended with an error."""
-        if not self._active:
+        if not self._active or self._over:
             return
         self.event("failed", self._step, error=type(error).__name__, reason=str(error))
         if self._status is None and not (self.folder / STATUS_FILE).exists():

@@ -31,7 +31,7 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
 
     Keys: run_dir, stage, state (starting | running | stale | finished | stopped_early | stopped_by_signal | stopped | failed | unknown), reason,
     step, planned_steps, share_done, losses {total and each kind: mean of the recent steps}, held_out {name: newest}, tokens_per_s, step_s,
-    eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s, checkpoint {step, age_s, name} or None, checkpoints, skipped_documents, skipped_steps,
+    eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s, slowest_rank {rank, step, phase, idle_s, age_s} or None, checkpoint {step, age_s, name} or None, checkpoints, skipped_documents, skipped_steps,
     world_size, events (the last ones, oldest first).
 
     `now`: seconds since 1970, for tests. Raises DataError when `run_dir` is no run folder.
@@ -75,6 +75,7 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
         "fill": _mean(_values(trained, "packing/fill")),
         "heartbeat_age_s": age,
         "stale_after_s": stale_after,
+        "slowest_rank": _slowest_rank(run_dir / "heartbeats", now) if running else None,
         "checkpoint": _last_checkpoint(run_dir, told, now),
         "checkpoints": len(checkpoint_names(run_dir)),
         "skipped_documents": _skipped(run_dir, told),
@@ -112,7 +113,7 @@ def format_status(found: dict[str, Any]) -> str:
         lines.append(_row("fill", f"{100 * found['fill']:.2f}%"))
     if found["state"] in ("running", "starting", "stale"):
         lines.append(_row("ETA", duration(found["eta_s"])))
-        lines.append(_row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago"))
+        lines.append(_row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago" + _told_slowest(found["slowest_rank"])))
     checkpoint = found["checkpoint"]
     kept = f", {found['checkpoints']} on disk" if found["checkpoints"] else ""
     lines.append(
@@ -222,6 +223,26 @@ def _eta(told: dict[str, Any], planned: int | None, step: int, step_s: float | N
     if own is not None:
         return own
     return (planned - step) * step_s if planned and step_s is not None else None
+
+
+def _slowest_rank(folder: Path, now: float) -> dict[str, Any] | None:
+    """Of all ranks' heartbeats (`engine/heartbeat.py`) the one that has gone longest without progress, None without heartbeats."""
+    found: list[dict[str, Any]] = []
+    for path in folder.glob("rank_*.json"):
+        beat = _read_object(path)
+        idle, written = _float(beat.get("idle_s")), _float(beat.get("time"))
+        if idle is not None and written is not None and not beat.get("ended"):
+            age = max(0.0, now - written)
+            found.append(
+                {"rank": beat.get("rank"), "step": beat.get("step"), "phase": beat.get("phase"), "idle_s": idle + age, "age_s": age}
+            )
+    return max(found, key=lambda beat: beat["idle_s"], default=None)
+
+
+def _told_slowest(slowest: dict[str, Any] | None) -> str:
+    if slowest is None:
+        return ""
+    return f"; slowest: rank {slowest['rank']}, {duration(slowest['idle_s'])} without progress ({slowest['phase']})"
 
 
 def _heartbeat_age(paths: tuple[Path, ...], now: float) -> float | None:

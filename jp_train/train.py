@@ -10,6 +10,7 @@ contributes its summed loss divided by that number (`engine/objective.py`).
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,14 @@ from jp_train.data.index import index_sources
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import StepLoader, build_plan, validation_batches
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
-from jp_train.engine.checkpoint import Checkpoint, CheckpointStore, refuse_other_configuration, refuse_other_world
+from jp_train.data.vq_use import describe_use, use_stored_ids
+from jp_train.encode_images import ids_recipe
+from jp_train.engine.checkpoint import Checkpoint, CheckpointStore
 from jp_train.engine.export import export
-from jp_train.engine.guard import compare_signatures
+from jp_train.engine.forensics import Forensics
+from jp_train.engine.guard import WAITING_FOR_DATA, Pace, compare_signatures
 from jp_train.engine.heldout import HeldOut
-from jp_train.engine.identity import environment, identity
+from jp_train.engine.identity import accepted_differences, environment, identity
 from jp_train.engine.init import (
     Engine,
     Ranks,
@@ -39,16 +43,20 @@ from jp_train.engine.init import (
 )
 from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
 from jp_train.engine.optim import learning_rate, set_learning_rate
-from jp_train.engine.proof import FreezeWatch, frozen_checksum
+from jp_train.engine.outliers import Verdict
+from jp_train.engine.proof import FreezeWatch, frozen_checksum, refuse_leaks
+from jp_train.engine.saver import Saver
 from jp_train.engine.state import TrainState
-from jp_train.engine.stop import MAX_CONSECUTIVE_SKIPS, SignalFlag, Stop, decide
+from jp_train.engine.stop import GraceCheck, SignalFlag, Stop, decide
+from jp_train.engine.update_gate import UpdateGate
+from jp_train.engine.watchdog import Watchdog
 from jp_train.errors import CheckpointError, DataError, JpTrainError
 from jp_train.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.model.flops import BatchStatistics, step_flops
-from jp_train.model.freeze import module_of
+from jp_train.model.freeze import VQ_PREFIX, module_of
 from jp_train.model.vq import fill_pending
 from jp_train.runlog import RunLog
-from jp_train.types import PackedBatch
+from jp_train.types import Kind, PackedBatch
 
 
 def train(cfg: RunConfig) -> int:
@@ -61,14 +69,28 @@ def train(cfg: RunConfig) -> int:
     ranks = init_process_group(cfg)
     log = RunLog(cfg, active=ranks.is_main, dp_world_size=ranks.dp_world_size)
     try:
-        with SignalFlag().installed() as flag:
+        attempt = gather_objects(ranks, uuid.uuid4().hex)[0]
+        with (
+            SignalFlag().installed() as flag,
+            Watchdog(
+                cfg,
+                rank=ranks.dp_rank,
+                world=ranks.dp_world_size,
+                attempt=attempt,
+                flag=flag,
+                report=log.stalled,
+                stopped=log.stopped_at_start,
+            ) as watchdog,
+        ):
             store = CheckpointStore(Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
             checkpoint = store.newest(on_damage=log.damaged)
             if checkpoint is not None:
-                refuse_other_configuration(checkpoint, identity(cfg))
+                accepted = accepted_differences(checkpoint.path, checkpoint.manifest["identity"], identity(cfg), cfg.checkpoint.accept)
+                if accepted:
+                    log.event("accepted_differences", checkpoint.step, differences=accepted)
             stop = finished_before(cfg, checkpoint)
             if stop is None:
-                trainer = prepare(cfg, ranks, log, store, checkpoint, flag)
+                trainer = prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)
                 stop = trainer.run()
                 log.finish(stop, trainer.state.step)
             else:
@@ -88,21 +110,36 @@ def finished_before(cfg: RunConfig, checkpoint: Checkpoint | None) -> Stop | Non
     return decide(cfg.stage, step=state.step, signal_number=0, patience_over=state.patience.over)
 
 
-def prepare(cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, checkpoint: Checkpoint | None, flag: SignalFlag) -> Trainer:
+def prepare(
+    cfg: RunConfig,
+    ranks: Ranks,
+    log: RunLog,
+    store: CheckpointStore,
+    checkpoint: Checkpoint | None,
+    flag: SignalFlag,
+    watchdog: Watchdog,
+) -> Trainer:
     """Data, model, engine and, for a resumed run, the checkpoint's state in them. Cheap checks come before slow work. Collective."""
-    batch = batch_plan(cfg, ranks.dp_world_size)
-    if checkpoint is not None:
-        refuse_other_world(checkpoint, ranks.dp_world_size)
+    batch = batch_plan(cfg, ranks.dp_world_size, shrink=checkpoint is not None)
     log.begin()
     if ranks.is_main:
         save_config(cfg, Path(cfg.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(cfg.tokenizer)
+    watchdog.guard.enter("indexing", pace=Pace.FREE)
     log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
-    indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer))
+    recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
+    indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer), recipe))
+    if recipe is not None:
+        log.say(f"VQ ids: {'; '.join(describe_use(index) for index in indexes if index.kind is Kind.GENERATION) or 'held-out only'}")
+    watchdog.guard.enter("building the engine", pace=Pace.SLOW)
     plan = build_plan(cfg, indexes, batch, tokenizer)
     engine = build_engine(cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder)
     log.say(f"{engine.freeze_report.describe()}; weights: {engine.weights}")
 
+    saver = Saver(cfg, store, engine, log, saved_step=checkpoint.step if checkpoint else None)
+    if checkpoint is not None:
+        plan.restore(checkpoint.state["plan"])
+        saver.restore(checkpoint)
     about = environment() if ranks.is_main else {}
     about |= {"tokenizer": tokenizer.fingerprint, "frozen_checksum": frozen_checksum(engine.model.named_parameters())}
     if checkpoint is not None:
@@ -111,14 +148,16 @@ def prepare(cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, c
                 raise CheckpointError(
                     f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back"
                 )
-        store.load(engine.deepspeed, checkpoint)
-        plan.restore(checkpoint.state["plan"])
     state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
     log.open(batch=batch, resumed_step=state.step if checkpoint else None, checkpoint=checkpoint.manifest if checkpoint else None)
-    about_run = {"dp_world_size": ranks.dp_world_size, "batch": batch.describe(), "weights": engine.weights, **about}
-    log.event("resume" if checkpoint else "start", state.step, **about_run)
+    if checkpoint is not None:
+        log.snapshot(checkpoint.state["plan"])  # a crash right after the save may have come before its line
+    about |= {"batch": batch.describe()}
+    about_run = {"dp_world_size": ranks.dp_world_size, "weights": engine.weights, **about}
     if checkpoint:
-        log.say(f"resumed {checkpoint.path} after step {state.step}")
+        about_run |= resized(checkpoint, ranks.dp_world_size, batch)
+        log.say(f"resumed {checkpoint.path} after step {state.step}{' with ' + about_run['resized'] if 'resized' in about_run else ''}")
+    log.event("resume" if checkpoint else "start", state.step, **about_run)
     ledger = Ledger(Path(cfg.run_dir), cfg, write=ranks.is_main)
     if checkpoint is not None:
         ledger.restore(checkpoint.state["ledger"])
@@ -126,17 +165,32 @@ def prepare(cfg: RunConfig, ranks: Ranks, log: RunLog, store: CheckpointStore, c
     if left_out:
         log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
     names = list(cfg.validation.sources)
-    held_out = HeldOut(
-        cfg,
-        main_first(ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size) for n in names}),
-        engine,
-        ranks,
+    held_batches = main_first(
+        ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names}
     )
+    lost = gather_objects(ranks, [bad for own in held_batches.values() for batch in own for bad in batch.skipped])
+    held_indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources))
+    if held_lost := ledger.record_held_out(held_indexes, [bad for own in lost for bad in own]):
+        log.say(f"{held_lost} held-out documents cannot be used (named in ledger.jsonl)")
+    held_out = HeldOut(cfg, held_batches, engine, ranks)
     loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size, batch_plan=batch)
+    watchdog.follow(engine.guard, loader)
+    forensics = Forensics(cfg, ranks, tokenizer, engine.model, engine.deepspeed.optimizer)
+    gate = UpdateGate(
+        engine.deepspeed.optimizer, state.usual.judge, lambda _: forensics.inspect() if state.dumps < cfg.guard.max_dumps else None
+    )
     return Trainer(
-        cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, store=store, log=log, flag=flag,
-        ledger=ledger, state=state, about=about, plan_state=plan.state(), saved_step=state.step if checkpoint else -1,
+        cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, saver=saver, log=log, flag=flag,
+        ledger=ledger, forensics=forensics, gate=gate, state=state, about=about, plan_state=plan.state(), grace=GraceCheck(cfg.engine.grace_s),
     )  # fmt: skip
+
+
+def resized(checkpoint: Checkpoint, dp_world_size: int, batch: BatchPlan) -> dict[str, str]:
+    """For the `resume` event of a run that goes on with another number of ranks: what it was and what it is."""
+    before = int(checkpoint.manifest["dp_world_size"])
+    if before == dp_world_size:
+        return {}
+    return {"resized": f"{before} -> {dp_world_size} ranks ({checkpoint.manifest['batch']} -> {batch.describe()})"}
 
 
 @dataclass
@@ -150,14 +204,16 @@ class Trainer:
     engine: Engine
     loader: StepLoader
     held_out: HeldOut
-    store: CheckpointStore
+    saver: Saver
     log: RunLog
     flag: SignalFlag
     ledger: Ledger
+    forensics: Forensics
+    gate: UpdateGate
     state: TrainState
     about: dict[str, Any]
     plan_state: dict[str, Any]
-    saved_step: int
+    grace: GraceCheck
     proof: dict[str, Any] | None = None
 
     def run(self) -> Stop:
@@ -176,7 +232,10 @@ class Trainer:
             state.step += 1
             self.account(result, micro_batches)
             stop = decide(cfg.stage, step=state.step, signal_number=result.totals.signal, patience_over=False)
-            values = result.values
+            values = result.values | self.saver.values()
+            if late := self.grace.observe(values["time/step_s"], self.saver.longest_s):
+                log.event("grace", state.step, reason=late)
+                log.say(late)
             due = cfg.validation.every_steps and state.step % cfg.validation.every_steps == 0
             ends = stop is not None and not stop.exit_code
             if self.held_out and (due or ends):
@@ -184,9 +243,15 @@ class Trainer:
                 values |= measured
                 if due and state.patience.observe(measured["val/total"]) and stop is None:
                     stop = decide(cfg.stage, step=state.step, signal_number=0, patience_over=True)
+                stop = stop or self.asked_to_stop()
             log.step(state.step, values, skipped_documents=self.ledger.skipped, skipped_steps=state.skips.total)
+            self.saver.poll(state.step)
             if stop is not None or state.step % cfg.checkpoint.every_steps == 0:
-                self.save()
+                self.save(held_out_loss=values.get("val/total"), final=stop is not None)
+                if stop is None and (stop := self.asked_to_stop()) is not None:
+                    self.save(held_out_loss=values.get("val/total"), final=True)  # nothing more to write, but to wait for
+            elif state.step % cfg.data.snapshot_steps == 0:
+                log.snapshot(plan_state)
         self.loader.close()
         if stop.exit_code == 0 and cfg.checkpoint.export_at_end:
             self.export()
@@ -198,8 +263,8 @@ class Trainer:
         guard, tally = self.engine.guard, StepTally(len(cfg.data.sources))
         lr = learning_rate(cfg.optimizer, cfg.stage.training_steps, self.state.step)
         set_learning_rate(engine.optimizer, lr, self.engine.groups.lr_scales)
-        watch = None if self.proof else FreezeWatch(self.engine.model.named_parameters(), module_of, len(micro_batches))
-        guard.begin_step(self.state.step + 1)
+        watch = None if self.proof else self.freeze_watch(len(micro_batches))
+        self.gate.begin_step(lambda: tally.contribution)
         for number, batch in enumerate(micro_batches):
             tally.count(batch)
             batch = fill_pending(batch.to(self.ranks.device), self.engine.vq)
@@ -211,24 +276,35 @@ class Trainer:
                 engine.backward(loss * world, scale_wrt_gas=False)  # ZeRO-3 averages over ranks; the totals already cover accumulation
             with guard.watch("step", number):
                 engine.step()  # updates after the last micro-batch
-        grad_norm = float(engine.get_global_grad_norm())
-        applied = engine.was_step_applied()
+        verdict = self.gate.end_step()
+        assert engine.was_step_applied() == verdict.applies, f"DeepSpeed did not do as decided: {verdict}"
         if watch is not None:
-            self.proof = watch.finish(step=self.state.step + 1, grad_norm=grad_norm, applied=applied).as_dict()
+            self.proof = watch.finish(step=self.state.step + 1, grad_norm=verdict.grad_norm, applied=verdict.applies).as_dict()
             self.log.event("freeze_proof", self.state.step + 1, **self.proof)
         vector = tally.vector(
             step_s=time.perf_counter() - began, data_wait_s=data_wait_s, signal_number=self.flag.number, signature=guard.signature
         )
         with guard.watch("the exchange of metrics"):
             table = StepTotals(tally.n_sources, exchange(vector))
-        compare_signatures(table.signatures, self.state.step + 1)
-        return StepResult(table, applied, self.step_values(table, lr, grad_norm))
+        compare_signatures(table.signatures, self.state.step + 1, guard.explain)
+        return StepResult(table, verdict, self.step_values(table, lr, verdict.grad_norm))
+
+    def freeze_watch(self, n_micro_batches: int) -> FreezeWatch:
+        """The evidence of the first step, and the proof that the optimizer holds what the stage trains and nothing else."""
+        engine = self.engine
+        held = [parameter for group in engine.deepspeed.optimizer.fp16_groups for parameter in group]
+        refuse_leaks(engine.model.named_parameters(), held, engine.freeze_report.trainable_names)
+        outside = [(f"{VQ_PREFIX}{name}", parameter) for name, parameter in engine.vq.named_parameters()]
+        return FreezeWatch(engine.model.named_parameters(), module_of, n_micro_batches, outside=outside)
 
     def next_step(self, steps: Any) -> tuple[Sequence[PackedBatch], dict[str, Any], SupervisedTotals]:
         """This rank's micro-batches of the next step, and the supervised positions of all ranks: the step's ONE reduction before the first forward.
 
         A rank whose data failed takes part in the reduction, so that all ranks raise the same DataError at the same step.
         """
+        guard = self.engine.guard
+        guard.begin_step(self.state.step + 1)
+        guard.enter(WAITING_FOR_DATA)
         failure: JpTrainError | None = None
         item, mine = None, SupervisedTotals(0, 0, 0)
         try:
@@ -237,7 +313,7 @@ class Trainer:
         except JpTrainError as error:
             failure = error
         counts = torch.tensor([mine.text_tokens, mine.image_tokens, mine.documents, int(failure is not None)], device=self.ranks.device)
-        with self.engine.guard.watch(f"the count of supervised tokens of step {self.state.step + 1}"):
+        with guard.watch("the count of supervised tokens"):
             if self.ranks.dp_world_size > 1:
                 dist.all_reduce(counts)
         text, image, documents, failed = counts.tolist()
@@ -261,20 +337,20 @@ class Trainer:
                 document for own in gather_objects(self.ranks, [d for batch in micro_batches for d in batch.skipped]) for document in own
             ]
         self.ledger.record(skipped, dict(zip(self.cfg.data.sources, result.totals.source_samples(), strict=True)), step)
-        too_many = state.skips.observe(result.applied)
-        if not result.applied:
-            rows = [
-                row
-                for own in gather_objects(self.ranks, [explained(row) for batch in micro_batches for row in batch.provenance])
-                for row in own
-            ]
-            loss, norm = result.values["loss/total"], result.values["optim/grad_norm"]
-            self.log.event("spike", step, reason="the gradient is not finite: update skipped", loss=loss, grad_norm=norm, rows=rows)
-            self.log.say(f"step {step}: the gradient is not finite, the update was skipped (rows in events.jsonl)")
-        if too_many:
+        verdict = result.verdict
+        over = state.skips.observe(verdict.applies, step, self.cfg.guard)
+        if verdict.bad:
+            dump: Any = f"no dump: guard.max_dumps {self.cfg.guard.max_dumps} are made"
+            if state.dumps < self.cfg.guard.max_dumps:
+                state.dumps += 1
+                dump = self.forensics.dump(step, verdict, micro_batches, result.values)
+            told = "the update was made" if verdict.applies else "the update was skipped"
+            self.log.event("spike", step, reason=f"{verdict.what}: {told}", loss=verdict.loss, grad_norm=verdict.grad_norm, dump=str(dump))
+            self.log.say(f"step {step}: {verdict.what}; {told}; {dump}")
+        if over or verdict.action == "stop":
             raise JpTrainError(
-                f"{MAX_CONSECUTIVE_SKIPS} updates in a row were skipped because the gradient is not finite, the last at step {step}. The weights are those "
-                "of the last good step; events.jsonl names the rows. Lower optimizer.lr, or look at those rows with `jp-train data explain`"
+                f"step {step}: {verdict.what}; {over or 'guard asks to stop at such a step'}. The weights are those of the last good step. The rows and "
+                f"norms of the bad steps lie in {self.cfg.run_dir}/forensics: lower optimizer.lr, or look at those rows with `jp-train data explain`"
             )
 
     def step_values(self, totals: StepTotals, lr: float, grad_norm: float) -> dict[str, float]:
@@ -299,33 +375,28 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Held-out losses. Collective."""
-        with self.engine.guard.watch("validation"):
+        with self.engine.guard.watch("validation", pace=Pace.SLOW):
             return self.held_out.measure(self.engine)
 
-    def save(self) -> None:
-        """A checkpoint of the last completed step, unless there is one. Collective."""
-        if self.saved_step == self.state.step:
-            return
-        began = time.perf_counter()
-        with self.engine.guard.watch("a checkpoint save"):
-            path = self.store.save(
-                self.engine.deepspeed,
-                step=self.state.step,
-                state={"training": self.state.saved(), "plan": self.plan_state, "ledger": self.ledger.state(), "freeze_proof": self.proof},
-                identity=identity(self.cfg),
-                config_text=dump_config(self.cfg),
-                about={**self.about, "stage": self.cfg.stage.name, "freeze_proof": self.proof},
-                with_frozen=self.cfg.model.init_from is None,
-            )
-        self.saved_step = self.state.step
-        self.log.saved(self.state.step)
-        self.log.event("save", self.state.step, path=str(path), seconds=round(time.perf_counter() - began, 3))
+    def asked_to_stop(self) -> Stop | None:
+        """Whether a signal has reached any rank: asked after what may take longer than a step, whose own exchange tells it. Collective."""
+        with self.engine.guard.watch("the exchange of signals"):
+            number = int(exchange(torch.tensor([float(self.flag.number)], device=self.ranks.device)).max())
+        return decide(self.cfg.stage, step=self.state.step, signal_number=number, patience_over=False)
+
+    def save(self, *, held_out_loss: float | None, final: bool) -> None:
+        """A checkpoint of the last completed step, unless there is one; a `final` one is complete on return. Collective."""
+        state = {"training": self.state.saved(), "plan": self.plan_state, "ledger": self.ledger.state(), "freeze_proof": self.proof}
+        about = {**self.about, "stage": self.cfg.stage.name, "freeze_proof": self.proof, "val/total": held_out_loss}
+        with self.engine.guard.watch("a checkpoint save", pace=Pace.SLOW):
+            self.saver.save(self.state.step, state, about, final=final)
+        self.log.snapshot(self.plan_state)
 
     def export(self) -> None:
         """The folder that the next stage starts from. Collective."""
         path = Path(self.cfg.run_dir) / "export"
         self.log.say(f"exporting to {path}")
-        with self.engine.guard.watch("the export"):
+        with self.engine.guard.watch("the export", pace=Pace.SLOW):
             export(
                 self.engine,
                 path,
@@ -339,13 +410,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave: the exchanged table, whether the update was applied, and its metrics."""
+    """What one step gave: the exchanged table, the decision about its update, and its metrics."""
 
     totals: StepTotals
-    applied: bool
+    verdict: Verdict
     values: dict[str, float]
-
-
-def explained(row: Sequence[Any]) -> list[list[Any]]:
-    """The documents of a row as [source, shard, key, first token, tokens]."""
-    return [[document.source, document.shard, document.key, document.start, document.length] for document in row]

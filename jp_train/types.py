@@ -34,6 +34,7 @@ class Kind(str, Enum):
 
 
 KINDS: tuple[Kind, ...] = (Kind.UNDERSTANDING, Kind.TEXT, Kind.GENERATION)
+_KIND_OF = {kind.value: kind for kind in KINDS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +78,16 @@ class RowSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawSample:
-    """The tar members of one sample: `fields` maps an extension without its dot ("jpg", "json", "vq.npy") to its bytes."""
+    """The tar members of one sample: `fields` maps an extension without its dot ("jpg", "json", "vq.npy") to its bytes.
+
+    `vq_ids` uint16 [S] are those stored beside the shard, `picture_fault` is why there are none: what decoding the picture would
+    say. With either, the picture's bytes are left empty.
+    """
 
     info: SourceInfo
     fields: dict[str, bytes]
+    vq_ids: np.ndarray | None = None
+    picture_fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,12 +118,14 @@ class TextSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSample:
-    """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or both."""
+    """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or `picture_fault`, why
+    it cannot be used."""
 
     info: SourceInfo
     caption: str
     image: bytes | None = None
     vq_ids: np.ndarray | None = None
+    picture_fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,16 +177,79 @@ class Provenance:
 class Row:
     """One packed sequence of at most `seq_len` tokens: whole documents, save a text cut at the row's end.
 
-    `documents` are already cut to their spans and parallel to `provenance` and `source_indices`.
+    Its D documents lie end to end in a few arrays, so that a row crosses processes as one small message, with the pictures in shared
+    memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_starts` [D] the first image slot of each document within the
+    document (-1 without an image), of `image_slots` each; `und_images` uint8 [U, 3, H, W] and `gen_images` uint8 [P, 3, H, W] the pictures of
+    the understanding documents, and of the generation documents whose ids are pending, in order. `provenance` and `source_indices` are
+    parallel to the documents; provenance holds their lengths.
     """
 
     step: int
     row: int
-    documents: tuple[EncodedDocument, ...]
+    tokens: np.ndarray
+    image_slots: int
+    image_starts: tuple[int, ...]
+    und_images: torch.Tensor
+    gen_images: torch.Tensor
     provenance: tuple[Provenance, ...]
     source_indices: tuple[int, ...]
     skipped: tuple[SkippedDocument, ...] = ()
     truncated_tokens: int = 0
+
+    @property
+    def documents(self) -> tuple[EncodedDocument, ...]:
+        """The documents one by one, as views; `info` names the shard by its file name alone."""
+        found: list[EncodedDocument] = []
+        und, gen, at, none = iter(self.und_images), iter(self.gen_images), 0, np.zeros(0, np.int64)
+        for one, image_start in zip(self.provenance, self.image_starts, strict=True):
+            input_ids, labels, gen_labels = self.tokens[:, at : at + one.length]
+            at += one.length
+            understanding, generation = one.kind is Kind.UNDERSTANDING, one.kind is Kind.GENERATION
+            slots = np.arange(image_start, image_start + self.image_slots) if image_start >= 0 else none
+            ids = gen_labels[slots - 1] if generation else none
+            pending = generation and ids[0] == PENDING_VQ_ID
+            found.append(
+                EncodedDocument(
+                    info=SourceInfo(source=one.source, shard=one.shard, key=one.key),
+                    kind=one.kind,
+                    input_ids=input_ids,
+                    labels=labels,
+                    gen_labels=gen_labels,
+                    und_slots=slots if understanding else none,
+                    gen_slots=slots if generation else none,
+                    und_image=next(und).numpy() if understanding else None,
+                    gen_image=next(gen).numpy() if pending else None,
+                    vq_ids=ids if generation and not pending else None,
+                )
+            )
+        return tuple(found)
+
+    def __reduce__(self) -> tuple:
+        """As plain tuples: pickling thousands of small dataclasses costs more than making their rows."""
+        provenance = tuple([(p.source, p.shard, p.key, p.kind.value, p.start, p.length) for p in self.provenance])
+        arrays = (self.tokens, self.image_slots, self.image_starts, self.und_images, self.gen_images)
+        return (_received_row, (self.step, self.row, *arrays, provenance, self.source_indices, self.skipped, self.truncated_tokens))
+
+
+def _received_row(step, row, tokens, image_slots, image_starts, und_images, gen_images, provenance, sources, skipped, truncated) -> Row:
+    return Row(
+        step=step,
+        row=row,
+        tokens=tokens,
+        image_slots=image_slots,
+        image_starts=image_starts,
+        und_images=und_images,
+        gen_images=gen_images,
+        provenance=tuple(
+            [
+                Provenance(source=source, shard=shard, key=key, kind=_KIND_OF[kind], start=start, length=length)
+                for source, shard, key, kind, start, length in provenance
+            ]
+        ),
+        source_indices=sources,
+        skipped=skipped,
+        truncated_tokens=truncated,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

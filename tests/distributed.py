@@ -60,6 +60,7 @@ class Nursery:
         self._process = subprocess.Popen(
             [sys.executable, str(worker)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
+        self.pid = self._process.pid
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 

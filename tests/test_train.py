@@ -10,8 +10,7 @@ from jp_train.config import RunConfig
 from jp_train.config.schema import EarlyStopConfig
 from jp_train.engine.checkpoint import Checkpoint
 from jp_train.engine.state import TrainState
-from jp_train.train import explained, finished_before
-from jp_train.types import Kind, Provenance
+from jp_train.train import finished_before
 
 
 def run(tmp_path: Path, **early_stop) -> RunConfig:
@@ -48,10 +47,6 @@ def test_the_state_between_steps_survives_a_checkpoint(tmp_path):
     cfg = run(tmp_path, patience=3)
     state = TrainState.restored(cfg, None)
     state.step, state.tokens = 7, 1 << 40
-    state.patience.observe(2.0), state.skips.observe(False)
-    assert TrainState.restored(cfg, state.saved()) == state
+    state.patience.observe(2.0), state.skips.observe(False, 7, cfg.guard), state.usual.judge(3.0, 1.0)
+    assert TrainState.restored(cfg, state.saved()).saved() == state.saved()
 
-
-def test_a_row_is_explained_by_its_documents():
-    document = Provenance(source="s", shard="a.tar", key="k", kind=Kind.TEXT, start=3, length=9)
-    assert explained([document]) == [["s", "a.tar", "k", 3, 9]]

@@ -7,11 +7,11 @@ import importlib
 
 from jp_train.cli.arguments import add_command
 
-TOOLS = ("index",)
+TOOLS = ("import", "index", "verify", "explain", "inspect", "encode-images", "simulate")
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "data", "tools for the data of a run")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     for name in TOOLS:
-        importlib.import_module(f"jp_train.cli.data_{name}").register(tools)
+        importlib.import_module(f"jp_train.cli.data_{name.replace('-', '_')}").register(tools)

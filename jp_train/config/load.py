@@ -33,8 +33,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     path = Path(path)
     run = _read_yaml(path)
     given = _parse_overrides(overrides)
-    preset = OmegaConf.select(given, "preset") or run.get("preset")
-    recipe = OmegaConf.select(given, "recipe") or run.get("recipe")
+    # `preset=null` turns off the one that the file names: a run's config.yaml is whole without them
+    preset, recipe = ((given if key in given else run).get(key) for key in ("preset", "recipe"))
 
     layers: list[tuple[str, DictConfig]] = []
     if preset:

@@ -65,6 +65,13 @@ class Crop(Enum):
     random = "random"
 
 
+class VqIds(Enum):
+    auto = "auto"
+    require = "require"
+    off = "off"
+    trust = "trust"
+
+
 class OverLong(Enum):
     truncate = "truncate"
     drop = "drop"
@@ -95,6 +102,21 @@ class Precision(Enum):
 class GenEmbedInit(Enum):
     codebook = "codebook"
     random = "random"
+
+
+class NonfiniteAction(Enum):
+    skip = "skip"
+    stop = "stop"
+
+
+class OutlierAction(Enum):
+    record = "record"
+    skip = "skip"
+    stop = "stop"
+    off = "off"
+
+
+SaveErrorAction = Enum("SaveErrorAction", {"stop": "stop", "continue": "continue"})  # `continue` cannot be written as an attribute
 
 
 class WandbMode(Enum):
@@ -266,6 +288,10 @@ class DataConfig:
     """[15] stage 3 generation: a space between `<|Assistant|>:` and the image."""
     crop: Crop = Crop.centre
     """[13] where the long side of a generation picture is cropped."""
+    vq_ids: VqIds = VqIds.auto
+    """VQ ids of generation pictures stored beside the shards (`jp-train data encode-images`). `auto`: used where they are, and
+    refused when they were made with another VQ or transform; `require`: every generation shard must have them; `off`: pictures are
+    read and encoded in training; `trust`: like auto, and `.vq.npy` members of unknown origin are taken as they are."""
     over_long: OverLong = OverLong.truncate
     """[22] a document longer than `seq_len`: cut its text, never its image; or drop it."""
     system_prompt: str = (
@@ -345,8 +371,39 @@ class EngineConfig:
     """ZeRO++ secondary partition: 8 keeps backward's gathers inside a node."""
     collective_timeout_s: float = 1800.0
     """A collective that waits longer is an error, not a silent hang."""
+    stall_timeout_s: float = 300.0
+    """A rank that makes no progress (no module entered, no row received) for so many seconds makes all ranks write their Python stacks, names the
+    rank, step, module and row at fault, and ends the run. Never more than 0.9 x `collective_timeout_s`, which is what start-up, the first step, saves,
+    validations and exports may take. 0: off."""
+    grace_s: float = 300.0
+    """Seconds between the scheduler's stop signal and its kill. A warning says when the longest step and save so far take longer together."""
     deepspeed: Dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys, merged last, for experts. A key that jp_train owns (batch sizes, clip, dtype, optimizer) is refused."""
+
+
+@dataclass
+class GuardConfig:
+    """What happens to a step whose loss or gradient norm is not finite, or far above those of the steps before it (`engine/outliers.py`)."""
+
+    nonfinite_action: NonfiniteAction = NonfiniteAction.skip
+    """`skip`: the update is left out, weights and optimizer stay bit for bit what they were; `stop`: left out, and the run ends."""
+    outlier_action: OutlierAction = OutlierAction.record
+    """`record`: the update is made, and the step dumped; `skip` and `stop` as above; `off`: outliers are not looked for."""
+    outlier_window: int = 128
+    """Steps before this one that say what is usual: their median, and their spread (1.4826 x the median distance from the median)."""
+    outlier_factor: float = 20.0
+    """A loss or gradient norm is an outlier when it lies this many spreads above the median. A spread counts as at least 2% of the median."""
+    max_consecutive_skips: int = 3
+    """Updates left out in a row that stop the run: one can be a bad document, three are a diverged model."""
+    skip_window: int = 1000
+    """Steps over which `max_skip_share` counts."""
+    max_skip_share: float = 0.02
+    """Share of the last `skip_window` steps that may be left out; one more stops the run."""
+    max_dumps: int = 20
+    """Dumps under RUN_DIR/forensics that a run makes at most; later bad steps are only named in events.jsonl."""
+    dump_tensors: bool = False
+    """Also store the step's exact input tensors of every rank (up to megabytes a picture). The rows can be rebuilt without:
+    `jp-train data explain`."""
 
 
 @dataclass
@@ -355,6 +412,19 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every: int = 0
     """Additionally keep every checkpoint whose step is a multiple of this; 0 for none."""
+    keep_best: bool = False
+    """Additionally keep the checkpoint with the lowest held-out loss (`val/total`); `checkpoints/best` names it. `every_steps` must be a
+    multiple of `validation.every_steps`, so that each checkpoint has its own measurement."""
+    background: bool = True
+    """Training goes on as soon as weights and optimizer state are copied to host memory (as much again as this rank holds, kept for the next save);
+    a thread writes them. False: training waits for the disk."""
+    on_error: SaveErrorAction = SaveErrorAction.stop
+    """When a save fails (full disk, read-only or deleted folder): `stop` the run, or `continue` and try again at the next interval. A save that
+    ends the run (last step, early stop, signal) and fails always is an error."""
+    max_failed_saves: int = 3
+    """With `on_error: continue`: failed saves in a row that stop the run."""
+    accept: List[str] = field(default_factory=list)
+    """Keys that may differ from the checkpoint that is resumed, like `optimizer.lr`; for the once that they change on purpose (events.jsonl keeps it)."""
     export_at_end: bool = True
     """Write `export/` (transformers' format) when the stage ends: the next stage starts from it."""
 
@@ -408,6 +478,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -6,7 +6,7 @@ import difflib
 import math
 
 from jp_train.config.batch import rows_per_step
-from jp_train.config.schema import MODULES, RunConfig, SourceConfig, Template
+from jp_train.config.schema import MODULES, Crop, RunConfig, SourceConfig, Template, VqIds
 from jp_train.errors import ConfigError
 
 
@@ -14,9 +14,11 @@ def validate(config: RunConfig) -> None:
     """Raise ConfigError for the first impossible combination."""
     _positive(config)
     _fractions(config)
+    _guard(config)
     _model(config)
     _stage(config)
     _sources(config)
+    _checkpoint(config)
     rows_per_step(config)
 
 
@@ -37,8 +39,13 @@ def _positive(config: RunConfig) -> None:
         "engine.micro_batch_rows": config.engine.micro_batch_rows,
         "engine.hpz_partition_size": config.engine.hpz_partition_size,
         "engine.collective_timeout_s": config.engine.collective_timeout_s,
+        "engine.grace_s": config.engine.grace_s,
+        "guard.outlier_factor": config.guard.outlier_factor,
+        "guard.max_consecutive_skips": config.guard.max_consecutive_skips,
+        "guard.skip_window": config.guard.skip_window,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.max_failed_saves": config.checkpoint.max_failed_saves,
         "validation.documents": config.validation.documents,
         "logging.every_steps": config.logging.every_steps,
         "logging.peak_tflops": config.logging.peak_tflops,
@@ -49,6 +56,8 @@ def _positive(config: RunConfig) -> None:
     at_least_zero = {
         "data.workers": config.data.workers,
         "data.io_retries": config.data.io_retries,
+        "engine.stall_timeout_s": config.engine.stall_timeout_s,
+        "guard.max_dumps": config.guard.max_dumps,
         "data.skip_minimum": config.data.skip_minimum,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.warmup_steps": config.optimizer.warmup_steps,
@@ -73,6 +82,13 @@ def _fractions(config: RunConfig) -> None:
             raise ConfigError(f"optimizer.{key} must lie in [0, 1), found {value}")
     if not 0 <= config.optimizer.warmup_from <= 1:
         raise ConfigError(f"optimizer.warmup_from is a factor between 0 and 1, found {config.optimizer.warmup_from}")
+
+
+def _guard(config: RunConfig) -> None:
+    if config.guard.outlier_window < 8:
+        raise ConfigError(f"guard.outlier_window {config.guard.outlier_window} is too short to say what is usual; use at least 8 steps")
+    if not 0 <= config.guard.max_skip_share <= 1:
+        raise ConfigError(f"guard.max_skip_share is a share between 0 and 1, found {config.guard.max_skip_share}")
 
 
 def _model(config: RunConfig) -> None:
@@ -129,7 +145,20 @@ def _stage(config: RunConfig) -> None:
         raise ConfigError(f"stage.mixture needs shares >= 0 with a positive sum, found {':'.join(f'{share:g}' for share in shares)}")
 
 
+def _checkpoint(config: RunConfig) -> None:
+    every, validated = config.checkpoint.every_steps, config.validation.every_steps
+    if config.checkpoint.keep_best and (not config.validation.sources or not validated or every % validated):
+        raise ConfigError(
+            f"checkpoint.keep_best needs a held-out loss for every checkpoint: set validation.sources, and checkpoint.every_steps ({every}) to a "
+            f"multiple of validation.every_steps ({validated})"
+        )
+
+
 def _sources(config: RunConfig) -> None:
+    if config.data.vq_ids is VqIds.require and config.data.crop is Crop.random:
+        raise ConfigError(
+            "data.vq_ids=require cannot be met with data.crop=random: stored ids are of the centre crop; use data.crop=centre or data.vq_ids=auto"
+        )
     known = {"training": config.data.sources, "validation": config.validation.sources}
     for where, sources in known.items():
         for name, source in sources.items():

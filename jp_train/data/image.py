@@ -9,42 +9,110 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from jp_train.config.schema import Crop
-from jp_train.errors import SkipSample
+from jp_train.errors import DataError, SkipSample
 
 BACKGROUND = (127, 127, 127)
 """Canvas of the understanding path: int(0.5 * 255), the released processor's."""
 MIN_SIDE = 14
 """The understanding path's short side is at least this many pixels."""
 
+TRANSFORM_VERSION = 1
+"""Raise it when the generation path gives other pixels for any picture: VQ ids that were stored before are then refused."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_MAGICS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+_Result = TypeVar("_Result")
+_SCANS = 16
+"""Passes over a progressive JPEG that are never too many; ordinary ones have 10."""
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DEFAULT_MAX_PIXELS = 100_000_000
+
+# Our own limit is checked before decoding. A filter set for the process, because changing filters around each picture is not safe in
+# threads; Pillow's remarks on odd but readable files would only fill the logs of the workers.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 
 
 def decode_rgb(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> Image.Image:
     """A picture file as an upright RGB image.
 
-    Raises SkipSample when it cannot be decoded whole, is not JPEG, PNG or WebP, or has more than `max_pixels` pixels.
+    Raises:
+        SkipSample: when it cannot be decoded whole, is not JPEG, PNG or WebP, or has more than `max_pixels` pixels.
+        DataError: when the memory for a picture within that limit is not there: that is no fault of the sample.
     """
+
+    def decode(image: Image.Image) -> Image.Image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+    return _opened(data, max_pixels, decode)
+
+
+def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result]) -> _Result:
+    """`use` of the opened picture, with whatever it meets told as SkipSample or DataError."""
+    pixels = 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked before decoding
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise SkipSample(
-                        f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused "
-                        f"before decoding"
-                    )
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except SkipSample:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            pixels = check_bomb(image, data, max_pixels)
+            return use(image)
+    except (SkipSample, DataError):
         raise
+    except Image.DecompressionBombError as error:
+        raise SkipSample(f"{error}; data.max_image_pixels is {max_pixels}: refused before decoding", "picture_too_large") from None
+    except MemoryError as error:
+        if pixels:
+            raise DataError(
+                f"out of memory while decoding a picture of {pixels} pixels; lower data.workers, data.prefetch_rows or data.max_image_pixels"
+            ) from error
+        raise SkipSample(f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable") from None
     except Exception as error:  # decoders raise many kinds on broken bytes: OSError, SyntaxError, struct.error, ...
-        raise SkipSample(f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {error}") from None
+        said = f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {str(error)[:200]}"
+        if isinstance(error, UnidentifiedImageError) and not data.startswith(_MAGICS):
+            raise SkipSample(f"{said}; JPEG, PNG and WebP are read", "picture_format") from None
+        raise SkipSample(said, "picture_truncated" if "truncat" in said.lower() else "picture_undecodable") from None
+
+
+def check_header(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> None:
+    """Raises SkipSample for a picture file whose header alone shows that it cannot be used; its pixels are not decoded."""
+    _opened(data, max_pixels, lambda image: None)
+
+
+def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
+    """The pixels of a picture file that is opened and not yet decoded.
+
+    Raises SkipSample when decoding it would take more than `max_pixels` allow: in memory, or in time (a progressive JPEG may pass over
+    its pixels thousands of times).
+    """
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise SkipSample(
+            f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused before decoding",
+            "picture_too_large",
+        )
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if (scans - _SCANS) * pixels > max_pixels:
+        raise SkipSample(
+            f"JPEG of {image.width} x {image.height} pixels with {scans} scans: more work than data.max_image_pixels {max_pixels} allows; "
+            "refused before decoding",
+            "picture_too_large",
+        )
+    return pixels
 
 
 def load_understanding_image(data: bytes, size: int, max_pixels: int = _DEFAULT_MAX_PIXELS) -> np.ndarray:
@@ -85,7 +153,8 @@ def generation_transform(
     if width * height > max_pixels:
         raise SkipSample(
             f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would have {width} x "
-            f"{height} pixels, above data.max_image_pixels {max_pixels}"
+            f"{height} pixels, above data.max_image_pixels {max_pixels}",
+            "picture_too_long",
         )
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     spare_x, spare_y = width - size, height - size
@@ -96,9 +165,18 @@ def generation_transform(
     return _channels_first(resized.crop((left, top, left + size, top + size)))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation wants it. EXIF that cannot be read turns nothing: the pixels are whole all the same."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # as many kinds as there are ways to break a header
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, where convert("RGB") would clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -1,7 +1,7 @@
 """The index of the sources: where every field of every sample lies, and how many tokens the sample has.
 
 It is kept in sidecars beside the shards (sidecar.py) and built, in parallel processes, where they are missing or stale. Pictures
-are not decoded here: an undecodable one is found when it is used.
+are not decoded here: an undecodable one is found when it is used, or beforehand by `data verify`, whose exclusions are left out.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from jp_train.config.schema import Crop, RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
+from jp_train.data.exclusions import excluded_samples, with_exclusions
 from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
-from jp_train.data.samples import IMAGE_EXTENSIONS, parse_sample, wanted_fields
-from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
+from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, check_field_size, parse_sample, wanted_fields
+from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, expand_shards, read_spans, scan_members
 from jp_train.data.sidecar import FORMAT, ShardTokens, has_members, load_members, load_tokens, store_members, store_tokens
 from jp_train.data.tokenizer import Tokenizer
+from jp_train.data.vq_ids import StoredIds
 from jp_train.errors import DataError, SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, TextSample
 
@@ -60,6 +63,12 @@ class SourceLocator:
     shards: tuple[Shard, ...]
     samples_before: np.ndarray
     """int64 [shards + 1]: usable samples before each shard."""
+    ids_fingerprint: str = ""
+    """Of the VQ ids stored beside the shards (vq_ids.py); empty when pictures are read."""
+    shards_with_ids: frozenset[int] = frozenset()
+    """Numbers of the shards whose stored ids are used; pictures of the others are read."""
+    embedded_ids: bool = True
+    """Whether `.vq.npy` members of the shards are used."""
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard number, and number among the shard's usable samples. Raises DataError when the source has no such sample."""
@@ -116,7 +125,9 @@ def index_sources(
     sources = cfg.data.sources if sources is None else sources
     encoder = Encoder(cfg, tokenizer)
     reader = ShardReader(cfg.data.io_retries)
-    shards = {name: [reader.stat(path) for path in expand_shards(source.shards, cfg.data.root)] for name, source in sources.items()}
+    shards = {
+        name: [with_exclusions(reader.stat(path)) for path in expand_shards(source.shards, cfg.data.root)] for name, source in sources.items()
+    }
     prints = {name: source_fingerprint(encoder, source) for name, source in sources.items()}
     loaded: dict[tuple[str, str], ShardTokens] = {}
     stale: list[_Task] = []
@@ -145,9 +156,13 @@ def index_shard(
     counts: list[tuple[int, int, int, int]] = []
     bad = list(members.ignored)
     dialogues = 0
+    excluded = excluded_samples(shard, kind)
     for number, key in enumerate(members.keys):
-        raw = read_fields(shard, members, number, kind, crop, reader, name, pictures=False)
+        if key in excluded:
+            bad.append((key, excluded[key].described))
+            continue
         try:
+            raw = read_fields(shard, members, number, kind, crop, reader, name, pictures=False)
             sample = parse_sample(raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
             count = encoder.token_counts(sample)
         except SkipSample as reason:
@@ -186,16 +201,65 @@ def read_fields(
     source: str,
     *,
     pictures: bool = True,
+    stored: StoredIds | None = None,
+    embedded_ids: bool = True,
 ) -> RawSample:
-    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty bytes)."""
-    first, last = int(members.member_start[number]), int(members.member_start[number + 1])
-    where = {members.extensions[members.extension[member]]: member for member in range(first, last)}
-    fields = {}
-    for extension in wanted_fields(kind, where, crop):
-        member = where[extension]
-        skip = not pictures and extension in IMAGE_EXTENSIONS
-        fields[extension] = b"" if skip else reader.read(shard, int(members.offset[member]), int(members.size[member]))
-    return RawSample(info=SourceInfo(source=source, shard=shard.path, key=members.keys[number]), fields=fields)
+    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty bytes).
+
+    With `stored` ids of the shard a picture is not read, whether it has ids or is known to be unusable. `embedded_ids=False` leaves
+    `.vq.npy` members alone where there is a picture to encode.
+    """
+    first, last = members.member_start[number : number + 2].tolist()
+    spans = zip(members.offset[first:last].tolist(), members.size[first:last].tolist(), strict=True)
+    where = dict(zip([members.extensions[code] for code in members.extension[first:last].tolist()], spans, strict=True))
+    info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
+    return read_located(
+        info, shard, number, where, kind, crop, reader, pictures=pictures, stored=stored, embedded_ids=embedded_ids
+    )
+
+
+def read_located(
+    info: SourceInfo,
+    shard: Shard,
+    number: int,
+    located: Mapping[str, tuple[int, int]],
+    kind: Kind,
+    crop: Crop,
+    reader: ShardReader | ShardWindow,
+    *,
+    pictures: bool = True,
+    stored: StoredIds | None = None,
+    embedded_ids: bool = True,
+) -> RawSample:
+    """As `read_fields`, for a sample whose files are `located`: extension -> (offset, size) in the shard.
+
+    Raises SkipSample for a file that is too large to be read.
+    """
+    ids = None if stored is None else stored.row(number)
+    fault = "" if stored is None or ids is not None else stored.unusable.get(info.key, "")
+    wanted, needed, read = _fields_to_read(tuple(located), kind, crop, ids is not None or bool(fault), embedded_ids, pictures)
+    for extension in needed:
+        check_field_size(extension, located[extension][1])
+    found = read_spans(reader, shard, [located[extension] for extension in read])
+    fields = dict.fromkeys(wanted, b"")
+    fields |= zip(read, found, strict=True)
+    return RawSample(info=info, fields=fields, vq_ids=ids, picture_fault=fault)
+
+
+@lru_cache(maxsize=1024)
+def _fields_to_read(
+    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, pictures: bool
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those that are read.
+
+    `known`: ids, or the fault of its picture, are stored, so the picture is not needed.
+    """
+    where = list(present)
+    if known or (not embedded_ids and any(extension in where for extension in IMAGE_EXTENSIONS)):
+        where = [extension for extension in where if extension != VQ_EXTENSION]
+    wanted = tuple(wanted_fields(kind, where, crop))
+    needed = tuple(extension for extension in wanted if not (known and extension in IMAGE_EXTENSIONS))
+    return wanted, needed, tuple(extension for extension in needed if pictures or extension not in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,6 +93,20 @@ class Ledger:
             )
         return len(bad)
 
+    def record_held_out(self, indexes: Sequence[SourceIndex], skipped: Sequence[SkippedDocument]) -> int:
+        """Name what held-out sources lack, each once however often the run starts: what their indexes leave out, and documents that
+        could not be used, as source `validation/NAME`. Returns how many documents `skipped` holds.
+
+        They take nothing from training, so they count against no budget.
+        """
+        entries = [(sample.info, sample.reason) for index in indexes for sample in index.bad]
+        entries += [(bad.info, bad.reason) for bad in skipped]
+        if entries and self._write:
+            known = self._named_at_index()
+            told = [{"step": None, "source": f"validation/{i.source}", "shard": i.shard, "key": i.key, "reason": r} for i, r in entries]
+            self._append(one for one in told if (one["source"], one["shard"], one["key"]) not in known)
+        return len(skipped)
+
     @property
     def skipped(self) -> int:
         """Documents skipped so far, over all sources."""
@@ -139,11 +153,11 @@ class Ledger:
         if not self._path.exists():
             return set()
         named = set()
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_bytes().split(b"\n"):  # not splitlines: a key may hold U+2028, which it would split at
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue  # a line that a crash cut short
-            if entry.get("step") is None:
+            if isinstance(entry, dict) and entry.get("step") is None:
                 named.add((entry.get("source"), entry.get("shard"), entry.get("key")))
         return named

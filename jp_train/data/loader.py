@@ -9,10 +9,12 @@ store.
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +26,11 @@ from jp_train.data.collate import Collator
 from jp_train.data.encode import Encoder
 from jp_train.data.index import SourceIndex, index_sources
 from jp_train.data.plan import Plan, PlanSource
-from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.processes import end_with_trainer, process_state, signals_deferred, worker_context
 from jp_train.data.rows import RowBuilder
 from jp_train.data.tokenizer import Tokenizer
+from jp_train.data.vq_ids import IdsRecipe
+from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import KINDS, DocumentRef, Kind, PackedBatch, Provenance, Row, RowSpec
 
@@ -127,23 +131,14 @@ class StepLoader:
                 f"micro-batches of {batch_plan.micro_batch_rows}: the world size times engine.micro_batch_rows must divide the rows"
             )
         self._rows, self._micro = rows, batch_plan.micro_batch_rows
-        self._builder = RowBuilder(cfg, [index.locator for index in indexes], tokenizer)
+        self._workers, self._prefetch = cfg.data.workers, cfg.data.prefetch_rows
+        shared = self._workers > 0 and _fits_shared_memory(picture_bytes_ahead(cfg))
+        self._builder = RowBuilder(cfg, [index.locator for index in indexes], tokenizer, shared_pictures=shared)
         self._collator = Collator(cfg, tokenizer.special.pad)
-        self._workers = cfg.data.workers
         self._sampler = _PlanSampler(plan, dp_rank * rows, (dp_rank + 1) * rows)
-        parallel = {"multiprocessing_context": worker_context(), "prefetch_factor": cfg.data.prefetch_rows} if self._workers else {}
-        self._loader = DataLoader(
-            _Rows(self._builder),
-            batch_size=None,
-            sampler=self._sampler,
-            num_workers=self._workers,
-            collate_fn=_unchanged,
-            worker_init_fn=end_with_trainer,
-            generator=torch.Generator(),  # its own: the training generator must not depend on the loader
-            **parallel,
-        )
         self._iterator: Iterator[Row | _Failure] | None = None
-        self._next_row = 0
+        self.received = 0
+        """Rows that have arrived from the workers since the start."""
         self._step = plan.step
 
     def __enter__(self) -> StepLoader:
@@ -157,8 +152,7 @@ class StepLoader:
 
     def __next__(self) -> StepBatches:
         if self._iterator is None:
-            with signals_deferred():
-                self._iterator = iter(self._loader)
+            self._iterator = self._start()
         rows = [self._row() for _ in range(self._rows)]
         step, state = self._sampler.states.popleft()
         wrong = [row.step for row in rows if row.step != step]
@@ -166,6 +160,24 @@ class StepLoader:
         batches = [self._collator(rows[start : start + self._micro]) for start in range(0, len(rows), self._micro)]
         self._step = step + 1
         return StepBatches(step=step, micro_batches=batches, plan_state=state)
+
+    def _start(self) -> Iterator[Row | _Failure]:
+        dataset = _Rows(self._builder)
+        if not self._workers:
+            return map(dataset.__getitem__, self._sampler)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._sampler,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            worker_init_fn=end_with_trainer,
+            generator=torch.Generator(),  # its own: the training generator must not depend on the loader
+            multiprocessing_context=worker_context(),
+            prefetch_factor=self._prefetch,
+        )
+        with signals_deferred():
+            return iter(loader)
 
     def close(self) -> None:
         """End the workers and close the shards. Safe to call twice."""
@@ -178,12 +190,23 @@ class StepLoader:
                 process.kill()
         self._builder.close()
 
+    def awaited(self) -> dict[str, Any]:
+        """The row that is waited for, for somebody who looks from another thread: {"row", "step" (from 1), "document" (its first), "workers": [{"pid",
+        "state"}]}. Finding the document's name may read an index file."""
+        workers = [process.pid for process in getattr(self._iterator, "_workers", ())]
+        found: dict[str, Any] = {"workers": [{"pid": pid, "state": process_state(pid)} for pid in workers if pid is not None]}
+        spec = next(iter(self._sampler.handed_out), None)
+        if spec is not None:
+            first = self._builder.describe(spec.documents[0]) if spec.documents else "none"
+            found |= {"row": spec.row, "step": spec.step + 1, "document": first}
+        return found
+
     def _row(self) -> Row:
         assert self._iterator is not None
         waiting = self._sampler.handed_out
         try:
             result = next(self._iterator)
-        except RuntimeError as error:  # how torch reports a dead worker
+        except (RuntimeError, OSError, EOFError) as error:  # how torch reports a dead worker, or pictures that died with it
             spec = waiting[0] if waiting else None
             where = f"row {spec.row} of step {spec.step}" if spec is not None else f"a row of step {self._step}"
             first = f", whose first document is {self._builder.describe(spec.documents[0])}" if spec is not None and spec.documents else ""
@@ -192,9 +215,34 @@ class StepLoader:
                 "data.prefetch_rows; data.workers=0 shows a fault in the open"
             ) from error
         waiting.popleft()
+        self.received += 1
         if isinstance(result, _Failure):
             raise DataError(result.message)
         return result
+
+
+def picture_bytes_ahead(cfg: RunConfig) -> int:
+    """The most that the pictures of finished rows can take in one rank, in bytes: `prefetch_rows` rows a worker wait to be taken, and each
+    worker may have one more at hand. A row holds at most seq_len / S pictures of 3 x H x W bytes (S image slots each)."""
+    size = cfg.model.vision.image_size
+    slots = (size // cfg.model.vision.patch_size) ** 2
+    return cfg.data.workers * (cfg.data.prefetch_rows + 1) * (cfg.data.seq_len // slots) * 3 * size * size
+
+
+def _fits_shared_memory(bytes_needed: int) -> bool:
+    """Whether /dev/shm has room. Writing past it would kill the process with SIGBUS, so the pictures of rows go through pipes then."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return True  # no such file system: the platform keeps shared memory elsewhere
+    free = found.f_bavail * found.f_frsize
+    if bytes_needed > free:
+        print(
+            f"loader: /dev/shm has {free / 2**20:.0f} MiB free, the rows ahead may take {bytes_needed / 2**20:.0f} MiB: pictures go through "
+            "pipes, which is slower. Enlarge it (docker: --shm-size), or lower data.workers or data.prefetch_rows",
+            file=sys.stderr,
+        )
+    return bytes_needed <= free
 
 
 class _PlanSampler:
@@ -209,9 +257,9 @@ class _PlanSampler:
     def __iter__(self) -> Iterator[RowSpec]:
         while True:
             step = self._plan.step
-            specs = self._plan.next_step()
+            specs = self._plan.next_step(self._first, self._last)
             self.states.append((step, self._plan.state()))
-            for spec in specs[self._first : self._last]:
+            for spec in specs:
                 self.handed_out.append(spec)
                 yield spec
 
@@ -267,20 +315,25 @@ def _provenance_rows(item: PackedBatch | Row | Sequence[Provenance]) -> Iterable
     return [item.provenance] if isinstance(item, Row) else [item]
 
 
-def validation_batches(cfg: RunConfig, tokenizer: Tokenizer, source_name: str, dp_rank: int, dp_world_size: int) -> list[PackedBatch]:
+def validation_batches(
+    cfg: RunConfig, tokenizer: Tokenizer, source_name: str, dp_rank: int, dp_world_size: int, recipe: IdsRecipe | None = None
+) -> list[PackedBatch]:
     """Held-out documents of one `cfg.validation.sources` entry, packed in order: this rank's batches.
 
     The first `cfg.validation.documents` documents, without random choices, fill rows one after another. Every rank gets the same
-    number of batches; the last ones may hold empty rows. `document_sources` counts within `cfg.validation.sources`.
+    number of batches; the last ones may hold empty rows. `document_sources` counts within `cfg.validation.sources`. With `recipe`,
+    that of the run's VQ, stored VQ ids are used as `data.vq_ids` says; without, pictures are.
 
     Raises:
         ConfigError: for an unknown source name.
-        DataError: for missing, corrupt or empty shards.
+        DataError: for missing, corrupt or empty shards, or stored VQ ids that may not be used.
     """
     sources = cfg.validation.sources
     if source_name not in sources:
         raise ConfigError(f"validation source {source_name!r} is unknown; validation.sources has {', '.join(sources) or 'none'}")
     (index,) = index_sources(cfg, tokenizer, sources={source_name: sources[source_name]})
+    if recipe is not None:
+        (index,) = use_stored_ids(cfg.data, [index], recipe)
     number = list(sources).index(source_name)
     specs = _validation_rows(cfg, index)
     micro = cfg.engine.micro_batch_rows
@@ -289,7 +342,7 @@ def validation_batches(cfg: RunConfig, tokenizer: Tokenizer, source_name: str, d
     builder, collator = RowBuilder(cfg, [index.locator], tokenizer, held_out=True), Collator(cfg, tokenizer.special.pad)
     rows = [builder.build(specs[row] if row < len(specs) else RowSpec(step=0, row=row, documents=())) for row in mine]
     builder.close()
-    rows = [_renumbered(row, number) for row in rows]
+    rows = [replace(row, source_indices=(number,) * len(row.source_indices)) for row in rows]
     return [collator(rows[start : start + micro]) for start in range(0, len(rows), micro)]
 
 
@@ -306,15 +359,3 @@ def _validation_rows(cfg: RunConfig, index: SourceIndex) -> list[RowSpec]:
         room -= length
         rows[-1].append(DocumentRef(source=0, epoch=0, sample=sample, start=0, length=length, truncated=tokens - length))
     return [RowSpec(step=0, row=row, documents=tuple(documents)) for row, documents in enumerate(rows)]
-
-
-def _renumbered(row: Row, source: int) -> Row:
-    return Row(
-        step=row.step,
-        row=row.row,
-        documents=row.documents,
-        provenance=row.provenance,
-        source_indices=(source,) * len(row.documents),
-        skipped=row.skipped,
-        truncated_tokens=row.truncated_tokens,
-    )

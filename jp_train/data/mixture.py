@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from math import gcd, lcm
+from operator import add
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +28,6 @@ from jp_train.types import KINDS, Kind, RowSpec
 
 T = TypeVar("T")
 Deficits = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
-_NEVER = float("-inf")
 
 
 class MixtureSource(Protocol):
@@ -158,7 +158,6 @@ class CarrySchedule:
 
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
-        self._kinds = [kind for kind, share in enumerate(mixture.shares) if share]
         self._remembered: dict[Deficits, tuple[list[int], Deficits]] = {}
         self._phase = mixture.phases[0]
         self._set((0,) * len(KINDS), ())
@@ -189,13 +188,13 @@ class CarrySchedule:
                 self._taken += len(turns)
                 dealt += [draw[source]() for source in turns]
             return dealt
-        kinds, sources = self._now()
-        turns = _Turns(self._mixture.shares, self._phase, kinds, sources)
-        dealt = []
+        turns = _Turns(self._mixture.shares, self._phase, *self._now())
+        members, dealt = self._phase.members, []
         for _ in range(count):
-            kind, within = turns.next(0)
-            dealt.append(draw[self._phase.members[kind][within]]())
-            turns.charge(kind, within, cost(dealt[-1]))
+            kind, within = turns.next()
+            document = draw[members[kind][within]]()
+            dealt.append(document)
+            turns.charge(kind, within, cost(document))
         self._set(*turns.deficits())
         return dealt
 
@@ -211,6 +210,8 @@ class CarrySchedule:
 
     def _now(self) -> Deficits:
         """The deficits after the turns taken so far."""
+        if not self._taken:
+            return self._deficits
         turns = _Turns(self._mixture.shares, self._phase, *self._deficits)
         for _ in range(self._taken):
             turns.take()
@@ -240,33 +241,35 @@ class _Turns:
     def __init__(self, shares: Sequence[int], phase: Phase, kinds: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
         self._shares, self._phase = shares, phase
         self._kinds, self._sources = list(kinds), [list(within) for within in sources]
+        self._dealt = [kind for kind, share in enumerate(shares) if share]
+        self._levels = [(self._kinds, shares, sum(shares))]
+        self._levels += [(within, weights, sum(weights)) for within, weights in zip(self._sources, phase.weights, strict=True)]
 
     def deficits(self) -> Deficits:
         return tuple(self._kinds), tuple(tuple(within) for within in self._sources)
 
-    def next(self, lookahead: int) -> tuple[int, int]:
-        """Whose turn it is: the kind, and the source's place within it. Of equals, the first in the recipe's order.
-
-        `lookahead`: what the next document will count, if that is known: dealing as if it were already counted halves the error.
-        """
-        owed = [d + s * lookahead if s else _NEVER for d, s in zip(self._kinds, self._shares, strict=True)]
-        kind = owed.index(max(owed))
-        owed = [d + w * lookahead for d, w in zip(self._sources[kind], self._phase.weights[kind], strict=True)]
+    def next(self) -> tuple[int, int]:
+        """Whose turn it is: the kind, and the source's place within it. Of equals, the first in the recipe's order."""
+        kind = max(self._dealt, key=self._kinds.__getitem__)
+        owed = self._sources[kind]
         return kind, owed.index(max(owed))
 
     def charge(self, kind: int, within: int, amount: int) -> None:
         """Count a document of `amount`: everyone is owed their share of it, and its source and kind have had it."""
-        for level, weights, chosen in (
-            (self._kinds, self._shares, kind),
-            (self._sources[kind], self._phase.weights[kind], within),
-        ):
+        for (deficits, weights, total), chosen in ((self._levels[0], kind), (self._levels[1 + kind], within)):
             for index, weight in enumerate(weights):
-                level[index] += weight * amount
-            level[chosen] -= sum(weights) * amount
+                deficits[index] += weight * amount
+            deficits[chosen] -= total * amount
 
     def take(self) -> int:
-        """The source of the next document where every document counts 1."""
-        kind, within = self.next(1)
+        """The source of the next document where every document counts 1.
+
+        What it will count is known, so it is dealt as if it were already counted: that halves the error.
+        """
+        owed = list(map(add, self._kinds, self._shares))
+        kind = max(self._dealt, key=owed.__getitem__)
+        owed = list(map(add, self._sources[kind], self._phase.weights[kind]))
+        within = owed.index(max(owed))
         self.charge(kind, within, 1)
         return self._phase.members[kind][within]
 

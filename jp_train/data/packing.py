@@ -7,7 +7,7 @@ holds, as bits, every gap that can be left at the row's end, and taking a docume
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -44,19 +44,26 @@ def best_subset(lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
             break
     best = gap = (gaps & -gaps).bit_length() - 1
     subset = []
-    position = len(history)
+    last = len(history)
     while gap < capacity:
-        position -= 1
-        if not history[position] >> gap & 1:  # this gap needs the document at `position`
-            subset.append(position)
-            gap += lengths[position]
+        wanted = 1 << gap
+        first = 0
+        while first < last:  # once there, a gap stays: a binary search for the document that brought it
+            middle = (first + last) >> 1
+            if history[middle] & wanted:
+                last = middle
+            else:
+                first = middle + 1
+        last -= 1
+        subset.append(last)
+        gap += lengths[last]
     subset.reverse()
     return subset, best
 
 
-def pack_tokens(lengths: Sequence[int], cuttable: Sequence[bool], seq_len: int, *, tail: bool) -> Layout:
-    """Lay out a row of up to `seq_len` tokens. `lengths`, `cuttable`: of the pool, oldest first; documents longer than `seq_len` must be
-    cuttable. `tail`: position 0 is what is left of a text cut before; it comes first, so that its spans stay in consecutive rows.
+def pack_tokens(lengths: Sequence[int], cuttable: Callable[[int], bool], seq_len: int, *, tail: bool) -> Layout:
+    """Lay out a row of up to `seq_len` tokens. `lengths`: of the pool, oldest first; `cuttable(position)`: whether that document may be cut,
+    which those longer than `seq_len` must; it is asked only where a gap remains. `tail`: position 0 is what is left of a text cut before; it comes first, so that its spans stay in consecutive rows.
 
     The oldest document is always taken. The rest of the row goes to the subset of the pool that fills it best; if a gap remains, the
     oldest text that is long enough is cut to fill it. A new text is not cut after a tail that kept the oldest document out: else a chain
@@ -80,7 +87,7 @@ def pack_tokens(lengths: Sequence[int], cuttable: Sequence[bool], seq_len: int, 
         taken = set(whole)
         for position in (1,) if oldest_waits else range(first, len(lengths)):
             # What was not taken is longer than the gap, else the subset would not be the best.
-            if cuttable[position] and position not in taken and lengths[position] >= 2 * piece:
+            if position not in taken and cuttable(position) and lengths[position] >= 2 * piece:
                 return Layout(whole, position, min(gap, lengths[position] - piece))
     return Layout(whole)
 

@@ -143,11 +143,15 @@ def document_uniform(seed: int, source_name: str, epoch: int, sample: int, purpo
     It depends on nothing else: not on the step, the row, the rank, or which other sources exist. Purposes in use:
     "first_sentence", "pad_dropout", "crop".
     """
-    return (fold_key((seed, name_key(source_name), name_key(purpose), epoch, sample)) >> 11) * 2.0**-53
+    return (_absorb(_absorb(_document_prefix(seed, source_name, purpose), epoch), sample) >> 11) * 2.0**-53
+
+
+@lru_cache(maxsize=4096)
+def _document_prefix(seed: int, source_name: str, purpose: str) -> int:
+    return _fold_prefix((seed, name_key(source_name), name_key(purpose)), 5)
 
 
 def document_uniform_many(seed: int, source_name: str, epochs: np.ndarray, samples: np.ndarray, purpose: str) -> np.ndarray:
     """`document_uniform` for N documents of one source: epochs, samples int64 [N] -> float64 [N], bit for bit the same."""
-    prefix = _fold_prefix((seed, name_key(source_name), name_key(purpose)), 5)
-    keys = _absorb_many(_absorb_many(prefix, epochs), samples)
+    keys = _absorb_many(_absorb_many(_document_prefix(seed, source_name, purpose), epochs), samples)
     return (keys >> _U64(11)).astype(np.float64) * 2.0**-53

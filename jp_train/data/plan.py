@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ import numpy as np
 from jp_train.config.schema import Mix, OverLong, RatioUnit
 from jp_train.data.mixture import CarrySchedule, Mixture, SampledSchedule
 from jp_train.data.packing import Layout, pack_samples, pack_tokens
-from jp_train.data.sequence import DocumentRules, Pending, PlanSource, SourceSequence
+from jp_train.data.sequence import DocumentRules, Pending, PlanSource, SourceSequence, row_specs
 from jp_train.errors import ConfigError, DataError
-from jp_train.types import KINDS, DocumentRef, RowSpec
+from jp_train.types import KINDS, RowSpec
 
 __all__ = ["Plan", "PlanSource"]
 
@@ -78,6 +79,7 @@ class Plan:
         by_tokens = self.ratio_unit is RatioUnit.tokens
         self._mean_costs = {index: Fraction(*sequence.mean_length()) if by_tokens else Fraction(1) for index, sequence in sequences.items()}
         self._recipe: dict[str, Any] | None = None
+        self._fingerprint: str | None = None
         self._fold = _Fold(self)
         self._replay: _Fold | None = None
         self._snapshots: dict[int, dict[str, Any]] = {0: self._fold.state()}
@@ -153,16 +155,36 @@ class Plan:
         """Documents passed over so far by `over_long`, per source in use, including those looked at for the pool."""
         return {self.sources[index].name: sequence.dropped for index, sequence in self._fold.sequences.items()}
 
-    def next_step(self) -> list[RowSpec]:
-        """The `rows_per_step` rows of step `step`, and go on to the next.
+    def next_step(self, first: int = 0, last: int | None = None) -> list[RowSpec]:
+        """The `rows_per_step` rows of step `step`, and go on to the next. `first`, `last`: only rows [first, last) are returned, which spares
+        a rank the making of the others'.
 
         Raises:
             ConfigError: if no `samples_per_row` documents of the pool fit a row, or a kind runs out of sources (`training_steps` not given).
         """
+        step, rows = self.step, self._advance()
+        return row_specs(step, first, rows[first:last])
+
+    def next_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The step that `next_step` would return, as numbers: (documents int64 [D, 8], columns as the fields of `sequence.Pending`; the
+        row of each, int64 [D]). For statistics over many steps."""
+        rows = self._advance()
+        counts = np.array([len(row) for row in rows])
+        numbers = chain.from_iterable(chain.from_iterable(rows))
+        width = len(Pending._fields)
+        table = np.fromiter(numbers, np.int64, int(counts.sum()) * width).reshape(-1, width)
+        return table, np.repeat(np.arange(len(rows)), counts)
+
+    def _advance(self) -> list[list[Pending]]:
         rows = self._fold.advance()
         if self._fold.step % self.snapshot_steps == 0:
             self._snapshots[self._fold.step] = self._fold.state()
         return rows
+
+    def sequence(self, name: str) -> SourceSequence:
+        """A new sequence of the documents of a source in use, from its first draw."""
+        index = next(index for index, source in enumerate(self.sources) if source.name == name)
+        return SourceSequence(self.sources[index], index, self._rules)
 
     def rows_at(self, step: int) -> list[RowSpec]:
         """The rows of any step, before or after the current one, by a fold from the nearest snapshot at or before it.
@@ -178,16 +200,32 @@ class Plan:
             fold.restore(self._snapshots[nearest])
         self._replay = None  # so that an error on the way leaves no half-advanced fold behind
         while fold.step < step:
-            fold.advance(make_rows=False)
+            fold.advance()
             if fold.step % self.snapshot_steps == 0:
                 self._snapshots.setdefault(fold.step, fold.state())
         rows = fold.advance()
         self._replay = fold
-        return rows
+        return row_specs(step, 0, rows)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to continue at step `step`, JSON-able, a few kilobytes: what a checkpoint stores."""
         return {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe(), **self._fold.state()}
+
+    def state_at(self, step: int, positions: Mapping[str, int]) -> dict[str, Any]:
+        """A state for studies of far steps: nothing pooled, nobody owed anything, source NAME at draw number `positions[NAME]`.
+
+        No run passes through it: from here the pool needs a step or so until rows are as full as a run's.
+        """
+        fold = _Fold(self)
+        fold.step = step
+        state = fold.state()
+        phase = self.mixture.phase_index(step)
+        schedule = (
+            [0] if self.mix is Mix.sampled else [[0] * len(KINDS), [[0] * len(of_kind) for of_kind in self.mixture.phases[phase].members]]
+        )
+        numbers = [positions.get(source.name, 0) if index in fold.sequences else -1 for index, source in enumerate(self.sources)]
+        header = {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe()}
+        return {**header, **state, "phase": phase, "schedule": schedule, "positions": numbers}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state()` of the same recipe, lengths and seed. Costs the same at any step.
@@ -210,7 +248,7 @@ class Plan:
             DataError: as `restore`.
         """
         self._check_state(state)
-        self._snapshots[state["step"]] = {key: state[key] for key in ("step", "phase", "positions", "dropped", "schedule", "pool", "cut")}
+        self._snapshots[state["step"]] = {key: state[key] for key in _FOLD_KEYS}
 
     def recipe(self) -> dict[str, Any]:
         """What the rows depend on, JSON-able: the settings, and per source its settings and the fingerprint of its lengths."""
@@ -240,7 +278,9 @@ class Plan:
 
     def fingerprint(self) -> str:
         """32 hex digits of `recipe()`: equal fingerprints, equal rows."""
-        return hashlib.blake2b(json.dumps(self.recipe(), sort_keys=True).encode(), digest_size=16).hexdigest()
+        if self._fingerprint is None:
+            self._fingerprint = hashlib.blake2b(json.dumps(self.recipe(), sort_keys=True).encode(), digest_size=16).hexdigest()
+        return self._fingerprint
 
     def _check_state(self, state: dict[str, Any]) -> None:
         if state.get("version") != STATE_VERSION:
@@ -273,8 +313,7 @@ class _Fold:
         self._plan = plan
         self.step = 0
         self.sequences = plan._sequences()
-        self._draw = {index: sequence.draw for index, sequence in self.sequences.items()}
-        self._cost = (lambda pending: pending.length) if plan.ratio_unit is RatioUnit.tokens else None
+        self._cost = _length_of if plan.ratio_unit is RatioUnit.tokens else None
         if plan.mix is Mix.carry:
             self._schedule: CarrySchedule | SampledSchedule = CarrySchedule(plan.mixture)
         else:
@@ -283,20 +322,24 @@ class _Fold:
         self._phase = 0
         self._pool: list[Pending] = []  # oldest first, after the tail of a cut text, if there is one
         self._lengths: list[int] = []  # of the pool, what is still to be placed
-        self._cuttable: list[bool] = []
         self._cut = 0  # tokens of pool[0] that earlier rows hold; 0 if it is whole
+        self._bind()
 
-    def advance(self, *, make_rows: bool = True) -> list[RowSpec]:
-        """Plan one step; its rows, or nothing if `make_rows` is False."""
+    def _bind(self) -> None:
+        self._draw = {index: sequence.draw for index, sequence in self.sequences.items()}
+
+    def advance(self) -> list[list[Pending]]:
+        """Plan one step; returns the documents of its rows."""
         self._enter_phase()
+        pool_size, pool, lengths, deal = self._plan.pool_size, self._pool, self._lengths, self._schedule.deal
         rows = []
-        for row in range(self._plan.rows_per_step):
-            missing = self._plan.pool_size - len(self._pool)
+        for _ in range(self._plan.rows_per_step):
+            missing = pool_size - len(pool)
             if missing > 0:
-                self._admit(self._schedule.deal(missing, self._draw, self._cost))
-            documents = self._take(self._layout())
-            if make_rows:
-                rows.append(RowSpec(step=self.step, row=row, documents=documents))
+                documents = deal(missing, self._draw, self._cost)
+                pool += documents
+                lengths += map(_length_of, documents)
+            rows.append(self._take(self._layout()))
         self.step += 1
         return rows
 
@@ -310,27 +353,27 @@ class _Fold:
         active = {source for members in self._plan.mixture.phases[phase].members for source in members}
         staying, cut = [], self._cut
         for position, pending in enumerate(self._pool):
-            if pending.ref.source in active or (position == 0 and cut):
+            if pending.source in active or (position == 0 and cut):
                 staying.append(pending)
             else:
-                kind = KINDS.index(self._plan.sources[pending.ref.source].kind)
+                kind = KINDS.index(self._plan.sources[pending.source].kind)
                 self._schedule.refund(kind, self._cost(pending) if self._cost else 1)
-        self._pool, self._lengths, self._cuttable = [], [], []
-        self._admit(staying)
-        if cut:
-            self._lengths[0] -= cut
+        self._fill_pool(staying)
         self._schedule.enter(phase)
 
-    def _admit(self, documents: Sequence[Pending]) -> None:
-        cuttable = self._cuttable_sources
-        self._pool += documents
-        self._lengths += [pending.length for pending in documents]
-        self._cuttable += [pending.ref.source in cuttable for pending in documents]
+    def _fill_pool(self, documents: list[Pending]) -> None:
+        self._pool = documents
+        self._lengths = [pending.length for pending in documents]
+        if self._cut:
+            self._lengths[0] -= self._cut
+
+    def _is_cuttable(self, position: int) -> bool:
+        return self._pool[position].source in self._cuttable_sources
 
     def _layout(self) -> Layout:
         plan = self._plan
         if plan.samples_per_row is None:
-            return pack_tokens(self._lengths, self._cuttable, plan.seq_len, tail=self._cut > 0)
+            return pack_tokens(self._lengths, self._is_cuttable, plan.seq_len, tail=self._cut > 0)
         layout = pack_samples(self._lengths, plan.seq_len, plan.samples_per_row)
         if layout is None:
             raise ConfigError(
@@ -340,27 +383,27 @@ class _Fold:
             )
         return layout
 
-    def _take(self, layout: Layout) -> tuple[DocumentRef, ...]:
+    def _take(self, layout: Layout) -> list[Pending]:
         """Remove a row's documents from the pool; the tail of a cut text goes to its front."""
-        pool, lengths, cuttable = self._pool, self._lengths, self._cuttable
-        documents = [pool[position].ref for position in layout.whole]
+        pool, lengths = self._pool, self._lengths
+        whole, cut, cut_length = layout
+        documents = [pool[position] for position in whole]
         cut_before, self._cut = self._cut, 0
-        if cut_before and layout.whole:
-            documents[0] = replace(documents[0], start=cut_before, length=lengths[0])
-        tail = None
-        if layout.cut >= 0:
-            tail = pool[layout.cut]
-            start = cut_before if layout.cut == 0 else 0
-            documents.append(replace(tail.ref, start=start, length=layout.cut_length))
-            self._cut = start + layout.cut_length
-        removed = layout.whole if tail is None else sorted((*layout.whole, layout.cut))
-        for position in reversed(removed):
-            del pool[position], lengths[position], cuttable[position]
-        if tail is not None:
-            pool.insert(0, tail)
-            lengths.insert(0, tail.length - self._cut)
-            cuttable.insert(0, True)
-        return tuple(documents)
+        if cut_before and whole:
+            documents[0] = documents[0]._replace(start=cut_before, length=lengths[0])
+        if cut < 0:
+            for position in reversed(whole):
+                del pool[position], lengths[position]
+            return documents
+        tail = pool[cut]
+        start = cut_before if cut == 0 else 0
+        documents.append(tail._replace(start=start, length=cut_length))
+        for position in sorted((*whole, cut), reverse=True):
+            del pool[position], lengths[position]
+        self._cut = start + cut_length
+        pool.insert(0, tail)
+        lengths.insert(0, tail.length - self._cut)
+        return documents
 
     def state(self) -> dict[str, Any]:
         """JSON-able; lists are indexed as the recipe's sources (-1 position for one that is not in use)."""
@@ -371,7 +414,7 @@ class _Fold:
             "positions": [self.sequences[index].position if index in self.sequences else -1 for index in indices],
             "dropped": [self.sequences[index].dropped if index in self.sequences else 0 for index in indices],
             "schedule": self._schedule.state(),
-            "pool": [[pending.ref.source, pending.number] for pending in self._pool],
+            "pool": [[pending.source, pending.number] for pending in self._pool],
             "cut": self._cut,
         }
 
@@ -382,11 +425,12 @@ class _Fold:
             sequence.restore(state["positions"][index], state["dropped"][index])
         self._schedule.enter(self._phase)
         self._schedule.restore(state["schedule"])
-        self._pool, self._lengths, self._cuttable = [], [], []
+        self._bind()
         found: dict[tuple[int, int], Pending] = {}
         for source in {source for source, _ in state["pool"]}:
             numbers = np.array([number for owner, number in state["pool"] if owner == source])
             found.update({(source, pending.number): pending for pending in self.sequences[source].documents(numbers)})
-        self._admit([found[source, number] for source, number in state["pool"]])
-        if self._cut:
-            self._lengths[0] -= self._cut
+        self._fill_pool([found[source, number] for source, number in state["pool"]])
+
+
+_length_of = itemgetter(Pending._fields.index("length"))

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
+from pathlib import Path
 
-_PRELOAD = ["jp_train.data.loader"]
+_PRELOAD = ["jp_train.data.loader", "tokenizers", "sentencepiece"]
+"""Imported once by the fork server; workers inherit them. transformers is not among them: a tokenizer is sent to workers as its content."""
 _DEFERRED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -60,3 +62,14 @@ def signals_deferred() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def process_state(pid: int) -> str:
+    """`running`, `stopped`, `waiting for a disk` or `gone`: a process of this host, from /proc (`running` where there is no /proc)."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone" if Path("/proc/self").exists() else "running"
+    except (OSError, IndexError):
+        return "running"
+    return {"T": "stopped", "t": "stopped", "D": "waiting for a disk", "Z": "gone", "X": "gone"}.get(letter, "running")

@@ -1,43 +1,55 @@
-"""RowSpec -> Row: what a loader worker does. Stateless: the same RowSpec gives the same Row in any process."""
+"""RowSpec -> Row: what a loader worker does. Stateless: the same RowSpec gives the same Row in any process.
+
+A row is built as a whole: all its texts are tokenised in one call, all tokens are written into one array, and pictures are decoded straight
+into one tensor per role, which lies in shared memory where the row goes to another process.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+
 from jp_train.config.schema import PadDropoutForm, RunConfig
-from jp_train.data.encode import Encoder, cut_text
-from jp_train.data.index import SourceLocator, read_fields
-from jp_train.data.samples import parse_sample
-from jp_train.data.shards import Shard, ShardMembers, ShardReader
-from jp_train.data.sidecar import ShardTokens, load_members, load_tokens
+from jp_train.data.encode import Draft, Encoder, check_length
+from jp_train.data.index import SourceLocator
+from jp_train.data.sample_reader import SampleReader, ShardTable
+from jp_train.data.samples import Sample, parse_sample
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import DataError, SkipSample
-from jp_train.types import DocumentRef, EncodedDocument, Kind, Provenance, RawSample, Row, RowSpec, SkippedDocument
-
-CACHED_SAMPLES = 1_000_000
-"""Samples whose sidecar entries one worker keeps in memory, at about 150 bytes each; past it the oldest shards' are dropped."""
+from jp_train.types import IGNORE_INDEX, DocumentRef, Kind, Provenance, Row, RowSpec, SkippedDocument
 
 
 class RowBuilder:
     """Reads, decodes, encodes and cuts the documents of a row.
 
-    `held_out` turns every random choice off, for validation. One per process; what is sent to a worker is small (no per-sample
-    array).
+    `held_out` turns every random choice off, for validation; `shared_pictures` puts pictures into shared memory. One per process; what is sent
+    to a worker is small (no per-sample array).
     """
 
-    def __init__(self, cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, *, held_out: bool = False) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        locators: Sequence[SourceLocator],
+        tokenizer: Tokenizer,
+        *,
+        held_out: bool = False,
+        shared_pictures: bool = False,
+    ) -> None:
         self._cfg = cfg
         self._locators = tuple(locators)
         self._tokenizer = tokenizer
-        self._held_out = held_out
+        self._held_out, self._shared = held_out, shared_pictures
         self._encoder = Encoder(cfg, tokenizer)
-        self._reader = ShardReader(cfg.data.io_retries)
-        self._tables: OrderedDict[tuple[int, int], tuple[ShardMembers, ShardTokens]] = OrderedDict()
-        self._cached = 0
+        self._samples = SampleReader(self._locators, cfg.data.crop, cfg.data.io_retries)
+        size = self._encoder.image_size
+        self._no_pictures = torch.zeros((0, 3, size, size), dtype=torch.uint8)
+        self._length_may_change = not held_out and cfg.data.pad_dropout_form is not PadDropoutForm.every_token
 
     def __reduce__(self) -> tuple:
-        return (_rebuild, (self._cfg, self._locators, self._tokenizer, self._held_out))
+        return (_rebuild, (self._cfg, self._locators, self._tokenizer, self._held_out, self._shared))
 
     def build(self, spec: RowSpec) -> Row:
         """The row that `spec` names; an unusable document leaves its place empty and is listed in `skipped`.
@@ -45,129 +57,151 @@ class RowBuilder:
         Raises:
             DataError: when a shard cannot be read, or the index does not describe it.
         """
-        documents: list[EncodedDocument] = []
-        provenance: list[Provenance] = []
-        sources: list[int] = []
-        skipped: list[SkippedDocument] = []
-        truncated = 0
-        for ref in spec.documents:
-            raw, table, entry = self._read(ref)
-            try:
-                document = self._document(ref, raw, table, entry)
-            except SkipSample as reason:
-                skipped.append(SkippedDocument(info=raw.info, ref=ref, reason=str(reason)))
-                continue
-            truncated += ref.truncated
-            documents.append(document)
-            sources.append(ref.source)
-            info = raw.info
-            provenance.append(
-                Provenance(
-                    source=info.source,
-                    shard=self._shard(ref).name,
-                    key=info.key,
-                    kind=document.kind,
-                    start=ref.start,
-                    length=ref.length,
-                )
-            )
+        skipped: dict[int, SkippedDocument] = {}
+        documents = self._drafted(spec, skipped)
+        und_images = self._pictures(documents, Kind.UNDERSTANDING, skipped)
+        gen_images = self._pictures(documents, Kind.GENERATION, skipped)
+        documents = [document for document in documents if document.place not in skipped]
+        tokens = np.full((3, sum(document.ref.length for document in documents)), IGNORE_INDEX, np.int32)
+        at = 0
+        for document in documents:
+            end = at + document.ref.length
+            if document.tokens is None:
+                self._encoder.write(document.draft, tokens[:, at:end])
+            else:
+                tokens[:, at:end] = document.tokens
+            at = end
         return Row(
             step=spec.step,
             row=spec.row,
-            documents=tuple(documents),
-            provenance=tuple(provenance),
-            source_indices=tuple(sources),
-            skipped=tuple(skipped),
-            truncated_tokens=truncated,
+            tokens=tokens,
+            image_slots=self._encoder.image_slots,
+            image_starts=tuple([document.image_start for document in documents]),
+            und_images=und_images,
+            gen_images=gen_images,
+            provenance=tuple([document.provenance() for document in documents]),
+            source_indices=tuple([document.ref.source for document in documents]),
+            skipped=tuple([skip for _, skip in sorted(skipped.items())]),
+            truncated_tokens=sum([document.ref.truncated for document in documents]),
         )
 
     def describe(self, ref: DocumentRef) -> str:
         """Source, shard and key of a reference, for messages; never raises."""
-        try:
-            locator = self._locators[ref.source]
-            shard, number = locator.locate(ref.sample)
-            members, tokens = self._table(ref.source, shard)
-            return f"source {locator.name!r}, shard {locator.shards[shard].path}, key {members.keys[int(tokens.sample[number])]!r}"
-        except Exception:  # it only decorates another error
-            return f"source number {ref.source}, sample {ref.sample}"
+        return self._samples.describe(ref)
 
     def close(self) -> None:
         """Close the shards."""
-        self._reader.close()
+        self._samples.close()
 
-    def _shard(self, ref: DocumentRef) -> Shard:
-        locator = self._locators[ref.source]
-        return locator.shards[locator.locate(ref.sample)[0]]
+    def _drafted(self, spec: RowSpec, skipped: dict[int, SkippedDocument]) -> list[_Document]:
+        """The usable documents of the row as far as texts tell, each as long as the plan says; others go to `skipped`."""
+        encoder = self._encoder
+        documents: list[_Document] = []
+        draws: list[tuple[Sample, bool, bool]] = []
+        for place, ref in enumerate(spec.documents):
+            table, entry = self._samples.find(ref)
+            locator = self._locators[ref.source]
+            try:
+                raw = self._samples.read(ref, table, entry)
+                sample = parse_sample(
+                    raw, locator.kind, locator.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
+                )
+            except SkipSample as reason:
+                skipped[place] = SkippedDocument(info=self._samples.info(ref, table, entry), ref=ref, reason=str(reason))
+                continue
+            generation = locator.kind is Kind.GENERATION
+            dropped = generation and not self._held_out and encoder.drops_condition(locator.name, ref.epoch, ref.sample)
+            draws.append((sample, generation and ref.short_caption and not self._held_out, dropped))
+            documents.append(_Document(place, ref, table, self._expected(ref, table, entry, dropped), sample, locator.kind))
+        for document, draft in zip(documents, encoder.draft_many(draws), strict=True):
+            try:
+                self._settle(document, draft)
+            except SkipSample as reason:
+                skipped[document.place] = document.skip(reason)
+        return documents
 
-    def _read(self, ref: DocumentRef) -> tuple[RawSample, ShardTokens, int]:
-        locator = self._locators[ref.source]
-        shard, entry = locator.locate(ref.sample)
-        members, tokens = self._table(ref.source, shard)
-        raw = read_fields(
-            locator.shards[shard],
-            members,
-            int(tokens.sample[entry]),
-            locator.kind,
-            self._cfg.data.crop,
-            self._reader,
-            locator.name,
-        )
-        return raw, tokens, entry
+    def _expected(self, ref: DocumentRef, table: ShardTable, entry: int, dropped: bool) -> int:
+        """The length that the index counted for these draws."""
+        tokens = table.tokens
+        if dropped and self._length_may_change:
+            return int((tokens.short_dropped_tokens if ref.short_caption else tokens.dropped_tokens)[entry])
+        return int((tokens.short_tokens if ref.short_caption else tokens.tokens)[entry])
 
-    def _document(self, ref: DocumentRef, raw: RawSample, table: ShardTokens, entry: int) -> EncodedDocument:
-        encoder, locator = self._encoder, self._locators[ref.source]
-        sample = parse_sample(raw, locator.kind, locator.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
-        dropped = (
-            locator.kind is Kind.GENERATION
-            and not self._held_out
-            and self._cfg.data.pad_dropout_form is not PadDropoutForm.every_token
-            and encoder.drops_condition(locator.name, ref.epoch, ref.sample)
-        )
-        if dropped:
-            counts = table.short_dropped_tokens if ref.short_caption else table.dropped_tokens
-        else:
-            counts = table.short_tokens if ref.short_caption else table.tokens
-        expected = int(counts[entry])
-        whole = ref.start == 0 and ref.length + ref.truncated == expected
-        document = encoder.encode(
-            sample,
-            source=locator.name,
-            epoch=ref.epoch,
-            sample_index=ref.sample,
-            short_caption=ref.short_caption,
-            held_out=self._held_out,
-            expected_tokens=expected,
-            max_tokens=ref.length if whole and ref.truncated else None,
-        )
-        if whole:
-            return document
-        if locator.kind is not Kind.TEXT or ref.truncated or ref.start + ref.length > expected:
+    def _settle(self, document: _Document, draft: Draft) -> None:
+        """Check a document against index and plan; truncate or cut it to its span."""
+        ref, expected = document.ref, document.expected
+        check_length(draft, expected)
+        document.draft, document.image_start = draft, draft.image_start
+        if ref.start == 0 and ref.length == expected:
+            return
+        if ref.start == 0 and ref.length + ref.truncated == expected:
+            document.tokens, document.image_start = self._encoder.truncated(draft, ref.length)
+            return
+        end = ref.start + ref.length
+        if document.kind is not Kind.TEXT or ref.truncated or end > expected:
             raise DataError(
-                f"the plan uses tokens {ref.start} to {ref.start + ref.length} ({ref.truncated} truncated) of {raw.info}, which "
-                f"has {expected}: plan and index do not belong together; start again"
+                f"the plan uses tokens {ref.start} to {end} ({ref.truncated} truncated) of {document.sample.info}, which has {expected}: plan and "
+                "index do not belong together; start again"
             )
-        return cut_text(document, ref.start, ref.length)
+        document.tokens = self._encoder.written(draft)[:, ref.start : end]  # the label at the cut still names the token after it
 
-    def _table(self, source: int, shard: int) -> tuple[ShardMembers, ShardTokens]:
-        found = self._tables.get((source, shard))
-        if found is not None:
-            self._tables.move_to_end((source, shard))
-            return found
-        locator = self._locators[source]
-        members = load_members(locator.shards[shard])
-        tokens = load_tokens(locator.shards[shard], locator.fingerprint)
-        if members is None or tokens is None:
-            raise DataError(
-                f"the index of shard {locator.shards[shard].path} (source {locator.name!r}) is gone or stale; "
-                "start again so that it is rebuilt"
-            )
-        self._tables[source, shard] = members, tokens
-        self._cached += len(members.keys)
-        while self._cached > CACHED_SAMPLES and len(self._tables) > 1:
-            _, (old, _) = self._tables.popitem(last=False)
-            self._cached -= len(old.keys)
-        return members, tokens
+    def _pictures(self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]) -> torch.Tensor:
+        """uint8 [N, 3, H, W]: the pictures of the documents of one kind, in order; undecodable ones go to `skipped`."""
+        wanted = [
+            document
+            for document in documents
+            if document.kind is kind and document.place not in skipped and self._encoder.has_picture(document.sample)
+        ]
+        size = self._encoder.image_size
+        if not wanted:
+            return self._no_pictures
+        pictures = _uint8((len(wanted), 3, size, size), shared=self._shared)
+        pixels = pictures.numpy()
+        done = 0
+        for document in wanted:
+            ref = document.ref
+            try:
+                pixels[done] = self._encoder.picture(
+                    document.sample,
+                    source=document.sample.info.source,
+                    epoch=ref.epoch,
+                    sample_index=ref.sample,
+                    held_out=self._held_out,
+                )
+            except SkipSample as reason:
+                skipped[document.place] = document.skip(reason)
+                continue
+            done += 1
+        return pictures[:done]
 
 
-def _rebuild(cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, held_out: bool) -> RowBuilder:
-    return RowBuilder(cfg, locators, tokenizer, held_out=held_out)
+class _Document:
+    """One document of a row on its way; `tokens` only where it is not the whole draft."""
+
+    __slots__ = ("draft", "expected", "image_start", "kind", "place", "ref", "sample", "table", "tokens")
+
+    def __init__(self, place: int, ref: DocumentRef, table: ShardTable, expected: int, sample: Sample, kind: Kind) -> None:
+        self.place, self.ref, self.table, self.expected, self.sample = place, ref, table, expected, sample
+        self.kind = kind
+        self.draft: Draft | None = None
+        self.tokens: np.ndarray | None = None
+        self.image_start = -1
+
+    def skip(self, reason: SkipSample) -> SkippedDocument:
+        return SkippedDocument(info=self.sample.info, ref=self.ref, reason=str(reason))
+
+    def provenance(self) -> Provenance:
+        info, ref = self.sample.info, self.ref
+        return Provenance(source=info.source, shard=self.table.name, key=info.key, kind=self.kind, start=ref.start, length=ref.length)
+
+
+def _uint8(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
+    """An uninitialised tensor; a shared one crosses processes without a copy."""
+    if not shared:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _rebuild(cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, held_out: bool, shared_pictures: bool) -> RowBuilder:
+    return RowBuilder(cfg, locators, tokenizer, held_out=held_out, shared_pictures=shared_pictures)

@@ -1,23 +1,25 @@
 """The endless sequence of one source: which sample comes n-th, how long it is as a document, and what was drawn for it.
 
 Epoch e visits the samples in a permutation of its own (permute.py), so the whole state is the number of the next draw. Everything
-here is computed from lengths in blocks of numpy arrays; nothing reads a sample.
+here is computed from lengths in blocks of numpy arrays; nothing reads a sample. A document in planning is a plain tuple (`Pending`);
+the RowSpecs that leave the plan are made of them in bulk, and only for the rows that are asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, islice, repeat
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jp_train.data.permute import document_uniform_many, name_key, permute_many
 from jp_train.errors import DataError
-from jp_train.types import DocumentRef, Kind
+from jp_train.types import DocumentRef, Kind, RowSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,23 +96,34 @@ class DocumentRules:
 
 
 class Pending(NamedTuple):
-    """A document that waits in the pool: the `number`-th draw of its source, as a reference to the whole document."""
+    """The `number`-th draw of source number `source`: a whole document in the pool (`start` 0), or the span of one that a row takes.
+
+    The other fields are those of DocumentRef.
+    """
 
     length: int
     number: int
-    ref: DocumentRef
+    source: int
+    epoch: int
+    sample: int
+    start: int
+    short_caption: bool
+    truncated: int
 
 
 class SourceSequence:
     """The endless sequence of one source's usable documents; `index` is the source's place in the recipe.
 
-    Draws are made in blocks, for speed only: document `number` does not depend on where a block begins.
+    Draws are made in blocks, for speed only: document `number` does not depend on where a block begins. `draw` returns the next usable
+    document; it is an iterator's own method, because a planner calls it some thousand times a step. `restore` makes a new one.
 
     Raises:
         DataError: if no sample of the source can be used within `rules.limit`.
     """
 
     _BLOCK = 2048
+
+    draw: Callable[[], Pending]
 
     def __init__(self, source: PlanSource, index: int, rules: DocumentRules) -> None:
         self._source, self._index, self._rules = source, index, rules
@@ -122,31 +135,45 @@ class SourceSequence:
 
     def restore(self, position: int, dropped: int) -> None:
         """Continue with draw number `position`; `dropped` documents were passed over before it."""
-        self._block: list[Pending] = []
-        self._taken, self._start, self._dropped_before = 0, position, dropped
+        self._begin([], position, dropped)
+        self.draw = chain.from_iterable(self._blocks()).__next__
+
+    def _begin(self, block: list[Pending], start: int, dropped_before: int) -> Iterator[Pending]:
+        self._block, self._start, self._dropped_before = block, start, dropped_before
+        self._rest = iter(block)
+        return self._rest
+
+    def _blocks(self) -> Iterator[Iterator[Pending]]:
+        while True:
+            start, dropped = self.position, self.dropped
+            while not (block := self.documents(np.arange(start, start + self._BLOCK))):
+                start, dropped = start + self._BLOCK, dropped + self._BLOCK
+            yield self._begin(block, start, dropped)
+
+    @property
+    def _taken(self) -> int:
+        return len(self._block) - length_hint(self._rest)
 
     @property
     def position(self) -> int:
         """The number of the next draw."""
-        return self._block[self._taken - 1].number + 1 if self._taken else self._start
+        taken = self._taken
+        return self._block[taken - 1].number + 1 if taken else self._start
 
     @property
     def dropped(self) -> int:
         """Documents passed over so far because they are too long."""
         return self._dropped_before + (self.position - self._start) - self._taken
 
-    def draw(self) -> Pending:
-        """The next usable document."""
-        if self._taken == len(self._block):
-            self.restore(self.position, self.dropped)
-            while not (block := self.documents(np.arange(self._start, self._start + self._BLOCK))):
-                self.restore(self._start + self._BLOCK, self._dropped_before + self._BLOCK)
-            self._block = block
-        self._taken += 1
-        return self._block[self._taken - 1]
-
     def documents(self, numbers: np.ndarray) -> list[Pending]:
         """The usable documents among the draws `numbers`, int64 [N]."""
+        lengths, numbers, epochs, samples, short, truncated = (array.tolist() for array in self.columns(numbers))
+        columns = (lengths, numbers, repeat(self._index), epochs, samples, repeat(0), short, truncated)
+        return list(map(tuple.__new__, repeat(Pending), zip(*columns, strict=False)))  # repeat() has no end
+
+    def columns(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The usable documents among the draws `numbers`, int64 [N], as arrays [U]: lengths in rows, numbers, epochs, samples, whether the
+        caption is short, tokens truncated."""
         source, rules = self._source, self._rules
         size = len(source.tokens)
         samples = permute_many(self._key, numbers, size)
@@ -161,15 +188,8 @@ class SourceSequence:
             lengths = np.where(dropout, source.dropped_tokens[samples], lengths)
         minimum = source.min_tokens if np.ndim(source.min_tokens) == 0 else source.min_tokens[samples]
         usable, lengths, truncated = self._fit(lengths, minimum)
-        if not usable.all():
-            numbers, epochs, samples, lengths, short, truncated = (
-                array[usable] for array in (numbers, epochs, samples, lengths, short, truncated)
-            )
-        plain_lengths = lengths.tolist()
-        refs = _document_refs(
-            len(plain_lengths), self._index, epochs.tolist(), samples.tolist(), plain_lengths, short.tolist(), truncated.tolist()
-        )
-        return list(map(tuple.__new__, repeat(Pending), zip(plain_lengths, numbers.tolist(), refs, strict=True)))
+        found = (lengths, numbers, epochs, samples, short, truncated)
+        return found if usable.all() else tuple(array[usable] for array in found)
 
     def _fit(self, lengths: np.ndarray, minimum: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which documents can be used, their lengths in rows, and how many tokens each loses for it."""
@@ -200,26 +220,27 @@ class SourceSequence:
         return (int(lengths[usable].sum()), int(usable.sum())) if usable.any() else (1, 1)
 
 
-_new_ref = object.__new__
-_set_source, _set_epoch, _set_sample, _set_start, _set_length, _set_short_caption, _set_truncated = (
-    getattr(DocumentRef, name).__set__ for name in ("source", "epoch", "sample", "start", "length", "short_caption", "truncated")
-)
+_new = object.__new__
+_REF_SETTERS = [getattr(DocumentRef, name).__set__ if name != "number" else None for name in Pending._fields]
+_set_step, _set_row, _set_documents = (getattr(RowSpec, name).__set__ for name in ("step", "row", "documents"))
 
 
-def _document_refs(
-    count: int, source: int, epochs: list[int], samples: list[int], lengths: list[int], short: list[bool], truncated: list[int]
-) -> list[DocumentRef]:
-    """`count` DocumentRefs of whole documents. Filled column by column: the constructor of a frozen dataclass takes 1.8 us a call, which
-    alone would be half of the planner's time."""
-    refs = list(map(_new_ref, repeat(DocumentRef, count)))
-    _run(map(_set_source, refs, repeat(source)))
-    _run(map(_set_epoch, refs, epochs))
-    _run(map(_set_sample, refs, samples))
-    _run(map(_set_start, refs, repeat(0)))
-    _run(map(_set_length, refs, lengths))
-    _run(map(_set_short_caption, refs, short))
-    _run(map(_set_truncated, refs, truncated))
-    return refs
+def row_specs(step: int, first: int, rows: Sequence[Sequence[Pending]]) -> list[RowSpec]:
+    """The documents of rows `first`, `first` + 1, ... of a step as RowSpecs.
+
+    Filled column by column: the constructor of a frozen dataclass takes 1.8 us a call, more than all other planning of a document.
+    """
+    documents = list(chain.from_iterable(rows))
+    refs = list(map(_new, repeat(DocumentRef, len(documents))))
+    for set_field, column in zip(_REF_SETTERS, zip(*documents, strict=True), strict=False):  # no column where there is no document
+        if set_field is not None:
+            _run(map(set_field, refs, column))
+    specs = list(map(_new, repeat(RowSpec, len(rows))))
+    rest = iter(refs)
+    _run(map(_set_step, specs, repeat(step)))
+    _run(map(_set_row, specs, range(first, first + len(rows))))
+    _run(map(_set_documents, specs, [tuple(islice(rest, len(row))) for row in rows]))
+    return specs
 
 
 def _run(calls: Iterable[Any]) -> None:

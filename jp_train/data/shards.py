@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import glob
 import http.client
-import io
 import os
 import stat
-import tarfile
+import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,26 +22,33 @@ from typing import TypeVar
 import braceexpand
 import numpy as np
 
+from jp_train.data.http_ranges import HttpRanges, HttpStatusError
+from jp_train.data.tar_headers import TarFault, walk
+from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
 
 MAX_OPEN_SHARDS = 64
 """File descriptors one reader keeps open."""
-HTTP_TIMEOUT_S = 60.0
 FIRST_BACK_OFF_S = 0.1
 
-_SCAN_BUFFER = 1 << 20
-_BLOCK = 512
+_SCAN_BLOCK = 1 << 16
+_SCAN_BLOCK_URL = 4 << 20
+_JOIN_GAP = 32 << 10
+"""Bytes of other files that a joined request may fetch in vain."""
+_JOIN_LOCAL = 1 << 16
+"""Bytes of a joined read of a local shard, at most."""
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One tar: absolute path or URL, size in bytes, and a stamp that changes with its content (mtime in ns, or the server's
-    ETag)."""
+    ETag). `excluded` is the digest of its samples that `data verify --exclude` took out, empty for none (exclusions.py)."""
 
     path: str
     size: int
     stamp: str
+    excluded: str = ""
 
     @property
     def name(self) -> str:
@@ -56,7 +60,7 @@ class Shard:
 class ShardMembers:
     """The files of a shard, grouped into N samples by key, in tar order.
 
-    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int16 (index into `extensions`), `offset`
+    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int32 (index into `extensions`), `offset`
     and `size` int64, in bytes from the start of the tar. `ignored` lists file names that belong to no sample, with the reason.
     """
 
@@ -123,105 +127,173 @@ def _expand_one(part: str, spec: str, root: Path) -> list[str]:
 
 
 class ShardReader:
-    """Byte ranges of shards: os.pread on a bounded set of open files, or http range requests.
+    """Byte ranges of shards: os.pread on a bounded set of open files, or http range requests on kept-alive connections.
 
-    One per process (descriptors are opened by the process that reads). `retries` is the number of tries of one read.
+    One per process (descriptors are opened by the process that reads); its threads may share it. `retries` is the number of tries of
+    one read.
     """
 
     def __init__(self, retries: int = 4, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._tries = max(1, retries)
         self._sleep = sleep
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._pid = os.getpid()
+        self._http = HttpRanges()
+        self._begin()
 
     def stat(self, path: str) -> Shard:
         """Size and stamp of a shard. Raises DataError when it cannot be reached."""
-        return self._retry(path, "its size", lambda: _stat_url(path) if is_url(path) else _stat_local(path))
+        return self._retry(path, "its size", lambda: self._stat_url(path) if is_url(path) else _stat_local(path))
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`. Raises DataError when the shard changed, is too short, or cannot be read."""
-        what = f"bytes {offset} to {offset + size}"
         if is_url(shard.path):
-            return self._retry(shard.path, what, lambda: _read_url(shard, offset, size))
-        return self._retry(shard.path, what, lambda: self._read_local(shard, offset, size))
+            known = {"file_size": shard.size, "stamp": shard.stamp}
+            what = f"bytes {offset} to {offset + size}"
+            return self._retry(shard.path, what, lambda: self._http.read(shard.path, offset, size, **known))
+        try:
+            return self._read_local(shard, offset, size)
+        except OSError as error:
+            what = f"bytes {offset} to {offset + size}"
+            return self._retry(shard.path, what, lambda: self._read_local(shard, offset, size), failed=error)
 
     def close(self) -> None:
-        """Close every descriptor this process opened."""
+        """Close every descriptor this process opened, and this thread's connections."""
         if self._pid == os.getpid():
-            for descriptor in self._open.values():
-                os.close(descriptor)
-        self._open.clear()
-        self._pid = os.getpid()
+            for entry in self._open.values():
+                os.close(entry.descriptor)
+        self._begin()
+        self._http.close()
 
     def __reduce__(self) -> tuple:
         return (ShardReader, (self._tries,))
 
-    def _retry(self, path: str, what: str, action: Callable[[], _Result]) -> _Result:
+    def _begin(self) -> None:
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def _retry(self, path: str, what: str, action: Callable[[], _Result], *, failed: OSError | None = None) -> _Result:
+        """`action`, tried again; `failed` is the error of a first try that was made already."""
         wait = FIRST_BACK_OFF_S
         for attempt in range(1, self._tries + 1):
             try:
+                if failed is not None and attempt == 1:
+                    raise failed
                 return action()
-            except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors too
-                self._drop(path)
+            except (OSError, http.client.HTTPException) as error:
                 if attempt == self._tries or _is_final(error):
+                    cause = str(error) or type(error).__name__
                     raise DataError(
-                        f"shard {path}: cannot read {what} after {attempt} tries: {error}. An I/O error is never skipped: check "
+                        f"shard {path}: cannot read {what} after {attempt} tries: {cause}. An I/O error is never skipped: check "
                         "the disk, mount or server, then start again (it resumes); data.io_retries sets the number of tries"
                     ) from error
                 self._sleep(wait)
                 wait *= 2
         raise AssertionError("unreachable")
 
+    def _stat_url(self, url: str) -> Shard:
+        found = self._http.stat(url)
+        return Shard(path=url, size=found.size, stamp=found.stamp)
+
     def _read_local(self, shard: Shard, offset: int, size: int) -> bytes:
-        descriptor = self._descriptor(shard)
-        chunks: list[bytes] = []
-        done = 0
-        while done < size:
-            chunk = os.pread(descriptor, size - done, offset + done)
-            if not chunk:
-                raise DataError(
-                    f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} that its index "
-                    "names: it was truncated; restore the file and index it again"
-                )
-            chunks.append(chunk)
-            done += len(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _descriptor(self, shard: Shard) -> int:
-        if self._pid != os.getpid():  # never use a descriptor inherited through fork
-            self._open.clear()
-            self._pid = os.getpid()
-        descriptor = self._open.get(shard.path)
-        if descriptor is not None:
-            self._open.move_to_end(shard.path)
-            return descriptor
-        descriptor = os.open(shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        entry = self._acquire(shard)
         try:
-            now = os.fstat(descriptor)
-            if (now.st_size, str(now.st_mtime_ns)) != (shard.size, shard.stamp):
-                raise DataError(
-                    f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; now: "
-                    f"{now.st_size} bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
-                )
-        except BaseException:
-            os.close(descriptor)
+            whole = os.pread(entry.descriptor, size, offset)
+            if len(whole) == size:
+                return whole
+            chunks: list[bytes] = [whole] if whole else []
+            done = len(whole)
+            while done < size:
+                chunk = os.pread(entry.descriptor, size - done, offset + done)
+                if not chunk:
+                    raise DataError(
+                        f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} that its index "
+                        "names: it was truncated; restore the file and index it again"
+                    )
+                chunks.append(chunk)
+                done += len(chunk)
+            return b"".join(chunks)
+        except OSError:
+            with self._lock:
+                if self._open.get(shard.path) is entry:
+                    del self._open[shard.path]
             raise
-        self._open[shard.path] = descriptor
-        while len(self._open) > MAX_OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
+        finally:
+            with self._lock:
+                entry.users -= 1
+                if not entry.users and self._open.get(shard.path) is not entry:
+                    os.close(entry.descriptor)
 
-    def _drop(self, path: str) -> None:
-        descriptor = self._open.pop(path, None)
-        if descriptor is not None and self._pid == os.getpid():
-            os.close(descriptor)
+    def _acquire(self, shard: Shard) -> _Open:
+        """An open descriptor of the shard that no other thread closes meanwhile; a read that fails drops it, the next opens anew."""
+        if self._pid != os.getpid():  # never use a descriptor or lock inherited through fork
+            self._begin()
+        with self._lock:
+            entry = self._open.get(shard.path)
+            if entry is None:
+                entry = self._open[shard.path] = _Open(_open_checked(shard))
+            self._open.move_to_end(shard.path)
+            entry.users += 1
+            if len(self._open) > MAX_OPEN_SHARDS:
+                idle = [path for path, other in self._open.items() if not other.users]
+                for path in idle[: len(self._open) - MAX_OPEN_SHARDS]:
+                    os.close(self._open.pop(path).descriptor)
+            return entry
+
+
+@dataclass(slots=True)
+class _Open:
+    """An open shard and the number of reads under way on it."""
+
+    descriptor: int
+    users: int = 0
+
+
+def read_spans(reader: ShardReader | ShardWindow, shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each (offset, size). Spans that lie together, as the files of a sample do, are one read: always where each is a request to a
+    server, and on a local disk where a read costs more than the copy of its parts."""
+    if len(spans) < 2:
+        return [reader.read(shard, offset, size) for offset, size in spans]
+    first = min([offset for offset, _ in spans])
+    last = max([offset + size for offset, size in spans])
+    apart = last - first > sum([size for _, size in spans]) + _JOIN_GAP
+    if apart or (last - first > _JOIN_LOCAL and not is_url(shard.path)):
+        return [reader.read(shard, offset, size) for offset, size in spans]
+    whole = reader.read(shard, first, last - first)
+    return [whole[offset - first : offset - first + size] for offset, size in spans]
+
+
+class ShardWindow:
+    """A shard read once, front to back, in large blocks: what the last two blocks hold is served from memory.
+
+    `read` is a ShardReader's, so that code written for random access can follow a sequential pass without reading twice.
+    """
+
+    def __init__(self, reader: ShardReader, shard: Shard, block: int) -> None:
+        self._reader, self._shard, self._block = reader, shard, block
+        self._held: list[tuple[int, bytes]] = []
+
+    def read(self, shard: Shard, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; raises as ShardReader.read."""
+        for start, data in self._held:
+            if start <= offset and offset + size <= start + len(data):
+                return data[offset - start : offset - start + size]
+        if self._held and offset < self._held[-1][0]:  # behind the window, or across its blocks
+            return self._reader.read(shard, offset, size)
+        data = self._reader.read(shard, offset, min(max(size, self._block), shard.size - offset))
+        self._held = [*self._held[-1:], (offset, data)]
+        return data[:size]
+
+    def up_to(self, offset: int, size: int) -> bytes:
+        """At most `size` bytes: fewer at the end of the shard (the reader of tar headers)."""
+        size = max(0, min(size, self._shard.size - offset))
+        return self.read(self._shard, offset, size) if size else b""
 
 
 def _is_final(error: Exception) -> bool:
     """An answer that will not change by asking again: 4xx except 408 and 429, a missing file or permission."""
-    if isinstance(error, urllib.error.HTTPError):
-        return 400 <= error.code < 500 and error.code not in (408, 429)
-    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
+    if isinstance(error, HttpStatusError):
+        return 300 <= error.code < 500 and error.code not in (408, 429)
+    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, http.client.InvalidURL))
 
 
 def _stat_local(path: str) -> Shard:
@@ -231,62 +303,19 @@ def _stat_local(path: str) -> Shard:
     return Shard(path=path, size=found.st_size, stamp=str(found.st_mtime_ns))
 
 
-def _stat_url(url: str) -> Shard:
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HTTP_TIMEOUT_S) as answer:
-        length = answer.headers.get("Content-Length")
-        stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-    if length is None:
-        raise DataError(f"shard {url}: the server sends no Content-Length; jp_train needs a server that answers byte-range requests")
-    return Shard(path=url, size=int(length), stamp=stamp)
-
-
-def _read_url(shard: Shard, offset: int, size: int) -> bytes:
-    if size == 0:
-        return b""
-    request = urllib.request.Request(shard.path, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
-    with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as answer:
-        if answer.status != 206:
+def _open_checked(shard: Shard) -> int:
+    descriptor = os.open(shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        now = os.fstat(descriptor)
+        if (now.st_size, str(now.st_mtime_ns)) != (shard.size, shard.stamp):
             raise DataError(
-                f"shard {shard.path}: the server answered a byte-range request with status {answer.status} instead of 206; "
-                "serve the shards from a server with range support, or copy them to a local disk"
+                f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; now: "
+                f"{now.st_size} bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
             )
-        stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-        if stamp != shard.stamp:
-            raise DataError(
-                f"shard {shard.path} changed since it was indexed ({shard.stamp!r} became {stamp!r}); start again to index it anew"
-            )
-        data = answer.read(size + 1)
-    if len(data) != size:
-        raise OSError(f"the server sent {len(data)} bytes of {size}")
-    return data
-
-
-class _ShardFile(io.RawIOBase):
-    """A seekable read-only file over a ShardReader, for the header scan."""
-
-    def __init__(self, reader: ShardReader, shard: Shard) -> None:
-        self._reader, self._shard, self._position = reader, shard, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._shard.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer) -> int:
-        size = max(0, min(len(buffer), self._shard.size - self._position))
-        data = self._reader.read(self._shard, self._position, size) if size else b""
-        buffer[:size] = data
-        self._position += size
-        return size
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
@@ -298,97 +327,37 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
         DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key whose
             members are not together, or a field that a sample has twice; it names the byte offset and what to do.
     """
-    buffer_size = _SCAN_BUFFER * 4 if is_url(shard.path) else 1 << 16
-    with io.BufferedReader(_ShardFile(reader, shard), buffer_size) as file:
-        magic = file.read(4)
-        if magic[:2] == b"\x1f\x8b" or magic[:3] == b"BZh" or magic == b"\x28\xb5\x2f\xfd" or magic == b"\xfd7zX":
-            raise DataError(f"shard {shard.path} is compressed, so byte ranges cannot be read from it; decompress it to a plain .tar")
-        file.seek(0)
-        return _group(shard, file)
-
-
-def _group(shard: Shard, file: io.BufferedReader) -> ShardMembers:
+    window = ShardWindow(reader, shard, _SCAN_BLOCK_URL if is_url(shard.path) else _SCAN_BLOCK)
     keys: list[str] = []
-    seen: dict[str, int] = {}
     start, codes, offsets, sizes = [0], [], [], []
     extensions: dict[str, int] = {}
     ignored: list[tuple[str, str]] = []
-    fields_here: set[str] = set()
-    position = 0
+
+    def stop(fault: TarFault, _: str | None) -> None:
+        raise fault
+
+    def leave_out(name: str, _: int, reason: str) -> None:
+        ignored.append((name, reason))
+
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps every header otherwise
-                position = member.offset
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DataError(
-                        f"shard {shard.path}, byte {position}: member {member.name!r} is a link, device or sparse file; "
-                        "a shard may hold plain files only: write it again"
-                    )
-                if member.offset_data + member.size > shard.size:
-                    raise tarfile.ReadError(f"member {member.name!r} of {member.size} bytes runs past the end of the file")
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not stem or not dot or not extension:
-                    ignored.append((member.name, "the file name has no key or no extension: it belongs to no sample"))
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                extension = extension.lower()
-                if not keys or keys[-1] != key:
-                    if key in seen:
-                        raise DataError(
-                            f"shard {shard.path}, byte {position}: key {key!r} appears again after other samples (first as sample "
-                            f"{seen[key]}); the files of one sample must be adjacent and keys unique: write the shard again"
-                        )
-                    seen[key] = len(keys)
-                    keys.append(key)
-                    start.append(start[-1])
-                    fields_here.clear()
-                if extension in fields_here:
-                    raise DataError(
-                        f"shard {shard.path}, byte {position}: key {key!r} has two .{extension} files; keys must be unique within a shard"
-                    )
-                fields_here.add(extension)
-                start[-1] += 1
+        for sample in group_members(walk(window.up_to, shard.size), on_fault=stop, on_stray=leave_out):
+            keys.append(sample.key)
+            for extension, member in sample.members.items():
                 codes.append(extensions.setdefault(extension, len(extensions)))
-                offsets.append(member.offset_data)
+                offsets.append(member.offset)
                 sizes.append(member.size)
-            _check_end(shard, file, tar.offset)
-    except (tarfile.TarError, EOFError) as error:
+            start.append(len(codes))
+    except TarFault as fault:
         raise DataError(
-            f"shard {shard.path} is corrupt or truncated near byte {position} of {shard.size}: {error}; download or write it "
-            "again, or take it out of the source"
-        ) from error
+            f"shard {shard.path} ({fault.fault} at byte {fault.offset} of {shard.size}): {fault.reason}. Download or write the shard "
+            "again, or take it out of the source; `jp-train data verify` says up to which sample it is readable"
+        ) from fault
     return ShardMembers(
         keys=tuple(keys),
         member_start=np.array(start, np.int64),
         extensions=tuple(extensions),
-        extension=np.array(codes, np.int16),
+        extension=np.array(codes, np.int32),
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
         ignored=tuple(ignored),
     )
-
-
-def _check_end(shard: Shard, file: io.BufferedReader, offset: int) -> None:
-    """tarfile ends quietly at a header it cannot read: insist on the end marker, and on nothing but zeros after it."""
-    file.seek(offset)
-    block = file.read(_BLOCK)
-    if len(block) < _BLOCK:
-        raise DataError(
-            f"shard {shard.path} ends at byte {shard.size} without the end-of-archive marker: it was truncated while being written "
-            "or copied; download or write it again"
-        )
-    if block.count(0) != _BLOCK:
-        raise DataError(
-            f"shard {shard.path} is corrupt: the block at byte {offset} is neither a tar header nor the end of the archive; "
-            "download or write it again, or take it out of the source"
-        )
-    while block := file.read(_SCAN_BUFFER):
-        if block.count(0) != len(block):
-            raise DataError(
-                f"shard {shard.path} has data after its end-of-archive marker at byte {offset} (tars joined with cat?); its later "
-                "samples would be lost: write it again as one tar"
-            )

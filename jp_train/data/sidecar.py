@@ -4,6 +4,9 @@
     X.tar.jp-tokens-<print>.npz    token counts of the usable samples, and the bad ones with their reasons; valid for one
                                    fingerprint of tokenizer, template, options and source settings, so stages do not overwrite
                                    each other
+    X.tar.jp-excluded.json         samples that `data verify --exclude` took out (exclusions.py); their digest is in the name and
+                                   the meta data of the tokens file: .jp-tokens-<print>-x<digest>.npz
+    X.tar.jp-vq-<print>.npy, .json ids of the pictures and what they were made with (vq_ids.py)
 
 They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or remote. Each is
 written under a temporary name and renamed, so concurrent builders are harmless.
@@ -16,9 +19,10 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -73,10 +77,16 @@ def has_members(shard: Shard) -> bool:
     return _read(shard, _MEMBERS, _identity(shard), arrays=False) is not None
 
 
+def member_extensions(shard: Shard) -> tuple[str, ...] | None:
+    """The file extensions in a shard, from the members sidecar; None when there is no current one. Cheaper than loading it."""
+    loaded = _read(shard, _MEMBERS, _identity(shard), arrays=False)
+    return None if loaded is None else tuple(loaded[0]["extensions"])
+
+
 def load_tokens(shard: Shard, fingerprint: str) -> ShardTokens | None:
     """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current."""
-    expected = _identity(shard) | {"fingerprint": fingerprint}
-    loaded = _read(shard, _tokens_suffix(fingerprint), expected)
+    expected = _identity(shard) | {"fingerprint": fingerprint, "excluded": shard.excluded or None}
+    loaded = _read(shard, _tokens_suffix(shard, fingerprint), expected)
     if loaded is None:
         return None
     meta, arrays = loaded
@@ -107,42 +117,45 @@ def store_members(shard: Shard, members: ShardMembers) -> None:
 
 def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens) -> None:
     """Write the tokens sidecar. Raises DataError when neither place can be written."""
-    meta = {"fingerprint": fingerprint, "dialogues": tokens.dialogues, "bad": tokens.bad}
+    meta = {"fingerprint": fingerprint, "excluded": shard.excluded or None, "dialogues": tokens.dialogues, "bad": tokens.bad}
     table = np.stack([tokens.tokens, tokens.short_tokens, tokens.dropped_tokens, tokens.short_dropped_tokens])
-    _write(shard, _tokens_suffix(fingerprint), _identity(shard) | meta, {"sample": tokens.sample, "table": table})
+    _write(shard, _tokens_suffix(shard, fingerprint), _identity(shard) | meta, {"sample": tokens.sample, "table": table})
 
 
-def _tokens_suffix(fingerprint: str) -> str:
-    return f".jp-tokens-{fingerprint[:12]}.npz"
+def _tokens_suffix(shard: Shard, fingerprint: str) -> str:
+    """Another name for other exclusions: a run that goes on while samples are excluded keeps reading the table it began with."""
+    return f".jp-tokens-{fingerprint[:12]}{f'-x{shard.excluded[:8]}' if shard.excluded else ''}.npz"
 
 
 def _identity(shard: Shard) -> dict:
     return {"format": FORMAT, "size": shard.size, "stamp": shard.stamp}
 
 
-def _candidates(shard: Shard, suffix: str) -> list[Path]:
+def sidecar_places(shard: Shard, suffix: str) -> list[Path]:
     """Where a sidecar may be: beside the shard, then in the cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jp_train" / "index"
     cached = base / hashlib.sha256(shard.path.encode()).hexdigest()[:32] / f"{shard.name}{suffix}"
     return [cached] if is_url(shard.path) else [Path(shard.path + suffix), cached]
 
 
-def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an npz to the first candidate that can be written: temporary file, fsync, rename."""
-    blob = np.frombuffer(json.dumps(meta, ensure_ascii=True).encode(), np.uint8)
+def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) -> Path:
+    """Let `write` fill a sidecar in the first place that can be written: temporary file, fsync, rename. Returns its path.
+
+    Raises DataError when neither place can be written.
+    """
     problems = []
-    candidates = _candidates(shard, suffix)
-    for path in candidates:
+    places = sidecar_places(shard, suffix)
+    for path in places:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
-            if path is candidates[-1]:
+            if path is places[-1]:
                 path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
-                np.savez(file, meta=blob, **arrays)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            return
+            return path
         except OSError as error:
             problems.append(str(error))
             with contextlib.suppress(OSError):
@@ -150,8 +163,13 @@ def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarra
     raise DataError(f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable")
 
 
+def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarray]) -> None:
+    blob = np.frombuffer(json.dumps(meta, ensure_ascii=True).encode(), np.uint8)
+    write_sidecar(shard, suffix, lambda file: np.savez(file, meta=blob, **arrays))
+
+
 def _read(shard: Shard, suffix: str, expected: dict, *, arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]] | None:
-    for path in _candidates(shard, suffix):
+    for path in sidecar_places(shard, suffix):
         try:
             with np.load(path, allow_pickle=False) as file:
                 meta = json.loads(bytes(file["meta"]))

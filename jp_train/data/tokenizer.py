@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jp_train.config.schema import TokenizerConfig
 from jp_train.errors import ConfigError
 from jp_train.types import SpecialTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 STRINGS_FILE = "jp_train_tokenizer.json"
 """Written beside an exported tokenizer: which string plays which role."""
 
 
 class Tokenizer(ABC):
-    """Text <-> ids. Made by `load_tokenizer`; pickles as its path, and refuses to unpickle when the files have changed
-    meanwhile."""
+    """Text <-> ids. Made by `load_tokenizer`; pickles as its content, so that a worker process has this very tokenizer, whatever happens to
+    the files meanwhile, and need not import transformers."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         self.cfg = cfg
@@ -81,6 +85,17 @@ class Tokenizer(ABC):
         # Only when normalisation made a special string out of look-alike characters: spell the text out.
         return [token for character in text for token in self._encode(character) if token not in self._reserved_ids]
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; what is plain goes through the tokenizer in one call."""
+        search = self._reserved_pattern.search
+        if not all(texts) or any(map(search, texts)):
+            return [self.encode(text) for text in texts]
+        found = self._encode_many(texts)
+        for number, ids in enumerate(found):
+            if not self._reserved_ids.isdisjoint(ids):
+                found[number] = self.encode(texts[number])
+        return found
+
     def encode_template(self, text: str) -> list[int]:
         """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as single
         tokens)."""
@@ -121,7 +136,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(strings.encode() + b"\0" + self._content()).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return (_reload, (self.cfg, self.fingerprint))
+        return (_restored, (type(self), self.cfg, self._content()))
 
     @abstractmethod
     def _special_id(self, string: str) -> int | None: ...
@@ -132,6 +147,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -174,22 +192,21 @@ def load_saved_tokenizer(folder: str | Path) -> Tokenizer:
     return load_tokenizer(TokenizerConfig(path=str(folder), **known))
 
 
-def _reload(cfg: TokenizerConfig, fingerprint: str) -> Tokenizer:
-    tokenizer = load_tokenizer(cfg)
-    if tokenizer.fingerprint != fingerprint:
-        raise ConfigError(f"tokenizer {cfg.path} changed while it was in use; start again")
-    return tokenizer
+def _restored(kind: type[_SentencePiece] | type[_HuggingFace], cfg: TokenizerConfig, content: bytes) -> Tokenizer:
+    return kind(cfg, content)
 
 
 class _SentencePiece(Tokenizer):
-    def __init__(self, cfg: TokenizerConfig, path: Path) -> None:
+    """`source`: the model file, or its content."""
+
+    def __init__(self, cfg: TokenizerConfig, source: Path | bytes) -> None:
         import sentencepiece
 
-        self._path = path
+        self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model.LoadFromSerializedProto(source if isinstance(source, bytes) else source.read_bytes())
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"tokenizer.path {path} is not a SentencePiece model: {error}") from error
+            raise ConfigError(f"tokenizer.path {source!s:.200} is not a SentencePiece model: {error}") from error
         super().__init__(cfg)
 
     @property
@@ -209,6 +226,9 @@ class _SentencePiece(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, out_type=int)
 
+    def _encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), out_type=int, num_threads=1)
+
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
@@ -216,36 +236,42 @@ class _SentencePiece(Tokenizer):
         return self._model.serialized_model_proto()
 
     def _save(self, folder: Path) -> None:
-        target = folder / "tokenizer.model"
-        if target.absolute() != self._path.absolute():
-            shutil.copyfile(self._path, target)
+        (folder / "tokenizer.model").write_bytes(self._content())
 
 
 class _HuggingFace(Tokenizer):
-    def __init__(self, cfg: TokenizerConfig, path: Path) -> None:
-        from transformers import AutoTokenizer
+    """`source`: a folder, read with transformers, or the content of its fast tokenizer, for which transformers is not imported."""
 
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-            self._backend = self._tokenizer.backend_tokenizer
-        except Exception as error:  # transformers raises many kinds for a folder it cannot read
-            raise ConfigError(f"tokenizer.path {path} is not a fast Hugging Face tokenizer: {error}") from error
-        self._added = {added.content: token for token, added in self._tokenizer.added_tokens_decoder.items()}
+    def __init__(self, cfg: TokenizerConfig, source: Path | bytes) -> None:
+        # A batch is one row's texts: rows are built in parallel by processes, and threads of each would only fight for the same cores.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if isinstance(source, bytes):
+            import tokenizers
+
+            self._backend = tokenizers.Tokenizer.from_str(source.decode())
+        else:
+            self._backend = _pretrained(source).backend_tokenizer
+        self._vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self._added_tokens = self._backend.get_added_tokens_decoder()
+        self._added = {added.content: token for token, added in self._added_tokens.items()}
         super().__init__(cfg)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._tokenizer)
+        return self._vocab_size
 
     def _special_id(self, string: str) -> int | None:
         return self._added.get(string)
 
     def _reserved(self) -> dict[str, int]:
         # An added token that is plain text to its tokenizer (special=False, e.g. an added word) may appear in text; ours may not.
-        return {added.content: token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
+        return {added.content: token for token, added in self._added_tokens.items() if added.special}
 
     def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._encode_many([text])[0]
+
+    def _encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
@@ -254,4 +280,15 @@ class _HuggingFace(Tokenizer):
         return self._backend.to_str().encode()
 
     def _save(self, folder: Path) -> None:
-        self._tokenizer.save_pretrained(str(folder))
+        _pretrained(Path(self.cfg.path).expanduser()).save_pretrained(str(folder))
+
+
+def _pretrained(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        assert found.backend_tokenizer is not None
+        return found
+    except Exception as error:  # transformers raises many kinds for a folder it cannot read
+        raise ConfigError(f"tokenizer.path {folder} is not a fast Hugging Face tokenizer: {error}") from error

@@ -1,15 +1,18 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, for any number of ranks.
 
-    checkpoints/step_0000100/manifest.json   step, ranks, sizes and checksums of every other file, code and package versions
-                             state.json      plan state, counters, patience, freeze proof
-                             config.yaml     the resolved configuration
-                             rng_rank_0000.pt
-                             deepspeed/      weights, fp32 master weights and moments, two files per rank
-    checkpoints/latest                       name of the newest one (for people and scripts: resume does not trust it)
+    checkpoints/step_0000100/manifest.json     step, ranks, sizes and checksums of every other file, code and package versions
+                             state.json        plan state, counters, patience, freeze proof
+                             config.yaml       the resolved configuration
+                             partitions.json   how parameters are cut (model/partition_files.py)
+                             rank_00000.safetensors   this rank's slices of weights and moments, and its random states
+                             vq.safetensors    the VQ tokenizer, where frozen weights are kept too
+    checkpoints/latest, best                   names of the newest and of the best one (for people and scripts: resume does not trust them)
 
-A save writes everything into `.saving_step_0000100`, fsyncs it, writes the manifest last, renames the folder and only then moves `latest` and
-deletes old ones. DeepSpeed's own `latest` is not used: it is written before the other ranks' files are known to exist (DEEPSPEED.md section 3).
-`run_dir` must lie on a file system that all hosts share.
+A save writes everything into `.saving_step_0000100`, with every file summed and fsynced; when all ranks are done, rank 0 writes the manifest last,
+renames the folder and only then moves `latest` and deletes old ones. `run_dir` must lie on a file system that all hosts share.
+
+`begin` returns as soon as what is to be written is copied to host memory (or is on the CPU and may not change: `background` False); a thread writes.
+`poll`, at later step boundaries, completes the save once all ranks have written; `settle` waits for it. At most one save is under way.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -27,20 +30,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from jp_train.config.schema import CheckpointConfig
-from jp_train.engine.identity import differences
+from jp_train.engine.disk import explained, require_space
+from jp_train.engine.host_copy import HostCopy
+from jp_train.engine.rng import PREFIX, derive_rng, restore_rng, rng_tensors
 from jp_train.errors import CheckpointError, JpTrainError
+from jp_train.model.partition_files import (
+    BLOCK,
+    INDEX_FILE,
+    NamedTensors,
+    Parameter,
+    PartitionReader,
+    ShardReader,
+    file_rank,
+    index_text,
+    rank_file,
+    shard_bytes,
+    write_shard,
+)
 
-FORMAT = 1
-DEEPSPEED_TAG = "deepspeed"
+FORMAT = 2
+VQ_FILE = "vq.safetensors"
 SMALL_FILE = 1 << 20
-"""Files up to this many bytes get a SHA-256, larger ones a CRC-32 (which a rank computes at over 1 GB/s)."""
+"""Text files up to this many bytes get a SHA-256, everything else a CRC-32 (which a rank computes at over 1 GB/s)."""
+WAIT_S = 2.0
+"""How long a rank waits for its own thread before it tells the others, so that no collective waits longer for a slow disk."""
 _NAME = re.compile(r"step_(\d{7,})$")
-_RANK_FILE = re.compile(r"(?:zero_pp_rank_|rng_rank_0*)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -53,58 +71,168 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a checkpoint is made of. `tensors` are this rank's (views are fine: `begin` copies); the rest is the same on every rank or rank 0's.
+
+    `about` goes into the manifest; `val/total` in it makes the checkpoint a candidate for the best one.
+    """
+
+    tensors: NamedTensors
+    parameters: list[Parameter]
+    optimizer_step: int
+    with_frozen: bool
+    vq: NamedTensors = ()
+    state: dict[str, Any]
+    identity: dict[str, Any]
+    config_text: str
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A completed save: bytes of the whole checkpoint, and seconds from `begin` to its last rename."""
+
+    path: Path
+    step: int
+    bytes: int
+    total_s: float
+
+
+@dataclass
+class _Pending:
+    """A save under way on this rank; `report` is set by the thread when it is done."""
+
+    step: int
+    partial: Path
+    target: Path
+    manifest: dict[str, Any]
+    began: float
+    thread: threading.Thread | None = None
+    report: dict[str, Any] | None = None
+
+
 class CheckpointStore:
     """The `checkpoints/` folder of one run. Every method is called by all ranks; rank 0 decides and writes what is not per rank."""
 
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, *, dp_rank: int, dp_world_size: int) -> None:
         self.folder = run_dir / "checkpoints"
+        self.problems: list[str] = []
+        """Old checkpoints that could not be deleted (rank 0); the caller reports and clears them."""
         self._cfg = cfg
         self._rank = dp_rank
         self._world = dp_world_size
+        self._host = HostCopy()
+        self._pending: _Pending | None = None
+        self._retiring: threading.Thread | None = None
 
-    def save(
-        self,
-        engine: Any,
-        *,
-        step: int,
-        state: dict[str, Any],
-        identity: dict[str, Any],
-        config_text: str,
-        about: dict[str, Any],
-        with_frozen: bool,
-    ) -> Path:
-        """Write the checkpoint of `step` completed steps. Collective.
+    # -- saving ---------------------------------------------------------------------------------------------------------------------
 
-        `with_frozen` False leaves out frozen weights, which resume then reads from the stage's input weights again (`about` should hold their
-        checksum). Raises CheckpointError on every rank when a file cannot be written; the previous checkpoint is untouched.
+    @property
+    def pending_step(self) -> int | None:
+        """The step of the save that is under way."""
+        return self._pending.step if self._pending else None
+
+    def begin(self, step: int, content: Content) -> None:
+        """Start the checkpoint of `step` completed steps; the save before must be settled. Collective.
+
+        Raises CheckpointError on every rank when there is no room or the folder cannot be written; the previous checkpoint is untouched.
         """
+        assert self._pending is None, "one save at a time"
+        began = time.perf_counter()
         target = self.folder / f"step_{step:07d}"
         partial = self.folder / f".saving_{target.name}"
-        self._on_main(lambda: self._start(partial), f"cannot start {partial}")
-        torch.save(_rng_state(), partial / _rng_name(self._rank))
-        engine.save_checkpoint(str(partial), tag=DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=not with_frozen)
-        if self._rank == 0:
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            (partial / "config.yaml").write_text(config_text, encoding="utf-8")
-        files = self._describe_all(partial)
+        tensors = [*content.tensors, *rng_tensors()]
+        texts = self._texts(content) if self._rank == 0 else {}
+        vq = content.vq if self._rank == 0 else ()
+        own = shard_bytes(tensors) + (shard_bytes(vq) if vq else 0) + sum(map(len, texts.values()))
+        needed = sum(self._gather(own))
+        self._on_main(lambda: self._start(partial, needed), f"cannot start {partial}")
         manifest = {
             "format": FORMAT,
             "step": step,
             "dp_world_size": self._world,
-            "with_frozen": with_frozen,
+            "with_frozen": content.with_frozen,
             "time": time.time(),
-            "identity": identity,
-            **about,
-            "files": files,
+            "identity": content.identity,
+            **content.about,
         }
-        self._on_main(lambda: self._publish(partial, target, manifest), f"cannot complete {target}")
-        return target
+        pending = _Pending(step, partial, target, manifest, began)
+        if self._cfg.background:
+            tensors, vq = self._host.take(tensors), [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq]
+        self._pending = pending
+        if self._cfg.background:
+            pending.thread = threading.Thread(target=self._write, args=(pending, tensors, vq, texts), name=f"save-{step}", daemon=True)
+            pending.thread.start()
+        else:
+            self._write(pending, tensors, vq, texts)
+
+    def poll(self, *, wait_s: float = 0.0) -> Saved | None:
+        """Complete the save under way if every rank has written its part; None when there is none or it still runs. Collective.
+
+        Raises CheckpointError on every rank when a part could not be written; what was written is removed then.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        if pending.thread is not None:
+            pending.thread.join(wait_s)
+        reports = self._gather(pending.report)
+        if any(report is None for report in reports):
+            return None
+        self._pending = None
+        try:
+            errors = [report["error"] for report in reports if report["error"]]
+            if errors:
+                raise CheckpointError(f"cannot complete {pending.target}: " + "; ".join(errors))
+            files = {name: described for report in reports for name, described in report["files"].items()}
+            self._on_main(lambda: self._publish(pending, files), f"cannot complete {pending.target}")
+        except CheckpointError:
+            if self._rank == 0:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+            raise
+        size = sum(described["size"] for described in files.values())
+        return Saved(pending.target, pending.step, size, time.perf_counter() - pending.began)
+
+    def settle(self) -> Saved | None:
+        """`poll` until the save under way is complete, and old checkpoints are deleted. Collective; raises as `poll` does."""
+        saved = None
+        while self._pending is not None:
+            saved = self.poll(wait_s=WAIT_S)
+        if self._retiring is not None:
+            self._retiring.join()
+        return saved
+
+    def _texts(self, content: Content) -> dict[str, bytes]:
+        index = index_text(content.parameters, world=self._world, with_frozen=content.with_frozen, optimizer_step=content.optimizer_step)
+        texts = {"state.json": json.dumps(content.state), "config.yaml": content.config_text, INDEX_FILE: index}
+        return {name: text.encode() for name, text in texts.items()}
+
+    def _write(self, pending: _Pending, tensors: NamedTensors, vq: NamedTensors, texts: dict[str, bytes]) -> None:
+        """This rank's files; in a thread, so that nothing may be raised and no collective may run."""
+        partial, files = pending.partial, {}
+        error = None
+        try:
+            files[rank_file(self._rank)] = write_shard(partial / rank_file(self._rank), tensors)
+            if vq:
+                files[VQ_FILE] = write_shard(partial / VQ_FILE, vq)
+            for name, text in texts.items():
+                (partial / name).write_bytes(text)
+                _fsync(partial / name)
+                files[name] = _describe(partial / name)
+        except OSError as problem:
+            error = f"rank {self._rank}: {explained(problem, self.folder)}"
+        except Exception as problem:  # a thread's traceback would be lost, and the other ranks would wait for it
+            error = f"rank {self._rank}: {type(problem).__name__}: {problem}"
+        pending.report = {"error": error, "files": files}
+
+    # -- resuming -------------------------------------------------------------------------------------------------------------------
 
     def newest(self, *, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
         """The newest complete checkpoint, None for a run that has none. Collective.
 
         A damaged one is reported to `on_damage` (on rank 0) and the one before is tried. Raises CheckpointError when there are checkpoints but
-        none is whole: a silent start from scratch would throw the run away.
+        none is whole (a silent start from scratch would throw the run away), or when the newest has the format of another version.
         """
         names = self._shared(self._names if self._rank == 0 else None)
         problems = []
@@ -113,6 +241,7 @@ class CheckpointStore:
             problem = self._shared((lambda path=path: _outer_fault(path)) if self._rank == 0 else None)
             if problem is None:
                 manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+                _refuse_other_format(path, manifest)
                 problem = self._contents_fault(path, manifest)
                 if problem is None:
                     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -128,21 +257,29 @@ class CheckpointStore:
             )
         return None
 
-    def load(self, engine: Any, checkpoint: Checkpoint) -> None:
-        """Put weights, optimizer and random states of a checkpoint into a fresh engine. Collective.
+    def load(self, checkpoint: Checkpoint, fill: Callable[[PartitionReader], None], vq: torch.nn.Module | None = None) -> None:
+        """Read a checkpoint of any number of ranks: `fill` takes weights and optimizer state, `vq` its weights; random states are set. Collective.
 
-        Raises CheckpointError when the checkpoint was written by another number of ranks.
+        `fill` may not run collectives. Raises CheckpointError on every rank when one rank cannot read its part.
         """
-        refuse_other_world(checkpoint, self._world)
-        loaded, _ = engine.load_checkpoint(
-            str(checkpoint.path),
-            tag=DEEPSPEED_TAG,
-            load_module_strict=bool(checkpoint.manifest["with_frozen"]),
-            load_lr_scheduler_states=False,
-        )
-        if loaded is None:
-            raise CheckpointError(f"{checkpoint.path}: DeepSpeed did not load {DEEPSPEED_TAG}/; its warning above says why")
-        _restore_rng(torch.load(checkpoint.path / _rng_name(self._rank), weights_only=True))
+        failure = None
+        try:
+            reader = PartitionReader(checkpoint.path)
+            fill(reader)
+            reader.close()
+            if vq is not None and (checkpoint.path / VQ_FILE).exists():
+                _load_vq(vq, checkpoint.path / VQ_FILE)
+            if self._rank < reader.world:
+                own = ShardReader(checkpoint.path / rank_file(self._rank))
+                restore_rng({name: own.read(name) for name in own.keys() if name.startswith(PREFIX)})  # noqa: SIM118 - not a dict
+                own.close()
+            else:
+                derive_rng(checkpoint.manifest["identity"].get("seed"), checkpoint.step, self._rank)
+        except CheckpointError as error:
+            failure = f"rank {self._rank}: {error}"
+        failures = [text for text in self._gather(failure) if text]
+        if failures:
+            raise CheckpointError(failures[0])
 
     # -- rank 0 ---------------------------------------------------------------------------------------------------------------------
 
@@ -152,70 +289,71 @@ class CheckpointStore:
         found = [(int(match[1]), path.name) for path in self.folder.iterdir() if path.is_dir() and (match := _NAME.match(path.name))]
         return [name for _, name in sorted(found)]
 
-    def _start(self, partial: Path) -> None:
+    def _start(self, partial: Path, needed: int) -> None:
+        if self._retiring is not None:
+            self._retiring.join()
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*"):  # of saves and deletions that a crash interrupted
             if leftover.is_dir():
                 shutil.rmtree(leftover)
+        require_space(self.folder, needed, f"checkpoint {partial.name.removeprefix('.saving_')}")
         partial.mkdir()
 
-    def _publish(self, partial: Path, target: Path, manifest: dict[str, Any]) -> None:
-        for name, described in manifest["files"].items():
+    def _publish(self, pending: _Pending, files: dict[str, Any]) -> None:
+        partial, target = pending.partial, pending.target
+        for name, described in files.items():
             file = partial / name
             if not file.is_file() or file.stat().st_size != described["size"]:
                 raise CheckpointError(f"{file} is not visible to rank 0; run_dir must lie on a file system that all hosts share")
-        write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
-        for folder in (partial / DEEPSPEED_TAG, partial):
-            _fsync(folder)
+        write_durably(partial / "manifest.json", json.dumps({**pending.manifest, "files": files}, indent=1))
+        _fsync(partial)
         if target.exists():  # a damaged one of the same step, from an earlier attempt
             os.rename(target, self.folder / f".replaced_{target.name}")
         os.rename(partial, target)
         _fsync(self.folder)
         write_durably(self.folder / "latest", target.name + "\n")
-        self._retire()
+        best = self._best() if self._cfg.keep_best else None
+        if best is not None:
+            write_durably(self.folder / "best", best + "\n")
+        self._retiring = threading.Thread(target=self._retire, args=(best,), daemon=True)  # a large folder takes its time
+        self._retiring.start()
 
-    def _retire(self) -> None:
-        names = self._names()
-        for name in names[: -self._cfg.keep_last]:
-            step = int(_NAME.match(name)[1])  # type: ignore[index]
-            if self._cfg.keep_every and step % self._cfg.keep_every == 0:
+    def _best(self) -> str | None:
+        """The complete checkpoint with the lowest held-out loss, the oldest of equals."""
+        found = []
+        for name in self._names():
+            try:
+                loss = json.loads((self.folder / name / "manifest.json").read_text(encoding="utf-8")).get("val/total")
+            except (OSError, ValueError):
                 continue
-            doomed = self.folder / f".deleting_{name}"  # renamed first: half a deletion must not look like a checkpoint
-            os.rename(self.folder / name, doomed)
-            shutil.rmtree(doomed)
-        for replaced in self.folder.glob(".replaced_*"):
-            shutil.rmtree(replaced)
+            if isinstance(loss, (int, float)) and loss == loss:
+                found.append((loss, name))
+        return min(found)[1] if found else None
+
+    def _retire(self, best: str | None) -> None:
+        try:
+            for name in self._names()[: -self._cfg.keep_last]:
+                step = int(_NAME.match(name)[1])  # type: ignore[index]
+                if name == best or (self._cfg.keep_every and step % self._cfg.keep_every == 0):
+                    continue
+                doomed = self.folder / f".deleting_{name}"  # renamed first: half a deletion must not look like a checkpoint
+                os.rename(self.folder / name, doomed)
+                shutil.rmtree(doomed)
+            for replaced in self.folder.glob(".replaced_*"):
+                shutil.rmtree(replaced)
+        except OSError as error:
+            self.problems.append(f"old checkpoints in {self.folder} cannot be deleted: {error}")
 
     # -- all ranks ------------------------------------------------------------------------------------------------------------------
 
-    def _describe_all(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Flush this rank's files, and collect every rank's sizes and checksums."""
-        mine: dict[str, Any] = {"error": None, "files": {}}
-        try:
-            for file in self._own(partial):
-                _fsync(file)
-                mine["files"][file.relative_to(partial).as_posix()] = _describe(file)
-        except OSError as error:
-            mine["error"] = f"rank {self._rank}: {error}"
-        reports = self._gather(mine)
-        errors = [report["error"] for report in reports if report["error"]]
-        if errors:
-            raise CheckpointError(f"cannot complete {partial}: " + "; ".join(errors))
-        return {name: described for report in reports for name, described in sorted(report["files"].items())}
-
-    def _own(self, folder: Path) -> list[Path]:
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-        return [path for path in files if _owner(path) == self._rank]
-
     def _contents_fault(self, path: Path, manifest: dict[str, Any]) -> str | None:
-        """Compare checksums, each rank those of its own files (with fewer ranks than files, rank 0 takes the rest)."""
+        """Compare checksums; the files are dealt to the ranks, however many wrote them."""
         fault = None
         for name, described in manifest["files"].items():
-            owner = _owner(Path(name))
-            if (owner if owner < self._world else 0) != self._rank:
+            if (file_rank(name) or 0) % self._world != self._rank:
                 continue
             try:
-                found = _describe(path / name)
+                found = _describe(path / name, crc="crc32" in described)
             except OSError as error:
                 found = {"error": str(error)}
             if found != described:
@@ -243,33 +381,15 @@ class CheckpointStore:
         def attempt() -> str | None:
             try:
                 action()
-            except (OSError, JpTrainError) as error:
+            except OSError as error:
+                return f"{what}: {explained(error, self.folder)}"
+            except JpTrainError as error:
                 return f"{what}: {error}"
             return None
 
         error = self._shared(attempt if self._rank == 0 else None)
         if error:
             raise CheckpointError(error)
-
-
-def refuse_other_configuration(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError when resuming would train something else than the checkpoint did, naming every difference."""
-    lines = differences(checkpoint.manifest["identity"], identity)
-    if lines:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to another configuration ({len(lines)} difference(s), saved -> now): {'; '.join(lines[:12])}. "
-            "Undo the changes to resume; or choose another run_dir, with model.init_from naming weights to start from"
-        )
-
-
-def refuse_other_world(checkpoint: Checkpoint, dp_world_size: int) -> None:
-    """Raise CheckpointError when the checkpoint was written by another number of ranks."""
-    saved = int(checkpoint.manifest["dp_world_size"])
-    if saved != dp_world_size:
-        raise CheckpointError(
-            f"{checkpoint.path} was written by {saved} rank(s) and this run has {dp_world_size}. Optimizer states are split by rank and cannot be "
-            f"resumed with another number yet: start with {saved} rank(s), or a new run_dir with model.init_from"
-        )
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -286,7 +406,7 @@ def _outer_fault(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, this version reads {FORMAT}"
+            return None  # refused by the caller
         if int(manifest["step"]) != int(_NAME.match(path.name)[1]):  # type: ignore[index]
             return f"the manifest says step {manifest['step']}"
         files = manifest["files"].items()
@@ -304,21 +424,35 @@ def _outer_fault(path: Path) -> str | None:
     return None
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def _refuse_other_format(path: Path, manifest: dict[str, Any]) -> None:
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}, this jp_train reads format {FORMAT}. Resume it with the version that wrote it "
+            f"(git commit {manifest.get('git_commit')}), or end it there and start a new run_dir with model.init_from its export"
+        )
+
+
+def _describe(file: Path, *, crc: bool = False) -> dict[str, Any]:
     size = file.stat().st_size
     with file.open("rb") as stream:
-        if size <= SMALL_FILE:
+        if size <= SMALL_FILE and not crc:
             return {"size": size, "sha256": hashlib.sha256(stream.read()).hexdigest()}
-        crc = 0
-        while block := stream.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return {"size": size, "crc32": f"{crc:08x}"}
+        total = 0
+        while block := stream.read(BLOCK):
+            total = zlib.crc32(block, total)
+    return {"size": size, "crc32": f"{total:08x}"}
 
 
-def _owner(path: Path) -> int:
-    """The rank that wrote a file: named in per-rank files, else rank 0."""
-    match = _RANK_FILE.search(path.name)
-    return int(match[1]) if match else 0
+def _load_vq(vq: torch.nn.Module, path: Path) -> None:
+    reader = ShardReader(path)
+    with torch.no_grad():
+        for name, parameter in vq.named_parameters():
+            if reader.shape(f"model.{name}") != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{path}: model.{name} is {list(reader.shape(f'model.{name}'))}, model.vq says {list(parameter.shape)}"
+                )
+            parameter.copy_(reader.read(f"model.{name}").view(parameter.shape))
+    reader.close()
 
 
 def _fsync(path: Path) -> None:
@@ -327,30 +461,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng_rank_{rank:04d}.pt"
-
-
-def _rng_state() -> dict[str, Any]:
-    """Random states of this process as tensors and plain numbers (so that they load without unpickling code)."""
-    version, words, gauss = random.getstate()
-    legacy = np.random.get_state(legacy=False)
-    assert isinstance(legacy, dict)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": [version, list(words), gauss],
-        "numpy": [legacy["state"]["key"].tolist(), int(legacy["state"]["pos"]), int(legacy["has_gauss"]), float(legacy["gauss"])],
-    }
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    key, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), pos, has_gauss, cached))

@@ -19,14 +19,14 @@ from jp_train.engine.init import Engine, gather_for_reading
 from jp_train.errors import CheckpointError, JpTrainError
 from jp_train.model.export import write_export
 
-GATHERED_ELEMENTS = 1 << 27
-"""Elements that are whole on a rank at one time, at least one tensor: 0.25 GiB in bf16."""
+GATHERED_ELEMENTS = 1 << 24
+"""Elements that are whole on a rank at one time, but at least one tensor: 32 MiB in bf16 (the largest of the 7B model has 0.8 GiB)."""
 
 
 def export(engine: Engine, path: Path, *, tokenizer: Any, precision: Precision, config_text: str, is_main: bool) -> None:
     """Write `path` from the engine's current weights, the VQ tokenizer and the text tokenizer. Collective; rank 0 writes.
 
-    No rank holds more than GATHERED_ELEMENTS elements (and rank 0 one output shard). Raises CheckpointError on every rank when the folder cannot be
+    No rank holds more than GATHERED_ELEMENTS elements, or one tensor; rank 0 has a copy of them on the CPU, and writes tensor by tensor. Raises CheckpointError on every rank when the folder cannot be
     written; nothing half-written is left.
     """
     tensors = whole_tensors(engine, keep=is_main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum
 from importlib import metadata
@@ -13,6 +13,7 @@ from typing import Any
 
 from jp_train.config import RunConfig
 from jp_train.config.schema import Schedule
+from jp_train.errors import CheckpointError
 
 FREE_KEYS = (
     "preset",
@@ -28,6 +29,14 @@ FREE_KEYS = (
     "engine.persistence_threshold",
     "engine.hpz_partition_size",
     "engine.collective_timeout_s",
+    "engine.stall_timeout_s",
+    "engine.grace_s",
+    # what is judged and skipped decides what is trained; how much of it is told, and when to give up, does not
+    "guard.max_consecutive_skips",
+    "guard.skip_window",
+    "guard.max_skip_share",
+    "guard.max_dumps",
+    "guard.dump_tensors",
     "data.workers",
     "data.prefetch_rows",
     "data.io_retries",
@@ -35,6 +44,7 @@ FREE_KEYS = (
     "data.skip_minimum",
     "data.skip_consecutive",
     "data.snapshot_steps",
+    "data.vq_ids",  # ids are the same stored and encoded on the fly
     # places may move; what lies there is checked by its contents (plan, tokenizer and frozen-weight checksums)
     "data.root",
     "tokenizer.path",
@@ -42,6 +52,12 @@ FREE_KEYS = (
     "model.init_parts",
 )
 """Keys that a resumed run may change. `stage.training_steps` joins them unless the schedule's shape depends on it."""
+
+FIXED_KEYS = ("model", "stage.trainable")
+"""Keys that decide which tensors there are."""
+
+SHOWN = 12
+"""Differences listed in a message."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "omegaconf", "safetensors")
 
@@ -53,14 +69,42 @@ def identity(cfg: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not _is_free(key, free)}
 
 
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One `key: saved -> current` line for every difference between two identities."""
-    lines = []
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
+    """{key: `key: saved -> current`} for every difference between two identities."""
+    found = {}
     for key in sorted(saved.keys() | current.keys()):
         old, new = saved.get(key, "(not there)"), current.get(key, "(not there)")
         if old != new:
-            lines.append(f"{key}: {old!r} -> {new!r}")
-    return lines
+            found[key] = f"{key}: {old!r} -> {new!r}"
+    return found
+
+
+def accepted_differences(origin: Path, saved: dict[str, Any], current: dict[str, Any], accept: Iterable[str]) -> list[str]:
+    """The differences that `accept` (keys, or sections of keys) lets pass, in words.
+
+    Raises CheckpointError when resuming would train something else than the checkpoint at `origin` did, naming every difference and what to pass to
+    go on all the same. What fixes the shape of the checkpoint (FIXED_KEYS) cannot be accepted.
+    """
+    found = differences(saved, current)
+    accept = list(accept)
+    fixed = [key for key in found if _under(key, FIXED_KEYS)]
+    refused = [key for key in found if key in fixed or not _under(key, accept)]
+    if not refused:
+        return list(found.values())
+    may = [key for key in refused if key not in fixed]
+    lines = [found[key] for key in refused]
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    advice = f"To go on with the change on purpose, pass checkpoint.accept=[{','.join([*accept, *may])}]. " if may else ""
+    if fixed:
+        advice += f"{', '.join(fixed[:SHOWN])} cannot change within a run: use another run_dir, with model.init_from naming {origin} for the weights. "
+    raise CheckpointError(
+        f"{origin} belongs to another configuration ({len(lines)} difference(s), saved -> now): {'; '.join(lines[:SHOWN])}{more}. "
+        f"Undo the changes to resume. {advice}".strip()
+    )
+
+
+def _under(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def environment() -> dict[str, Any]:

@@ -45,14 +45,22 @@ class FreezeWatch:
     """Takes the evidence of one step. Build it before the step's first backward, `finish` after the optimizer step, on every rank."""
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], module_of: Callable[[str], str], n_micro_batches: int
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        module_of: Callable[[str], str],
+        n_micro_batches: int,
+        *,
+        outside: Iterable[tuple[str, torch.Tensor]] = (),
     ) -> None:
+        """`outside`: tensors that no stage trains and no engine holds (the VQ tokenizer, whole on every rank)."""
         named = list(named_parameters)
         self._frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
         self._trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self._module_of = module_of
         self._expected = n_micro_batches
+        self._outside = list(outside)
         self._before = checksums(parameter for _, parameter in self._frozen)
+        self._outside_before = copies_checksums(tensor for _, tensor in self._outside)
         self._reached = [0] * len(self._trainable)
         self._handles = [parameter.register_hook(self._counter(i)) for i, (_, parameter) in enumerate(self._trainable)]
 
@@ -71,6 +79,8 @@ class FreezeWatch:
             handle.remove()
         after = checksums(parameter for _, parameter in self._frozen)
         changed = [name for (name, _), old, new in zip(self._frozen, self._before, after, strict=True) if old != new]
+        outside = copies_checksums(tensor for _, tensor in self._outside)
+        changed += [name for (name, _), old, new in zip(self._outside, self._outside_before, outside, strict=True) if old != new]
         lowest = _over_ranks(torch.tensor(self._reached, dtype=torch.int64), dist.ReduceOp.MIN)
         missed = [f"{name} ({n} of {self._expected})" for (name, _), n in zip(self._trainable, lowest, strict=True) if n < self._expected]
         if changed:
@@ -104,7 +114,27 @@ def frozen_checksum(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) 
     return combined(checksums(parameter for _, parameter in named_parameters if not parameter.requires_grad))
 
 
-def checksums(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
+def refuse_leaks(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], held: Iterable[torch.nn.Parameter], trainable: Iterable[str]
+) -> None:
+    """Raise FreezeProofError unless `held`, the parameters that the optimizer updates, are exactly those that the stage trains, by name.
+
+    What the stage trains is asked of its configuration, not of `requires_grad`: code that sets the flag is one way in which a frozen weight learns.
+    """
+    named, wanted = list(named_parameters), set(trainable)
+    ids = {id(parameter) for parameter in held}
+    leaked = [name for name, parameter in named if name not in wanted and (id(parameter) in ids or parameter.requires_grad)]
+    missing = [name for name, parameter in named if name in wanted and id(parameter) not in ids]
+    if leaked:
+        raise FreezeProofError(
+            f"{len(leaked)} frozen parameter(s) are open to training, in the optimizer or by requires_grad: {_some(leaked)}. stage.trainable does not list "
+            "their modules: only `freeze.set_trainable` may decide what learns, and before the engine is built"
+        )
+    if missing:
+        raise FreezeProofError(f"the optimizer lacks {len(missing)} trainable parameter(s), which would never learn: {_some(missing)}")
+
+
+def checksums(parameters: Iterable[torch.Tensor]) -> list[int]:
     """One 64-bit checksum per parameter over the bits of all its elements and their positions. Collective; nothing is gathered.
 
     Each rank sums (bits + 1) x weight(position) modulo 2^64 over the slice it holds; sums add up over ranks, so neither the number of ranks nor
@@ -115,6 +145,11 @@ def checksums(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
     return _over_ranks(torch.tensor(own, dtype=torch.int64), dist.ReduceOp.SUM)
 
 
+def copies_checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """One checksum per tensor that every rank holds whole, over all ranks' copies: a change of one copy is seen. Collective."""
+    return _over_ranks(torch.tensor([_slice_checksum(tensor, 0, 1) for tensor in tensors], dtype=torch.int64), dist.ReduceOp.SUM)
+
+
 def combined(values: list[int]) -> str:
     """One hex string for a list of checksums, order included."""
     total = 0
@@ -123,7 +158,7 @@ def combined(values: list[int]) -> str:
     return f"{total:016x}"
 
 
-def _slice_checksum(parameter: torch.nn.Parameter, rank: int, world: int) -> int:
+def _slice_checksum(parameter: torch.Tensor, rank: int, world: int) -> int:
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3: a contiguous slice of the flattened parameter, the last one padded
         held = parameter.ds_tensor.data.flatten()
         start = held.numel() * rank

@@ -10,16 +10,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from jp_train.config.schema import StageConfig
+from jp_train.config.schema import GuardConfig, StageConfig
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-MAX_CONSECUTIVE_SKIPS = 3
-"""Steps with a non-finite gradient in a row that stop the run. One can be a bad document; three are a diverged model, and each costs a step."""
-
 SAME_SIGNAL_S = 2.0
 """A repeat within this many seconds belongs to the first: Ctrl-C reaches a rank both from the terminal and from the launcher."""
 
@@ -27,12 +24,16 @@ SAME_SIGNAL_S = 2.0
 class SignalFlag:
     """Remembers the first stop signal; the loop acts on it at the step boundary. A second one (after SAME_SIGNAL_S) exits at once.
 
-    A save inside the handler would deadlock: the DeepSpeed launcher signals rank k + 1 only after rank k has exited (DEEPSPEED.md section 7).
+    A save inside the handler would deadlock: the DeepSpeed launcher signals rank k + 1 only after rank k has exited (DEEPSPEED.md section 7). Python's
+    handlers wait while the main thread is inside a collective or a system call, so signals are also written to a pipe, which `must_exit` reads in
+    the watchdog's thread.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._since = 0.0
+        self._pipe: tuple[int, int] | None = None
+        self._heard: tuple[int, float] | None = None
 
     def handle(self, number: int, _frame: FrameType | None = None) -> None:
         now = time.monotonic()
@@ -41,15 +42,47 @@ class SignalFlag:
         if not self.number:
             self.number, self._since = int(number), now
 
+    def must_exit(self, *, starting: bool) -> int:
+        """The exit status with which this process should end now, 0 to go on. Call it from one thread, often.
+
+        A first signal ends a run that is still `starting`, as there is nothing to save; a second one ends any run, even one whose main thread is
+        stuck and cannot run `handle`.
+        """
+        now = time.monotonic()
+        for number in self._read_pipe():
+            if self._heard is None:
+                self._heard = number, now
+                if not self.number:
+                    self.number, self._since = number, now
+            elif now - self._heard[1] > SAME_SIGNAL_S:
+                return 128 + number
+        return 128 + self._heard[0] if starting and self._heard is not None else 0
+
+    def _read_pipe(self) -> list[int]:
+        if self._pipe is None:
+            return []
+        try:
+            return [number for number in os.read(self._pipe[0], 1024) if number in STOP_SIGNALS]
+        except BlockingIOError:
+            return []
+
     @contextmanager
     def installed(self) -> Iterator[SignalFlag]:
         """Install the handlers for the duration of the block (main thread only), and put the old ones back."""
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        pipe_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         before: dict[int, Any] = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(pipe_before)
+            ends, self._pipe = self._pipe, None
+            for end in ends:
+                os.close(end)
 
 
 @dataclass
@@ -82,25 +115,55 @@ class Patience:
 
 @dataclass
 class SkipCounter:
-    """Updates that were skipped because the gradient was not finite."""
+    """Updates that were left out because the loss or the gradient was not finite or an outlier. `recent` holds their steps."""
 
     total: int = 0
     consecutive: int = 0
+    recent: list[int] = field(default_factory=list)
 
-    def observe(self, applied: bool) -> bool:
-        """Take one step's outcome; True when MAX_CONSECUTIVE_SKIPS is reached."""
+    def observe(self, applied: bool, step: int, limits: GuardConfig) -> str:
+        """Take the outcome of `step`. Returns why the run must stop, empty when it may go on."""
         if applied:
             self.consecutive = 0
-            return False
+            return ""
         self.total += 1
         self.consecutive += 1
-        return self.consecutive >= MAX_CONSECUTIVE_SKIPS
+        self.recent = [earlier for earlier in self.recent if earlier > step - limits.skip_window] + [step]
+        allowed = int(limits.max_skip_share * limits.skip_window)
+        if self.consecutive >= limits.max_consecutive_skips:
+            return f"{self.consecutive} updates in a row were left out (guard.max_consecutive_skips)"
+        if len(self.recent) > allowed:
+            return f"{len(self.recent)} updates of the last {limits.skip_window} steps were left out, {allowed} are allowed (guard.max_skip_share)"
+        return ""
 
     def state(self) -> dict[str, Any]:
-        return {"total": self.total, "consecutive": self.consecutive}
+        return {"total": self.total, "consecutive": self.consecutive, "recent": self.recent}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.total, self.consecutive = int(state["total"]), int(state["consecutive"])
+        self.recent = [int(step) for step in state.get("recent", ())]
+
+
+class GraceCheck:
+    """Says in time that a stop signal could not be obeyed: the step under way must end, and a save follow, before the scheduler kills."""
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._step_s = 0.0
+        self._warned_s = 0.0
+
+    def observe(self, step_s: float, save_s: float) -> str:
+        """Take a step's seconds and the longest save's so far. Returns a warning, empty for none; repeated when it has become half as bad again."""
+        self._step_s = max(self._step_s, step_s)
+        needed = self._step_s + save_s
+        if needed <= max(self._grace_s, 1.5 * self._warned_s):
+            return ""
+        self._warned_s = needed
+        return (
+            f"a stop signal would come too late: the longest step ({self._step_s:.0f} s) and save ({save_s:.0f} s) take {needed:.0f} s, engine.grace_s is "
+            f"{self._grace_s:g} s. Ask the scheduler for its signal earlier (launch/slurm.sbatch: --signal=B:USR1@{int(needed * 1.5) + 1}) and set engine.grace_s "
+            "to that; else the work since the last checkpoint is lost"
+        )
 
 
 @dataclass(frozen=True)

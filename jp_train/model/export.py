@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors.torch import save_file
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from jp_train.errors import CheckpointError
 from jp_train.model import layouts
+from jp_train.model.partition_files import StreamedShard
 from jp_train.model.vq import unit_rows
 from jp_train.types import SpecialTokens
 
@@ -134,25 +134,21 @@ def _released(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards of at most ``max_shard_bytes`` with their index; holds one shard in memory."""
+    """model.safetensors, or numbered shards of at most ``max_shard_bytes`` with their index; holds one tensor in memory."""
     shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
+    total = 0
+    shard: StreamedShard | None = None
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor
-        size += tensor.nbytes
+        if shard is not None and (shard.size + tensor.nbytes > max_shard_bytes or not shard.fits(name, tensor)):
+            shard.close()
+            shard = None
+        if shard is None:
+            shard = StreamedShard(folder / f"shard-{len(shards)}")
+            shards.append(shard.names)
+        shard.add(name, tensor)
         total += tensor.nbytes
-    if held:
-        flush()
+    if shard is not None:
+        shard.close()
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return

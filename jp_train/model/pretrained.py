@@ -28,6 +28,7 @@ __all__ = [
     "init_fresh",
     "init_fresh_vq",
     "init_parts",
+    "load_vq",
     "load_weights",
     "open_part",
     "open_weights",
@@ -84,6 +85,24 @@ def init_parts(
         else:
             _copy(model, source, gather, is_writer)
     return list(opened)
+
+
+def load_vq(cfg: ModelConfig, *, seed: int) -> VQTokenizer:
+    """The VQ tokenizer alone, on the CPU, with the weights that ``prepare_weights`` gives it.
+
+    Raises:
+        CheckpointError: from the files.
+    """
+    vq = VQTokenizer(cfg.vq, cfg.vision.image_size)
+    path = cfg.init_from or cfg.init_parts.gen_vision_model
+    if not path:
+        init_fresh_vq(vq, seed)
+        return vq
+    source = open_weights(path) if cfg.init_from else open_part(path, "gen_vision_model")
+    source = source.renamed(lambda name: name if name.startswith("model.vqmodel.") else None)
+    check_keys(_vq_shapes(vq), source)
+    _copy_vq(vq, source)
+    return vq
 
 
 def prepare_weights(

@@ -79,8 +79,10 @@ class VQTokenizer(nn.Module):
         return unit_rows(self.vqmodel.quantize.embedding.weight)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, at_once: int = PICTURES_AT_ONCE) -> torch.Tensor:
         """VQ ids int64 ``[n, S]`` of uint8 pictures ``[n, 3, H, W]``: the code nearest to each unit-length encoder output.
+
+        ``at_once`` pictures go through the convolutions together.
 
         Raises:
             ValueError: if the pictures are not uint8 of the model's side.
@@ -92,7 +94,7 @@ class VQTokenizer(nn.Module):
         codebook = self.codebook
         ids = [torch.empty(0, self.grid**2, dtype=torch.int64, device=images.device)]
         with _full_precision(images.device):
-            for part in images.split(PICTURES_AT_ONCE) if len(images) else ():
+            for part in images.split(at_once) if len(images) else ():
                 pixels = (part.float() / 255 - 0.5) / 0.5
                 latent = self.vqmodel.quant_conv(self.vqmodel.encoder(pixels))
                 unit = F.normalize(latent.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from jp_train.errors import CheckpointError
 from jp_train.model import layouts
+from jp_train.model.partition_files import INDEX_FILE, PartitionReader
 
 SHOWN = 6
 """Names listed in an error message."""
@@ -97,18 +98,22 @@ def _piece(entry: _Entry, piece: layouts.Piece) -> _Entry:
 def open_weights(path: str | Path) -> WeightSource:
     """Weights of a whole model under canonical names.
 
-    ``path``: a folder in transformers' format, a released deepseek-ai folder, or a run folder (its ``export/`` is taken).
+    ``path``: a folder in transformers' format, a released deepseek-ai folder, a training checkpoint (``checkpoints/step_...``: fp32 master weights,
+    put together from the ranks' files tensor by tensor), or a run folder (its ``export/`` is taken).
 
     Raises:
         CheckpointError: if there is nothing, or nothing known, at ``path``.
     """
     path = Path(path)
+    if (path / INDEX_FILE).is_file():
+        return _open_checkpoint(path)
     if not (path / "config.json").exists() and (path / "export").is_dir():
         path = path / "export"
     if (path / "checkpoints").is_dir():
         raise CheckpointError(
             f"{path} is a run folder without export/: its stage has not ended, or checkpoint.export_at_end was off. "
-            f"Write one with `jp-train export {path}/checkpoints/STEP {path}/export --layout hf`"
+            f"Name one of its checkpoints ({path}/checkpoints/step_...), or write an export of it with "
+            f"`jp-train export {path}/checkpoints/STEP {path}/export`"
         )
     source = _open(path)
     keys = source.keys()
@@ -145,6 +150,33 @@ def open_part(path: str | Path, part: str) -> WeightSource:
     if part == "language_model" and "lm_head.weight" not in source.keys() and embeddings in source.keys():  # noqa: SIM118
         source = source.with_alias("lm_head.weight", embeddings)
     return source
+
+
+def _open_checkpoint(path: Path) -> WeightSource:
+    """A complete training checkpoint. What it does not hold (frozen weights of a stage that started from ``init_from``) comes from there."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        absent = [name for name in manifest["files"] if not (path / name).is_file()]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is no complete checkpoint: manifest.json is missing or unreadable ({error})") from error
+    if absent:
+        raise CheckpointError(f"{path} is no complete checkpoint: {_some(absent)} missing")
+    reader = PartitionReader(path)
+    held = [p for p in reader.parameters.values() if p.trained or reader.with_frozen]
+    entries = {p.name: _Entry(p.shape, lambda name=p.name: reader.whole(name)) for p in held}  # type: ignore[misc]
+    if reader.with_frozen:
+        entries.update(_open_file(path / "vq.safetensors"))
+    else:
+        try:
+            base = open_weights(manifest["frozen_from"])
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} leaves its frozen weights where the stage started from: {error}") from error
+        entries.update({name: entry for name, entry in base._entries.items() if name not in entries})
+    order = [*reader.parameters, *(name for name in entries if name not in reader.parameters)]
+    missing = [name for name in order if name not in entries]
+    if missing:
+        raise CheckpointError(f"{manifest['frozen_from']} lacks frozen weights of {path}: {_some(missing)}")
+    return WeightSource(path, {name: entries[name] for name in order})
 
 
 def _open(path: Path) -> WeightSource:

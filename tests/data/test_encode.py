@@ -43,6 +43,9 @@ class LetterTokenizer:
     def encode(self, text):
         return [ord(character) for character in text]
 
+    def encode_many(self, texts):
+        return [self.encode(text) for text in texts]
+
     def role(self, marker):
         if self.plain_roles:
             return marker.strip("<|>")

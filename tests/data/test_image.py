@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from faulty_shards import mutated
+from PIL import Image, ImageOps
 
 from jp_train.config.schema import Crop
 from jp_train.data.image import (
@@ -15,7 +18,7 @@ from jp_train.data.image import (
     load_understanding_image,
     understanding_transform,
 )
-from jp_train.errors import SkipSample
+from jp_train.errors import DataError, SkipSample
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -154,3 +157,127 @@ def test_a_picture_whose_resized_form_would_be_huge_is_a_skip():
 def test_a_decompression_bomb_beyond_pillows_own_limit_is_a_skip():
     with pytest.raises(SkipSample):
         load_generation_image(encoded(Image.new("1", (20000, 10000))), 16)
+
+
+def progressive_bomb(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes `scans` times more: a small file that takes minutes to decode."""
+    data = encoded(picture(side, side), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * scans + b"\xff\xd9"
+
+
+def test_a_jpeg_that_passes_over_its_pixels_thousands_of_times_is_refused_before_decoding(monkeypatch):
+    ordinary = encoded(picture(64, 64), "JPEG", progressive=True)
+    assert decode_rgb(ordinary, max_pixels=64 * 64).size == (64, 64)
+    data = progressive_bomb(64, 2000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(SkipSample, match="scans") as caught:
+        decode_rgb(data, max_pixels=1_000_000)
+    assert caught.value.fault == "picture_too_large"
+
+
+def test_exif_that_cannot_be_read_turns_nothing_and_loses_no_picture():
+    image = picture(40, 20)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "x" * 40
+    blob = exif.tobytes()
+    for at in range(6, len(blob), 3):
+        for broken in (blob[:at], blob[:at] + b"\xff" * 4 + blob[at + 4 :]):
+            assert sorted(decode_rgb(encoded(image, "JPEG", exif=broken)).size) == [20, 40]
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        data = encoded(image, "PNG", exif=exif)
+        np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+
+
+def test_of_an_animation_the_first_frame_is_used_and_a_stereo_jpeg_is_a_jpeg():
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
+    for form, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("MPO", {})):
+        data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+        got = load_generation_image(data, 16)
+        assert np.abs(got[:, 0, 0].astype(int) - [200, 10, 10]).max() <= 3
+    for form in ("GIF", "TIFF", "ICO", "BMP", "PPM"):
+        with pytest.raises(SkipSample) as caught:
+            decode_rgb(encoded(frames[0], form))
+        assert caught.value.fault == "picture_format"
+
+
+BOMBS = """
+import io, resource, sys, zlib, struct
+from PIL import Image
+from jp_train.data.image import load_generation_image, load_understanding_image
+from jp_train.errors import SkipSample
+
+def saved(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+def png(width, height, *chunks):
+    return b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + chunk(b"IEND", b"")
+
+zeros = zlib.compress(bytes(200 << 20), 9)
+exif = Image.Exif()
+exif[0x0112] = 6
+bombs = [
+    png(60000, 60000, chunk(b"IDAT", zeros)),
+    png(1, 1, chunk(b"IDAT", zeros)),
+    png(8, 8, chunk(b"zTXt", b"a\\0\\0" + zeros), chunk(b"IDAT", zeros)),
+    png(8, 8, chunk(b"iCCP", b"a\\0\\0" + zeros), chunk(b"IDAT", zeros)),
+    png(8, 8, chunk(b"iTXt", b"a\\0\\1\\0\\0\\0" + zeros), chunk(b"IDAT", zeros)),
+    saved(Image.new("1", (16000, 16000)), "PNG"),
+    saved(Image.new("L", (9000, 9000)), "JPEG", quality=1),
+    saved(Image.new("L", (1500, 600)), "JPEG", quality=1, exif=exif),
+    b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes([2, 0, 0, 0]) + b"\\xff\\x3f\\x00" * 2 + b"ANIM" + bytes(8),
+]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+del zeros
+outcomes = []
+for data in bombs:
+    for load in (load_generation_image, load_understanding_image):
+        try:
+            load(data, 32, max_pixels=1_000_000)
+            outcomes.append("read")
+        except SkipSample as reason:
+            outcomes.append(reason.fault)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *outcomes)
+"""
+
+
+def test_no_bomb_takes_more_memory_than_the_pixel_limit_allows():
+    """1,000,000 pixels at most: the peak may grow by a few copies of that, not by the gigabytes that the files ask for."""
+    answer = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, timeout=120, check=True)
+    grown, *outcomes = answer.stdout.split()
+    assert int(grown) < 100 * 1024, outcomes  # KiB
+    assert outcomes[0] == outcomes[10] == outcomes[12] == "picture_too_large" and outcomes[14] == "read"
+    assert all(outcome == "read" or outcome.startswith("picture_") for outcome in outcomes)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_sample(monkeypatch):
+    def no_memory(self):
+        raise MemoryError
+
+    data = encoded(picture(9, 9))
+    monkeypatch.setattr(Image.Image, "transpose", no_memory)
+    monkeypatch.setattr("jp_train.data.image._to_rgb", no_memory)
+    with pytest.raises(DataError, match="out of memory while decoding a picture of 81 pixels; lower data.workers"):
+        decode_rgb(data)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "MPO", "progressive"])
+def test_damaged_pictures_are_read_or_skipped_and_nothing_else(form):
+    frames = [picture(24, 18, seed) for seed in range(2)]
+    options = {"save_all": True, "append_images": frames[1:]} if form == "MPO" else {"progressive": True} if form == "progressive" else {}
+    data = encoded(frames[0], "JPEG" if form == "progressive" else form, **options)
+    random = np.random.default_rng(1)
+    read = 0
+    for _ in range(300):
+        try:
+            assert load_understanding_image(mutated(data, random), 16, max_pixels=100_000).shape == (3, 16, 16)
+            read += 1
+        except SkipSample as reason:
+            assert reason.fault.startswith("picture_")
+    assert 0 < read < 300

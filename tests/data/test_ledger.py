@@ -92,3 +92,22 @@ def test_samples_that_the_index_leaves_out_are_named_once(cfg, tmp_path):
     assert Ledger(tmp_path, cfg).record_index([index]) == 3
     entries = lines(tmp_path)
     assert [(entry["step"], entry["key"]) for entry in entries] == [(None, "k0"), (None, "k1"), (None, "k2")]
+
+
+def test_held_out_samples_are_named_once_under_their_own_source_and_cost_no_budget(cfg, tmp_path):
+    cfg.data.skip_minimum, cfg.data.skip_budget = 0, 0.0
+    index = SourceIndex(
+        locator=None,
+        tokens=None,
+        short_tokens=None,
+        dropped_tokens=None,
+        dialogues=0,
+        bad=(BadSample(info=SourceInfo(source="a", shard="v.tar", key="q\u2028\udcff"), reason="no .json"),),
+    )
+    for _ in range(3):
+        ledger = Ledger(tmp_path, cfg)
+        assert ledger.record_held_out([index], bad(2)) == 2
+        assert ledger.skipped == 0
+    text = (tmp_path / "ledger.jsonl").read_bytes().split(b"\n")
+    named = [(entry["source"], entry["key"], entry["step"]) for entry in map(json.loads, filter(None, text))]
+    assert named == [("validation/a", "q\u2028\udcff", None), ("validation/a", "k0", None), ("validation/a", "k1", None)]

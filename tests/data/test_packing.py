@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 
 from jp_train.data.packing import Layout, best_subset, minimum_piece, pack_samples, pack_tokens
+
+
+def which(*cuttable: bool) -> Callable[[int], bool]:
+    return cuttable.__getitem__
 
 
 def subsets(lengths: list[int], capacity: int) -> list[tuple[int, ...]]:
@@ -31,24 +36,24 @@ def test_the_best_subset_equals_brute_force_and_breaks_ties_by_the_earliest_last
 
 
 def test_rows_written_by_hand() -> None:
-    whole = [False] * 4
+    whole = which(*[False] * 4)
     assert pack_tokens([50, 30, 20, 50], whole, 100, tail=False) == Layout([0, 1, 2])
     assert pack_tokens([60, 50, 30, 41], whole, 100, tail=False) == Layout([0, 2])
     assert pack_tokens([60, 50, 30, 39], whole, 100, tail=False) == Layout([0, 3])
     # A gap of 10: the text at 1 is cut to fill it; the picture documents at 2 and 3 never are.
-    assert pack_tokens([60, 50, 30, 41], [False, True, False, False], 100, tail=False) == Layout([0, 2], 1, 10)
-    assert pack_tokens([60, 50, 30, 41], [False, False, False, True], 100, tail=False) == Layout([0, 2], 3, 10)
+    assert pack_tokens([60, 50, 30, 41], which(False, True, False, False), 100, tail=False) == Layout([0, 2], 1, 10)
+    assert pack_tokens([60, 50, 30, 41], which(False, False, False, True), 100, tail=False) == Layout([0, 2], 3, 10)
     # A text longer than the row takes all of it; a tail comes first and the oldest after it.
-    assert pack_tokens([250, 30], [True, False], 100, tail=False) == Layout([], 0, 100)
-    assert pack_tokens([50, 30, 20, 50], [True, False, False, False], 100, tail=True) == Layout([0, 1, 2])
+    assert pack_tokens([250, 30], which(True, False), 100, tail=False) == Layout([], 0, 100)
+    assert pack_tokens([50, 30, 20, 50], which(True, False, False, False), 100, tail=True) == Layout([0, 1, 2])
     # Not less than two tokens are left over for the next row.
-    assert pack_tokens([101], [True], 100, tail=False) == Layout([], 0, 99)
+    assert pack_tokens([101], which(True), 100, tail=False) == Layout([], 0, 99)
 
 
 def test_a_new_text_is_not_cut_after_a_tail_that_kept_the_oldest_out() -> None:
-    lengths, texts = [40, 80, 50, 90], [True, False, False, True]
+    lengths, texts = [40, 80, 50, 90], which(True, False, False, True)
     assert pack_tokens(lengths, texts, 100, tail=True) == Layout([0, 2])
-    assert pack_tokens(lengths, [True, True, False, True], 100, tail=True) == Layout([0, 2], 1, 10)
+    assert pack_tokens(lengths, which(True, True, False, True), 100, tail=True) == Layout([0, 2], 1, 10)
     assert pack_tokens(lengths, texts, 100, tail=False) == Layout([0, 2], 3, 10)
 
 
@@ -60,7 +65,7 @@ def test_random_rows_obey_the_rules() -> None:
         cuttable = [draw.random() < 0.4 for _ in range(draw.randrange(1, 12))]
         lengths = [draw.randrange(1, 3 * seq_len if cut else seq_len + 1) for cut in cuttable]
         tail = cuttable[0] and draw.random() < 0.5
-        layout = pack_tokens(lengths, cuttable, seq_len, tail=tail)
+        layout = pack_tokens(lengths, which(*cuttable), seq_len, tail=tail)
         used = sum(lengths[position] for position in layout.whole) + layout.cut_length
         assert 0 < used <= seq_len
         assert 0 in layout.whole or layout.cut == 0, "the oldest is always taken"

@@ -18,7 +18,7 @@ import pytest
 from jp_train.data.mixture import realised_shares
 from jp_train.data.permute import document_uniform, name_key, permute
 from jp_train.data.plan import Plan, PlanSource
-from jp_train.data.sequence import DocumentRules, SourceSequence
+from jp_train.data.sequence import DocumentRules, SourceSequence, row_specs
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import KINDS, DocumentRef, Kind, RowSpec
 
@@ -93,6 +93,14 @@ def test_a_run_restored_at_random_steps_equals_the_undisturbed_run(variant: dict
         plan = make_plan(**variant)
         plan.restore(json.loads(saved))
     assert disturbed[:60] == undisturbed
+
+
+def test_a_rank_is_given_its_own_rows_and_nobody_elses(variant: dict[str, object]) -> None:
+    whole, ranks = make_plan(**variant), [make_plan(**variant) for _ in range(4)]
+    for _ in range(10):
+        rows = whole.next_step()
+        assert [rank.next_step(2 * number, 2 * number + 2) for number, rank in enumerate(ranks)] == [rows[n : n + 2] for n in (0, 2, 4, 6)]
+    assert all(rank.state() == whole.state() for rank in ranks)
 
 
 def test_saving_looking_and_the_snapshot_interval_change_nothing(variant: dict[str, object]) -> None:
@@ -230,13 +238,16 @@ def test_every_sample_of_an_epoch_is_used_once_in_the_order_of_the_permutation_u
 def test_bulk_references_equal_constructed_ones() -> None:
     rules = DocumentRules(seed=5, limit=4096, cut_texts=True, drop=False, first_sentence=0.5, pad_dropout=0.0)
     captions = source(G, short_tokens=np.full(2000, 590, np.int32))
-    for pending in SourceSequence(captions, 3, rules).documents(np.arange(3000)):
+    drawn = SourceSequence(captions, 3, rules).documents(np.arange(3000))
+    (row,) = row_specs(2, 9, [drawn])
+    assert (row.step, row.row) == (2, 9)
+    for pending, ref in zip(drawn, row.documents, strict=True):
         epoch, place = divmod(pending.number, 2000)
         sample = permute((5, name_key("generation"), epoch), place, 2000)
         short = document_uniform(5, "generation", epoch, sample, "first_sentence") < 0.5
         length = 590 if short else int(captions.tokens[sample])
         expected = DocumentRef(source=3, epoch=epoch, sample=sample, start=0, length=length, short_caption=short, truncated=0)
-        assert pending.ref == expected and hash(pending.ref) == hash(expected) and pending.length == length
+        assert ref == expected and hash(ref) == hash(expected) and pending.length == length
 
 
 def test_adding_a_source_reshuffles_no_other() -> None:

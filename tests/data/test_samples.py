@@ -8,7 +8,7 @@ import pytest
 from data_samples import conversation, json_bytes, npy
 
 from jp_train.config.schema import ClassPrompt, Crop, SourceConfig, SourceKind
-from jp_train.data.samples import first_sentence, parse_sample, wanted_fields
+from jp_train.data.samples import MAX_PICTURE_BYTES, MAX_TEXT_BYTES, check_field_size, first_sentence, parse_sample, wanted_fields
 from jp_train.errors import SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, Turn
 
@@ -143,3 +143,37 @@ def test_class_prompts_rewrite_the_caption(prompt, caption):
 )
 def test_first_sentence(caption, first):
     assert first_sentence(caption) == first
+
+
+def test_pickles_and_object_arrays_are_never_decoded(tmp_path):
+    """A pickle that would make a file when loaded, under every name that other loaders unpickle."""
+    owned = tmp_path / "owned"
+    bomb = b"cposix\nsystem\n(S'touch " + str(owned).encode() + b"'\ntR."
+    for extension in ("pkl", "pyd", "pickle", "pth", "pt", "ten", "tb", "npz", "dill"):
+        assert wanted_fields(Kind.GENERATION, ["png", "json", extension]) == ["json", "png"]
+        assert wanted_fields(Kind.TEXT, ["txt", extension]) == ["txt"]
+    array = np.empty(16, object)
+    array[:] = [b"x"] * 16
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    header = buffer.getvalue()[:128]
+    for data in (buffer.getvalue(), header + bomb, bomb):
+        with pytest.raises(SkipSample) as caught:
+            parse(Kind.GENERATION, {"json": json_bytes({"caption": "a"}), "vq.npy": data})
+        assert caught.value.fault == "bad_vq_ids"
+    assert not owned.exists()
+
+
+def test_a_number_of_thousands_of_digits_is_a_skip_like_any_broken_json():
+    with pytest.raises(SkipSample, match="malformed .json") as caught:
+        parse(Kind.TEXT, {"json": b'{"text": ' + b"7" * 5000 + b"}"})
+    assert caught.value.fault == "bad_json"
+
+
+def test_a_member_too_large_to_be_what_it_says_is_refused_before_it_is_read():
+    check_field_size("jpg", MAX_PICTURE_BYTES)
+    check_field_size("json", MAX_TEXT_BYTES)
+    for extension, size in (("jpg", MAX_PICTURE_BYTES + 1), ("json", MAX_TEXT_BYTES + 1), ("txt", 1 << 40), ("vq.npy", 1 << 40)):
+        with pytest.raises(SkipSample, match="refused before reading") as caught:
+            check_field_size(extension, size)
+        assert caught.value.fault == "field_too_large"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import http.server
 import io
 import os
 import tarfile
@@ -10,7 +9,10 @@ import numpy as np
 import pytest
 from data_samples import generation_samples, write_shard
 
-from jp_train.data.shards import Shard, ShardReader, expand_shards, scan_members
+from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, scan_members
+from jp_train.data.sidecar import load_members, store_members
+from jp_train.data.tar_headers import walk
+from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
 
 
@@ -191,67 +193,121 @@ def test_open_descriptors_are_bounded_and_closed(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-class _RangeHandler(http.server.BaseHTTPRequestHandler):
-    content = b""
-    ranges = True
-    busy = 0
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self._answer(200, self.content, body=False)
-
-    def do_GET(self):
-        if type(self).busy:
-            type(self).busy -= 1
-            self.send_error(503)
-            return
-        asked = self.headers.get("Range")
-        if asked and self.ranges:
-            first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
-            self._answer(206, self.content[first : last + 1])
-        else:
-            self._answer(200, self.content)
-
-    def _answer(self, status, data, body=True):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", '"v1"')
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
+HOSTILE = (
+    "../../x.txt",
+    "/etc/passwd.txt",
+    "a\nb.txt",
+    "café/ключ.txt",
+    "\udcff\udcfe.txt",
+    "..txt",
+    "d/.hidden.txt",
+    "n" * 5000 + ".txt",
+    " .txt",
+    "a\x1b[31m.txt",
+    "%00.txt",
+    "a\u2028b.txt",
+    "C:\\x.txt",
+)
 
 
-@pytest.fixture
-def server():
-    handler = type("Handler", (_RangeHandler,), {})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_hostile_names_are_keys_that_survive_the_sidecar_and_touch_no_file(tmp_path, form):
+    data = tmp_path / "data"
+    data.mkdir()
+    with tarfile.open(data / "a.tar", "w", format=form, errors="surrogateescape") as tar:
+        for name in HOSTILE:
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"text"))
+    reader = ShardReader()
+    shard = reader.stat(str(data / "a.tar"))
+    members = scan_members(shard, reader)
+    with tarfile.open(data / "a.tar", errors="surrogateescape") as tar:
+        theirs = [(member.name, member.offset_data) for member in tar]
+    named = [name for name, _ in members.ignored]
+    assert [*members.keys, *named] == [name.removesuffix(".txt") for name, _ in theirs if name not in named] + named
+    assert named == ["..txt", "d/.hidden.txt"]
+    assert members.offset.tolist() == [offset for name, offset in theirs if name not in named]
+    store_members(shard, members)
+    again = load_members(shard)
+    assert again is not None and again.keys == members.keys and again.ignored == members.ignored
+    assert sorted(os.listdir(tmp_path)) == ["data"] and sorted(os.listdir(data)) == ["a.tar", "a.tar.jp-members.npz"]
+
+
+def test_a_name_with_a_nul_belongs_to_no_sample(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("b.txt")
+        info.pax_headers = {"path": "x\0y.txt"}
+        tar.addfile(info)
+    members = _scan(path)
+    assert members.keys == () and [name for name, _ in members.ignored] == ["x\0y.txt"]
+
+
+def test_headers_that_claim_gigabytes_take_no_memory_and_are_named(tmp_path):
+    path = _raw_tar(tmp_path / "a.tar", ["a.txt", "b.txt"])
+    whole = path.read_bytes()
+    for kind, says in ((b"x", "claims"), (b"L", "claims"), (b"g", "claims"), (b"0", "runs past the end")):
+        for size in (b"77777777777\0", b"\x80" + b"\x7f" * 11):
+            data = bytearray(whole)
+            data[1024 + 124 : 1024 + 136], data[1024 + 156 : 1024 + 157] = size, kind
+            data[1024 + 148 : 1024 + 156] = b" " * 8
+            data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(data[1024:1536])
+            path.write_bytes(data)
+            with pytest.raises(DataError, match=says):
+                _scan(path)
+
+
+def test_a_tar_with_as_many_extensions_as_samples_is_read(tmp_path):
+    names = [f"picture.{number:05d}.txt" for number in range(33_000)]
+    with open(tmp_path / "a.tar", "wb") as file:
+        header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+        for name in (f"{number:05d}.{name}" for number, name in enumerate(names)):
+            header[:100] = name.encode().ljust(100, b"\0")
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            file.write(header)
+        file.write(bytes(1024))
+    members = _scan(tmp_path / "a.tar")
+    assert len(members.keys) == len(members.extensions) == 33_000 and members.extension[-1] == 32_999
+
+
+def test_threads_share_a_reader_while_its_descriptors_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("jp_train.data.shards.MAX_OPEN_SHARDS", 2)
+    reader = ShardReader()
+    shards = []
+    for number in range(6):
+        (tmp_path / f"{number}.tar").write_bytes(bytes([number]) * 4096)
+        shards.append(reader.stat(str(tmp_path / f"{number}.tar")))
+    wrong = []
+
+    def read(seed: int) -> None:
+        for number in np.random.default_rng(seed).integers(0, 6, 400).tolist():
+            if reader.read(shards[number], 7, 1000) != bytes([number]) * 1000:
+                wrong.append(number)
+
+    before = len(os.listdir("/proc/self/fd"))
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
         thread.start()
-        yield handler, f"http://127.0.0.1:{running.server_port}/a.tar"
-        running.shutdown()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(os.listdir("/proc/self/fd")) <= before + 2
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_http_shards_scan_and_read_like_local_ones(tmp_path, server):
-    handler, url = server
-    path = write_shard(tmp_path / "a.tar", generation_samples(4))
-    handler.content = path.read_bytes()
-    handler.busy = 2
-    reader = ShardReader(sleep=lambda seconds: None)
-    shard = reader.stat(url)
-    assert shard.name == "a.tar" and shard.size == len(handler.content)
-    remote, local = scan_members(shard, reader), _scan(path)
-    assert remote.keys == local.keys
-    np.testing.assert_array_equal(remote.offset, local.offset)
-    assert reader.read(shard, 5, 100) == handler.content[5:105]
-
-
-def test_a_server_without_ranges_is_refused_at_once(server):
-    handler, url = server
-    handler.content = b"x" * 100
-    reader = ShardReader(sleep=lambda seconds: pytest.fail("no retry expected"))
-    shard = reader.stat(url)
-    handler.ranges = False
-    with pytest.raises(DataError, match="status 200 instead of 206"):
-        reader.read(shard, 1, 2)
+def test_a_window_serves_a_sequential_pass_with_each_byte_read_about_once(tmp_path):
+    path = write_shard(tmp_path / "a.tar", generation_samples(60))
+    reader = ShardReader()
+    shard = reader.stat(str(path))
+    read = []
+    counting = ShardReader()
+    monkey = counting.read
+    counting.read = lambda shard, offset, size: read.append(size) or monkey(shard, offset, size)
+    window = ShardWindow(counting, shard, 65536)
+    whole = path.read_bytes()
+    for sample in group_members(walk(window.up_to, shard.size), on_fault=pytest.fail, on_stray=pytest.fail):
+        for member in sample.members.values():
+            assert window.read(shard, member.offset, member.size) == whole[member.offset : member.offset + member.size]
+    assert sum(read) < 1.2 * shard.size and len(read) < 2 * shard.size / 65536 + 2

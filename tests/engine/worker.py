@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from distributed import run_scenarios, serve  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_run import tiny_run  # noqa: E402
 
+import jp_train.engine.checkpoint as checkpoints  # noqa: E402
 import jp_train.train as training  # noqa: E402
 from jp_train.config import RunConfig  # noqa: E402
-from jp_train.config.schema import Precision, Reduction, SourceConfig, SourceKind  # noqa: E402
+from jp_train.config.schema import SourceConfig, SourceKind  # noqa: E402
 from jp_train.data.loader import rows_hash  # noqa: E402
 from jp_train.engine.export import whole_tensors  # noqa: E402
 from jp_train.engine.init import build_engine  # noqa: E402
@@ -53,8 +55,8 @@ def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
         node: Any = cfg
         for parent in parents:
             node = getattr(node, parent)
-        kind = {"precision": Precision, "loss.reduction": Reduction}.get(key, lambda x: x)
-        setattr(node, leaf, kind(value))
+        before = getattr(node, leaf)
+        setattr(node, leaf, type(before)(value) if isinstance(before, Enum) else value)
     if broken:
         cfg.data.sources["gen"].shards = "gen-broken.tar"
     if held_out:
@@ -96,7 +98,7 @@ def train(
     if dump_start:
         training.prepare = prepare
     hashes: dict[int, str] = {}
-    plain_step, plain_loss, plain_save = training.Trainer.train_step, training.micro_batch_loss, torch.save
+    plain_step, plain_loss, plain_save = training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard
     here: dict[str, Any] = {}
 
     def step(self, micro_batches, totals, **timing):
@@ -115,12 +117,12 @@ def train(
         value = plain_loss(terms, totals, cfg_loss)
         return value * float("nan") if here["step"] in nan_at and rank() == 0 else value
 
-    def save(value, path, *args, **kwargs):
-        if kill_in_save and here.get("step") == kill_at and kill_rank == rank() and "optim_states" in str(path):
-            plain_save(value, path, *args, **kwargs)
-            Path(path).write_bytes(Path(path).read_bytes()[:100])
+    def save(path, tensors):
+        if kill_in_save and path.parent.name == f".saving_step_{kill_at:07d}" and kill_rank == rank():
+            plain_save(path, tensors)
+            path.write_bytes(path.read_bytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
-        return plain_save(value, path, *args, **kwargs)
+        return plain_save(path, tensors)
 
     plain_next = training.StepLoader.__next__
 
@@ -131,13 +133,13 @@ def train(
         return item
 
     training.StepLoader.__next__ = following
-    training.Trainer.train_step, training.micro_batch_loss, torch.save = step, loss, save
+    training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = step, loss, save
     try:
         return {"code": training.train(cfg), "hashes": hashes}
     except JpTrainError as error:
         return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "hashes": hashes}
     finally:
-        training.Trainer.train_step, training.micro_batch_loss, torch.save = plain_step, plain_loss, plain_save
+        training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = plain_step, plain_loss, plain_save
         training.prepare = plain_prepare
         training.StepLoader.__next__ = plain_next
 

@@ -1,0 +1,1 @@
+"""What bench/data.py compares: the samples, and one module per loader."""

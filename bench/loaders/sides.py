@@ -1,0 +1,140 @@
+"""The two sides that everything is compared with: our StepLoader, and the bare loop. A side turns samples into rows, endlessly."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import psutil
+
+from jp_train.config.batch import batch_plan
+from jp_train.config.schema import BatchUnit, MixtureConfig, RunConfig, SourceConfig, SourceKind, Template, TokenizerConfig
+from jp_train.data.image import load_generation_image
+from jp_train.data.index import index_sources
+from jp_train.data.loader import StepLoader, build_plan
+from jp_train.data.shards import ShardReader, expand_shards, scan_members
+from jp_train.data.tokenizer import Tokenizer, load_tokenizer
+
+ROWS_PER_STEP = 8
+SEQ_LEN = 4096
+NPY_HEADER = 128
+"""Bytes before the ids in a one-dimensional .npy file."""
+
+
+class Side(Protocol):
+    """`advance(samples)` handles at least that many samples and returns how many samples and rows (0 without packing) they were."""
+
+    name: str
+
+    def advance(self, samples: int) -> tuple[int, int]: ...
+
+    def processes(self) -> list[psutil.Process]:
+        """Its worker processes, whose CPU time counts too."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int = 0, **data) -> RunConfig:
+    """A run over generation samples alone, as in stage 2: 384-pixel pictures, rows of SEQ_LEN tokens, whole captions."""
+    cfg = RunConfig(tokenizer=tokenizer)
+    cfg.data.root, cfg.data.workers, cfg.data.seq_len = str(folder), workers, SEQ_LEN
+    for name, value in data.items():
+        setattr(cfg.data, name, value)
+    cfg.data.sources = {"bench": SourceConfig(kind=SourceKind.generation, shards=shards)}
+    cfg.stage.mixture = MixtureConfig(understanding=0, text=0, generation=1)
+    cfg.stage.template = Template.stage2
+    cfg.stage.batch_unit, cfg.stage.batch_size = BatchUnit.packed, ROWS_PER_STEP
+    return cfg
+
+
+class Ours:
+    """StepLoader: global plan, byte-range reads in random order, exact packing, collated PackedBatches."""
+
+    def __init__(self, cfg: RunConfig, name: str = "jp_train") -> None:
+        self.name = name
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        indexes = index_sources(cfg, tokenizer)
+        batch = batch_plan(cfg, 1)
+        plan = build_plan(cfg, indexes, batch, tokenizer)
+        self._loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch)
+
+    def advance(self, samples: int) -> tuple[int, int]:
+        done = rows = 0
+        while done < samples:
+            step = next(self._loader)
+            done += sum(step.used_per_source.values())
+            rows += sum(batch.rows for batch in step.micro_batches)
+        return done, rows
+
+    def processes(self) -> list[psutil.Process]:
+        return [psutil.Process(worker.pid) for worker in getattr(self._loader._iterator, "_workers", ())]
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+class Bare:
+    """The limit: in tar order, one sample at a time, read its members at known offsets, parse the JSON, tokenise the caption, decode and
+    transform the picture (or view the stored ids). No checks, no labels, no packing, no batch; results are dropped.
+
+    It uses the loader's own picture function and the loader's own tokenizer call, on descriptors that stay open.
+    """
+
+    name = "bare loop"
+
+    def __init__(self, cfg: RunConfig, load=load_generation_image) -> None:
+        self._encode = plain_encode(load_tokenizer(cfg.tokenizer))
+        self._size, self._load = cfg.model.vision.image_size, load
+        self._descriptors: list[int] = []
+        self._samples = itertools.cycle(list(self._locate(cfg)))
+
+    def _locate(self, cfg: RunConfig) -> Iterator[tuple[int, int, int, int, int, bool]]:
+        reader = ShardReader()
+        for path in expand_shards(cfg.data.sources["bench"].shards, cfg.data.root):
+            members = scan_members(reader.stat(path), reader)
+            descriptor = os.open(path, os.O_RDONLY)
+            self._descriptors.append(descriptor)
+            for number in range(len(members.keys)):
+                first = int(members.member_start[number])
+                where = {members.extensions[members.extension[first + k]]: first + k for k in (0, 1)}
+                picture, text = where.get("jpg", where.get("vq.npy")), where["json"]
+                yield (
+                    descriptor,
+                    int(members.offset[picture]),
+                    int(members.size[picture]),
+                    int(members.offset[text]),
+                    int(members.size[text]),
+                    "jpg" in where,
+                )
+        reader.close()
+
+    def advance(self, samples: int) -> tuple[int, int]:
+        pread, loads, encode, load, size = os.pread, json.loads, self._encode, self._load, self._size
+        for descriptor, offset, length, text_offset, text_length, is_picture in itertools.islice(self._samples, samples):
+            data = pread(descriptor, length, offset)
+            caption = loads(pread(descriptor, text_length, text_offset))["caption"]
+            encode(caption)
+            if is_picture:
+                load(data, size)
+            else:
+                np.frombuffer(data, np.uint16, offset=NPY_HEADER)
+        return samples, 0
+
+    def processes(self) -> list[psutil.Process]:
+        return []
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+def plain_encode(tokenizer: Tokenizer):
+    """The fastest call that turns one text into ids: the Hugging Face backend's, without offsets."""
+    backend = tokenizer._backend
+    return lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids

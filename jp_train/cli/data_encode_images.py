@@ -1,0 +1,68 @@
+"""`jp-train data encode-images`: VQ ids of the generation pictures beside the shards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command, add_config, add_json
+
+DETAILS = """\
+Training then neither reads nor decodes a generation picture. For each shard X.tar of a generation source, training and held-out, it writes
+X.tar.jp-vq-PRINT.npy (ids, 16 bits each) and .json (what they were made with); PRINT is the fingerprint of VQ weights and picture transform.
+data.vq_ids says what training does with them: auto (use them; ids of another VQ are an error), require, off.
+
+One process:      jp-train data encode-images launch/janus_pro_1b_stage1.yaml
+On a cluster:     jp-train data encode-images launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8
+What is left:     jp-train data encode-images launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8 --dry-run
+Are they right:   jp-train data encode-images launch/janus_pro_1b_stage1.yaml --verify-sample 100
+
+Run it again after an interruption: finished shards are skipped. Shards that were only copied or touched are recognised by their pictures.
+A picture that cannot be decoded is named, and skipped in training as it would be without stored ids. Exit status 3: ids differ."""
+
+
+def register(tools: argparse._SubParsersAction) -> None:
+    parser = add_command(tools, "encode-images", "compute the VQ ids of all generation pictures once, beside the shards", DETAILS)
+    add_config(parser)
+    parser.add_argument(
+        "--hostfile", type=Path, help="share the shards among the ranks of these hosts; prints and runs the deepspeed command"
+    )
+    parser.add_argument("--include", default="", help="with --hostfile: only these hosts or slots, deepspeed syntax")
+    parser.add_argument("--exclude", default="", help="with --hostfile: all but these hosts or slots")
+    parser.add_argument("--master-port", type=int, default=29500, help="with --hostfile: rendezvous port of the launcher (default 29500)")
+    parser.add_argument("--batch", type=int, default=8, help="pictures that go through the VQ together (default 8, as in training)")
+    parser.add_argument(
+        "--verify-sample", type=int, default=0, metavar="N", help="encode nothing; compute N random stored samples again and compare"
+    )
+    parser.add_argument(
+        "--max-mismatch",
+        type=float,
+        default=0.0,
+        metavar="RATE",
+        help="share of the verified ids that may differ (default 0; other hardware: 0.001)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what each rank has and has left (with --hostfile: and the command), and stop"
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.config import load_config
+    from jp_train.encode_images import Place
+    from jp_train.encode_images_command import encode_images, encode_on_hosts
+
+    work = {"batch": arguments.batch, "verify_sample": arguments.verify_sample, "max_mismatch": arguments.max_mismatch}
+    work["dry_run"] = arguments.dry_run
+    if arguments.hostfile is not None:
+        hosts = {"include": arguments.include, "exclude": arguments.exclude, "master_port": arguments.master_port}
+        return encode_on_hosts(arguments.config, arguments.overrides, arguments.hostfile, as_json=arguments.json, **hosts, **work)
+    config = load_config(arguments.config, arguments.overrides)
+    place = Place.of_environment()
+    told, code = encode_images(config, place, table=sys.stderr if arguments.json else sys.stdout, **work)
+    if arguments.json and place.rank == 0:
+        print(json.dumps(told))
+    return code

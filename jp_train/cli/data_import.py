@@ -1,0 +1,241 @@
+"""`jp-train data import FORMAT SOURCE OUT`: real-world layouts into WebDataset shards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command, add_json
+
+DETAILS = """\
+Reads data as it is published and writes the tar shards that training reads, with a manifest.json and a skipped.jsonl (every entry that was left
+out, and why) beside them. Run the same command again after a kill or a full disk: it goes on, without a duplicate or a hole. The shards depend
+on the source and the options only, not on --processes.
+
+  jp-train data import imagenet      ILSVRC/Data/CLS-LOC/train                shards/imagenet
+  jp-train data import coco          annotations/captions_train2017.json      shards/coco    --images train2017 --kind understanding
+  jp-train data import conversations llava_v1_5_mix665k.json                  shards/llava   --images llava --text-out shards/llava_text
+  jp-train data import pairs         'laion/*.jsonl'                          shards/laion   --images laion --kind generation
+  jp-train data import text          'c4/*.jsonl.gz'                          shards/c4
+  jp-train data import parquet       llava_onevision/chartqa                  shards/chartqa --kind understanding
+  jp-train data import webdataset    'downloaded/{00000..00127}.tar'          shards/laion2b --kind generation
+
+`jp-train data import FORMAT --help` describes one format. Try --dry-run first."""
+
+KINDS = ("understanding", "generation")
+
+
+def register(tools: argparse._SubParsersAction) -> None:
+    parser = add_command(tools, "import", "turn published data into shards: folders, JSON, CSV, text, Parquet, other WebDatasets", DETAILS)
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    _imagenet(formats)
+    _coco(formats)
+    _conversations(formats)
+    _pairs(formats)
+    _text(formats)
+    _parquet(formats)
+    _webdataset(formats)
+
+
+def _imagenet(formats: argparse._SubParsersAction) -> None:
+    details = """\
+SOURCE/CLASS/picture: each picture becomes a generation sample whose caption is the name of its class. The recipe's `class_prompt` shapes it in training
+(first_lemma: "tench, Tinca tinca" -> "tench")."""
+    parser = _format(formats, "imagenet", "a folder with one folder a class -> generation", details, "folder of class folders")
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        type=Path,
+        help="lines 'FOLDER NAME' (Kaggle's LOC_synset_mapping.txt, found by itself in SOURCE or up to 4 folders above) or a .json; "
+        "without one, the folders' names",
+    )
+    _pictures(parser)
+    _run(parser, lambda a: _readers().ImageNetReader(source=a.source, class_names=a.class_names))
+
+
+def _coco(formats: argparse._SubParsersAction) -> None:
+    details = 'One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 8 times its size in memory.'
+    parser = _format(formats, "coco", "COCO captions -> understanding or generation", details, "captions JSON")
+    _images(parser, required=True)
+    parser.add_argument("--kind", choices=KINDS, required=True)
+    parser.add_argument(
+        "--per",
+        choices=("caption", "image"),
+        default="caption",
+        help="a sample for every caption (default: nothing is lost, a picture with 5 captions is stored 5 times), or for every image, with its first caption",
+    )
+    _pictures(parser)
+    _run(parser, lambda a: _readers().CocoReader(source=a.source, images=a.images, kind=_readers().Kind(a.kind), per=a.per))
+
+
+def _conversations(formats: argparse._SubParsersAction) -> None:
+    details = """\
+[{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}, ...]
+as a JSON array (read as a stream) or a record a line; "messages" with role and content work too. Entries with several pictures are refused by name. Entries without
+a picture are skipped and counted, or with --text-out written as text shards."""
+    parser = _format(
+        formats,
+        "conversations",
+        "LLaVA / ShareGPT dialogues with pictures -> understanding",
+        details,
+        "JSON, JSONL, a folder or glob of them",
+    )
+    _images(parser, required=True)
+    parser.add_argument("--text-out", metavar="FOLDER", type=Path, help="write dialogues without a picture there, as shards of kind text")
+    _columns(parser, image="image", conversations="conversations")
+    _pictures(parser)
+    _run(parser, lambda a: _records(a, "conversations", "understanding"))
+
+
+def _pairs(formats: argparse._SubParsersAction) -> None:
+    details = """\
+One picture and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column, understanding samples ask that column and
+answer with --caption-column."""
+    parser = _format(formats, "pairs", "image-text JSONL or CSV -> understanding or generation", details, "file, folder or glob")
+    _images(parser, required=False, default="the folder of SOURCE")
+    parser.add_argument("--kind", choices=KINDS, required=True)
+    _columns(parser, image="image", caption="caption", question=None)
+    _pictures(parser)
+    _run(parser, lambda a: _records(a, "pairs", a.kind))
+
+
+def _text(formats: argparse._SubParsersAction) -> None:
+    details = """\
+JSONL (.jsonl, .ndjson, also .gz): the column "text", or "conversations" of a dialogue. Plain text (.txt, .md, .txt.gz): a file is a document, or --document
+paragraph or line."""
+    parser = _format(formats, "text", "text JSONL or plain text files -> text", details, "file, folder or glob")
+    parser.add_argument(
+        "--document", choices=("file", "paragraph", "line"), default="file", help="what a document is in plain text (default: file)"
+    )
+    parser.set_defaults(shard_samples=100_000)
+    _columns(parser, text="text", conversations="conversations")
+    _run(parser, lambda a: _readers().text_reader(a.source, a.document, _given_columns(a)))
+
+
+def _parquet(formats: argparse._SubParsersAction) -> None:
+    details = """\
+Rows with a picture as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text. Needs pyarrow: pip install 'jp_train[parquet]'.
+A process reads one row group at a time."""
+    parser = _format(formats, "parquet", "Parquet with picture bytes or text -> any kind", details, ".parquet file, folder or glob")
+    parser.add_argument("--kind", choices=(*KINDS, "text"), required=True)
+    _images(parser, required=False, default="none: pictures come as bytes")
+    _columns(parser, image="image", caption="caption", question=None, text="text", conversations="conversations")
+    _pictures(parser)
+    _run(
+        parser,
+        lambda a: _readers().ParquetReader(source=a.source, images=a.images, kind=_readers().Kind(a.kind), columns=_given_columns(a)),
+    )
+
+
+def _webdataset(formats: argparse._SubParsersAction) -> None:
+    details = """\
+Shards that already exist are validated and indexed in place; OUT gets the reports. Compressed tars (.gz, .bz2, .xz) are written again as plain ones into OUT. 'pipe:COMMAND'
+(braces work: 'pipe:aws s3 cp s3://bucket/{000..127}.tar -') needs --allow-pipe; the command runs without a shell, and its tar stream becomes a plain shard in OUT."""
+    parser = add_command(formats, "webdataset", "an existing WebDataset -> validated, indexed, plain", details)
+    parser.add_argument("source", metavar="SOURCE", help="shards as in a recipe (braces, glob, folder, http), or pipe:COMMAND")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for reports, and for shards that must be written again")
+    parser.add_argument("--kind", choices=(*KINDS, "text"), required=True, help="what the samples are checked as")
+    parser.add_argument("--allow-pipe", action="store_true", help="run the commands of a pipe: source")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="tars at a time (default: all cores)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    add_json(parser)
+    parser.set_defaults(run=run_webdataset)
+
+
+def _format(formats: argparse._SubParsersAction, name: str, summary: str, details: str, source: str) -> argparse.ArgumentParser:
+    parser = add_command(formats, name, summary, details)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=source)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards, manifest.json and skipped.jsonl")
+    parser.add_argument(
+        "--shard-size", metavar="MIB", type=float, default=256, help="a shard is closed before it grows past this (default: 256)"
+    )
+    parser.add_argument(
+        "--shard-samples", metavar="N", type=int, default=10_000, help="... or holds more samples than this (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that make samples (default: all cores)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read the listing and some pictures, say what would be written, write nothing"
+    )
+    add_json(parser)
+    return parser
+
+
+def _images(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
+    note = "" if required else f" (default: {default})"
+    parser.add_argument(
+        "--images", metavar="FOLDER", type=Path, required=required, help=f"paths of pictures start here and must stay inside{note}"
+    )
+
+
+def _pictures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every picture whole: finds truncated ones, about 10 times slower (default: headers)"
+    )
+    parser.add_argument(
+        "--max-image-pixels", metavar="N", type=int, default=100_000_000, help="refuse larger pictures (default: 100000000)"
+    )
+
+
+def _columns(parser: argparse.ArgumentParser, **defaults: str | None) -> None:
+    for name, default in defaults.items():
+        parser.add_argument(
+            f"--{name}-column", metavar="NAME", default=default, help=f"column that holds the {name} (default: {default or 'none'})"
+        )
+
+
+def _given_columns(arguments: argparse.Namespace):
+    given = {
+        name.removesuffix("_column"): value for name, value in vars(arguments).items() if name.endswith("_column") and value is not None
+    }
+    return _readers().Columns(**given)
+
+
+def _records(arguments: argparse.Namespace, name: str, kind: str):
+    return _readers().record_reader(name, arguments.source, arguments.images, kind, _given_columns(arguments))
+
+
+def _readers():
+    from jp_train.data.tools.importers import readers
+
+    return readers
+
+
+def _run(parser: argparse.ArgumentParser, reader: Callable[[argparse.Namespace], object]) -> None:
+    parser.set_defaults(run=run, reader=reader, text_out=None, decode=False, max_image_pixels=100_000_000)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.data.tools.importers.command import import_command
+    from jp_train.data.tools.importers.run import ImportSettings
+
+    settings = ImportSettings(
+        out=arguments.out,
+        text_out=arguments.text_out,
+        shard_mib=arguments.shard_size,
+        shard_samples=arguments.shard_samples,
+        processes=arguments.processes,
+        decode=arguments.decode,
+        max_image_pixels=arguments.max_image_pixels,
+    )
+    summary, text = import_command(arguments.reader(arguments), settings, dry_run=arguments.dry_run)
+    print(json.dumps(summary) if arguments.json else text)
+    return 0
+
+
+def run_webdataset(arguments: argparse.Namespace) -> int:
+    from jp_train.data.tools.importers.command import import_tars_command
+    from jp_train.types import Kind
+
+    summary, text = import_tars_command(
+        arguments.source,
+        arguments.out,
+        Kind(arguments.kind),
+        processes=arguments.processes,
+        allow_pipe=arguments.allow_pipe,
+        dry_run=arguments.dry_run,
+    )
+    print(json.dumps(summary) if arguments.json else text)
+    return 0

@@ -1,0 +1,104 @@
+"""Samples that `jp-train data verify --exclude` took out of a shard: the index leaves them out and the ledger names them.
+
+    X.tar.jp-excluded.json    {"format", "size", "stamp", "excluded": {kind of source: [[key, fault, reason], ...]}}
+
+The file lies where the sidecars lie and belongs to one size and stamp of the shard: when the shard is written again it no longer counts.
+It outlives any rebuild of the index. Only what shows by decoding a picture belongs here; the rest the index sees by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jp_train.data.shards import Shard
+from jp_train.data.sidecar import sidecar_places, write_sidecar
+from jp_train.errors import DataError
+from jp_train.types import KINDS, Kind
+
+FORMAT = 1
+
+_SUFFIX = ".jp-excluded.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """Why a sample was taken out: the class of the fault and the reason."""
+
+    fault: str
+    reason: str
+
+    @property
+    def described(self) -> str:
+        """The reason as the index and the ledger give it."""
+        return f"excluded by data verify ({self.fault}): {self.reason}"
+
+
+def with_exclusions(shard: Shard) -> Shard:
+    """The shard with the digest of what is taken out of it. Raises DataError for a damaged file of exclusions."""
+    found = _load(shard)
+    return shard if found is None else replace(shard, excluded=_digest(found))
+
+
+def excluded_samples(shard: Shard, kind: Kind) -> dict[str, Excluded]:
+    """What is taken out of a shard for sources of a kind, by key: exactly what the shard's digest stands for.
+
+    Raises DataError when that changed since the digest was made.
+    """
+    found = _load(shard) if shard.excluded else None
+    if shard.excluded != ("" if found is None else _digest(found)):
+        raise DataError(f"the exclusions of shard {shard.path} changed while it was indexed; start again")
+    return {} if found is None else found.get(kind, {})
+
+
+def known_exclusions(shard: Shard, kind: Kind) -> dict[str, Excluded]:
+    """What is taken out of a shard for sources of a kind at present, by key."""
+    return (_load(shard) or {}).get(kind, {})
+
+
+def store_exclusions(shard: Shard, kind: Kind, excluded: Mapping[str, Excluded]) -> Path:
+    """Set what is taken out of a shard for sources of a kind; other kinds keep theirs. Returns the path that was written.
+
+    Raises DataError when no place can be written.
+    """
+    told = (_load(shard) or {}) | {kind: dict(excluded)}
+    document = {
+        "format": FORMAT,
+        "size": shard.size,
+        "stamp": shard.stamp,
+        "excluded": {str(one): [[key, why.fault, why.reason] for key, why in sorted(told[one].items())] for one in told if told[one]},
+    }
+    blob = json.dumps(document, indent=1).encode()
+    return write_sidecar(shard, _SUFFIX, lambda file: file.write(blob))
+
+
+def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
+    """What the newest file that belongs to the shard says; None when there is none, or it takes nothing out."""
+    for path in sidecar_places(shard, _SUFFIX):
+        try:
+            document = json.loads(path.read_bytes())
+            if document["format"] != FORMAT or (document["size"], document["stamp"]) != (shard.size, shard.stamp):
+                continue
+            told = {
+                kind: {key: Excluded(str(fault), str(reason)) for key, fault, reason in document["excluded"].get(str(kind), ())}
+                for kind in KINDS
+            }
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({type(error).__name__}: {error}): it names samples to leave out, so it is not ignored; run "
+                "`jp-train data verify --exclude` again after deleting it"
+            ) from error
+        told = {kind: samples for kind, samples in told.items() if samples}
+        return told or None
+    return None
+
+
+def _digest(found: Mapping[Kind, Mapping[str, Excluded]]) -> str:
+    """Over kinds and keys only: a reason that is worded anew excludes nothing else."""
+    parts = [[str(kind), sorted(found[kind])] for kind in KINDS if kind in found]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

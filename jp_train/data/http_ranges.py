@@ -1,0 +1,273 @@
+"""Byte ranges over http(s): kept-alive connections, a bound on every whole read, and strict checks of what the server answers.
+
+A socket's own time-out starts anew with each packet, so a server that sends a byte a minute would hold a loader worker for days; here
+every receive gets only what is left of the read's time. Redirects are followed to http(s) only, never from https down to http.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import re
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jp_train.errors import DataError
+
+HTTP_TIMEOUT_S = 60.0
+"""Longest silence of a server."""
+SLOWEST_BYTES_PER_S = 256 << 10
+"""A read may take HTTP_TIMEOUT_S plus its size at this rate; then it is tried again."""
+MAX_REDIRECTS = 5
+
+_CHUNK = 1 << 20
+_REDIRECTS = (301, 302, 303, 307, 308)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+class HttpStatusError(OSError):
+    """An answer other than the one that was asked for."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"HTTP status {code} {reason}")
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What is known of a file: `size` in bytes and a `stamp` that changes with it (ETag, else Last-Modified, else empty)."""
+
+    size: int
+    stamp: str
+
+
+class HttpRanges:
+    """Ranges of http(s) files, one kept-alive connection per thread and server. Safe to use from threads and after a fork.
+
+    Every method raises OSError or http.client.HTTPException for what may pass (try again), and DataError for what will not.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def stat(self, url: str) -> Answered:
+        """Size and stamp, by a HEAD request."""
+        with self._answer("HEAD", url, {}, HTTP_TIMEOUT_S) as answer:
+            answer.read()  # nothing, but http.client keeps the connection only after it
+            if answer.status != 200:
+                raise HttpStatusError(answer.status, answer.reason)
+            length = answer.headers.get("Content-Length")
+            if length is None or not length.isdigit():
+                raise DataError(
+                    f"shard {url}: the server sends no Content-Length; jp_train needs a server that answers byte-range requests"
+                )
+            return Answered(size=int(length), stamp=_stamp(answer))
+
+    def read(self, url: str, offset: int, size: int, *, file_size: int, stamp: str) -> bytes:
+        """Exactly `size` bytes from `offset` of a file that is known by its size and stamp."""
+        if size == 0:
+            return b""
+        limit = HTTP_TIMEOUT_S + size / SLOWEST_BYTES_PER_S
+        with self._answer("GET", url, {"Range": f"bytes={offset}-{offset + size - 1}"}, limit) as answer:
+            if answer.status == 200:
+                raise DataError(
+                    f"shard {url}: the server answered a byte-range request with status 200 instead of 206; serve the shards from a "
+                    "server with range support, or copy them to a local disk"
+                )
+            if answer.status != 206:
+                raise HttpStatusError(answer.status, answer.reason)
+            now = _stamp(answer)
+            if now != stamp:
+                raise DataError(f"shard {url} changed since it was indexed ({stamp!r} became {now!r}); start again to index it anew")
+            _check_range(url, answer, offset, size, file_size)
+            data = bytearray()
+            while len(data) < size:
+                chunk = answer.read1(min(_CHUNK, size - len(data)))
+                if not chunk:
+                    raise OSError(f"the server sent {len(data)} bytes of {size}")
+                data += chunk
+            if answer.read(1):  # also lets http.client see the end, so that the connection can be used again
+                raise OSError(f"the server sent more than the {size} bytes of the range")
+            return bytes(data)
+
+    def close(self) -> None:
+        """Close this thread's connections."""
+        for connection in self._connections().values():
+            connection.close()
+        self._connections().clear()
+
+    def __reduce__(self) -> tuple:
+        return (HttpRanges, ())
+
+    def _connections(self) -> dict[tuple[str, str], _Connection]:
+        """This thread's connections by scheme and server; those inherited through a fork are forgotten."""
+        if getattr(self._local, "pid", None) != os.getpid():
+            self._local.pid, self._local.open = os.getpid(), {}
+        return self._local.open
+
+    @contextmanager
+    def _answer(self, method: str, url: str, headers: dict[str, str], limit_s: float) -> Iterator[http.client.HTTPResponse]:
+        """The final answer, after redirects. A connection is kept only when its answer was read to the end."""
+        deadline = time.monotonic() + limit_s
+        at = url
+        for _ in range(MAX_REDIRECTS + 1):
+            server = _server(at)
+            connection, answer = self._ask(method, at, headers, deadline)
+            try:
+                target = answer.headers.get("Location") if answer.status in _REDIRECTS else None
+                if target is None:
+                    yield answer
+                    return
+                at = _redirected(url, at, target)
+            finally:
+                if not answer.isclosed():
+                    connection.close()
+                    self._connections().pop(server, None)
+        raise DataError(f"shard {url}: more than {MAX_REDIRECTS} redirects, the last to {at}")
+
+    def _ask(self, method: str, url: str, headers: dict[str, str], deadline: float) -> tuple[_Connection, http.client.HTTPResponse]:
+        open_here, server = self._connections(), _server(url)
+        connection = open_here.get(server)
+        reused = connection is not None and connection.sock is not None
+        if connection is None:
+            connection = open_here[server] = _connect(url)
+        connection.deadline = deadline
+        target = _target(url, connection.absolute)
+        headers = {"User-Agent": "jp_train", **headers}
+        try:
+            try:
+                connection.request(method, target, headers=headers)
+                return connection, connection.getresponse()
+            except (http.client.RemoteDisconnected, http.client.CannotSendRequest, ConnectionError, BrokenPipeError):
+                connection.close()
+                if not reused:
+                    raise
+                connection.request(method, target, headers=headers)  # the server had closed the idle connection: not a fault
+                return connection, connection.getresponse()
+        except BaseException:
+            connection.close()
+            open_here.pop(server, None)
+            raise
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection whose every receive is bounded by `deadline` (time.monotonic seconds)."""
+
+    deadline = 0.0
+    absolute = False
+    """Whether requests name the whole URL, as a proxy wants it."""
+
+    def connect(self) -> None:
+        self.timeout = _left(self.deadline)
+        super().connect()
+        self.sock = _BoundedSocket(self.sock, self)
+
+
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
+    pass
+
+
+class _BoundedSocket:
+    """What http.client needs of a socket; receives go through `_BoundedReader`."""
+
+    def __init__(self, plain: socket.socket, connection: _Connection) -> None:
+        self._plain, self._connection = plain, connection
+
+    def sendall(self, data: bytes) -> None:
+        self._plain.settimeout(_left(self._connection.deadline))
+        self._plain.sendall(data)
+
+    def makefile(self, *_: object) -> io.BufferedReader:
+        return io.BufferedReader(_BoundedReader(self._plain, self._connection), 1 << 16)
+
+    def close(self) -> None:
+        self._plain.close()
+
+
+class _BoundedReader(io.RawIOBase):
+    """The receiving side; it keeps the socket open until it is closed itself, as http.client expects of `makefile`."""
+
+    def __init__(self, plain: socket.socket, connection: _Connection) -> None:
+        self._plain, self._connection = plain, connection
+        self._raw = plain.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        self._plain.settimeout(_left(self._connection.deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the server is too slow: the time of one whole read is over")
+    return min(left, HTTP_TIMEOUT_S)
+
+
+def _connect(url: str) -> _Connection:
+    """A connection for `url`, through the proxy of the environment (http_proxy, https_proxy, no_proxy) where there is one."""
+    parts = urllib.parse.urlsplit(url)
+    secure = parts.scheme == "https"
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    kind = _SecureConnection if secure else _Connection
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return kind(parts.hostname or "", parts.port)
+    via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    connection = kind(via.hostname or "", via.port)
+    if secure:
+        connection.set_tunnel(parts.hostname or "", parts.port)
+    connection.absolute = not secure
+    return connection
+
+
+def _server(url: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _target(url: str, absolute: bool) -> str:
+    """What the request line names: path and query, or the whole URL for a proxy; spaces and the like are escaped."""
+    parts = urllib.parse.urlsplit(url)
+    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+    return f"{parts.scheme}://{parts.netloc}{path}" if absolute else path
+
+
+def _redirected(asked: str, here: str, target: str) -> str:
+    found = urllib.parse.urljoin(here, target)
+    scheme = urllib.parse.urlsplit(found).scheme
+    if scheme not in ("http", "https") or (scheme == "http" and here.startswith("https:")):
+        raise DataError(
+            f"shard {asked}: the server redirects to {found[:200]!r}; only http and https are followed, and never from https to http"
+        )
+    return found
+
+
+def _stamp(answer: http.client.HTTPResponse) -> str:
+    return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+
+
+def _check_range(url: str, answer: http.client.HTTPResponse, offset: int, size: int, file_size: int) -> None:
+    if (coding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+        raise DataError(f"shard {url}: the server sends the range with Content-Encoding {coding!r}; serve tars as they are")
+    given = answer.headers.get("Content-Range", "")
+    match = _CONTENT_RANGE.fullmatch(given.strip())
+    if match is None or (int(match[1]), int(match[2])) != (offset, offset + size - 1):
+        raise OSError(f"the server answered bytes {offset}-{offset + size - 1} with Content-Range {given!r}")
+    if match[3] not in ("*", str(file_size)):
+        raise DataError(
+            f"shard {url} changed since it was indexed (it had {file_size} bytes, now {match[3]}); start again to index it anew"
+        )

@@ -1,0 +1,119 @@
+"""DocumentRef -> RawSample: finds a sample by number and reads its fields. One per process; keeps sidecars of the shards in use."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jp_train.config.schema import Crop
+from jp_train.data.index import SourceLocator, read_fields
+from jp_train.data.shards import Shard, ShardMembers, ShardReader
+from jp_train.data.sidecar import ShardTokens, load_members, load_tokens
+from jp_train.data.vq_ids import StoredIds, open_ids
+from jp_train.errors import DataError
+from jp_train.types import DocumentRef, RawSample, SourceInfo
+
+CACHED_SAMPLES = 1_000_000
+"""Samples whose sidecar entries one worker keeps in memory, at about 150 bytes each; past it the oldest shards' are dropped."""
+
+
+@dataclass(slots=True)
+class ShardTable:
+    """What is known of one shard of one source; `name` is its file name."""
+
+    shard: Shard
+    name: str
+    members: ShardMembers
+    tokens: ShardTokens
+    ids: StoredIds | None
+
+
+class SampleReader:
+    """Reads the samples of some sources, through one ShardReader."""
+
+    def __init__(self, locators: Sequence[SourceLocator], crop: Crop, retries: int) -> None:
+        self._locators = tuple(locators)
+        self._crop = crop
+        self._reader = ShardReader(retries)
+        self._before = [locator.samples_before.tolist() for locator in self._locators]
+        self._tables: OrderedDict[tuple[int, int], ShardTable] = OrderedDict()
+        self._cached = 0
+
+    def read(self, ref: DocumentRef, table: ShardTable, entry: int) -> RawSample:
+        """The bytes of a document's sample, that `find` found.
+
+        Raises:
+            DataError: when the shard cannot be read.
+            SkipSample: for a file that is too large to be read.
+        """
+        locator = self._locators[ref.source]
+        return read_fields(
+            table.shard,
+            table.members,
+            int(table.tokens.sample[entry]),
+            locator.kind,
+            self._crop,
+            self._reader,
+            locator.name,
+            stored=table.ids,
+            embedded_ids=locator.embedded_ids,
+        )
+
+    def find(self, ref: DocumentRef) -> tuple[ShardTable, int]:
+        """A document's shard, and its number among the shard's usable samples.
+
+        Raises DataError when the shard's index is unreadable, or the source has no such sample.
+        """
+        before = self._before[ref.source]
+        if not 0 <= ref.sample < before[-1]:
+            self._locators[ref.source].locate(ref.sample)
+        shard = bisect_right(before, ref.sample) - 1
+        found = self._tables.get((ref.source, shard))
+        if found is None:
+            found = self._load(ref.source, shard)
+        else:
+            self._tables.move_to_end((ref.source, shard))
+        return found, ref.sample - before[shard]
+
+    def info(self, ref: DocumentRef, table: ShardTable, entry: int) -> SourceInfo:
+        """Where a document comes from."""
+        key = table.members.keys[int(table.tokens.sample[entry])]
+        return SourceInfo(source=self._locators[ref.source].name, shard=table.shard.path, key=key)
+
+    def describe(self, ref: DocumentRef) -> str:
+        """Source, shard and key of a reference, for messages; never raises."""
+        try:
+            table, entry = self.find(ref)
+            return str(self.info(ref, table, entry))
+        except Exception:  # it only decorates another error
+            return f"source number {ref.source}, sample {ref.sample}"
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._reader.close()
+
+    def _load(self, source: int, number: int) -> ShardTable:
+        locator = self._locators[source]
+        shard = locator.shards[number]
+        members = load_members(shard)
+        tokens = load_tokens(shard, locator.fingerprint)
+        if members is None or tokens is None:
+            raise DataError(
+                f"the index of shard {shard.path} (source {locator.name!r}) is gone or stale; start again so that it is rebuilt"
+            )
+        ids = None
+        if number in locator.shards_with_ids:
+            ids = open_ids(shard, locator.ids_fingerprint, self._reader)
+            if ids is None:
+                raise DataError(
+                    f"the VQ ids of shard {shard.path} (source {locator.name!r}) are gone or stale since the run began; start again"
+                )
+        found = ShardTable(shard, shard.name, members, tokens, ids)
+        self._tables[source, number] = found
+        self._cached += len(members.keys)
+        while self._cached > CACHED_SAMPLES and len(self._tables) > 1:
+            _, old = self._tables.popitem(last=False)
+            self._cached -= len(old.members.keys)
+        return found

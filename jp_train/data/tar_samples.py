@@ -1,0 +1,103 @@
+"""Members of a tar -> samples: files with one key (the name up to the first dot of the file name) that lie together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from jp_train.data.tar_headers import AFTER_END, LINK, Member, TarFault
+
+DUPLICATE, INTERLEAVED, DUPLICATE_FIELD = "duplicate_key", "interleaved_key", "duplicate_field"
+
+_BITS = 63
+"""Extensions told apart when a key comes again; the others count as one."""
+
+
+@dataclass(slots=True)
+class TarSample:
+    """A key and its files by extension (lower case, without the dot), in tar order."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+
+def group_members(
+    members: Iterable[Member], *, on_fault: Callable[[TarFault, str | None], None], on_stray: Callable[[str, int, str], None]
+) -> Iterator[TarSample]:
+    """The samples of a shard, each when its last file has passed.
+
+    `on_fault(fault, key)` hears of links and devices (without a key), of keys that come again after others (each once), and of fields
+    that a sample has twice. Unless it raises, the pass goes on without that link, the later part of that key, or the later field.
+    `on_stray(name, offset, reason)` hears of files that belong to no sample. A TarFault of `members` passes through; the
+    sample that it may have cut is not yielded.
+    """
+    seen: dict[str, int] = {}
+    fields_of: dict[str, int] = {}
+    codes: dict[str, int] = {}
+    current: TarSample | None = None
+    ended: list[TarFault] = []
+    again: set[str] = set()
+    for member in _until_fault(members, ended):
+        if member.folder:
+            continue
+        if not member.file:
+            on_fault(
+                TarFault(
+                    LINK,
+                    member.header,
+                    f"member {member.name!r} is a link or device; a shard may hold plain files only: write it again",
+                ),
+                None,
+            )
+            continue
+        key, extension = split_name(member.name)
+        if not key:
+            on_stray(member.name, member.header, "the file name has no key or no extension: it belongs to no sample")
+            continue
+        bit = 1 << min(codes.setdefault(extension, len(codes)), _BITS - 1)
+        if current is None or key != current.key:
+            if key in seen:
+                if key not in again:
+                    kind = DUPLICATE if fields_of[key] & bit else INTERLEAVED
+                    on_fault(
+                        TarFault(
+                            kind,
+                            member.header,
+                            f"key {key!r} appears again after other samples (first as sample {seen[key]}); the files of one sample must "
+                            "be adjacent and keys unique: write the shard again",
+                        ),
+                        key,
+                    )
+                    again.add(key)
+                continue
+            if current is not None:
+                yield current
+            seen[key] = len(seen)
+            fields_of[key] = 0
+            current = TarSample(key)
+        if extension in current.members:
+            reason = f"key {key!r} has two .{extension} files; keys must be unique within a shard"
+            on_fault(TarFault(DUPLICATE_FIELD, member.header, reason), key)
+            continue
+        fields_of[key] |= bit
+        current.members[extension] = member
+    if current is not None and (not ended or ended[0].fault == AFTER_END):
+        yield current
+    for fault in ended:
+        raise fault
+
+
+def _until_fault(members: Iterable[Member], ended: list[TarFault]) -> Iterator[Member]:
+    try:
+        yield from members
+    except TarFault as fault:
+        ended.append(fault)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension) of a member's name; two empty strings when it has none, or a NUL, which no list of keys could store."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if not stem or not extension or "\0" in name:
+        return "", ""
+    return f"{folder}{slash}{stem}", extension.lower()

@@ -1,0 +1,135 @@
+"""What a reader of a layout hands over: chunks of entries, entries, and the reasons for which one is skipped."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jp_train.errors import SkipSample
+from jp_train.types import Kind
+
+REASONS = {
+    "bad_record": "the line, row or record cannot be read",
+    "image_no_file": "the picture is not a regular file",
+    "image_missing": "no such picture in the image folder",
+    "image_outside": "the path leaves the image folder (absolute, .., or a link)",
+    "image_too_large": "more pixels or bytes than allowed",
+    "image_undecodable": "not a picture that can be decoded",
+    "multi_image": "more than one picture in an entry",
+    "no_caption": "a picture without a caption",
+    "no_image": "an entry without a picture",
+    "not_unicode": "text that is not valid UTF-8",
+    "text_only": "a dialogue without a picture; --text-out FOLDER keeps them",
+}
+"""Why an entry is skipped, as `skipped.jsonl` and the summary name it. What else they name is the training loader's class of fault."""
+REFUSED = "the training loader would refuse the sample"
+
+CHUNK_ENTRIES = 64
+CHUNK_LINES = 512
+CHUNK_BYTES = 1 << 20
+"""A unit of work for a process: at most this many pictures, or lines and about this much text."""
+
+
+class Skip(SkipSample):
+    """An entry that becomes no sample: `fault` is one of REASONS, or the class of fault by which the training loader refuses the sample."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(message, fault)
+
+    def __reduce__(self) -> tuple:
+        return (Skip, (self.fault, str(self)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One entry of a listing.
+
+    `number` is its place in the listing, from 0; `name` is how people find it in the source ("captions.json annotation 17",
+    "a.jsonl:4"); `note` becomes the sample's JSON; `image` is a path inside the image folder, or a picture's bytes; `skip` is set instead where
+    the listing alone shows that there is no sample.
+    """
+
+    number: int
+    name: str
+    note: dict[str, Any] | None = None
+    image: str | bytes | None = None
+    slug: str = ""
+    """Text that the key repeats for people, after the number."""
+    text_only: bool = False
+    """A dialogue without a picture from a source of pictures."""
+    skip: Skip | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Consecutive entries as a worker gets them: `count` entries from number `first`; `payload` is the reader's business; `done` is how far
+    in the listing the chunk ends, in the units of `Listing.total`."""
+
+    first: int
+    count: int
+    payload: Any
+    done: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """What a source holds. `identity` maps each part of it ("captions.json", "class n01440764") to a text that changes with its content:
+    an import is resumed only on an equal identity. `total` is its length in the units of `Chunk.done`."""
+
+    identity: dict[str, str]
+    total: int
+    chunks: Callable[[], Iterator[Chunk]]
+    remarks: tuple[str, ...] = ()
+    """What a person should know about how the source was understood."""
+
+
+class Reader(ABC):
+    """A layout. Small and picklable: worker processes get a copy."""
+
+    format: ClassVar[str]
+    kind: Kind
+    source: Path
+    images: Path | None
+    """The folder that image paths are relative to; None where pictures come as bytes, or not at all."""
+
+    @abstractmethod
+    def listing(self) -> Listing:
+        """Raises ConfigError for a source that is not this layout, DataError for one that cannot be read."""
+
+    @abstractmethod
+    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+        """The entries of a chunk, numbered; `pictures=False` lets a reader leave out picture bytes (a dry run)."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The options that decide the shards' content, as JSON values."""
+
+    def source_keys(self) -> dict[str, str]:
+        """Keys of a recipe's source beside `kind` and `shards`."""
+        return {}
+
+    def default_class_prompt(self) -> str:
+        """`class_prompt` of the source that the samples are checked with."""
+        return self.source_keys().get("class_prompt", "as_is")
+
+
+def sample_key(entry: Entry) -> str:
+    """The sample's key: the entry's place in the listing in 9 digits, and its slug in characters that every tool takes."""
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", entry.slug).strip("_")[:60]
+    return f"{entry.number:09d}-{slug}" if slug else f"{entry.number:09d}"
+
+
+def chunked(items: Iterable[Any], *, first: int = 0, size: int = CHUNK_ENTRIES) -> Iterator[Chunk]:
+    """Chunks of a listing whose units are its items."""
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield Chunk(first=first, count=len(batch), payload=batch, done=first + len(batch))
+            first, batch = first + len(batch), []
+    if batch:
+        yield Chunk(first=first, count=len(batch), payload=batch, done=first + len(batch))

@@ -1,0 +1,154 @@
+"""`manifest.json` in the folder of an import: what is complete on disk, and what it was made from.
+
+It is replaced atomically after every shard. A killed import goes on from it: everything it names is whole, everything after it is
+made again, so that nothing is there twice and nothing is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jp_train.data.writer import WrittenShard, write_atomically
+from jp_train.errors import ConfigError, DataError
+
+NAME, SKIPPED = "manifest.json", "skipped.jsonl"
+VERSION = 1
+
+_NAMED = 5
+
+
+@dataclass(kw_only=True)
+class OutputState:
+    """One set of shards: its folder (absolute), the complete shards, and the number of the first entry that is in none of them."""
+
+    folder: str
+    end: int = 0
+    shards: list[WrittenShard] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """The state of an import. `counts` holds `entries`, `converted` and `skipped:REASON` over the entries before `log_end`, whose skips are the
+    first `log_bytes` bytes of `skipped.jsonl`."""
+
+    format: str
+    source: str
+    identity: dict[str, str]
+    options: dict[str, Any]
+    outputs: dict[str, OutputState]
+    counts: dict[str, int] = field(default_factory=Counter)
+    log_end: int = 0
+    log_bytes: int = 0
+    complete: bool = False
+
+    def store(self, folder: Path) -> None:
+        """Write it. Raises DataError when the disk refuses."""
+        try:
+            write_atomically(
+                folder / NAME, (json.dumps({"version": VERSION, **asdict(self), "counts": dict(self.counts)}, indent=1) + "\n").encode()
+            )
+        except OSError as error:
+            raise DataError(
+                f"cannot write {folder / NAME}: {error}; free space or mend the folder, then run the same command again"
+            ) from error
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, or None where there is none. Raises DataError for one that cannot be read."""
+    path = folder / NAME
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        version = value.pop("version")
+        if version != VERSION:
+            raise ValueError(f"version {version}, expected {VERSION}")
+        outputs = {
+            name: OutputState(folder=one["folder"], end=one["end"], shards=[WrittenShard(**shard) for shard in one["shards"]])
+            for name, one in value.pop("outputs").items()
+        }
+        return Manifest(**{**value, "counts": Counter(value["counts"])}, outputs=outputs)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); import into another folder, or remove this one") from None
+
+
+def resume_or_start(folder: Path, new: Manifest) -> Manifest:
+    """The manifest to go on from: the one in `folder` where it belongs to the same source and options, else `new`.
+
+    Raises:
+        ConfigError: when the source or an option changed (what, then and now), or the folder holds shards of somebody else.
+        DataError: when a shard that the manifest names is gone or has another size.
+    """
+    found = load_manifest(folder)
+    if found is None:
+        for output in new.outputs.values():
+            foreign = sorted(path.name for path in Path(output.folder).glob("*.tar"))
+            if foreign:
+                raise ConfigError(
+                    f"{output.folder} holds shards ({foreign[0]}) but no {NAME} of an import: they would mix; choose an empty folder"
+                )
+        return new
+    changes = [
+        *_differences("", {"format": found.format}, {"format": new.format}),
+        *_differences("source: ", found.identity, new.identity),
+        *_differences("option ", found.options, new.options),
+        *_differences("folder of ", *({name: one.folder for name, one in side.outputs.items()} for side in (found, new))),
+    ]
+    if changes:
+        more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+        raise ConfigError(
+            f"{folder} holds an import {'that is complete' if found.complete else 'that was interrupted'}, but of something else: "
+            f"{'; '.join(changes[:_NAMED])}{more}. Restore what changed to go on, or import into another folder"
+        )
+    for output in found.outputs.values():
+        for shard in output.shards:
+            path = Path(output.folder) / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.size:
+                raise DataError(
+                    f"shard {path} {'is gone' if size is None else f'has {size:,} bytes'}, {NAME} says {shard.size:,} bytes: it was changed "
+                    "after it was written; restore it, or import into another folder"
+                )
+    return found
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one import at a time writes a folder; the lock ends with the process. Raises ConfigError when another has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"OUT {folder}: {error}; name a folder that can be written") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another import is writing {folder}: wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _differences(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{what}{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]

@@ -1,0 +1,292 @@
+"""Import: a reader's entries -> samples made in parallel -> shards, a manifest and the list of what was skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.tools.importers.entries import Chunk, Reader
+from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState, locked, resume_or_start
+from jp_train.data.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
+from jp_train.data.writer import ShardWriter
+from jp_train.errors import ConfigError, DataError
+
+HOPELESS = 1000
+"""When this many entries come first and none becomes a sample, the import stops: it is a wrong option, not a thousand bad entries."""
+
+_FEW = 8
+"""Fewer chunks than this are done without starting processes, which takes seconds."""
+_AHEAD = 3
+"""Chunks that wait or are worked on, per process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """Where an import writes and how. `shard_mib` in MiB; `text_out` is a folder for dialogues without a picture, or None."""
+
+    out: Path
+    text_out: Path | None = None
+    shard_mib: float = 256
+    shard_samples: int = 10_000
+    processes: int = 1
+    decode: bool = False
+    max_image_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportProgress:
+    """What a progress callback gets after each chunk: place in the listing (units of its total), entries, skipped entries and shards so far;
+    `resumed` is the place in the listing where this process began to work."""
+
+    done: int
+    total: int
+    resumed: int
+    entries: int
+    skipped: int
+    shards: int
+
+
+def import_source(
+    reader: Reader,
+    settings: ImportSettings,
+    progress: Callable[[ImportProgress], None] | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Write every entry of `reader` into shards under `settings.out`, or go on with an import that was interrupted there.
+
+    `say` gets remarks for a person: how the source was understood, and what the import goes on from. Returns the complete manifest.
+
+    Raises:
+        ConfigError: for a source that is not the reader's layout, or a folder that holds another import.
+        DataError: for I/O errors, a damaged listing, or a source without a usable entry. Shards written so far stay; the same command
+            goes on from them.
+    """
+    settings = _checked(settings)
+    listing = reader.listing()
+    for remark in listing.remarks:
+        say(remark)
+    folders = {MAIN: settings.out} | ({TEXT: settings.text_out} if settings.text_out else {})
+    new = Manifest(
+        format=reader.format,
+        source=str(reader.source.absolute()),
+        identity=listing.identity,
+        options=_options(reader, settings),
+        outputs={name: OutputState(folder=str(folder.absolute())) for name, folder in folders.items()},
+    )
+    with locked(settings.out):
+        manifest = resume_or_start(settings.out, new)
+        if manifest.log_end:
+            state = "complete already" if manifest.complete else "going on"
+            say(f"{state}: {_shards(manifest):,} shards are there, with the first {manifest.log_end:,} entries")
+        if manifest.complete:
+            return manifest
+        manifest.store(settings.out)
+        rules = SampleRules(
+            reader=reader, decode=settings.decode, max_image_pixels=settings.max_image_pixels, keep_text_only=settings.text_out is not None
+        )
+        start = min(one.end for one in manifest.outputs.values())
+        chunks = (chunk for chunk in listing.chunks() if chunk.first + chunk.count > start)
+        with _Sink(manifest, settings) as sink:
+            first = None
+            for chunk, made in _work(chunks, rules, settings.processes):
+                sink.take(made)
+                first = chunk.done if first is None else first
+                if progress is not None:
+                    progress(
+                        ImportProgress(
+                            done=chunk.done,
+                            total=listing.total,
+                            resumed=first if start else 0,
+                            entries=manifest.counts["entries"],
+                            skipped=sink.skipped,
+                            shards=_shards(manifest),
+                        )
+                    )
+            sink.finish()
+    return manifest
+
+
+def _shards(manifest: Manifest) -> int:
+    return sum(len(one.shards) for one in manifest.outputs.values())
+
+
+class _Sink:
+    """Takes samples and skips in listing order and keeps shards, `skipped.jsonl` and the manifest in step.
+
+    After a resume, each output ignores the entries it already holds, and the log those that are already counted.
+    """
+
+    def __init__(self, manifest: Manifest, settings: ImportSettings) -> None:
+        self._manifest, self._settings = manifest, settings
+        self._writers = {
+            name: ShardWriter(
+                Path(one.folder),
+                max_bytes=max(1, int(settings.shard_mib * 2**20)),
+                max_samples=settings.shard_samples,
+                number=len(one.shards),
+            )
+            for name, one in manifest.outputs.items()
+        }
+        self._next = 0
+        self._example = ""
+        self._log = open(settings.out / SKIPPED, "ab")  # noqa: SIM115 - closed by __exit__
+        if self._log.tell() < manifest.log_bytes:
+            raise DataError(
+                f"{settings.out / SKIPPED} is shorter than {manifest.log_bytes} bytes: it was changed; import into another folder"
+            )
+        self._log.truncate(manifest.log_bytes)
+        self._log.seek(0, os.SEEK_END)
+
+    @property
+    def skipped(self) -> int:
+        return sum(count for name, count in self._manifest.counts.items() if name.startswith("skipped:"))
+
+    def take(self, made: Iterable[Made]) -> None:
+        for one in made:
+            self._next = one.number
+            if one.packed is not None:
+                self._write(one)
+            if one.number >= self._manifest.log_end:
+                self._count(one)
+            self._next = one.number + 1
+
+    def finish(self) -> None:
+        """Close the last shards and mark the import complete. Raises DataError when no entry became a sample."""
+        for name, writer in self._writers.items():
+            if (shard := writer.finish()) is not None:
+                self._commit(name, shard)
+        self._sync_log()
+        manifest = self._manifest
+        for one in manifest.outputs.values():
+            one.end = manifest.log_end
+        if not any(one.shards for one in manifest.outputs.values()):
+            raise DataError(f"no entry of {manifest.source} became a sample ({self.skipped:,} skipped){self._example}")
+        manifest.complete = True
+        manifest.store(self._settings.out)
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.abandon()
+        self._log.close()
+
+    def _write(self, one: Made) -> None:
+        if one.number < self._manifest.outputs[one.output].end:
+            return
+        assert one.packed is not None
+        shard = self._writers[one.output].append(one.packed)
+        if shard is not None:
+            self._commit(one.output, shard)
+
+    def _count(self, one: Made) -> None:
+        counts = self._manifest.counts
+        counts["entries"] += 1
+        counts["converted"] += one.converted
+        if not one.reason:
+            return
+        counts[f"skipped:{one.reason}"] += 1
+        self._example = self._example or f"; the first: {one.name}: {one.message}"
+        line = json.dumps({"entry": one.number, "name": one.name, "reason": one.reason, "message": one.message})
+        self._log.write(line.encode() + b"\n")
+        if counts["entries"] == HOPELESS == self.skipped:
+            raise DataError(
+                f"none of the first {HOPELESS:,} entries became a sample{self._example}. Check the options (image folder, columns, kind); "
+                f"{self._settings.out / SKIPPED} names every entry"
+            )
+
+    def _commit(self, output: str, shard: Any) -> None:
+        """A shard is complete: it holds this output's samples of every entry before `_next`."""
+        state = self._manifest.outputs[output]
+        state.shards.append(shard)
+        state.end = self._next
+        self._sync_log()
+        self._manifest.store(self._settings.out)
+
+    def _sync_log(self) -> None:
+        try:
+            self._log.flush()
+            os.fsync(self._log.fileno())
+        except OSError as error:
+            raise DataError(f"cannot write {self._settings.out / SKIPPED}: {error}; free space, then run the same command again") from error
+        self._manifest.log_bytes = self._log.tell()
+        self._manifest.log_end = max(self._manifest.log_end, self._next)
+
+
+def _work(chunks: Iterable[Chunk], rules: SampleRules, processes: int) -> Iterator[tuple[Chunk, list[Made]]]:
+    """The samples of every chunk, in the chunks' order, made by `processes` processes (1: this one)."""
+    source = iter(chunks)
+    begin = list(islice(source, 1 if processes <= 1 else _FEW))
+    if processes <= 1 or len(begin) < _FEW:
+        for chunk in chain(begin, source):
+            yield chunk, make_chunk(chunk, rules)
+        return
+    source = chain(begin, source)
+    with signals_deferred():
+        pool = ProcessPoolExecutor(processes, mp_context=worker_context(), initializer=_start_worker, initargs=(rules,))
+    waiting: deque[tuple[Chunk, Future]] = deque()
+    try:
+        while True:
+            while len(waiting) < processes * _AHEAD and (chunk := next(source, None)) is not None:
+                with signals_deferred():  # the pool starts its processes as work comes in
+                    future = pool.submit(_run_in_worker, chunk)
+                # The payload is in the future now; what waits here needs only the numbers.
+                waiting.append((Chunk(first=chunk.first, count=chunk.count, payload=None, done=chunk.done), future))
+            if not waiting:
+                return
+            chunk, future = waiting.popleft()
+            try:
+                made = future.result()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"an import process died near entry {chunk.first:,} (out of memory?); try fewer --processes, or 1 to see the cause. "
+                    "The same command resumes"
+                ) from error
+            yield chunk, made
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_rules: SampleRules | None = None
+
+
+def _start_worker(rules: SampleRules) -> None:
+    global _rules
+    end_with_trainer()
+    _rules = rules
+
+
+def _run_in_worker(chunk: Chunk) -> list[Made]:
+    assert _rules is not None
+    return make_chunk(chunk, _rules)
+
+
+def _options(reader: Reader, settings: ImportSettings) -> dict[str, Any]:
+    """All that decides the shards' content besides the source, as JSON gives it back; not the number of processes."""
+    own = {
+        "kind": reader.kind.value,
+        "shard_mib": settings.shard_mib,
+        "shard_samples": settings.shard_samples,
+        "decode": settings.decode,
+        "max_image_pixels": settings.max_image_pixels,
+    }
+    return json.loads(json.dumps({**reader.options(), **own}))
+
+
+def _checked(settings: ImportSettings) -> ImportSettings:
+    if settings.processes < 1 or settings.shard_mib <= 0 or settings.shard_samples < 1 or settings.max_image_pixels < 1:
+        raise ConfigError("--processes, --shard-size, --shard-samples and --max-image-pixels must be positive")
+    if settings.text_out is not None and settings.text_out.absolute() == settings.out.absolute():
+        raise ConfigError(f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own")
+    return settings

@@ -1,0 +1,212 @@
+"""One shard, read once from front to back: every fault that training would meet in it, found with training's own parsing and decoding.
+
+What training does not use is not judged: members that no layout names, and pictures that `.vq.npy` members replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jp_train.config.schema import BatchUnit, OverLong, RunConfig, SourceConfig, Template, VqIds
+from jp_train.data.encode import Encoder
+from jp_train.data.image import check_header
+from jp_train.data.index import read_located
+from jp_train.data.samples import IMAGE_EXTENSIONS, Sample, parse_sample
+from jp_train.data.shards import Shard, ShardReader, ShardWindow
+from jp_train.data.tar_headers import TarFault, walk
+from jp_train.data.tar_samples import TarSample, group_members
+from jp_train.errors import DataError, SkipSample
+from jp_train.types import Kind, SourceInfo, TextSample
+
+WINDOW_BYTES = 4 << 20
+"""Bytes read at a time; two such blocks are held."""
+EDGES = np.concatenate([[0], np.unique(np.round(2.0 ** np.arange(0, 22.01, 1 / 8)).astype(np.int64))])
+"""Token counts at which the bins of the length histogram begin; the last bin has no end."""
+UNREADABLE, OVER_LONG, STRAY, INTERNAL = "unreadable", "over_long", "stray_file", "internal_error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyTask:
+    """A shard of a source. `decode`: how many of its pictures are decoded, evenly spread (None: all); of the others only the header
+    is read."""
+
+    source: str
+    config: SourceConfig
+    shard: Shard
+    decode: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One finding. `fault`: its class; `key`: the sample (or file) it belongs to, None when it is the shard's; `offset`: the byte in
+    the shard where it begins, where known; `warning`: training goes on with the sample; `picture`: only decoding shows it."""
+
+    fault: str
+    source: str
+    shard: str
+    key: str | None
+    offset: int | None
+    reason: str
+    warning: bool = False
+    picture: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardReport:
+    """What one pass found. `samples`: whole samples met; `good`: those that training can use; `decoded`: pictures decoded; `whole`:
+    training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the good samples' tokens over `EDGES`."""
+
+    source: str
+    kind: str
+    shard: Shard
+    samples: int = 0
+    good: int = 0
+    decoded: int = 0
+    tokens: int = 0
+    longest: int = 0
+    over_seq_len: int = 0
+    whole: bool = True
+    last_key: str | None = None
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES), np.int64))
+    faults: list[Fault] = field(default_factory=list)
+
+
+def verify_shard(
+    task: VerifyTask, cfg: RunConfig, encoder: Encoder, reader: ShardReader, progress: Callable[[int, int], None] = lambda samples, at: None
+) -> ShardReport:
+    """Read the shard once; `progress(samples, offset)` hears after each sample how many there were and how far the pass is.
+
+    A fault of the tar ends its pass, not the program: the report says up to where it is readable. Raises nothing for bad data.
+    """
+    return _Pass(task, cfg, encoder, reader).run(progress)
+
+
+class _Pass:
+    def __init__(self, task: VerifyTask, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> None:
+        self._task, self._cfg, self._encoder = task, cfg, encoder
+        self._kind = Kind(task.config.kind.value)
+        self._window = ShardWindow(reader, task.shard, WINDOW_BYTES)
+        self._report = ShardReport(source=task.source, kind=str(self._kind), shard=task.shard)
+
+    def run(self, progress: Callable[[int, int], None]) -> ShardReport:
+        report = self._report
+        try:
+            for number, sample in enumerate(self._samples()):
+                first = next(iter(sample.members.values()))
+                last = max(member.offset + member.size for member in sample.members.values())
+                self._sample(number, sample, first.header)
+                report.samples += 1
+                report.last_key = sample.key
+                progress(report.samples, last)
+        except TarFault as fault:
+            readable = (
+                f"readable up to sample {report.samples} (key {report.last_key!r})" if report.samples else "no sample before it is readable"
+            )
+            self._tar_fault(fault, None, f"; {readable}")
+        except DataError as error:
+            report.whole = False
+            self._add(UNREADABLE, None, None, str(error))
+        return report
+
+    def _samples(self) -> Iterator[TarSample]:
+        members = walk(self._window.up_to, self._task.shard.size)
+        return group_members(members, on_fault=self._tar_fault, on_stray=lambda name, at, reason: self._add(STRAY, name, at, reason))
+
+    def _tar_fault(self, fault: TarFault, key: str | None, readable: str = "") -> None:
+        self._report.whole = False
+        self._add(fault.fault, key, fault.offset, fault.reason + readable)
+
+    def _add(self, fault: str, key: str | None, offset: int | None, reason: str, *, warning: bool = False, picture: bool = False) -> None:
+        self._report.faults.append(
+            Fault(
+                fault=fault,
+                source=self._task.source,
+                shard=self._task.shard.path,
+                key=key,
+                offset=offset,
+                reason=reason,
+                warning=warning,
+                picture=picture,
+            )
+        )
+
+    def _sample(self, number: int, found: TarSample, offset: int) -> None:
+        task, cfg, report = self._task, self._cfg, self._report
+        info = SourceInfo(source=task.source, shard=task.shard.path, key=found.key)
+        located = {extension: (member.offset, member.size) for extension, member in found.members.items()}
+        picture = False
+        try:
+            raw = read_located(
+                info,
+                task.shard,
+                number,
+                located,
+                self._kind,
+                cfg.data.crop,
+                self._window,
+                embedded_ids=cfg.data.vq_ids is not VqIds.off,
+            )
+            encoder = self._encoder
+            sample = parse_sample(raw, self._kind, task.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
+            tokens = encoder.token_counts(sample).tokens
+            picture = True  # the index goes as far as this
+            self._decode(sample, tokens, offset)
+        except DataError:
+            raise
+        except SkipSample as reason:
+            blame = next((located[e][0] for e in IMAGE_EXTENSIONS if e in located), offset) if picture else offset
+            self._add(reason.fault, found.key, blame, str(reason), picture=picture and reason.fault.startswith("picture"))
+            return
+        except Exception as error:  # training would stop here: a fault of jp_train, and no reason to look at the rest no more
+            self._add(INTERNAL, found.key, offset, f"{type(error).__name__}: {str(error)[:300]}")
+            return
+        report.good += 1
+        report.tokens += tokens
+        report.longest = max(report.longest, tokens)
+        report.lengths[np.searchsorted(EDGES, tokens, side="right") - 1] += 1
+        if tokens > cfg.data.seq_len:
+            report.over_seq_len += 1
+            if not self._cuttable(sample):
+                self._add(OVER_LONG, found.key, offset, self._policy(sample, tokens), warning=True)
+
+    def _decode(self, sample: Sample, tokens: int, offset: int) -> None:
+        """What a loader worker does with the sample. Raises SkipSample as it would."""
+        cfg, encoder = self._cfg, self._encoder
+        cut = tokens > cfg.data.seq_len and not self._cuttable(sample)
+        if cut and (cfg.data.over_long is OverLong.drop or encoder.min_tokens(self._kind) > cfg.data.seq_len):
+            return  # the plan passes it over, it is never read
+        image = None if isinstance(sample, TextSample) else sample.image
+        if image is not None and not self._is_drawn(offset):
+            check_header(image, cfg.data.max_image_pixels)
+            return
+        if image is None and not cut:
+            return
+        self._report.decoded += image is not None
+        encoder.encode(sample, source=self._task.source, held_out=True, max_tokens=cfg.data.seq_len if cut else None)
+
+    def _cuttable(self, sample: Sample) -> bool:
+        """Whether the plan may cut the document into spans: then its length costs nothing."""
+        stage = self._cfg.stage
+        if not isinstance(sample, TextSample) or stage.batch_unit is BatchUnit.samples:
+            return False
+        return stage.template is not Template.stage3 or not sample.turns
+
+    def _is_drawn(self, offset: int) -> bool:
+        """Whether this picture is one of the `decode` evenly spread ones: the first at or after each of as many byte positions."""
+        wanted = self._task.decode
+        if wanted is None:
+            return True
+        done = self._report.decoded
+        return done < wanted and offset >= done * self._task.shard.size // wanted
+
+    def _policy(self, sample: Sample, tokens: int) -> str:
+        cfg = self._cfg
+        said = f"{tokens} tokens, data.seq_len is {cfg.data.seq_len}: "
+        if cfg.data.over_long is OverLong.drop:
+            return said + "dropped (data.over_long=drop)"
+        if self._encoder.min_tokens(self._kind) > cfg.data.seq_len:
+            return said + "never used, because its image cannot be cut"
+        return said + f"{tokens - cfg.data.seq_len} tokens are cut off (data.over_long=truncate)"

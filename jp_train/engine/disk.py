@@ -1,0 +1,68 @@
+"""Is there room for a checkpoint, and what to say when there is not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from jp_train.errors import CheckpointError
+
+SPARE = 1 << 20
+"""Bytes left for metrics, events and the file system's own blocks."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise CheckpointError when fewer than `needed` bytes are free where `folder` lies. (A quota shows only when writing fails.)"""
+    free = free_bytes(folder)
+    if free < needed + SPARE:
+        raise CheckpointError(
+            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. {advice(folder, needed + SPARE - free)}"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write there."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def explained(error: OSError, folder: Path) -> str:
+    """The error with what can be done about it."""
+    if error.errno in FULL:
+        return f"{error}. {advice(folder)}"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error}. Make {folder} writable again, or resume with a run_dir that is"
+    if error.errno == errno.ENOENT:
+        return f"{error}. {folder} was deleted or moved while the run wrote to it"
+    return str(error)
+
+
+def advice(folder: Path, missing: int = 0) -> str:
+    """What to delete: old checkpoints but the newest, else something that is not the run's."""
+    sizes = [(path, folder_bytes(path)) for path in sorted(folder.glob("step_*"))] if folder.is_dir() else []
+    at_least = f" at least {gib(missing)}" if missing else " space"
+    if len(sizes) > 1:
+        listed = ", ".join(f"{path.name} ({gib(size)})" for path, size in sizes[:-1])
+        return (
+            f"Free{at_least}: delete old checkpoints, but not the newest ({sizes[-1][0].name}): {listed}; then lower checkpoint.keep_last"
+        )
+    kept = f"; {sizes[0][0].name} ({gib(sizes[0][1])}) is the only complete checkpoint: keep it" if sizes else ""
+    return f"Free{at_least} on that file system (old runs, exports), or use a run_dir on a larger one{kept}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 for what vanishes meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return total
+
+
+def gib(size: int) -> str:
+    """`3.21 GiB`, or MiB for small sizes."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

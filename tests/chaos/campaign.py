@@ -1,0 +1,352 @@
+"""A campaign: runs that are disturbed again and again, each compared at its end with a run that nobody touched.
+
+A run is a series of lives. Before or during each life one fault is injected; then the same command starts again, until the run is finished. What must hold:
+
+- every life ends within its time, with the exit status that the fault calls for, and the cause is named where there is one to name;
+- a life resumes from the newest complete checkpoint: no step is lost beyond it, none at all where the life ended with a save;
+- at the end every step is in metrics.jsonl once, made of the same rows as in the undisturbed run; losses, gradient norms, rates and held-out losses are
+  bit-equal if the world size never changed, else within 1e-3 relative; the ledger names the same samples;
+- no process is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaos_world import ROWS, World
+from distributed import Nursery
+from faults import FAULTS, Fault, change_the_world_size, crash_after_a_non_finite_step, prepare_non_finite_step
+from scene import Expectation, HungError, MissedError, Scene
+
+STEPS = 22
+WORLD_SIZE = 2
+LIFE_S = 150.0
+GRACE_S = 90.0
+"""Time that the other ranks get to end once one has failed: the collective timeout and a little."""
+TOLERANCE = 1e-3
+EVERY_STEPS = 4
+"""Steps between checkpoints."""
+MOST_LIVES = 60
+
+
+@dataclass
+class Life:
+    """One launch of a run and what became of it. `tried`: the faults whose moment came, `missed`: the others."""
+
+    run: int
+    number: int
+    world: int
+    tried: list[str]
+    missed: list[str]
+    start: int
+    end: int
+    codes: list[int]
+    seconds: float
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """All lives, the problems of whole runs, and the runs that were finished."""
+
+    lives: list[Life] = field(default_factory=list)
+    run_problems: list[str] = field(default_factory=list)
+    runs: int = 0
+    seconds: float = 0.0
+    worst_difference: float = 0.0
+    skipped_kinds: list[str] = field(default_factory=list)
+
+    @property
+    def tried(self) -> int:
+        """Faults injected so far."""
+        return sum(len(life.tried) for life in self.lives)
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that did not hold."""
+        own = [
+            f"run {life.run}, life {life.number}, {' + '.join(life.tried) or 'no fault'}: {text}"
+            for life in self.lives
+            for text in life.problems
+        ]
+        return own + self.run_problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able summary."""
+        tried = Counter(name for life in self.lives for name in life.tried)
+        survived = Counter(name for life in self.lives if not life.problems for name in life.tried)
+        return {
+            "faults_tried": self.tried,
+            "faults_survived": sum(survived.values()),
+            "kinds": {name: {"tried": tried[name], "survived": survived[name]} for name in sorted(tried)},
+            "kinds_not_possible_here": self.skipped_kinds,
+            "runs_compared": self.runs,
+            "launches": len(self.lives),
+            "worst_relative_difference_at_another_world_size": self.worst_difference,
+            "problems": self.problems,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class Campaign:
+    """`folder` holds everything; `marker` is in the environment of every process it starts; `say` gets one line a life."""
+
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        nursery: Nursery,
+        *,
+        seed: int,
+        small_disk: Path | None,
+        marker: str,
+        kinds: list[str] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._world, self._folder, self._nursery, self._say = world, folder, nursery, say
+        self._rng = random.Random(seed)
+        self._small_disk, self._marker = small_disk, marker
+        wanted = [FAULTS[name] for name in (kinds or FAULTS)]
+        self._faults = [fault for fault in wanted if small_disk is not None or not fault.needs_small_disk]
+        self.outcome = Outcome(skipped_kinds=[fault.name for fault in wanted if fault not in self._faults])
+        self._bag: list[Fault] = []
+
+    def run(self, faults: int, budget_s: float) -> Outcome:
+        """Inject at least `faults` faults, in as many runs as that takes, unless `budget_s` is over first."""
+        began = time.monotonic()
+        reference = self._folder / "undisturbed"
+        launch = self._launch(Scene(self._rng, reference, self._world.data, None, WORLD_SIZE, STEPS), [], -1, 0)
+        assert launch.codes == [0] * WORLD_SIZE, f"the undisturbed run failed: {launch.problems} {launch.codes}, see {self._folder}"
+        expected = metrics(reference)
+        while self.outcome.tried < faults and time.monotonic() - began < budget_s:
+            self._one_run(expected, reference, faults, began + budget_s)
+            self.outcome.seconds = time.monotonic() - began
+        return self.outcome
+
+    def _one_run(self, expected: dict[int, dict[str, float]], reference: Path, faults: int, deadline: float) -> None:
+        """One run from its first life to its comparison. Past `faults` or the deadline, it is finished undisturbed.
+
+        Every third run keeps its world size, so that its losses must be bit-equal; every second lies on the small disk, if there is one.
+        """
+        number = self.outcome.runs
+        home = self._folder if self._small_disk is None or number % 2 else self._small_disk
+        run_dir = home / f"run{number:03d}"
+        scene = Scene(self._rng, run_dir, self._world.data, self._small_disk if home == self._small_disk else None, WORLD_SIZE, STEPS)
+        worlds: set[int] = set()
+        failures = 0
+        for life in range(MOST_LIVES):
+            over = self.outcome.tried >= faults or time.monotonic() > deadline or life >= MOST_LIVES - 5
+            faults_here = [] if over else self._draw(scene, life, same_world=number % 3 == 0)
+            result = self._launch(scene, faults_here, number, life)
+            self.outcome.lives.append(result)
+            self._report(result)
+            worlds.add(result.world)
+            failures = failures + 1 if any(result.codes) and not result.tried else 0
+            if set(result.codes) == {0} or failures == 3 or any(text.startswith(("left behind", "no end")) for text in result.problems):
+                break
+        else:
+            self.outcome.run_problems.append(f"run {number} did not finish in {MOST_LIVES} lives")
+        self._compare(number, run_dir, reference, expected, same_world=worlds == {WORLD_SIZE})
+        self.outcome.runs += 1
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+    def _draw(self, scene: Scene, life: int, *, same_world: bool) -> list[Fault]:
+        """Faults for one life: perhaps one on the files of the run that is down, then running ones up to the first that ends the life."""
+        here = [fault for fault in self._faults if scene.small_disk is not None or not fault.needs_small_disk]
+        down = [fault for fault in here if not fault.running and not (same_world and fault.act is change_the_world_size)]
+        running = [fault for fault in here if fault.running]
+        faults: list[Fault] = []
+        if down and life and self._rng.random() < 0.6:
+            faults.append(self._next(down))
+        while running and len(faults) < 3 and not (faults and faults[-1].ends):
+            faults.append(self._next(running))
+        return faults
+
+    def _next(self, possible: list[Fault]) -> Fault:
+        """The next possible fault of a shuffled bag that holds every kind by its weight, so that all get their turn."""
+        while True:
+            for position, fault in enumerate(self._bag):
+                if fault in possible:
+                    return self._bag.pop(position)
+            more = [fault for fault in self._faults for _ in range(fault.weight)]
+            self._rng.shuffle(more)
+            self._bag += more
+
+    def _launch(self, scene: Scene, faults: list[Fault], run: int, life: int) -> Life:
+        """One life: harm what is down, start, harm what runs, wait for the end, judge."""
+        expectation, tried, missed, problems = Expectation(), [], [], []
+        scene.new_life()
+        for fault in faults:
+            if not fault.running:
+                try:
+                    expectation = fault.act(scene)
+                    tried.append(fault.name)
+                except MissedError:
+                    missed.append(fault.name)
+            if fault.act is crash_after_a_non_finite_step:
+                prepare_non_finite_step(scene, EVERY_STEPS)
+        newest = [path.name for path in scene.complete_checkpoints() if path.name != scene.harmed][-1:]
+        before = scene.step()
+
+        def disturb(pids: list[int]) -> None:
+            nonlocal expectation
+            scene.pids = pids
+            for fault in (fault for fault in faults if fault.running):
+                try:
+                    expectation = fault.act(scene)
+                    tried.append(fault.name)
+                except MissedError:
+                    missed.append(fault.name)
+                except HungError as error:
+                    problems.append(f"no end: {error}")
+
+        order = {
+            "name": "life",
+            "kind": "train",
+            "exit_with_code": True,
+            "data": str(self._world.data),
+            "tokenizer": str(self._world.tokenizer),
+            "run_dir": str(scene.run_dir),
+            "steps": STEPS,
+            "engine.micro_batch_rows": ROWS // scene.world,
+            "checkpoint.every_steps": EVERY_STEPS,
+            "data.workers": max((fault.workers for fault in faults), default=0),
+            **scene.changes,
+        }
+        began = time.monotonic()
+        logs = self._folder / "logs" / scene.run_dir.name / f"life{life:02d}"
+        launch = self._nursery.run(logs, [order], world=scene.world, timeout_s=LIFE_S, while_running=disturb, grace_s=GRACE_S)
+        seconds = time.monotonic() - began
+        for action in reversed(scene.clean_up):
+            action()
+        result = Life(
+            run=run,
+            number=life,
+            world=scene.world,
+            tried=tried,
+            missed=missed,
+            start=before,
+            end=scene.step(),
+            codes=launch.codes,
+            seconds=round(seconds, 1),
+            problems=problems,
+        )
+        self._judge(result, scene, expectation, launch.errors, newest)
+        return result
+
+    def _judge(self, life: Life, scene: Scene, expectation: Expectation, logs: list[str], newest: list[str]) -> None:
+        """Whether a life ended as it should; adds to `life.problems`."""
+        output = "\n".join(logs)
+        for rank, code in enumerate(life.codes):
+            # 0 is always right: a rank may be done before the fault reaches it, and a stop signal in the last step leaves a finished run
+            allowed = (-9, 0) if rank in expectation.killed else (*expectation.codes, 0)
+            if code not in allowed:
+                life.problems.append(f"rank {rank} ended with {code}, expected one of {allowed}; {last_line(logs[rank])}")
+        if life.seconds > LIFE_S:
+            life.problems.append(f"no end within {LIFE_S:.0f} s")
+        if expectation.named and any(life.codes) and not re.search(expectation.named, output, re.IGNORECASE):
+            life.problems.append(f"no rank's output names {expectation.named!r}: {last_line(output)}")
+        resumed = [event for event in list(scene.events())[scene.events_before :] if event["event"] == "resume"]
+        if resumed and (not newest or int(resumed[0]["step"]) != int(newest[0].removeprefix("step_"))):
+            life.problems.append(f"resumed from step {resumed[0]['step']}, the newest complete checkpoint is {newest or 'none'}")
+        elif not resumed and newest and scene.begun():
+            life.problems.append(f"started from the beginning although {newest[0]} is complete")
+        saved = [int(path.name.removeprefix("step_")) for path in scene.complete_checkpoints()]
+        if expectation.saved and any(life.codes) and saved[-1:] != [life.end]:
+            life.problems.append(f"stopped after step {life.end}, but the newest checkpoint is {saved[-1:] or 'none'}")
+        left = self._left_behind()
+        if left:
+            life.problems.append(f"left behind: {left}")
+
+    def _left_behind(self) -> list[str]:
+        """Processes of this campaign besides itself and its nursery, after a moment to go away."""
+        deadline = time.monotonic() + 10.0
+        while True:
+            found = []
+            for entry in Path("/proc").iterdir():
+                if not entry.name.isdigit() or int(entry.name) in (os.getpid(), self._nursery.pid):
+                    continue
+                try:
+                    mine = f"JP_CHAOS={self._marker}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                    if mine and (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                        found.append(f"{entry.name} {(entry / 'cmdline').read_bytes()[:80]!r}")
+                except (FileNotFoundError, ProcessLookupError, PermissionError):
+                    continue
+            if not found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def _compare(self, number: int, run_dir: Path, reference: Path, expected: dict[int, dict[str, float]], *, same_world: bool) -> None:
+        """Metrics and ledger of a finished run against the undisturbed one's."""
+        problems = self.outcome.run_problems
+        try:
+            found = metrics(run_dir)
+        except AssertionError as error:
+            problems.append(f"run {number}: {error}")
+            return
+        if found.keys() != expected.keys():
+            problems.append(f"run {number}: steps {sorted(found.keys() ^ expected.keys())} are missing or too many")
+            return
+        for step, values in expected.items():
+            for key, value in values.items():
+                other = found[step].get(key)
+                if other == value:
+                    continue
+                if same_world or key in EXACT or other is None:
+                    problems.append(f"run {number}, step {step}: {key} is {other!r}, undisturbed {value!r}")
+                    return
+                difference = abs(other - value) / max(abs(value), 1e-6)
+                self.outcome.worst_difference = max(self.outcome.worst_difference, difference)
+                if difference > TOLERANCE and key.startswith(("loss/total", "val/total")):
+                    problems.append(f"run {number}, step {step}: {key} is {other!r}, undisturbed {value!r}: {difference:.1e} relative")
+                    return
+        if ledger(run_dir) != ledger(reference):
+            problems.append(f"run {number}: ledger.jsonl names {ledger(run_dir)}, undisturbed {ledger(reference)}")
+
+    def _report(self, life: Life) -> None:
+        what = " + ".join(life.tried) or "no fault"
+        if life.missed:
+            what += f" (not in time: {', '.join(life.missed)})"
+        how = "; ".join(life.problems) if life.problems else "ok"
+        self._say(
+            f"{self.outcome.tried:4d}  run {life.run} world {life.world} steps {life.start}->{life.end} {life.codes} {life.seconds:5.1f} s  {what}: {how}"
+        )
+
+
+EXACT = {"data/rows_digest", "tokens/total", "tokens/understanding", "tokens/text", "tokens/generation", "data/skipped", "optim/lr"}
+"""Metrics that may not differ at any world size."""
+_COMPARED = ("loss/", "val/", "optim/", "tokens/", "data/", "mixture/")
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    """The comparable values of every step, each of which must be there once."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        values = {key: value for key, value in entry.items() if key.startswith(_COMPARED)}
+        repeated = found.get(entry["step"], {}).keys() & values.keys()
+        assert not repeated, f"step {entry['step']} is in metrics.jsonl twice ({sorted(repeated)[:3]})"
+        found.setdefault(entry["step"], {}).update(values)
+    return found
+
+
+def ledger(run_dir: Path) -> list[tuple[Any, ...]]:
+    """Who was skipped when, in order of step."""
+    path = run_dir / "ledger.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return sorted((entry["step"] or 0, entry["source"], Path(entry["shard"]).name, entry["key"]) for entry in entries)
+
+
+def last_line(text: str) -> str:
+    """The last line of some output, shortened."""
+    return ([line for line in text.splitlines() if line.strip()] or ["no output"])[-1][:300]

@@ -1,0 +1,317 @@
+"""What one rank of a guard test does (see tests/distributed.py): runs with planted stalls, leaks and bad steps. Not a test module."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed import run_scenarios, serve
+from worker import make, rank, train, world  # it also makes the next import possible
+
+# isort: split
+from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
+
+import jp_train.train as training
+from jp_train.config import batch_plan
+from jp_train.engine.forensics import block_norms, block_of
+from jp_train.engine.init import build_engine, gather_for_reading, init_process_group
+from jp_train.engine.outliers import Verdict
+from jp_train.engine.update_gate import UpdateGate
+from jp_train.types import KINDS, Kind
+
+
+def planted(*, what: str, at: int = 3, seconds: float = 0.0, **changes: Any) -> dict:
+    """A run in which rank 1 misbehaves at step `at`; returns what `train` does, if the process lives that long.
+
+    extra: it makes a collective that the other does not, where gloo cannot see the mismatch. stop: it is stopped. slow: it lingers for `seconds`.
+    skip, mlp: see `rewire`. worker: its loader workers are stopped (SIGSTOP), or killed (kill-worker).
+    """
+    plain = training.Trainer.train_step
+
+    def step(self, *args, **timing):
+        if self.state.step + 1 == at:
+            group = dist.new_group() if what == "extra" else None
+            if rank() == 1:
+                if what == "extra":
+                    dist.all_reduce(torch.zeros(1), group=group)
+                elif what == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif what == "slow":
+                    time.sleep(seconds)
+                elif what in ("worker", "kill-worker"):
+                    for process in self.loader._iterator._workers:
+                        os.kill(process.pid, signal.SIGSTOP if what == "worker" else signal.SIGKILL)
+                else:
+                    rewire(self.engine.model, what)
+        return plain(self, *args, **timing)
+
+    training.Trainer.train_step = step
+    try:
+        return train(**changes)
+    finally:
+        training.Trainer.train_step = plain
+
+
+def signalled(*, phase: str, linger: float = 1.0, **changes: Any) -> dict:
+    """A run that leaves the file RUN_DIR/at-PHASE and lingers there, in the phase's first call but the one before training; the test sends the signal."""
+    import jp_train.engine.heldout as heldout
+
+    where = {
+        "indexing": (training, "index_sources"),
+        "validation": (heldout.HeldOut, "measure"),
+        "save": (training.Saver, "save"),
+        "export": (training, "export"),
+    }
+    holder, name = where[phase]
+    plain = getattr(holder, name)
+    calls = []
+
+    def wait(*args, **options):
+        calls.append(name)
+        if phase != "validation" or len(calls) == 2:
+            Path(changes["run_dir"], f"at-{phase}.{rank()}").touch()
+            until = time.monotonic() + linger
+            while time.monotonic() < until:
+                time.sleep(0.05)
+        return plain(*args, **options)
+
+    setattr(holder, name, wait)
+    try:
+        return train(**changes)
+    finally:
+        setattr(holder, name, plain)
+
+
+def spiked(*, loud: dict[str, float], **changes: Any) -> dict:
+    """A run whose loss is multiplied at some steps: {step: factor}."""
+    plain_step, plain_loss = training.Trainer.train_step, training.micro_batch_loss
+    here = {"factor": 1.0}
+
+    def step(self, *args, **timing):
+        here["factor"] = loud.get(str(self.state.step + 1), 1.0)
+        return plain_step(self, *args, **timing)
+
+    training.Trainer.train_step = step
+    training.micro_batch_loss = lambda *args: plain_loss(*args) * here["factor"]
+    try:
+        return train(**changes)
+    finally:
+        training.Trainer.train_step, training.micro_batch_loss = plain_step, plain_loss
+
+
+def rewire(model: torch.nn.Module, what: str) -> None:
+    """From here on this rank leaves out a decoder layer (`skip`: the next gathers have the same sizes, gloo mixes them up in silence and hangs later), or
+    the attention of one (`mlp`: gathers of unequal sizes, gloo aborts)."""
+    layers = next(module for name, module in model.named_modules() if name.endswith("language_model.layers"))
+    if what == "mlp":
+        layers[0].forward = lambda hidden, *_, **__: hidden + layers[0].mlp(hidden)
+    else:
+        del layers._modules["1"]
+
+
+def tiny_engine(stage: int, data: str, run_dir: str) -> Any:
+    """An engine around janus_tiny's model."""
+    cfg = make(data, run_dir, stage=stage, rows=world(), **{"engine.collective_timeout_s": 30.0})
+    cfg.model = tiny_config()
+    cfg.model.vision.layers = cfg.model.language.layers = 1
+    cfg.engine.activation_checkpointing = False
+    ranks = init_process_group(cfg)
+    return build_engine(cfg, batch_plan(cfg, world()), ranks, n_sources=N_SOURCES, image_token_id=PLACEHOLDER)
+
+
+def digest(engine: Any) -> str:
+    """SHA-256 over all that this rank holds of weights, fp32 master weights, moments and the optimizer's step counters."""
+    found = hashlib.sha256()
+    optimizer = engine.deepspeed.optimizer
+    held = [parameter.ds_tensor for parameter in engine.model.parameters()] + list(optimizer.fp32_partitioned_groups_flat)
+    for state in optimizer.optimizer.state.values():
+        held += [torch.as_tensor(value) for _, value in sorted(state.items())]
+    for tensor in held:
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def gate(*, steps: list[str], data: str, run_dir: str, stage: int = 3, dummy: bool = True) -> dict:
+    """Updates by the names in `steps`: a good batch (its number), or `nan`, `loud` (a finite loss of 10^4 times the size), which the gate skips.
+
+    `dummy` False leaves out the pass over empty pictures, so that text alone does not reach the towers: only there do old gradients show.
+    """
+    import jp_train.model.janus_pro as model_code
+
+    engine = tiny_engine(stage, data, run_dir)
+    plain_place = model_code._place
+    found: dict[str, Any] = {"norms": [], "verdicts": [], "digests": [], "blocks": None, "left": []}
+    if not dummy:
+        model_code._place = lambda e, slots, features: e if slots is None else plain_place(e, slots, features)
+
+    def judge(loss: float, norm: float) -> Verdict:
+        if not norm < float("inf") or not loss < float("inf"):
+            return Verdict(loss, norm, "skip", "not finite")
+        return Verdict(loss, norm, "skip", "loud") if loss > 1e3 else Verdict(loss, norm)
+
+    def inspect(_verdict: Verdict) -> None:
+        found["blocks"] = block_norms(engine.model.named_parameters(), engine.deepspeed.optimizer)
+
+    updates = UpdateGate(engine.deepspeed.optimizer, judge, inspect)
+    try:
+        for name in steps:
+            number = int(name) if name.isdigit() else 77
+            kinds = [Kind.TEXT] if name == "0" else list(KINDS)
+            batch = pack(random_docs(10 * number + rank(), kinds))
+            terms = engine.deepspeed(batch)
+            loss = (terms.text_sum + terms.image_sum) / 50 * {"nan": float("nan") if rank() == 0 else 1.0, "loud": 1e4}.get(name, 1.0)
+            updates.begin_step(lambda loss=loss: loss.reshape(1))
+            engine.deepspeed.backward(loss * world(), scale_wrt_gas=False)
+            engine.deepspeed.step()
+            verdict = updates.end_step()
+            found["norms"].append(verdict.grad_norm)
+            found["verdicts"].append([verdict.loss, verdict.action, bool(engine.deepspeed.was_step_applied())])
+            found["digests"].append(digest(engine))
+            found["left"].append(int(engine.deepspeed.optimizer.grad_partitions_flat_buffer.count_nonzero()))
+        found["weights"] = {}
+        for name, parameter in engine.model.named_parameters():
+            with gather_for_reading([parameter]):
+                square = float(parameter.detach().double().square().sum())
+            found["weights"][block_of(name)] = found["weights"].get(block_of(name), 0.0) + square
+        return found
+    finally:
+        model_code._place = plain_place
+
+
+def leaked(*, stage: int, what: str, data: str, run_dir: str, **changes: Any) -> dict:
+    """A run of `stage` with a planted leak in its first step: `write` (a bit of a frozen weight's slice on the last rank, or of the VQ tokenizer where
+    nothing else is frozen), `optimizer` (a frozen parameter given to the optimizer)."""
+    import jp_train.engine.init as init
+
+    plain_step, plain_groups = training.Trainer.train_step, init.parameter_groups
+
+    def step(self, *args, **kwargs):
+        frozen = [p for p in self.engine.model.parameters() if not p.requires_grad]
+        calls: list[int] = []
+
+        def write(*_: Any) -> None:
+            calls.append(1)
+            if len(calls) > 1:
+                return
+            if not frozen and rank() == world() - 1:
+                next(self.engine.vq.parameters()).data.view(torch.int32).view(-1)[:1] ^= 1
+            elif rank() == world() - 1:
+                max(frozen, key=lambda p: p.ds_numel).ds_tensor.data.view(torch.int32).view(-1)[:1] ^= 1
+
+        handle = self.engine.model.register_forward_hook(write)
+        try:
+            return plain_step(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    def groups(named, cfg, module_of):
+        named = list(named)
+        next(p for _, p in named if not p.requires_grad).requires_grad_(True)
+        return plain_groups(iter(named), cfg, module_of)
+
+    if what == "write":
+        training.Trainer.train_step = step
+    else:
+        init.parameter_groups = groups
+    try:
+        return train(data=data, run_dir=run_dir, stage=stage, **changes)
+    finally:
+        training.Trainer.train_step, init.parameter_groups = plain_step, plain_groups
+
+
+def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
+    """Rank 0 has three pictures in every step, rank 1 none: real AdamW updates beside a plain PyTorch model that sees both ranks' rows."""
+    import jp_train.model.pretrained as pretrained
+    from jp_train.model.freeze import set_trainable
+    from jp_train.model.janus_pro import JanusPro
+
+    pictures = [Kind.UNDERSTANDING, Kind.GENERATION, Kind.TEXT, Kind.UNDERSTANDING]
+    batches = [[pack(random_docs(10 * r + n, pictures if r == 0 else [Kind.TEXT, Kind.TEXT])) for n in range(4)] for r in range(2)]
+    assert all(len(one.und_images) + len(one.gen_ids) == 3 for one in batches[0])
+    assert not any(len(one.und_images) + len(one.gen_ids) for one in batches[1])
+    cfg = make(
+        data,
+        run_dir,
+        stage=stage,
+        rows=world(),
+        **{"engine.collective_timeout_s": 30.0, "optimizer.eps": 1e-3, "optimizer.weight_decay": 0.0},
+    )
+    cfg.model = tiny_config()
+    cfg.model.vision.layers = cfg.model.language.layers = 1
+    cfg.engine.activation_checkpointing = False
+    oracle = JanusPro(cfg.model, cfg.loss, N_SOURCES, False, PLACEHOLDER)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.2 * torch.randn(parameter.shape, generator=generator))
+    set_trainable(oracle, cfg.stage.trainable)
+    trained = [(name, p) for name, p in oracle.named_parameters() if p.requires_grad]
+    plain_prepare = pretrained.prepare_weights
+
+    def copy_oracle(model, vq, model_cfg, *, seed, gather, is_writer):
+        values = dict(oracle.named_parameters())
+        for name, parameter in model.named_parameters():
+            with gather([parameter]):
+                if is_writer:
+                    parameter.data.copy_(values[name].detach())
+        return "the oracle's"
+
+    pretrained.prepare_weights = copy_oracle
+    try:
+        ranks = init_process_group(cfg)
+        engine = build_engine(cfg, batch_plan(cfg, world()), ranks, n_sources=N_SOURCES, image_token_id=PLACEHOLDER)
+    finally:
+        pretrained.prepare_weights = plain_prepare
+    named = dict(engine.model.named_parameters())
+    lr, clip = 1e-3, cfg.optimizer.clip
+    for group in engine.deepspeed.optimizer.param_groups:
+        group["lr"] = lr
+    plain = torch.optim.AdamW([p for _, p in trained], lr=lr, betas=(cfg.optimizer.beta1, cfg.optimizer.beta2), eps=1e-3, weight_decay=0.0)
+    worst = {"grad": 0.0, "norm": 0.0}
+    for number in range(steps):
+        for _, parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        for own in batches:
+            terms = oracle(own[number % 4])
+            ((terms.text_sum + terms.image_sum) / 50).backward()
+        terms = engine.deepspeed(batches[rank()][number % 4])
+        engine.deepspeed.backward((terms.text_sum + terms.image_sum) / 50 * world(), scale_wrt_gas=False)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for _, p in trained]))
+        for name, parameter in trained:
+            mine = engine.deepspeed.optimizer.get_local_fp32_grad_for_param(named[name]).flatten()
+            start = named[name].ds_tensor.numel() * rank()
+            expected = parameter.grad.flatten()[start : start + mine.numel()]
+            scale = max(float(parameter.grad.abs().max()), 1e-3 * norm)
+            if len(expected):
+                worst["grad"] = max(worst["grad"], float((mine[: len(expected)] - expected).abs().max()) / scale)
+        engine.deepspeed.step()
+        worst["norm"] = max(worst["norm"], abs(float(engine.deepspeed.get_global_grad_norm()) - norm) / norm)
+        torch.nn.utils.clip_grad_norm_([p for _, p in trained], clip)
+        plain.step()
+    return {"steps": steps, **worst}
+
+
+SCENARIOS = {
+    "train": train,
+    "planted": planted,
+    "signalled": signalled,
+    "spiked": spiked,
+    "gate": gate,
+    "leaked": leaked,
+    "lopsided": lopsided,
+}
+
+
+def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
+    training.leave_process_group = lambda: None  # the next scenario needs it
+    return run_scenarios(SCENARIOS, folder, scenarios)
+
+
+if __name__ == "__main__":
+    serve(run)

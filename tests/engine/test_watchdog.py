@@ -1,0 +1,236 @@
+"""Ranks that stand still are named and ended, and ranks that only take their time are left alone; stop signals in every phase. All on real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from distributed import Launch, Nursery, wait_for
+from tiny_run import tiny_run, write_data
+
+from jp_train.engine.stop import SignalFlag
+from jp_train.engine.watchdog import Watchdog
+from jp_train.errors import JpTrainError
+
+SMALL = {"model.vision.layers": 1, "model.language.layers": 2, "engine.activation_checkpointing": False}
+STALL_S = 4.0
+NAMED_S = 30.0
+"""A planted fault must be named within this time."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("watchdog")
+    write_data(made / "data")
+    return made
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with Nursery(Path(__file__).resolve().parent / "guard_worker.py") as started:
+        yield started
+
+
+def launch(nursery: Nursery, folder: Path, scenarios: list[dict], **options) -> Launch:
+    for scenario in scenarios:
+        scenario |= {"run_dir": str(folder / scenario["name"]), "data": str(folder / "data"), **SMALL, "engine.stall_timeout_s": STALL_S}
+    return nursery.run(folder / f"launch-{scenarios[0]['name']}", scenarios, world=2, timeout_s=300, **options)
+
+
+def events(run: Path, name: str) -> list[dict]:
+    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name]
+
+
+def planted(nursery: Nursery, folder: Path, what: str, **changes) -> tuple[Launch, dict, Path]:
+    """A launch with one planted fault at step 3, and the one event that names it."""
+    done = launch(nursery, folder, [{"name": what, "kind": "planted", "what": what, "steps": 6, "exit_with_code": True, **changes}])
+    run = folder / what
+    found = events(run, "stalled") + events(run, "failed")
+    assert len(found) == 1, (found, done.errors)
+    last_step = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in last_step] == [1, 2]
+    took = found[0]["time"] - (run / "metrics.jsonl").stat().st_mtime
+    print(f"{what}: named {took:.1f} s after the last good step: {found[0]['reason']}")
+    assert took < NAMED_S
+    told = json.loads((run / "status.json").read_text())
+    assert told["state"] == "failed" and told["reason"].endswith(found[0]["reason"])
+    return done, found[0], run
+
+
+def test_an_unequal_module_sequence_that_gloo_does_not_see_is_named(nursery, folder):
+    done, event, run = planted(nursery, folder, "skip")
+    assert done.codes == [1, 1]
+    assert (
+        "rank 1 at step 3 micro-batch 0 entered model.language_model.norm where rank 0 entered model.language_model.layers.1.input_layernorm"
+        in event["reason"]
+    )
+    stacks = {path.name: path.read_text() for path in (run / "stacks").iterdir()}
+    assert stacks.keys() == {"rank_0000_step_3.txt", "rank_0001_step_3.txt"}
+    assert all("in train_step" in text and "watchdog.py" in text for text in stacks.values()), "stacks of all threads"
+
+
+def test_an_unequal_module_sequence_at_which_gloo_aborts_is_named(nursery, folder):
+    done, event, _ = planted(nursery, folder, "mlp")
+    assert all(done.codes)
+    assert "rank 1 at step 3 micro-batch 0 entered model.language_model.layers.0.mlp.gate_proj where rank 0 entered" in event["reason"]
+    assert "model.language_model.layers.0.input_layernorm" in event["reason"]
+
+
+def test_a_collective_that_only_one_rank_makes_is_named_by_the_rank_that_is_behind(nursery, folder):
+    done, event, _ = planted(nursery, folder, "extra")
+    assert done.codes == [1, 1] and event["kind"] == "behind" and event["ranks"] == [1]
+    assert "rank(s) 1 are behind: step 3" in event["reason"]
+
+
+def test_a_stopped_rank_is_named_by_the_other(nursery, folder):
+    done, event, _ = planted(nursery, folder, "stop")
+    assert done.codes == [5, -signal.SIGKILL], "the harness, like the launcher, kills what is left"
+    assert "LaunchError" in event["error"] and "rank 1 (process " in event["reason"] and "is stopped" in event["reason"]
+
+
+def test_a_stopped_data_worker_is_named_with_row_and_document_and_no_process_is_left(nursery, folder):
+    done, event, run = planted(nursery, folder, "worker", **{"data.workers": 1, "data.prefetch_rows": 1})
+    assert done.codes == [3, 3] and event["error"] == "DataError" and event["ranks"] == [1]
+    assert "rank 1 has waited" in event["reason"] and "first document: source '" in event["reason"] and "is stopped" in event["reason"]
+    (beat,) = [json.loads((run / "heartbeats" / "rank_0001.json").read_text())]
+    (worker,) = beat["awaited"]["workers"]
+    wait_for(lambda: not Path(f"/proc/{worker['pid']}").exists() or "Z" in Path(f"/proc/{worker['pid']}/stat").read_text(), timeout_s=10)
+
+
+# -- no alarm, and signals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calm(nursery, folder) -> Launch:
+    """Runs that end well or on a signal, one after another; the last signal, during start-up, ends the ranks themselves."""
+
+    def while_running(pids: list[int]) -> None:
+        def at(name: str, phase: str) -> None:
+            wait_for(lambda: all((folder / name / f"at-{phase}.{rank}").exists() for rank in (0, 1)), timeout_s=200)
+
+        at("suspended", "save")
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                os.kill(pid, number)
+            time.sleep(8 if number == signal.SIGSTOP else 0)
+        at("in-validation", "validation")
+        os.kill(pids[1], signal.SIGTERM)  # one rank only
+        at("in-save", "save")
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+        at("in-export", "export")
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+        at("in-indexing", "indexing")
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+
+    often = {"steps": 4, "checkpoint.every_steps": 2, "validation.every_steps": 2}
+    return launch(
+        nursery,
+        folder,
+        [
+            {"name": "kill-worker", "kind": "planted", "what": "kill-worker", "steps": 6, "data.workers": 1, "data.prefetch_rows": 1},
+            {"name": "slow", "kind": "signalled", "phase": "validation", "linger": 1.5 * STALL_S, "held_out": True, **often},
+            {"name": "suspended", "kind": "signalled", "phase": "save", "linger": 1.5 * STALL_S, **often, "steps": 2},
+            {"name": "in-validation", "kind": "signalled", "phase": "validation", "held_out": True, **often},
+            {"name": "in-save", "kind": "signalled", "phase": "save", **often},
+            {"name": "in-export", "kind": "signalled", "phase": "export", **often},
+            {"name": "in-indexing", "kind": "signalled", "phase": "indexing", "linger": 60.0, "steps": 2},
+        ],
+        while_running=while_running,
+    )
+
+
+@pytest.mark.parametrize("name", ["slow", "suspended"])
+def test_long_validations_saves_and_a_suspended_machine_raise_no_alarm(calm, folder, name):
+    for rank in (0, 1):
+        assert calm.result(name, rank)["code"] == 0
+    assert not events(folder / name, "stalled")
+    assert not list((folder / name / "stacks").iterdir())
+
+
+@pytest.mark.parametrize(("name", "number"), [("in-validation", signal.SIGTERM), ("in-save", signal.SIGUSR1)])
+def test_a_signal_during_a_validation_or_a_save_stops_without_another_step(calm, folder, name, number):
+    for rank in (0, 1):
+        result = calm.result(name, rank)
+        assert result["code"] == 128 + number and list(result["hashes"]) == ["1", "2"]
+    assert (folder / name / "checkpoints" / "latest").read_text() == "step_0000002\n"
+    (stop,) = events(folder / name, "stop")
+    assert stop["reason"] == f"signal {signal.Signals(number).name}" and len(events(folder / name, "save")) == 1
+
+
+def test_a_signal_during_the_export_of_a_finished_stage_lets_it_finish(calm, folder):
+    assert [calm.result("in-export", rank)["code"] for rank in (0, 1)] == [0, 0]
+    assert (folder / "in-export" / "export" / "model.safetensors").is_file()
+
+
+def test_a_signal_during_start_up_ends_the_ranks_at_once(calm, folder):
+    assert calm.codes == [143, 143], calm.errors
+    told = json.loads((folder / "in-indexing" / "status.json").read_text())
+    assert told["state"] == "stopped_by_signal" and "before the first step" in told["reason"]
+    assert not (folder / "in-indexing" / "checkpoints").exists()
+
+
+def test_a_killed_data_worker_is_named_by_all_ranks(calm, folder):
+    for rank in (0, 1):
+        result = calm.result("kill-worker", rank)
+        assert result["error"] == "DataError" and "a loader worker died while row " in result["message"], result
+        assert "first document is source '" in result["message"]
+
+
+# -- one rank, in this process ----------------------------------------------------------------------------------------------------------
+
+
+def alone(run_dir: Path, ended: list[int], reports: list) -> Watchdog:
+    cfg = tiny_run(Path("unused"), run_dir)
+    cfg.engine.stall_timeout_s = 0.4
+    return Watchdog(
+        cfg, rank=0, world=1, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told), end=ended.append
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_rank_that_stands_still_ends_also_where_nothing_can_be_written(tmp_path, capfd, writable):
+    run_dir = tmp_path / "run"
+    if not writable:
+        run_dir.write_text("a file where the run folder should be")
+    ended, reports = [], []
+    with alone(run_dir, ended, reports) as watchdog:
+        watchdog.guard.begin_step(1)
+        watchdog.guard.begin_step(2)
+        watchdog.guard.enter("forward", 3)
+        wait_for(lambda: bool(ended), timeout_s=20)
+    ((error, details),) = reports
+    assert ended[0] == 1 and isinstance(error, JpTrainError) and details["step"] == 2
+    assert "rank 0 stands still at step 2, forward, micro-batch 3" in str(error) and "test_watchdog" not in str(error)
+    output = capfd.readouterr().err
+    assert "rank 0 stands still at step 2" in output
+    stack = (run_dir / "stacks" / "rank_0000_step_2.txt").read_text() if writable else output
+    assert "in wait_for" in stack and ("cannot use" in output) is not writable
+
+
+def test_progress_and_free_phases_are_no_stall(tmp_path):
+    from jp_train.engine.guard import Pace
+
+    ended, reports = [], []
+    with alone(tmp_path, ended, reports) as watchdog:
+        watchdog.guard.begin_step(1)
+        watchdog.guard.begin_step(2)
+        for _ in range(20):
+            watchdog.guard.enter("forward")
+            time.sleep(0.1)
+        watchdog.guard.enter("indexing", pace=Pace.FREE)
+        time.sleep(1.0)
+        watchdog.guard.enter("a checkpoint save", pace=Pace.SLOW)
+        time.sleep(1.0)
+    assert not ended and not reports
