@@ -63,30 +63,29 @@ def ids_recipe(cfg: RunConfig, vq: VQTokenizer | None = None) -> IdsRecipe | Non
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """This process among those that share the work, and where its VQ runs."""
+    """This process among those that share the work, how many of them share this host, and where its VQ runs."""
 
     rank: int
     world_size: int
     device: torch.device
+    local_size: int = 1
 
     @classmethod
     def of_environment(cls, environ: Mapping[str, str] = os.environ) -> Place:
-        """RANK, WORLD_SIZE and LOCAL_RANK as a launcher sets them; the local rank's GPU where there is one, else the CPU."""
+        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE as deepspeed's launcher sets them; the local rank's GPU where there is one, else the CPU."""
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
         try:
-            rank, world_size, local = (
-                int(environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-            )
+            rank, world_size, local, local_size = (int(environ.get(name, default)) for name, default in defaults.items())
         except ValueError as error:
-            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+            raise ConfigError(f"{', '.join(defaults)} must be whole numbers: {error}") from None
         if not 0 <= rank < world_size:
             raise ConfigError(f"RANK {rank} is not among WORLD_SIZE {world_size} ranks")
         if torch.cuda.is_available() and local >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; give the host as many slots as it has GPUs"
             )
-        return cls(
-            rank=rank, world_size=world_size, device=torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        return cls(rank=rank, world_size=world_size, device=device, local_size=max(1, local_size))
 
 
 @dataclass(kw_only=True)
@@ -147,7 +146,7 @@ class ImageEncoder:
         recipe = ids_recipe(cfg, self._vq)
         assert recipe is not None
         self.recipe = recipe
-        self._threads = threads or max(2, (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        self._threads = threads or max(2, (os.cpu_count() or 1) // place.local_size)
 
     @property
     def mine(self) -> list[Shard]:
@@ -191,13 +190,15 @@ class ImageEncoder:
         stored = [shard for shard in self.mine if self.state(shard) is IdsState.done]
         members = [shard_members(shard, self._reader) for shard in stored]
         ends = np.cumsum([0, *(len(one.keys) for one in members)])
+        found = Verification(seed=seed)
+        if not self.mine:
+            return found  # there are more ranks than shards
         if not ends[-1]:
             raise DataError(
                 f"rank {self._place.rank} of {self._place.world_size} has no stored ids among its {len(self.mine)} shards: encode first"
             )
         chosen = np.array(sorted(random.Random(seed).sample(range(int(ends[-1])), min(samples, int(ends[-1])))))
         self._vq.to(self._place.device)
-        found = Verification(seed=seed)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
             source = PictureReader(self._cfg, self._reader, pool)
             for shard, own, first, end in zip(stored, members, ends, ends[1:], strict=False):

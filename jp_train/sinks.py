@@ -5,6 +5,7 @@ Only rank 0 has sinks. Only this module imports wandb and TensorBoard, and only 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,10 @@ from jp_train.metrics import json_safe
 from jp_train.types import KINDS, Kind
 
 SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
+
+MAX_EVENTS_WAITING = 10_000
+MAX_WAITING = 64 << 20
+"""Bytes of lines kept while the disk takes none: days of metrics."""
 
 RATE_SMOOTHING = 0.1
 """Weight of the newest step in the step time that the ETA is made of."""
@@ -59,13 +64,34 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         if path.exists():
             write_atomically(path, "".join(_lines_until(path, resumed_step)))
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = Appender(path)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps(json_safe({"step": step, **values}), allow_nan=False) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
+        self._file.close()
+
+
+class Appender:
+    """Lines at the end of a file, each on its way to the disk at once. On a disk that takes none (full, read-only) they wait in memory, in order, and
+    go with the next one: what stops a run then is `checkpoint.on_error`, not its log. More than MAX_WAITING bytes raise the error."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def write(self, text: str) -> None:
+        self._waiting += text.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError:
+            if len(self._waiting) > MAX_WAITING:
+                raise
+
+    def close(self) -> None:
+        self.write("")
         self._file.close()
 
 
@@ -104,16 +130,28 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting: list[str] = []
         if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
             with path.open("a", encoding="utf-8") as file:  # a kill in the middle of a line: the next event gets its own
                 file.write("\n")
 
     def write(self, event: str, step: int, **details: Any) -> None:
         record = {"event": event, "step": step, "time": round(time.time(), 3), **details}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(json_safe(record), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._waiting.append(json.dumps(json_safe(record), ensure_ascii=False) + "\n")
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                size = file.tell()
+                while self._waiting:
+                    line = self._waiting[0].encode()
+                    if file.write(line) < len(line):
+                        file.truncate(size)  # the disk is full inside the line: it is written whole when there is room again
+                        return
+                    size += len(line)
+                    del self._waiting[0]
+                os.fsync(file.fileno())
+        except OSError:
+            if len(self._waiting) > MAX_EVENTS_WAITING:
+                raise
 
 
 class StatusFile:
@@ -127,8 +165,9 @@ class StatusFile:
     def update(self, **values: Any) -> None:
         self._values.update(values, updated=round(time.time(), 3))
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps(json_safe(self._values)) + "\n", encoding="utf-8")
-        os.replace(temporary, self._path)  # without fsync: it is rewritten every step, and a stale one harms nobody
+        with contextlib.suppress(OSError):  # a full disk: the next step tries again, and a stale one harms nobody
+            temporary.write_text(json.dumps(json_safe(self._values)) + "\n", encoding="utf-8")
+            os.replace(temporary, self._path)  # without fsync: it is rewritten every step
 
 
 class Progress:

@@ -31,7 +31,7 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
 
     Keys: run_dir, stage, state (starting | running | stale | finished | stopped_early | stopped_by_signal | stopped | failed | unknown), reason,
     step, planned_steps, share_done, losses {total and each kind: mean of the recent steps}, held_out {name: newest}, tokens_per_s, step_s,
-    eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s, slowest_rank {rank, step, phase, idle_s, age_s} or None, checkpoint {step, age_s, name} or None, checkpoints, skipped_documents, skipped_steps,
+    eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s, slowest_rank {rank, step, phase, idle_s, age_s} or None, checkpoint {step, age_s, name} or None, checkpoints, failed_saves, skipped_documents, skipped_steps,
     world_size, events (the last ones, oldest first).
 
     `now`: seconds since 1970, for tests. Raises DataError when `run_dir` is no run folder.
@@ -78,6 +78,7 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
         "slowest_rank": _slowest_rank(run_dir / "heartbeats", now) if running else None,
         "checkpoint": _last_checkpoint(run_dir, told, now),
         "checkpoints": len(checkpoint_names(run_dir)),
+        "failed_saves": as_int(told.get("failed_saves")) or 0,
         "skipped_documents": _skipped(run_dir, told),
         "skipped_steps": as_int(told.get("skipped_steps")),
         "world_size": as_int(told.get("dp_world_size")),
@@ -116,8 +117,12 @@ def format_status(found: dict[str, Any]) -> str:
         lines.append(_row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago" + _told_slowest(found["slowest_rank"])))
     checkpoint = found["checkpoint"]
     kept = f", {found['checkpoints']} on disk" if found["checkpoints"] else ""
+    failed = f"; {found['failed_saves']} saves FAILED" if found["failed_saves"] else ""
     lines.append(
-        _row("checkpoint", f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}" if checkpoint else "none yet")
+        _row(
+            "checkpoint",
+            f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}{failed}" if checkpoint else f"none yet{failed}",
+        )
     )
     skips = "unknown" if found["skipped_documents"] is None else f"{found['skipped_documents']:,} samples"
     lines.append(_row("skipped", skips + (f", {found['skipped_steps']} steps" if found["skipped_steps"] else "")))

@@ -245,7 +245,8 @@ class Trainer:
                     stop = decide(cfg.stage, step=state.step, signal_number=0, patience_over=True)
                 stop = stop or self.asked_to_stop()
             log.step(state.step, values, skipped_documents=self.ledger.skipped, skipped_steps=state.skips.total)
-            self.saver.poll(state.step)
+            with self.engine.guard.watch("the completion of a checkpoint", pace=Pace.SLOW):
+                self.saver.poll(state.step)
             if stop is not None or state.step % cfg.checkpoint.every_steps == 0:
                 self.save(held_out_loss=values.get("val/total"), final=stop is not None)
                 if stop is None and (stop := self.asked_to_stop()) is not None:

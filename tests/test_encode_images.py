@@ -260,6 +260,8 @@ def test_verification_compares_ids_exactly_and_names_what_differs(encoded, tmp_p
 
 
 def test_verifying_before_encoding_says_so(plain) -> None:
+    told, code = encode_images(configuration(plain), Place(rank=4, world_size=5, device=CPU), verify_sample=3)  # a rank without a shard
+    assert code == 0 and told["verified"]["samples"] == 0
     with pytest.raises(DataError, match="encode first"):
         encode_images(configuration(plain), ALONE, verify_sample=3)
 

@@ -57,7 +57,7 @@ SOURCE/CLASS/picture: each picture becomes a generation sample whose caption is 
 
 
 def _coco(formats: argparse._SubParsersAction) -> None:
-    details = 'One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 8 times its size in memory.'
+    details = 'One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 6 times its size in memory.'
     parser = _format(formats, "coco", "COCO captions -> understanding or generation", details, "captions JSON")
     _images(parser, required=True)
     parser.add_argument("--kind", choices=KINDS, required=True)

@@ -26,6 +26,7 @@ class RangeServer:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     state: RangeServer
 
     def log_message(self, *args: object) -> None:

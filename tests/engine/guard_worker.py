@@ -29,7 +29,7 @@ from jp_train.types import KINDS, Kind
 def planted(*, what: str, at: int = 3, seconds: float = 0.0, **changes: Any) -> dict:
     """A run in which rank 1 misbehaves at step `at`; returns what `train` does, if the process lives that long.
 
-    extra: it makes a collective that the other does not, where gloo cannot see the mismatch. stop: it is stopped. slow: it lingers for `seconds`.
+    extra: it makes a collective that the other does not, where gloo cannot see the mismatch; size: where it can. stop: it is stopped; die: killed. slow: it lingers for `seconds`.
     skip, mlp: see `rewire`. worker: its loader workers are stopped (SIGSTOP), or killed (kill-worker).
     """
     plain = training.Trainer.train_step
@@ -40,8 +40,10 @@ def planted(*, what: str, at: int = 3, seconds: float = 0.0, **changes: Any) -> 
             if rank() == 1:
                 if what == "extra":
                     dist.all_reduce(torch.zeros(1), group=group)
-                elif what == "stop":
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif what == "size":
+                    dist.all_reduce(torch.zeros(1000))
+                elif what in ("stop", "die"):
+                    os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
                 elif what == "slow":
                     time.sleep(seconds)
                 elif what in ("worker", "kill-worker"):

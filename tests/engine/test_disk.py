@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from jp_train.engine.disk import free_bytes
 from jp_train.engine.saver import Saver
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import write_shard
+from jp_train.sinks import Events, MetricsFile, StatusFile
 
 
 @pytest.fixture
@@ -219,3 +221,22 @@ def test_a_step_is_saved_once(tmp_path):
     made.save(10, {"step": 10}, {}, final=False)
     made.save(10, {"step": 10}, {}, final=True)
     assert told.events == [("save", 10)] and made.values() == {"checkpoint/stall_s": made.stall_s} and made.values() == {}
+
+
+def test_metrics_and_events_wait_for_room_and_come_whole_and_in_order(small):
+    """A full disk must not end a run through its log: `checkpoint.on_error` decides."""
+    metrics, told, state = MetricsFile(small / "metrics.jsonl", None), Events(small / "events.jsonl"), StatusFile(small / "status.json")
+    for step in range(1, 301):
+        if step == 5:
+            filler = fill(small, 0)
+        if step == 280:
+            filler.unlink()
+        metrics.log(step, {"loss/total": 1 / step})
+        told.write("save_failed", step, reason="x" * 100)
+        state.update(step=step)
+        if step == 279:
+            assert len((small / "metrics.jsonl").read_text()) < 5000, "the disk is full"
+    metrics.close()
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert [json.loads(line)["step"] for line in (small / name).read_text().splitlines()] == list(range(1, 301))
+    assert json.loads((small / "status.json").read_text())["step"] == 300

@@ -37,7 +37,6 @@ def launch(tmp_path_factory) -> tuple[Launch, Path]:
         *({"name": f"write{stage}", "kind": "leaked", "stage": stage, "what": "write", "steps": 3, **SMALL} for stage in (1, 2, 3)),
         *({"name": f"optimizer{stage}", "kind": "leaked", "stage": stage, "what": "optimizer", "steps": 3, **SMALL} for stage in (1, 2)),
         {"name": "spiked", "kind": "spiked", "loud": {"9": 1e4, "11": 1e4}, "steps": 12, "guard.max_dumps": 1, "guard.dump_tensors": True, **JUDGED},
-        {"name": "too-many", "kind": "spiked", "loud": {"9": 1e4, "11": 1e4}, "steps": 12, "guard.max_skip_share": 0.001, **JUDGED},
     ]  # fmt: skip
     for scenario in scenarios:
         scenario |= {"run_dir": str(folder / scenario["name"]), "data": str(data)}
@@ -123,11 +122,6 @@ def test_the_dumped_rows_are_those_that_were_trained(launch):
             batch = load_batch(run / f"forensics/step_0000009/rank_{rank:04d}_{number}.safetensors")
             documents += [document.key for row in batch.provenance for document in row]
         assert documents == [document["key"] for row in report["rows"] if row["rank"] == rank for document in row["documents"]]
-
-
-def test_too_many_skips_stop_the_run_with_the_cause(launch):
-    result = launch[0].result("too-many")
-    assert result["error"] == "JpTrainError" and "step 11: loss" in result["message"] and "guard.max_skip_share" in result["message"]
 
 
 # -- the freeze, and unequal ranks ------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def simulate(
     rows = row_statistics(sample, situation)
     filled = rows["tokens"].reshape(sample.steps, -1)
     per_step = _per_step(sample, rows)
+    sources = _sources(plan, sample, rates, filled.mean(1) * plan.rows_per_step, situation)
     forecast: dict[str, Any] = {
         "steps": situation.steps,
         "rows_per_step": plan.rows_per_step,
@@ -83,8 +84,8 @@ def simulate(
         "fill": _mean(sample, filled.mean(1) / plan.seq_len, situation) | {"worst_step": float(filled.mean(1).min() / plan.seq_len)},
         "documents_per_row": _mean(sample, per_step["spans"] / plan.rows_per_step, situation),
         "per_step": {name: _mean(sample, values, situation) for name, values in per_step.items()},
-        "mixture": _mixture(plan, sample),
-        "sources": _sources(plan, sample, rates, filled.mean(1) * plan.rows_per_step, situation),
+        "mixture": _mixture(plan, sample, sources, rates),
+        "sources": sources,
         "over_long": {"truncated_tokens_per_million": 1e6 * float(per_step["truncated_tokens"].sum() / max(per_step["tokens"].sum(), 1))},
         "unused": dict(plan.unused),
     }
@@ -169,19 +170,28 @@ def _phase_weights(sample: Sample, steps: int) -> dict[int, float]:
     return {phase: (edges[number + 1] - edges[number]) / steps for number, phase in enumerate(sorted(starts))}
 
 
-def _mixture(plan: Plan, sample: Sample) -> dict[str, Any]:
+def _mixture(plan: Plan, sample: Sample, sources: list[dict[str, Any]], rates: Mapping[str, SourceRates]) -> dict[str, Any]:
+    """Shares of the kinds in both units: over the stage by what its sources give, or counted where all was planned; the errors are those of
+    the sampled steps, in the recipe's unit."""
     shares = np.array(plan.mixture.shares) / sum(plan.mixture.shares)
     found: dict[str, Any] = {"unit": plan.ratio_unit.value, "shares": dict(zip(map(str, KINDS), shares.tolist(), strict=True))}
     for unit, weights in (("samples", sample.start == 0), ("tokens", sample.length)):
         amounts = np.zeros((sample.steps, len(KINDS)))
         np.add.at(amounts, (sample.step, sample.kind), weights)
-        of_steps = amounts / np.maximum(amounts.sum(1, keepdims=True), 1)
-        overall = amounts.sum(0) / amounts.sum()
-        found[unit] = {"overall": dict(zip(map(str, KINDS), overall.tolist(), strict=True))}
+        counted = amounts.sum(0) / amounts.sum()
+        overall = dict(zip(map(str, KINDS), counted.tolist(), strict=True))
+        if not sample.whole:
+            given = dict.fromkeys(overall, 0.0)
+            for source in sources:
+                rate = rates[source["name"]]
+                documents = source["epochs"] * source["samples"] / rate.draws_per_document
+                given[source["kind"]] += documents * (rate.mean_tokens if unit == "tokens" else 1)
+            overall = {kind: amount / sum(given.values()) for kind, amount in given.items()}
+        found[unit] = {"overall": overall}
         if unit == plan.ratio_unit.value:
-            errors = 100 * np.abs(of_steps - shares).max(1)
+            errors = 100 * np.abs(amounts / np.maximum(amounts.sum(1, keepdims=True), 1) - shares).max(1)
             found[unit] |= {
-                "error_points_overall": float(100 * np.abs(overall - shares).max()),
+                "error_points_sampled": float(100 * np.abs(counted - shares).max()),
                 "error_points_worst_step": float(errors.max()),
                 "error_points_median_step": float(np.median(errors)),
             }

@@ -35,7 +35,7 @@ def format_forecast(found: dict[str, Any]) -> str:
         f"({found['over_long']['truncated_tokens_per_million']:.0f} of a million)",
         f"  texts cut at a row    {_value(per_step['cuts'], 1)} times a step; {_value(per_step['cut_tokens'])} tokens a step continue an earlier row",
         f"  mixture in {unit:<10} off by {mixture[unit]['error_points_worst_step']:.2f} points in the worst sampled step, "
-        f"{mixture[unit]['error_points_median_step']:.2f} in the median, {mixture[unit]['error_points_overall']:.3f} overall",
+        f"{mixture[unit]['error_points_median_step']:.2f} in the median, {mixture[unit]['error_points_sampled']:.3f} over all of them",
     ]
     for name in ("samples", "tokens"):
         lines.append(f"    in {name:<16}  " + ", ".join(f"{kind} {100 * share:.2f} %" for kind, share in mixture[name]["overall"].items()))

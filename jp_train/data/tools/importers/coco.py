@@ -19,7 +19,7 @@ class CocoReader(Reader):
     """Entries in the order of `images`, the captions of one picture in the order of `annotations`.
 
     `per` is `caption` (a sample for every caption; a picture with five captions is stored five times) or `image` (a sample for every picture,
-    with its first caption). The file is loaded whole: about 8 times its size in memory.
+    with its first caption). The file is loaded whole: about 6 times its size in memory.
     """
 
     format = "coco"
@@ -55,7 +55,7 @@ class CocoReader(Reader):
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{self.source} cannot be read as JSON: {error}; download it again") from None
         except MemoryError:
-            raise DataError(f"{self.source} does not fit into memory: it needs about 8 times its size; split it by pictures") from None
+            raise DataError(f"{self.source} does not fit into memory: it needs about 6 times its size; split it by pictures") from None
         for part in ("images", "annotations"):
             if not isinstance(value, dict) or not isinstance(value.get(part), list):
                 raise ConfigError(f'{self.source} is not a COCO captions file: it has no list "{part}"')
