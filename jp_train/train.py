@@ -138,6 +138,7 @@ def prepare(
 
     saver = Saver(cfg, store, engine, log, saved_step=checkpoint.step if checkpoint else None)
     if checkpoint is not None:
+        watchdog.guard.enter("restoring the checkpoint", pace=Pace.SLOW)
         plan.restore(checkpoint.state["plan"])
         saver.restore(checkpoint)
     about = environment() if ranks.is_main else {}
@@ -164,6 +165,7 @@ def prepare(
     left_out = ledger.record_index(indexes)
     if left_out:
         log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
+    watchdog.guard.enter("preparing the validation", pace=Pace.SLOW)
     names = list(cfg.validation.sources)
     held_batches = main_first(
         ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names}

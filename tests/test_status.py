@@ -75,3 +75,17 @@ def test_a_run_that_has_only_started_is_shown_and_an_empty_folder_refused(tmp_pa
     found = status(tmp_path / "run")
     assert (found["state"], found["step"], found["checkpoint"], found["tokens_per_s"]) == ("starting", 0, None, None)
     assert "none yet" in format_status(found)
+
+
+def test_the_rank_longest_without_progress_is_told_while_the_run_goes_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=120, planned=480, state="running")
+    beat(folder, 1_000_000.0)
+    (folder / "heartbeats").mkdir()
+    for rank, idle, written in ((0, 1.0, 999_999.0), (1, 40.0, 999_998.0), (2, 0.5, 999_995.0)):
+        values = {"rank": rank, "step": 121, "phase": "forward", "idle_s": idle, "time": written}
+        (folder / "heartbeats" / f"rank_{rank:04d}.json").write_text(json.dumps(values))
+    (folder / "heartbeats" / "rank_0003.json").write_text("{")
+    found = status(folder, now=1_000_000.0)
+    assert found["slowest_rank"] == {"rank": 1, "step": 121, "phase": "forward", "idle_s": 42.0, "age_s": 2.0}
+    assert "slowest: rank 1, 42 s without progress (forward)" in format_status(found)
+    assert status(write_run(tmp_path / "ended", steps=30, state="done"), now=9e9)["slowest_rank"] is None

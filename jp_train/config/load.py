@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -46,6 +47,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     merged = OmegaConf.structured(RunConfig)
     for origin, layer in layers:
         check_keys(layer, origin)
+        _restore_off(layer, RunConfig)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -114,6 +116,20 @@ def _unknown_keys(given: Any, schema: Any, prefix: str) -> Iterator[str]:
     elif get_origin(schema) is dict and isinstance(given, dict):
         for key, value in given.items():
             yield from _unknown_keys(value, get_args(schema)[1], f"{prefix}{key}.")
+
+
+def _restore_off(given: Any, schema: Any) -> None:
+    """YAML reads a bare `off` as the boolean false: where the schema has an enumeration with that member, put the word back."""
+    if not isinstance(given, DictConfig):
+        return
+    types = get_type_hints(schema) if is_dataclass(schema) else {}
+    for key in list(given):
+        kind = get_args(schema)[1] if get_origin(schema) is dict else types.get(key)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            if given._get_node(key)._value() is False and "off" in kind.__members__:  # as written, without resolving ${...}
+                given[key] = "off"
+        elif kind is not None and (is_dataclass(kind) or get_origin(kind) is dict):
+            _restore_off(given._get_node(key), kind)
 
 
 def _all_keys(schema: Any, prefix: str) -> Iterator[str]:

@@ -141,4 +141,5 @@ def compare_signatures(signatures: list[int], step: int, explain: Callable[[], s
 
 def _first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", line)[:300]
+    line = re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", line)
+    return line.partition(". This is typically caused by")[0][:300]  # gloo's guess is worse than ours

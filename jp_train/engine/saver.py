@@ -124,7 +124,7 @@ class Saver:
             self._log.say(problem)
         self._store.problems.clear()
         if saved is not None:
-            self.longest_s = max(self.longest_s, self.stall_s + saved.total_s)
+            self.longest_s = max(self.longest_s, saved.total_s)
             self._failures_in_a_row = 0
             self._log.saved(saved.step)
             self._log.event(

@@ -42,6 +42,8 @@ ACCESS_S = 5.0
 """A file access that takes longer is given up for this time."""
 COLLECTIVE_SHARE = 0.9
 """Share of `engine.collective_timeout_s` after which even a slow phase stands still: the cause is named before collectives fail."""
+SLOW_ALONE_S = 1800.0
+"""Seconds that a slow phase may take at least where there is only one rank, which no collective's timeout ends."""
 DEPUTIES = 4
 """Ranks that take over the diagnosis, in order, when those before them do not answer."""
 FAILURE_WAIT_S = 5.0
@@ -83,8 +85,9 @@ class Watchdog:
         self.loader: Loader | None = None
         self._run_dir = Path(cfg.run_dir)
         self._files = HeartbeatFolder(self._run_dir, attempt)
-        self._slow_s = COLLECTIVE_SHARE * cfg.engine.collective_timeout_s
-        self._normal_s = min(cfg.engine.stall_timeout_s, self._slow_s)
+        collective_s = COLLECTIVE_SHARE * cfg.engine.collective_timeout_s
+        self._normal_s = min(cfg.engine.stall_timeout_s, collective_s)
+        self._slow_s = collective_s if world > 1 else max(collective_s, SLOW_ALONE_S)
         self._look_s = min(LOOK_S, self._normal_s / 8) if self.on else LOOK_S
         self._beat_s = min(SLOWEST_BEAT_S, self._normal_s / 20)
         self._settle_s = 2.5 * max(self._beat_s, self._look_s)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,11 @@ def document(kind: Kind, length: int, first: int, *, vq: bool = False) -> Encode
     )
 
 
+def pictures(images) -> torch.Tensor:
+    present = [torch.from_numpy(image) for image in images if image is not None]
+    return torch.stack(present) if present else torch.zeros((0, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+
+
 def row(number: int, *documents: EncodedDocument, skipped: int = 0, truncated: int = 0) -> Row:
     provenance = tuple(
         Provenance(source="s", shard="s.tar", key=f"{number}-{i}", kind=d.kind, start=0, length=len(d)) for i, d in enumerate(documents)
@@ -58,7 +65,13 @@ def row(number: int, *documents: EncodedDocument, skipped: int = 0, truncated: i
     return Row(
         step=3,
         row=number,
-        documents=documents,
+        tokens=np.concatenate([np.stack([d.input_ids, d.labels, d.gen_labels]) for d in documents], axis=1).astype(np.int32)
+        if documents
+        else np.zeros((3, 0), np.int32),
+        image_slots=SLOTS,
+        image_starts=tuple(int((*d.und_slots, *d.gen_slots, -1)[0]) for d in documents),
+        und_images=pictures(d.und_image for d in documents),
+        gen_images=pictures(d.gen_image for d in documents),
         provenance=provenance,
         source_indices=tuple(range(len(documents))),
         skipped=(SkippedDocument(info=INFO, ref=ref, reason="bad"),) * skipped,
@@ -133,3 +146,29 @@ def test_counts_are_sums_over_the_rows(cfg, rows):
     assert batch.supervised_image_tokens == 3 * SLOTS
     assert batch.supervised_text_tokens == sum(int((d.labels >= 0).sum()) for r in rows for d in r.documents) + 2
     assert batch.truncated_tokens == 11
+
+
+def test_a_row_gives_its_documents_back_and_survives_pickling(rows):
+    whole = [
+        document(Kind.UNDERSTANDING, 20, 0),
+        document(Kind.TEXT, 5, 100),
+        document(Kind.GENERATION, 19, 200),
+        document(Kind.GENERATION, 21, 300, vq=True),
+    ]
+    packed = row(0, *whole, skipped=1, truncated=4)
+    for copy in (packed, pickle.loads(pickle.dumps(packed))):
+        assert (copy.step, copy.row, copy.truncated_tokens) == (3, 0, 4)
+        assert copy.provenance == packed.provenance and copy.skipped == packed.skipped and copy.source_indices == packed.source_indices
+        for made, given in zip(copy.documents, whole, strict=True):
+            assert made.kind is given.kind
+            for name in ("input_ids", "labels", "gen_labels", "und_slots", "gen_slots", "und_image", "gen_image", "vq_ids"):
+                found, expected = getattr(made, name), getattr(given, name)
+                assert (found is None) == (expected is None), name
+                if expected is not None:
+                    np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def test_the_pictures_of_a_micro_batch_of_one_row_are_not_copied(cfg, rows):
+    batch = Collator(cfg, PAD)(rows[:1])
+    assert batch.und_images.data_ptr() == rows[0].und_images.data_ptr()
+    assert batch.gen_images.data_ptr() == rows[0].gen_images.data_ptr()

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data_samples import text_samples
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engine"))
+
+from tiny_run import write_tokenizer
+
 import jp_train.data.plan as plan_module
 from jp_train.config.batch import batch_plan
-from jp_train.config.schema import SourceConfig, SourceKind
+from jp_train.config.schema import SourceConfig, SourceKind, TokenizerConfig
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot, nearest_snapshots
+from jp_train.data.tokenizer import load_tokenizer
 from jp_train.data.tools.explain import describe_batch, describe_row, load_batch, save_batch, sidecar_of, totals
 from jp_train.data.tools.explain_table import format_row, format_rows
 from jp_train.data.tools.explain_text import Shown, pieces, printable, snippet
@@ -97,6 +104,9 @@ def test_described_loss_spans_are_the_labels_of_the_batch(damaged, tokenizer):
                 labels = getattr(micro.batch, name)[start : start + row["tokens"]]
                 spans = [span for document in row["documents"] for span in document["loss"][head]["spans"]]
                 positions = [position for a, b in spans for position in range(a, b)]
+                for document in row["documents"]:
+                    own = document["loss"][head]["spans"]
+                    assert all(before[1] < after[0] for before, after in itertools.pairwise(own)), "neighbours are one span"
                 assert positions == (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
                 assert len(positions) == row["supervised"][head] == sum(d["loss"][head]["tokens"] for d in row["documents"])
             for kind, name in (("understanding", "und_slots"), ("generation", "gen_slots")):
@@ -271,6 +281,10 @@ def test_snapshots_come_nearest_first_and_torn_lines_are_passed_over(tmp_path):
     path = tmp_path / SNAPSHOTS_FILE
     for step in (2, 4, 4, 6):
         append_snapshot(path, {"step": step, "schedule": {"step": 99}})
+    (tmp_path / "long").mkdir()
+    for step in range(11, 21):
+        append_snapshot(tmp_path / "long" / SNAPSHOTS_FILE, {"step": step})
+    assert steps_of(tmp_path / "long", 12) == [12, 11]
     assert steps_of(tmp_path, 5) == [4, 2] and steps_of(tmp_path, 1) == [] and steps_of(tmp_path / "nowhere", 1) == []
     with path.open("a") as file:
         file.write('{"step": 8, "pool": [[0,')  # a kill in the middle of a line
@@ -331,6 +345,17 @@ def test_pieces_tile_the_tokens_and_join_to_what_the_tokenizer_decodes(tokenizer
     words = [piece for piece in found if piece.shown is Shown.text]
     assert "".join(piece.text for piece in words if piece.end <= len(body) + 1) == tokenizer.decode(body) == text
     assert max((piece.end - piece.start for piece in words), default=1) <= 8
+
+
+def test_pieces_join_also_where_the_tokenizer_drops_leading_spaces(tmp_path):
+    write_tokenizer(tmp_path / "prefix.model")  # sentencepiece's defaults: a space is put before every text, and taken off again
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path / "prefix.model")))
+    space = tokenizer.encode("é")[0]
+    body = tokenizer.encode("naïve é words é in the class")
+    for ids in (body, [space, space, *body], [*body, space, *body[1:]], [body[-1], space, *body]):
+        found = pieces(ids, tokenizer)
+        assert "".join(piece.text for piece in found) == tokenizer.decode(ids)
+        assert all(piece.shown is Shown.text for piece in found)
 
 
 def test_pieces_of_broken_bytes_still_tile(tokenizer):

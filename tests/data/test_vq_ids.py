@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_samples import SLOTS, generation_samples, json_bytes, npy, png, stored_samples, text_samples, write_shard
 
-from jp_train.config import validate
+from jp_train.config import load_config, save_config, validate
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import Crop, MixtureConfig, SourceConfig, SourceKind, VqIds
 from jp_train.data.index import index_sources
@@ -233,6 +233,16 @@ def test_ids_of_an_older_file_are_refused(generation, tokenizer, tmp_path):
     os.utime(tmp_path / "a.tar", ns=(1, 1))
     with pytest.raises(DataError, match=r"a\.tar.*encode-images` again"):
         rows(generation, tokenizer, RECIPE)
+
+
+def test_off_is_a_word_on_the_command_line_and_in_yaml(generation, tmp_path):
+    save_config(generation, tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml", ["data.vq_ids=off"]).data.vq_ids is VqIds.off
+    (tmp_path / "short.yaml").write_text((tmp_path / "run.yaml").read_text().replace("vq_ids: auto", "vq_ids: off"))
+    config = load_config(tmp_path / "short.yaml")
+    assert config.data.vq_ids is VqIds.off
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml").data.vq_ids is VqIds.off
 
 
 def test_require_names_the_shards_that_lack_ids(generation, tokenizer, tmp_path):

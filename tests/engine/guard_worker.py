@@ -26,11 +26,10 @@ from jp_train.engine.update_gate import UpdateGate
 from jp_train.types import KINDS, Kind
 
 
-def planted(*, what: str, at: int = 3, seconds: float = 0.0, **changes: Any) -> dict:
+def planted(*, what: str, at: int = 3, **changes: Any) -> dict:
     """A run in which rank 1 misbehaves at step `at`; returns what `train` does, if the process lives that long.
 
-    extra: it makes a collective that the other does not, where gloo cannot see the mismatch; size: where it can. stop: it is stopped; die: killed. slow: it lingers for `seconds`.
-    skip, mlp: see `rewire`. worker: its loader workers are stopped (SIGSTOP), or killed (kill-worker).
+    extra: it makes a collective that the other does not. stop: it is stopped. die: it is killed. skip, mlp: see `rewire`. worker: its loader workers are stopped (SIGSTOP), or killed (kill-worker).
     """
     plain = training.Trainer.train_step
 
@@ -40,12 +39,8 @@ def planted(*, what: str, at: int = 3, seconds: float = 0.0, **changes: Any) -> 
             if rank() == 1:
                 if what == "extra":
                     dist.all_reduce(torch.zeros(1), group=group)
-                elif what == "size":
-                    dist.all_reduce(torch.zeros(1000))
                 elif what in ("stop", "die"):
                     os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
-                elif what == "slow":
-                    time.sleep(seconds)
                 elif what in ("worker", "kill-worker"):
                     for process in self.loader._iterator._workers:
                         os.kill(process.pid, signal.SIGSTOP if what == "worker" else signal.SIGKILL)
@@ -108,8 +103,8 @@ def spiked(*, loud: dict[str, float], **changes: Any) -> dict:
 
 
 def rewire(model: torch.nn.Module, what: str) -> None:
-    """From here on this rank leaves out a decoder layer (`skip`: the next gathers have the same sizes, gloo mixes them up in silence and hangs later), or
-    the attention of one (`mlp`: gathers of unequal sizes, gloo aborts)."""
+    """From here on this rank leaves out a decoder layer (`skip`: the next gathers have the same sizes, so gloo mixes them up in silence), or the attention
+    of one (`mlp`: gathers of unequal sizes)."""
     layers = next(module for name, module in model.named_modules() if name.endswith("language_model.layers"))
     if what == "mlp":
         layers[0].forward = lambda hidden, *_, **__: hidden + layers[0].mlp(hidden)

@@ -50,14 +50,14 @@ def events(run: Path, name: str) -> list[dict]:
     return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name]
 
 
-def planted(nursery: Nursery, folder: Path, what: str, **changes) -> tuple[Launch, dict, Path]:
+def planted(nursery: Nursery, folder: Path, what: str, steps_done: int = 2, **changes) -> tuple[Launch, dict, Path]:
     """A launch with one planted fault at step 3, and the one event that names it."""
     done = launch(nursery, folder, [{"name": what, "kind": "planted", "what": what, "steps": 6, "exit_with_code": True, **changes}])
     run = folder / what
     found = events(run, "stalled") + events(run, "failed")
     assert len(found) == 1, (found, done.errors)
     last_step = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in last_step] == [1, 2]
+    assert [line["step"] for line in last_step] == list(range(1, steps_done + 1))
     took = found[0]["time"] - (run / "metrics.jsonl").stat().st_mtime
     print(f"{what}: named {took:.1f} s after the last good step: {found[0]['reason']}")
     assert took < NAMED_S
@@ -78,11 +78,18 @@ def test_an_unequal_module_sequence_that_gloo_does_not_see_is_named(nursery, fol
     assert all("in train_step" in text and "watchdog.py" in text for text in stacks.values()), "stacks of all threads"
 
 
-def test_an_unequal_module_sequence_at_which_gloo_aborts_is_named(nursery, folder):
+def test_an_unequal_module_sequence_whose_gathers_differ_in_size_is_named(nursery, folder):
     done, event, _ = planted(nursery, folder, "mlp")
     assert all(done.codes)
     assert "rank 1 at step 3 micro-batch 0 entered model.language_model.layers.0.mlp.gate_proj where rank 0 entered" in event["reason"]
     assert "model.language_model.layers.0.input_layernorm" in event["reason"]
+
+
+def test_a_killed_rank_is_named_at_once_by_the_one_whose_collective_fails(nursery, folder):
+    done, event, _ = planted(nursery, folder, "die")
+    assert done.codes == [1, -signal.SIGKILL] and event["event"] == "failed"
+    assert "a collective failed on rank 0 at step 3, forward, micro-batch 0" in event["reason"]
+    assert "rank 1 (process " in event["reason"] and "is gone" in event["reason"]
 
 
 def test_a_collective_that_only_one_rank_makes_is_named_by_the_rank_that_is_behind(nursery, folder):
@@ -98,7 +105,7 @@ def test_a_stopped_rank_is_named_by_the_other(nursery, folder):
 
 
 def test_a_stopped_data_worker_is_named_with_row_and_document_and_no_process_is_left(nursery, folder):
-    done, event, run = planted(nursery, folder, "worker", **{"data.workers": 1, "data.prefetch_rows": 1})
+    done, event, run = planted(nursery, folder, "worker", 3, **{"data.workers": 1, "data.prefetch_rows": 1})
     assert done.codes == [3, 3] and event["error"] == "DataError" and event["ranks"] == [1]
     assert "rank 1 has waited" in event["reason"] and "first document: source '" in event["reason"] and "is stopped" in event["reason"]
     (beat,) = [json.loads((run / "heartbeats" / "rank_0001.json").read_text())]

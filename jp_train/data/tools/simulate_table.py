@@ -91,6 +91,7 @@ def _ranks(found: dict[str, Any]) -> list[str]:
         *_aligned(head, rows, left=()),
         "  lost: share of all arithmetic during which the other ranks wait, if ranks meet once a step, or once a micro-batch (ZeRO-3 does);"
         " * this run",
+        "  FLOPs are those of MFU, with attention over the full square of a document: causal kernels do half of it, so long texts weigh less",
         "  no KIND: share of steps, and of micro-batches, in which at least one rank has no document of the kind",
     ]
 

@@ -1,0 +1,127 @@
+"""Samples per CPU second of the loader beside a bare loop and beside other loaders, on the same samples, in one run.
+
+    python bench/data.py [--samples 2400] [--rounds 9] [--workers 2] [--no-rivals] [--install] [--json]
+
+Every loader works in turn, A B A B ..., each round on the same number of samples, and a ratio is taken within each round (the median and the
+quartiles are shown), because other work on the machine changes a speed by far more than the loaders differ. CPU is user and system time of the
+process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids stored as .vq.npy members, no picture read. The bare loop packs nothing and
+checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms (the same function).
+The files are made once, in .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that
+moving rows between processes counts too; the bare loop has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
+WORKLOADS = {"photos": 120, "ids": 1200}
+"""Kind of shard, and samples of one round."""
+
+
+def measure(sides: list, samples: int, rounds: int) -> list[dict]:
+    """Run `sides` in turn, `rounds` times after one round of warming up; figures of each, ratios to the second side."""
+    spent: dict[str, list[tuple[float, float, float]]] = {side.name: [] for side in sides}
+    for number in range(rounds + 1):
+        for side in sides if number % 2 else sides[::-1]:
+            cpu, wall = cpu_seconds(side), time.perf_counter()
+            done, rows = side.advance(samples)
+            cpu, wall = cpu_seconds(side) - cpu, time.perf_counter() - wall
+            if number:
+                spent[side.name].append((done / cpu, done / wall, rows / wall))
+    reference = sides[0].name
+    figures = []
+    for side in sides:
+        ratios = [ours[0] / theirs[0] for ours, theirs in zip(spent[reference], spent[side.name], strict=True)]
+        walls = [ours[1] / theirs[1] for ours, theirs in zip(spent[reference], spent[side.name], strict=True)]
+        per_cpu, per_wall, rows = (statistics.median(column) for column in zip(*spent[side.name], strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4)
+        figures.append(
+            {
+                "loader": side.name,
+                "samples_per_cpu_s": per_cpu,
+                "samples_per_s": per_wall,
+                "rows_per_s": rows,
+                "jp_train_over_it_cpu": statistics.median(ratios),
+                "jp_train_over_it_cpu_quartiles": [low, high],
+                "jp_train_over_it_wall": statistics.median(walls),
+            }
+        )
+    return figures
+
+
+def cpu_seconds(side) -> float:
+    """User and system time of this process and the side's workers, so far."""
+    return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in side.processes())
+
+
+def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) -> list[dict]:
+    """One table."""
+    from loaders.rivals import Rival
+    from loaders.sides import Bare, Ours, config
+
+    cfg = config(CACHE / "data", f"{kind}-*.tar", tokenizer, workers=workers)
+    sides = [Ours(cfg), Bare(cfg)]
+    for name, start in rivals.items():
+        try:
+            sides.append(Rival(name, cfg, start))
+        except Exception as error:  # whatever a foreign loader raises
+            print(f"bench: {name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+    gc.collect()
+    gc.freeze()
+    try:
+        return measure(sides, WORKLOADS[kind] * (1 + workers), rounds)
+    finally:
+        for side in sides:
+            side.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2400, help="samples made (default 2400)")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=0, help="worker processes of every loader but the bare loop (default 0)")
+    parser.add_argument("--only", choices=WORKLOADS, help="one workload")
+    parser.add_argument("--no-rivals", action="store_true", help="only the bare loop")
+    parser.add_argument("--install", action="store_true", help=f"fetch Energon and Streaming with pip into {CACHE / 'rivals'} first")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments = parser.parse_args()
+
+    import torch
+    from loaders import rivals as others
+    from loaders.samples import prepare
+
+    torch.set_num_threads(1)
+    if arguments.install:
+        try:
+            others.install(CACHE / "rivals")
+        except subprocess.CalledProcessError as error:
+            print(f"bench: pip cannot get the other loaders: {error}", file=sys.stderr)
+    tokenizer = prepare(CACHE / "data", arguments.samples)
+    rivals = {} if arguments.no_rivals else others.available(CACHE / "rivals")
+    kinds = [arguments.only] if arguments.only else list(WORKLOADS)
+    found = {kind: compare(kind, tokenizer, rounds=arguments.rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
+    if arguments.json:
+        print(json.dumps({"rounds": arguments.rounds, "workers": arguments.workers, **found}))
+        return
+    for kind, figures in found.items():
+        print(f"{kind}, {arguments.workers} workers  samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")
+        for figure in figures:
+            low, high = figure["jp_train_over_it_cpu_quartiles"]
+            print(
+                f"  {figure['loader']:20} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  {figure['rows_per_s']:7.1f}   "
+                f"{figure['jp_train_over_it_cpu']:16.3f} ({low:.3f} - {high:.3f})  {figure['jp_train_over_it_wall']:8.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
