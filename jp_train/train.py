@@ -29,7 +29,7 @@ from jp_train.encode_images import ids_recipe
 from jp_train.engine.checkpoint import Checkpoint, CheckpointStore
 from jp_train.engine.export import export
 from jp_train.engine.forensics import Forensics
-from jp_train.engine.guard import WAITING_FOR_DATA, Pace, compare_signatures
+from jp_train.engine.guard import WAITING_FOR_DATA, Pace, compare_signatures, is_collective_failure
 from jp_train.engine.heldout import HeldOut
 from jp_train.engine.identity import accepted_differences, environment, identity
 from jp_train.engine.init import (
@@ -90,7 +90,15 @@ def train(cfg: RunConfig) -> int:
                     log.event("accepted_differences", checkpoint.step, differences=accepted)
             stop = finished_before(cfg, checkpoint)
             if stop is None:
-                trainer = prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)
+                try:
+                    with watchdog.guard.watch("starting", pace=Pace.SLOW):
+                        trainer = prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)
+                except JpTrainError as error:
+                    # a stop signal ends a starting rank at once, and one that obeys a moment earlier fails the collectives of the others
+                    if not (is_collective_failure(error) and flag.arrives()):
+                        raise
+                    log.stopped_at_start(128 + flag.number)
+                    return 128 + flag.number
                 stop = trainer.run()
                 log.finish(stop, trainer.state.step)
             else:

@@ -118,7 +118,7 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, *, dp_rank: int, dp_world_size: int) -> None:
         self.folder = run_dir / "checkpoints"
         self.problems: list[str] = []
-        """Old checkpoints that could not be deleted (rank 0); the caller reports and clears them."""
+        """What went wrong without harm to a checkpoint, on this rank; the caller reports and clears them."""
         self._cfg = cfg
         self._rank = dp_rank
         self._world = dp_world_size
@@ -158,10 +158,15 @@ class CheckpointStore:
             **content.about,
         }
         pending = _Pending(step, partial, target, manifest, began)
-        if self._cfg.background:
-            tensors, vq = self._host.take(tensors), [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq]
+        background = self._cfg.background
+        if background:
+            try:
+                tensors, vq = self._host.take(tensors), [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq]
+            except (MemoryError, RuntimeError) as error:  # on one rank perhaps; the others need not know
+                self.problems.append(f"no host memory for a copy ({error}): training waited while step {step} was written")
+                background = False
         self._pending = pending
-        if self._cfg.background:
+        if background:
             pending.thread = threading.Thread(target=self._write, args=(pending, tensors, vq, texts), name=f"save-{step}", daemon=True)
             pending.thread.start()
         else:

@@ -120,7 +120,7 @@ class Saver:
                 self._failed(step, error, fatal=fatal, tolerant=tolerant)
                 return
         for problem in self._store.problems:
-            self._log.event("retention_failed", step, reason=problem)
+            self._log.event("save_problem", step, reason=problem)
             self._log.say(problem)
         self._store.problems.clear()
         if saved is not None:

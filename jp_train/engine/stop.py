@@ -58,6 +58,13 @@ class SignalFlag:
                 return 128 + number
         return 128 + self._heard[0] if starting and self._heard is not None else 0
 
+    def arrives(self, within_s: float = SAME_SIGNAL_S) -> bool:
+        """Whether a stop signal has come, or comes within this time: launchers signal one rank after the other."""
+        until = time.monotonic() + within_s
+        while not self.number and time.monotonic() < until:
+            time.sleep(0.02)
+        return bool(self.number)
+
     def _read_pipe(self) -> list[int]:
         if self._pipe is None:
             return []

@@ -48,3 +48,15 @@ def test_valid_world_sizes_are_exactly_those_that_batch_plan_accepts(load):
             continue
         accepted.append(ranks)
     assert valid_world_sizes(config) == accepted == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_a_resumed_run_takes_the_largest_micro_batch_that_its_number_of_ranks_allows(load):
+    """Every world size that divides the rows, rows and tokens a step unchanged; one that does not is refused as ever."""
+    config = load("janus_pro_1b/stage3", "engine.micro_batch_rows=6", "stage.batch_size=72")
+    for ranks in (size for size in range(1, 73) if 72 % size == 0):
+        plan = batch_plan(config, ranks, shrink=True)
+        share = 72 // ranks
+        assert plan.micro_batch_rows == max(n for n in range(1, 7) if share % n == 0), ranks
+        assert plan.micro_batch_rows * plan.gradient_accumulation_steps * ranks == plan.rows_per_step == 72
+    with pytest.raises(ConfigError, match="72 rows a step cannot be split over 5 ranks"):
+        batch_plan(config, 5, shrink=True)

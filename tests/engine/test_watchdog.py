@@ -137,7 +137,7 @@ def calm(nursery, folder) -> Launch:
         at("in-export", "export")
         for pid in pids:
             os.kill(pid, signal.SIGINT)
-        at("in-indexing", "indexing")
+        wait_for(lambda: (folder / "in-indexing" / "at-indexing.0").exists(), timeout_s=200)  # rank 1 waits for rank 0 in a collective
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
 
