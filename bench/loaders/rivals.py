@@ -262,6 +262,8 @@ def _loaded(dataset: IterableDataset, workers: int) -> Iterable[dict[str, torch.
 
 def _import_streaming() -> types.ModuleType:
     """Streaming imports torchvision for its ready-made picture datasets, which are not used here: a stand-in serves while it is imported."""
+    import transformers  # noqa: F401  - it looks for torchvision while it is imported, and must not find the stand-in
+
     names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
     stands_in = {name: types.ModuleType(name) for name in names if "torchvision" not in sys.modules}
     sys.modules.update(stands_in)
