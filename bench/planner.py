@@ -1,6 +1,6 @@
 """How well and how fast the plan packs: fill, ratio error, milliseconds a step, bytes of state, time to the first row; against targets.
 
-    python bench/planner.py [--steps 40] [--rows 512] [--pool 64] [--json]
+    python bench/planner.py [--steps 40] [--rows 512] [--pool 32] [--json]
 
 Lengths are simulated: an understanding document is 579 tokens of image, BOS and markers, and a log-normal text (mean 200); a text is
 log-normal (mean 1000, up to 20000 tokens, so some span rows); a generation document is 580 tokens and a log-normal caption (mean 80). Four
@@ -20,6 +20,7 @@ import time
 
 import numpy as np
 
+from jp_train.config.schema import DataConfig
 from jp_train.data.plan import Plan, PlanSource
 from jp_train.data.sequence import Pending
 from jp_train.types import KINDS, Kind
@@ -49,7 +50,7 @@ def simulated_sources(samples: int = 20_000, per_kind: int = 4) -> list[PlanSour
 
 
 def make_plan(sources: list[PlanSource], name: str, rows: int, **settings) -> Plan:
-    return Plan(sources, seed=0, rows_per_step=rows, mixture=MIXTURES[name], **{"seq_len": 4096, "pool_size": 64, **settings})
+    return Plan(sources, seed=0, rows_per_step=rows, mixture=MIXTURES[name], **{"seq_len": 4096, "pool_size": DataConfig().pool_size, **settings})
 
 
 def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **settings) -> dict[str, object]:
@@ -143,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--pool", type=int, default=64, help="data.pool_size")
+    parser.add_argument("--pool", type=int, default=DataConfig().pool_size, help="data.pool_size (default: of the schema)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args()
     sources = simulated_sources()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -54,7 +54,7 @@ def convert(source: Path, out: Path, *, layout: Literal["hf", "deepseek"] = "hf"
     return out
 
 
-def _checked(folder: Path, weights, run_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked(folder: Path, weights: Any, run_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a checkpoint; at the end, what was frozen must have the checksum that the run had (it may lie in another folder)."""
     from jp_train.engine.proof import checksums, combined
     from jp_train.model.partition_files import PartitionReader

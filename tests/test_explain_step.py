@@ -158,8 +158,8 @@ def test_a_resumed_run_drops_the_snapshots_of_steps_that_it_trains_again_and_tor
 
 def test_changed_data_are_refused_and_changed_code_is_noted(trained, tmp_path):
     with (
-        open_replay(None, ["data.pool_size=32"], trained.folder) as replay,
-        pytest.raises(DataError, match="pool_size: the state has 64, this run has 32"),
+        open_replay(None, ["data.pool_size=16"], trained.folder) as replay,
+        pytest.raises(DataError, match="pool_size: the state has 32, this run has 16"),
     ):
         explain_step(replay, 7)
     other = tmp_path / "run"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jp_train.config.schema import DataConfig
 from jp_train.data.mixture import realised_shares
 from jp_train.data.permute import document_uniform, name_key, permute
 from jp_train.data.plan import Plan, PlanSource
@@ -287,14 +288,15 @@ def check_windows(plan: Plan, mixture: tuple[int, ...], *, tokens: bool, bound: 
 
 @pytest.mark.parametrize("mixture", PRESET_MIXTURES, ids=str)
 def test_every_single_step_of_512_rows_is_close_to_the_mixture_and_rows_are_full(mixture: tuple[int, ...]) -> None:
-    """Targets of DESIGN section 4 at 4096 tokens and a pool of 64: 0.3 points (0.6 allowed here for the worst step), 99.6-99.95% full."""
-    plan = make_plan([source(kind, lengths(kind, 20_000)) for kind in KINDS], rows_per_step=512, mixture=mixture)
+    """At 4096 tokens and the default pool: 0.3 percentage points in the worst step, 99.6% full for 1:0:3 and 99.95% for the others."""
+    pool_size = DataConfig().pool_size
+    plan = make_plan([source(kind, lengths(kind, 20_000)) for kind in KINDS], rows_per_step=512, mixture=mixture, pool_size=pool_size)
     tokens = 0
     for _ in range(12):
         rows = plan.next_step()
         tokens += sum(map(tokens_of, rows))
         realised = realised_shares(rows, plan.sources, tokens=False)
-        assert max(abs(realised[kind] - share / sum(mixture)) for kind, share in zip(KINDS, mixture, strict=True)) < 0.006
+        assert max(abs(realised[kind] - share / sum(mixture)) for kind, share in zip(KINDS, mixture, strict=True)) <= 0.003
     assert tokens / (12 * 512 * 4096) >= (0.996 if mixture == (1, 0, 3) else 0.9995)
 
 

@@ -29,7 +29,8 @@ from jp_train.types import KINDS, Kind
 def planted(*, what: str, at: int = 3, **changes: Any) -> dict:
     """A run in which rank 1 misbehaves at step `at`; returns what `train` does, if the process lives that long.
 
-    extra: it makes a collective that the other does not. stop: it is stopped. die: it is killed. skip, mlp: see `rewire`. worker: its loader workers are stopped (SIGSTOP), or killed (kill-worker).
+    extra: it makes a collective that the other does not. stop: it is stopped. die: it is killed. skip: it leaves out a layer. worker: its loader
+    workers are stopped (SIGSTOP), or killed (kill-worker).
     """
     plain = training.Trainer.train_step
 
@@ -45,7 +46,7 @@ def planted(*, what: str, at: int = 3, **changes: Any) -> dict:
                     for process in self.loader._iterator._workers:
                         os.kill(process.pid, signal.SIGSTOP if what == "worker" else signal.SIGKILL)
                 else:
-                    rewire(self.engine.model, what)
+                    leave_out_a_layer(self.engine.model)
         return plain(self, *args, **timing)
 
     training.Trainer.train_step = step
@@ -102,14 +103,9 @@ def spiked(*, loud: dict[str, float], **changes: Any) -> dict:
         training.Trainer.train_step, training.micro_batch_loss = plain_step, plain_loss
 
 
-def rewire(model: torch.nn.Module, what: str) -> None:
-    """From here on this rank leaves out a decoder layer (`skip`: the next gathers have the same sizes, so gloo mixes them up in silence), or the attention
-    of one (`mlp`: gathers of unequal sizes)."""
-    layers = next(module for name, module in model.named_modules() if name.endswith("language_model.layers"))
-    if what == "mlp":
-        layers[0].forward = lambda hidden, *_, **__: hidden + layers[0].mlp(hidden)
-    else:
-        del layers._modules["1"]
+def leave_out_a_layer(model: torch.nn.Module) -> None:
+    """From here on this rank skips the second decoder layer: the next gathers have the same sizes, so gloo mixes them up in silence."""
+    del next(module for name, module in model.named_modules() if name.endswith("language_model.layers"))._modules["1"]
 
 
 def tiny_engine(stage: int, data: str, run_dir: str) -> Any:

@@ -35,7 +35,7 @@ def launch(tmp_path_factory) -> tuple[Launch, Path]:
         {"name": "text", "kind": "gate", "steps": ["0"], "dummy": False},
         *({"name": f"lopsided{stage}", "kind": "lopsided", "stage": stage, "steps": 100} for stage in (1, 2, 3)),
         *({"name": f"write{stage}", "kind": "leaked", "stage": stage, "what": "write", "steps": 3, **SMALL} for stage in (1, 2, 3)),
-        *({"name": f"optimizer{stage}", "kind": "leaked", "stage": stage, "what": "optimizer", "steps": 3, **SMALL} for stage in (1, 2)),
+        *({"name": f"optimizer{stage}", "kind": "leaked", "stage": stage, "what": "optimizer", "steps": 3, **SMALL} for stage in (2,)),
         {"name": "spiked", "kind": "spiked", "loud": {"9": 1e4, "11": 1e4}, "steps": 12, "guard.max_dumps": 1, "guard.dump_tensors": True, **JUDGED},
     ]  # fmt: skip
     for scenario in scenarios:
@@ -133,11 +133,11 @@ def test_one_changed_bit_of_a_frozen_weight_on_one_rank_stops_the_run_at_step_1(
     for rank in (0, 1):
         result = launch[0].result(f"write{stage}", rank)
         assert result["error"] == "FreezeProofError" and list(result["hashes"]) == ["1"], result
-        module = {1: "model.language_model.", 2: "model.vision_model.", 3: "model.vqmodel."}[stage]
-        assert f"1 frozen parameter(s) changed in step 1: {module}" in result["message"] or stage == 1
+        module = {1: ("model.language_model.", "lm_head."), 2: ("model.vision_model.",), 3: ("model.vqmodel.",)}[stage]
+        assert result["message"].startswith(tuple(f"1 frozen parameter(s) changed in step 1: {name}" for name in module))
 
 
-@pytest.mark.parametrize("stage", (1, 2))
+@pytest.mark.parametrize("stage", (2,))
 def test_an_optimizer_that_also_holds_a_frozen_weight_stops_the_run_before_step_1(launch, stage):
     result = launch[0].result(f"optimizer{stage}")
     assert (

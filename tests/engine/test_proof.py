@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jp_train.engine.proof import FreezeProofError, FreezeWatch, checksums, combined
+from jp_train.engine.proof import FreezeProofError, FreezeWatch, checksums, combined, refuse_leaks
 
 
 def model() -> torch.nn.Module:
@@ -77,3 +77,26 @@ def test_a_checksum_depends_on_every_bit_and_every_position(dtype):
 
 def test_order_enters_the_combined_checksum():
     assert combined([1, 2]) != combined([2, 1]) and combined([]) == "0" * 16
+
+
+def test_an_optimizer_must_hold_exactly_what_the_stage_trains():
+    made = model()
+    named, trainable = list(made.named_parameters()), ["trained.weight", "trained.bias"]
+    refuse_leaks(named, made["trained"].parameters(), trainable)
+    with pytest.raises(FreezeProofError, match=r"1 frozen parameter\(s\) are open to training, .*: frozen.bias"):
+        refuse_leaks(named, [*made["trained"].parameters(), made["frozen"].bias], trainable)
+    with pytest.raises(FreezeProofError, match=r"lacks 1 trainable parameter\(s\), .*: trained.bias"):
+        refuse_leaks(named, [made["trained"].weight], trainable)
+    made["frozen"].weight.requires_grad_(True)
+    with pytest.raises(FreezeProofError, match="frozen.weight"):
+        refuse_leaks(named, made["trained"].parameters(), trainable)
+
+
+def test_a_changed_tensor_outside_the_engine_is_seen():
+    made, outside = model(), torch.nn.Linear(2, 2)
+    watching = FreezeWatch(made.named_parameters(), lambda name: name, 2, outside=[("vq.weight", outside.weight)])
+    step(made)
+    with torch.no_grad():
+        outside.weight[0, 0] += 1
+    with pytest.raises(FreezeProofError, match=r"1 frozen parameter\(s\) changed in step 1: vq.weight"):
+        watching.finish(step=1, grad_norm=1.0, applied=True)
