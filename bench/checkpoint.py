@@ -307,7 +307,7 @@ def at_7b(world: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="saves of each kind; the best counts (default 3)")
+    parser.add_argument("--repeats", type=int, default=2, help="saves of each kind; the best counts (default 2)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

@@ -68,7 +68,7 @@ def _coco(formats: argparse._SubParsersAction) -> None:
         help="a sample for every caption (default: nothing is lost, a picture with 5 captions is stored 5 times), or for every image, with its first caption",
     )
     _pictures(parser)
-    _run(parser, lambda a: _readers().CocoReader(source=a.source, images=a.images, kind=_readers().Kind(a.kind), per=a.per))
+    _run(parser, lambda a: _readers().CocoReader(source=a.source, images=a.images, kind=_kind(a), per=a.per))
 
 
 def _conversations(formats: argparse._SubParsersAction) -> None:
@@ -126,7 +126,7 @@ A process reads one row group at a time."""
     _pictures(parser)
     _run(
         parser,
-        lambda a: _readers().ParquetReader(source=a.source, images=a.images, kind=_readers().Kind(a.kind), columns=_given_columns(a)),
+        lambda a: _readers().ParquetReader(source=a.source, images=a.images, kind=_kind(a), columns=_given_columns(a)),
     )
 
 
@@ -203,6 +203,12 @@ def _readers():
     return readers
 
 
+def _kind(arguments: argparse.Namespace):
+    from jp_train.types import Kind
+
+    return Kind(arguments.kind)
+
+
 def _run(parser: argparse.ArgumentParser, reader: Callable[[argparse.Namespace], object]) -> None:
     parser.set_defaults(run=run, reader=reader, text_out=None, decode=False, max_image_pixels=100_000_000)
 
@@ -227,12 +233,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_webdataset(arguments: argparse.Namespace) -> int:
     from jp_train.data.tools.importers.command import import_tars_command
-    from jp_train.types import Kind
 
     summary, text = import_tars_command(
         arguments.source,
         arguments.out,
-        Kind(arguments.kind),
+        _kind(arguments),
         processes=arguments.processes,
         allow_pipe=arguments.allow_pipe,
         dry_run=arguments.dry_run,

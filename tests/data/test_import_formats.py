@@ -173,7 +173,7 @@ def test_an_array_is_read_as_a_stream_like_json_reads_it(tmp_path, monkeypatch, 
     for indent in (None, 2):
         path = tmp_path / "a.json"
         path.write_text("\ufeff \n" + json.dumps(items, indent=indent, ensure_ascii=False) + "\n ", encoding="utf-8")
-        assert [item for item, _ in array_items(path)] == items
+        assert [json.loads(item) for item, _ in array_items(path)] == items
     for broken, says in (
         ('[{"a": 1}, {"b"', "item 2"),
         ('[{"a": 1} {"b": 2}]', "after item 1"),

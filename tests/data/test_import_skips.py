@@ -277,7 +277,7 @@ def test_an_import_without_one_good_entry_is_an_error_that_names_the_first(tmp_p
     ],
 )
 def test_a_damaged_listing_stops_with_its_name(tmp_path, folder, name, data, says, monkeypatch):
-    monkeypatch.setattr("jp_train.data.tools.importers.tables.MAX_CELL", 1000)
+    monkeypatch.setattr("jp_train.data.tools.importers.records.MAX_CELL", 1000)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=says) as caught:
         run(readers.record_reader("pairs", tmp_path / name, folder, "generation", Columns()), tmp_path / "out")
@@ -292,7 +292,7 @@ def test_a_source_that_is_something_else_is_a_config_error(tmp_path, folder):
         (lambda: readers.CocoReader(source=dump(tmp_path / "c.json", []), images=folder, kind=Kind.GENERATION), 'no list "images"'),
         (lambda: readers.text_reader(tmp_path / "none", "file", Columns()), "does not exist"),
         (
-            lambda: readers.record_reader("pairs", tmp_path / "r.jsonl", tmp_path / "none", "generation", Columns()),
+            lambda: readers.record_reader("pairs", dump(tmp_path / "r.json", []), tmp_path / "none", "generation", Columns()),
             "--images .*none is no folder",
         ),
         (lambda: readers.record_reader("pairs", folder, folder, "generation", Columns()), "holds no records"),

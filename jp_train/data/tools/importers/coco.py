@@ -67,17 +67,16 @@ def _pairs(images: list[dict], annotations: list[dict], per: str) -> Iterator[tu
     captions: dict[Any, list[tuple[Any, Any]]] = {}
     broken = []
     for place, annotation in enumerate(annotations):
-        try:
+        if lacks := _lacks(annotation, "image_id", "caption"):
+            broken.append((f"annotation at place {place}", None, "", None, ("bad_record", lacks)))
+        else:
             captions.setdefault(annotation["image_id"], []).append((annotation.get("id", place), annotation["caption"]))
-        except (TypeError, KeyError, AttributeError) as error:
-            broken.append((f"annotation at place {place}", None, "", None, ("bad_record", f"the annotation lacks {error}")))
     for place, image in enumerate(images):
-        try:
-            image_id, path = image["id"], image["file_name"]
-            found = captions.pop(image_id, [])
-        except (TypeError, KeyError) as error:
-            yield f"image at place {place}", None, "", None, ("bad_record", f"the image lacks {error}")
+        if lacks := _lacks(image, "id", "file_name"):
+            yield f"image at place {place}", None, "", None, ("bad_record", lacks)
             continue
+        image_id, path = image["id"], image["file_name"]
+        found = captions.pop(image_id, [])
         if not found:
             yield f"image {image_id}", path, "", None, ("no_caption", f"picture {path} has no caption")
         for caption_id, caption in found[:1] if per == "image" else found:
@@ -88,3 +87,15 @@ def _pairs(images: list[dict], annotations: list[dict], per: str) -> Iterator[tu
             missing = ("image_missing", f"no image has the id {image_id}, or an earlier one had it too")
             yield f"image {image_id} annotation {caption_id}", None, "", None, missing
     yield from broken
+
+
+def _lacks(value: Any, identifier: str, text: str) -> str:
+    """What is missing in an object of `images` or `annotations`; empty where nothing is."""
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__} instead of an object"
+    missing = [f'"{name}"' for name in (identifier, text) if name not in value]
+    if missing:
+        return f"no {' and no '.join(missing)}"
+    if isinstance(value[identifier], (dict, list)):
+        return f'"{identifier}" is a {type(value[identifier]).__name__}, expected a number or text'
+    return ""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from jp_train.data.tools.importers.entries import Reader, Skip
+from jp_train.data.tools.importers.entries import Reader, Skip, printable
 from jp_train.data.tools.importers.manifest import SKIPPED
 from jp_train.data.tools.importers.pictures import read_inside, refuse_outside
-from jp_train.data.tools.importers.run import ImportProgress, ImportSettings, import_source
+from jp_train.data.tools.importers.run import ImportProgress, ImportSettings, checked_listing, import_source
 from jp_train.data.tools.importers.summary import (
     ProgressLine,
     format_summary,
@@ -22,6 +24,7 @@ from jp_train.data.tools.importers.summary import (
 )
 from jp_train.data.tools.importers.tars import find_tars
 from jp_train.data.tools.importers.tars_run import import_tars, usable_samples
+from jp_train.errors import ConfigError
 from jp_train.types import Kind
 
 SAMPLED_PICTURES = 200
@@ -46,7 +49,8 @@ def import_command(
         print(f"import: {text}", file=stream, flush=True)
 
     say(f"reading the listing of {reader.source}")
-    manifest = import_source(reader, settings, ProgressLine(stream), say=say)
+    with _interruptible(stream):
+        manifest = import_source(reader, settings, ProgressLine(stream), say=say)
     summary = summarise(manifest, reader.kind.value, reader.source_keys(), settings.out, time.monotonic() - started)
     return summary, format_summary(summary, skipped_examples(settings.out / SKIPPED))
 
@@ -57,6 +61,8 @@ def import_tars_command(
     """The same for an existing WebDataset; see tars.py."""
     stream = stream or sys.stderr
     started = time.monotonic()
+    if processes < 1:
+        raise ConfigError(f"--processes must be positive, got {processes}")
     found = find_tars(source, allow_pipe=allow_pipe)
     where = f"copied into {out.absolute()} as plain shards" if found.copies else "validated and indexed where they are"
     if dry_run:
@@ -65,7 +71,8 @@ def import_tars_command(
         )
         return {"format": "webdataset", "dry_run": True, "tars": len(found.names), "copies": found.copies}, text
     print(f"import: {len(found.names):,} tars, {where}", file=stream, flush=True)
-    manifest = import_tars(source, found, out, kind, processes, ProgressLine(stream))
+    with _interruptible(stream):
+        manifest = import_tars(source, found, out, kind, processes, ProgressLine(stream))
     summary = summarise(manifest, kind.value, {}, out, time.monotonic() - started)
     summary["samples"] = usable_samples(manifest)
     if not found.copies:
@@ -75,17 +82,27 @@ def import_tars_command(
     return summary, format_summary(summary, skipped_examples(out / SKIPPED))
 
 
+@contextlib.contextmanager
+def _interruptible(stream: TextIO) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("import: stopped; finished shards are kept, and the same command goes on from them", file=stream, flush=True)
+        raise
+
+
 def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[dict[str, Any], str]:
     """Reads the whole listing and a few pictures; writes nothing."""
-    listing = reader.listing()
+    listing = checked_listing(reader, settings)
     progress = ProgressLine(stream)
     counts: Counter[str] = Counter()
+    skips: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     sizes: list[int] = []
     looked_at = 0
 
     def skipped(name: str, skip: Skip) -> None:
-        counts[f"skipped:{skip.fault}"] += 1
+        skips[skip.fault] += 1
         if len(found := examples.setdefault(skip.fault, [])) < 2:
             found.append(f"{name}: {skip}")
 
@@ -113,9 +130,10 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
                     counts["pictures_missing"] += 1
                     if len(missing := examples.setdefault("pictures", [])) < 2:
                         missing.append(f"{entry.name}: {skip}")
-        progress(ImportProgress(done=chunk.done, total=listing.total, resumed=0, entries=counts["entries"], skipped=0, shards=0))
-    by_reason = {name.partition(":")[2]: count for name, count in counts.items() if name.startswith("skipped:")}
-    samples = counts["entries"] - sum(by_reason.values()) - counts["text_only"]
+        progress(
+            ImportProgress(done=chunk.done, total=listing.total, resumed=0, entries=counts["entries"], skipped=skips.total(), shards=0)
+        )
+    samples = counts["entries"] - skips.total() - counts["text_only"]
     mib = samples * sum(sizes) / len(sizes) / 2**20 if sizes else None
     shards = max(-(-samples // settings.shard_samples), 0 if mib is None else int(-(-mib // settings.shard_mib)))
     result = {
@@ -124,7 +142,7 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
         "entries": counts["entries"],
         "samples": samples,
         "text_only": counts["text_only"],
-        "skipped": by_reason,
+        "skipped": dict(skips),
         "pictures_read": looked_at,
         "pictures_bad": counts["pictures_missing"],
         "estimated_mib": None if mib is None else round(mib, 1),
@@ -132,7 +150,7 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
     }
     lines = [
         f"import {reader.format}, dry run: {counts['entries']:,} entries, {samples:,} {reader.kind.value} samples if every picture is good, "
-        f"{sum(by_reason.values()):,} skipped by the listing alone; nothing was written",
+        f"{skips.total():,} skipped by the listing alone; nothing was written",
         *(f"  {remark}" for remark in listing.remarks),
     ]
     if counts["text_only"]:
@@ -140,7 +158,7 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
         lines.append(f"  {counts['text_only']:,} dialogues without a picture {kept}")
     if looked_at:
         lines.append(f"  {looked_at:,} pictures looked at, {counts['pictures_missing']:,} of them missing or refused")
-        lines += [f"             e.g. {example}" for example in examples.get("pictures", [])]
+        lines += [f"             e.g. {printable(example)}" for example in examples.get("pictures", [])]
     size = "" if mib is None else f", about {mib:,.0f} MiB"
     lines.append(f"  would write about {shards:,} shards{size} to {settings.out}")
-    return result, "\n".join([*lines, *skipped_lines(by_reason, examples)])
+    return result, "\n".join([*lines, *skipped_lines(skips, examples)])

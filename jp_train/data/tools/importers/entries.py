@@ -123,6 +123,11 @@ def sample_key(entry: Entry) -> str:
     return f"{entry.number:09d}-{slug}" if slug else f"{entry.number:09d}"
 
 
+def printable(text: str) -> str:
+    """Text of a source as it may be printed: what would steer a terminal or cannot be encoded is escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def chunked(items: Iterable[Any], *, first: int = 0, size: int = CHUNK_ENTRIES) -> Iterator[Chunk]:
     """Chunks of a listing whose units are its items."""
     batch: list[Any] = []

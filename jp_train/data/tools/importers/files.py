@@ -47,6 +47,19 @@ def source_files(source: Path, patterns: Iterable[str], what: str) -> list[Path]
     return found
 
 
+def refuse_own_output(source: Path, out: Path) -> None:
+    """Raises ConfigError when SOURCE takes in the folder `out`: run again, the import would read its own reports as data."""
+    if source.is_file():
+        return
+    out, text = out.resolve(), str(source)
+    if source.is_dir() or "**" in text:
+        inside = out.is_relative_to(Path(text.partition("**")[0]).resolve())
+    else:
+        inside = any(Path(path).parent.resolve() == out for path in glob.iglob(text))
+    if inside:
+        raise ConfigError(f"{out} lies within SOURCE {source}: the reports written there would be read as data; choose a folder outside")
+
+
 def file_names(files: list[Path]) -> list[str]:
     """A short name for each file that stays the same when the source's folder moves."""
     base = os.path.commonpath([path.parent.absolute() for path in files])
@@ -133,13 +146,13 @@ def is_array(path: Path) -> bool:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
 
-def array_items(path: Path) -> Iterator[tuple[Any, int]]:
-    """The items of a JSON file that is one array, as a stream: (item, bytes read so far).
+def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The items of a JSON file that is one array, as a stream: (the JSON of an item, bytes read so far).
 
     Raises:
         DataError: for broken JSON, with the number of the item.
     """
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=len, parse_float=len)  # only where an item ends matters here, so no number can be too long
     with open(path, encoding="utf-8-sig", errors="strict") as file:
         text, at, number, ended = "", 0, 0, False
         size = _BUFFER
@@ -173,7 +186,7 @@ def array_items(path: Path) -> Iterator[tuple[Any, int]]:
             size = _BUFFER
             while True:
                 try:
-                    item, end = decoder.raw_decode(text, at)
+                    _, end = decoder.raw_decode(text, at)
                     if ended or (end < len(text) and text[end] not in _OF_NUMBERS):  # a number may go on in the next block
                         break
                 except (json.JSONDecodeError, RecursionError) as error:
@@ -181,7 +194,7 @@ def array_items(path: Path) -> Iterator[tuple[Any, int]]:
                         raise DataError(f"{path}: item {number + 1} of the array is broken JSON: {error} (a truncated file?)") from None
                 size *= 2  # so that one huge item is not parsed over and over
                 refill()
-            at = end
+            item, at = text[at:end].encode(), end
             number += 1
             yield item, file.buffer.tell()
         at += 1

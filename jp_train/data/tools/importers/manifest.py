@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jp_train.data.writer import WrittenShard, write_atomically
 from jp_train.errors import ConfigError, DataError
@@ -23,6 +23,7 @@ NAME, SKIPPED = "manifest.json", "skipped.jsonl"
 VERSION = 1
 
 _NAMED = 5
+_SKIP = "skipped:"
 
 
 @dataclass(kw_only=True)
@@ -57,6 +58,14 @@ class Manifest:
     log_bytes: int = 0
     complete: bool = False
 
+    def count_skip(self, reason: str) -> None:
+        self.counts[_SKIP + reason] += 1
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many entries were skipped, by reason."""
+        return {name.removeprefix(_SKIP): count for name, count in sorted(self.counts.items()) if name.startswith(_SKIP)}
+
     def store(self, folder: Path) -> None:
         """Write it. Raises DataError when the disk refuses."""
         try:
@@ -67,6 +76,47 @@ class Manifest:
             raise DataError(
                 f"cannot write {folder / NAME}: {error}; free space or mend the folder, then run the same command again"
             ) from error
+
+
+class SkipLog:
+    """`skipped.jsonl` of a folder, one object a line, cut back on opening to what the manifest counts.
+
+    Raises:
+        DataError: when the file is shorter than that, or the disk refuses.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._path, self._manifest = folder / SKIPPED, manifest
+        with self._explained():
+            self._file: BinaryIO = open(self._path, "ab")  # noqa: SIM115 - it stays open over many calls
+            if self._file.tell() < manifest.log_bytes:
+                self._file.close()
+                raise DataError(f"{self._path} is shorter than {manifest.log_bytes} bytes: it was changed; import into another folder")
+            self._file.truncate(manifest.log_bytes)
+            self._file.seek(0, os.SEEK_END)
+
+    def write(self, **line: Any) -> None:
+        with self._explained():
+            self._file.write(json.dumps(line).encode() + b"\n")
+
+    def sync(self, end: int) -> None:
+        """Put it on disk, and into the manifest that it names the skips of every entry before `end`."""
+        with self._explained():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._manifest.log_bytes = self._file.tell()
+        self._manifest.log_end = max(self._manifest.log_end, end)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what matters was synced; the rest is written again on resume
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error}; free space, then run the same command again") from error
 
 
 def load_manifest(folder: Path) -> Manifest | None:

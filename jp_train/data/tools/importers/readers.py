@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
 from jp_train.data.tools.importers.coco import CocoReader
 from jp_train.data.tools.importers.documents import PATTERNS, DocumentReader
 from jp_train.data.tools.importers.entries import Reader
+from jp_train.data.tools.importers.files import source_files
 from jp_train.data.tools.importers.imagenet import ImageNetReader
 from jp_train.data.tools.importers.parquet import ParquetReader
-from jp_train.data.tools.importers.records import Columns
-from jp_train.data.tools.importers.tables import JSON_LINES, RecordReader
+from jp_train.data.tools.importers.records import RECORD_PATTERNS, Columns, RecordReader
 from jp_train.errors import ConfigError
 from jp_train.types import Kind
 
-__all__ = [
-    "CocoReader",
-    "Columns",
-    "DocumentReader",
-    "ImageNetReader",
-    "Kind",
-    "ParquetReader",
-    "RecordReader",
-    "record_reader",
-    "text_reader",
-]
+__all__ = ["CocoReader", "Columns", "DocumentReader", "ImageNetReader", "ParquetReader", "RecordReader", "record_reader", "text_reader"]
 
 
 def record_reader(name: str, source: Path, images: Path | None, kind: str, columns: Columns) -> RecordReader:
     """A reader of records with pictures; without an image folder, paths start in the source's folder."""
     if images is None:
         images = source if source.is_dir() else source.parent
-    if not images.is_dir():
-        raise ConfigError(f"--images {images} is no folder; name the folder that the paths of the pictures start in")
     return RecordReader(format=name, source=source, images=images, kind=Kind(kind), columns=columns)
 
 
 def text_reader(source: Path, document: str, columns: Columns) -> Reader:
-    """JSONL or plain text, by the files' names. Raises ConfigError when a source has both."""
-    files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [Path(path) for path in glob.glob(str(source))]
-    records = [path for path in files if path.name.lower().endswith((*JSON_LINES, ".json"))]
+    """Records or plain text, by the files' names. Raises ConfigError when a source has both, or nothing."""
+    files = source_files(source, (*RECORD_PATTERNS, *PATTERNS), "records or plain text")
+    records = [path for path in files if any(path.match(pattern) for pattern in RECORD_PATTERNS)]
     plain = [path for path in files if any(path.match(pattern) for pattern in PATTERNS)]
     if records and plain:
         raise ConfigError(f"SOURCE {source} has records ({records[0].name}) and plain text ({plain[0].name}): name one sort with a glob")
-    if records or source.suffix.lower() == ".csv":
+    if records:
         return RecordReader(format="text", source=source, images=None, kind=Kind.TEXT, columns=columns)
     return DocumentReader(source=source, document=document)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
-from jp_train.data.tools.importers.entries import Chunk, Reader
-from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState, locked, resume_or_start
+from jp_train.data.tools.importers.entries import Chunk, Listing, Reader, printable
+from jp_train.data.tools.importers.files import refuse_own_output
+from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
 from jp_train.data.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
@@ -71,8 +73,7 @@ def import_source(
         DataError: for I/O errors, a damaged listing, or a source without a usable entry. Shards written so far stay; the same command
             goes on from them.
     """
-    settings = _checked(settings)
-    listing = reader.listing()
+    listing = checked_listing(reader, settings)
     for remark in listing.remarks:
         say(remark)
     folders = {MAIN: settings.out} | ({TEXT: settings.text_out} if settings.text_out else {})
@@ -83,7 +84,9 @@ def import_source(
         options=_options(reader, settings),
         outputs={name: OutputState(folder=str(folder.absolute())) for name, folder in folders.items()},
     )
-    with locked(settings.out):
+    with ExitStack() as locks:
+        for folder in folders.values():
+            locks.enter_context(locked(folder))
         manifest = resume_or_start(settings.out, new)
         if manifest.log_end:
             state = "complete already" if manifest.complete else "going on"
@@ -116,6 +119,21 @@ def import_source(
     return manifest
 
 
+def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
+    """The listing of a source, once the settings are known to make sense for it. Raises ConfigError, DataError as `import_source` does."""
+    if not 0 < settings.shard_mib < math.inf or min(settings.processes, settings.shard_samples, settings.max_image_pixels) < 1:
+        raise ConfigError("--processes, --shard-size, --shard-samples and --max-image-pixels must be positive")
+    if settings.text_out is not None and settings.text_out.resolve() == settings.out.resolve():
+        raise ConfigError(f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own")
+    for folder in (settings.out, settings.text_out):
+        if folder is not None:
+            refuse_own_output(reader.source, folder)
+    listing = reader.listing()
+    if reader.images is not None and not reader.images.is_dir():
+        raise ConfigError(f"--images {reader.images} is no folder; name the folder that the paths of the pictures start in")
+    return listing
+
+
 def _shards(manifest: Manifest) -> int:
     return sum(len(one.shards) for one in manifest.outputs.values())
 
@@ -139,17 +157,11 @@ class _Sink:
         }
         self._next = 0
         self._example = ""
-        self._log = open(settings.out / SKIPPED, "ab")  # noqa: SIM115 - closed by __exit__
-        if self._log.tell() < manifest.log_bytes:
-            raise DataError(
-                f"{settings.out / SKIPPED} is shorter than {manifest.log_bytes} bytes: it was changed; import into another folder"
-            )
-        self._log.truncate(manifest.log_bytes)
-        self._log.seek(0, os.SEEK_END)
+        self._log = SkipLog(settings.out, manifest)
 
     @property
     def skipped(self) -> int:
-        return sum(count for name, count in self._manifest.counts.items() if name.startswith("skipped:"))
+        return sum(self._manifest.skipped.values())
 
     def take(self, made: Iterable[Made]) -> None:
         for one in made:
@@ -165,7 +177,7 @@ class _Sink:
         for name, writer in self._writers.items():
             if (shard := writer.finish()) is not None:
                 self._commit(name, shard)
-        self._sync_log()
+        self._log.sync(self._next)
         manifest = self._manifest
         for one in manifest.outputs.values():
             one.end = manifest.log_end
@@ -196,10 +208,9 @@ class _Sink:
         counts["converted"] += one.converted
         if not one.reason:
             return
-        counts[f"skipped:{one.reason}"] += 1
-        self._example = self._example or f"; the first: {one.name}: {one.message}"
-        line = json.dumps({"entry": one.number, "name": one.name, "reason": one.reason, "message": one.message})
-        self._log.write(line.encode() + b"\n")
+        self._manifest.count_skip(one.reason)
+        self._example = self._example or printable(f"; the first: {one.name}: {one.message}")
+        self._log.write(entry=one.number, name=one.name, reason=one.reason, message=one.message)
         if counts["entries"] == HOPELESS == self.skipped:
             raise DataError(
                 f"none of the first {HOPELESS:,} entries became a sample{self._example}. Check the options (image folder, columns, kind); "
@@ -211,17 +222,8 @@ class _Sink:
         state = self._manifest.outputs[output]
         state.shards.append(shard)
         state.end = self._next
-        self._sync_log()
+        self._log.sync(self._next)
         self._manifest.store(self._settings.out)
-
-    def _sync_log(self) -> None:
-        try:
-            self._log.flush()
-            os.fsync(self._log.fileno())
-        except OSError as error:
-            raise DataError(f"cannot write {self._settings.out / SKIPPED}: {error}; free space, then run the same command again") from error
-        self._manifest.log_bytes = self._log.tell()
-        self._manifest.log_end = max(self._manifest.log_end, self._next)
 
 
 def _work(chunks: Iterable[Chunk], rules: SampleRules, processes: int) -> Iterator[tuple[Chunk, list[Made]]]:
@@ -282,11 +284,3 @@ def _options(reader: Reader, settings: ImportSettings) -> dict[str, Any]:
         "max_image_pixels": settings.max_image_pixels,
     }
     return json.loads(json.dumps({**reader.options(), **own}))
-
-
-def _checked(settings: ImportSettings) -> ImportSettings:
-    if settings.processes < 1 or settings.shard_mib <= 0 or settings.shard_samples < 1 or settings.max_image_pixels < 1:
-        raise ConfigError("--processes, --shard-size, --shard-samples and --max-image-pixels must be positive")
-    if settings.text_out is not None and settings.text_out.absolute() == settings.out.absolute():
-        raise ConfigError(f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own")
-    return settings

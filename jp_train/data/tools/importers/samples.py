@@ -104,5 +104,5 @@ def _json(entry: Entry) -> bytes:
         return json.dumps(entry.note, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise Skip("not_unicode", f"text with a lone surrogate, or bytes that are not UTF-8: {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Skip("bad_record", f"the record cannot be written as JSON: {error}") from None

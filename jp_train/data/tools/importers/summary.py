@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jp_train.data.tools.importers.entries import REASONS, REFUSED
+from jp_train.data.tools.importers.entries import REASONS, REFUSED, printable
 from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState
 from jp_train.data.tools.importers.run import ImportProgress
 from jp_train.data.tools.importers.samples import MAIN
@@ -43,7 +43,6 @@ class ProgressLine:
 
 def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: Path, seconds: float) -> dict[str, Any]:
     """The JSON object of an import that is complete."""
-    skipped = {name.partition(":")[2]: count for name, count in sorted(manifest.counts.items()) if name.startswith("skipped:")}
     sources = [
         {
             "name": Path(output.folder).name,
@@ -64,7 +63,7 @@ def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: P
         "entries": manifest.counts["entries"],
         "samples": sum(one["samples"] for one in sources),
         "converted": manifest.counts["converted"],
-        "skipped": skipped,
+        "skipped": manifest.skipped,
         "skipped_file": str(out.absolute() / SKIPPED),
         "sources": sources,
         "recipe": "\n".join(recipe_lines(sources)),
@@ -101,7 +100,7 @@ def skipped_lines(skipped: dict[str, int], examples: dict[str, list[str]]) -> li
     lines = []
     for reason, count in sorted(skipped.items(), key=lambda item: -item[1]):
         lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, REFUSED)}")
-        lines += [f"             e.g. {example}"[:_WIDTH] for example in examples.get(reason, [])]
+        lines += [f"             e.g. {printable(example)}"[:_WIDTH] for example in examples.get(reason, [])]
     return lines
 
 

@@ -7,6 +7,7 @@ shards, byte for byte after decompression: the loader reads byte ranges. A comma
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -18,7 +19,6 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +46,7 @@ _DECOMPRESSORS: dict[str, Callable] = {
     "bzip2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
 }
+_COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _SHELL = ("|", "||", "&&", ";", "&", "<", ">", ">>", "2>")
 _BLOCK = 4 << 20
 
@@ -90,18 +91,19 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
             command_words(part)
         return TarSource(names=tuple(parts), copies=True, spec=source, identity={part: "command" for part in parts})
     folder = Path(os.path.expanduser(source))
-    if folder.is_dir() and not any(folder.glob("*.tar")):
-        names = sorted(
-            str(path.absolute()) for path in folder.iterdir() if ".tar." in path.name or path.suffix in (".tgz", ".tbz2", ".txz")
+    names = sorted(str(path.absolute()) for path in folder.iterdir() if path.name.endswith(_COMPRESSED_NAMES)) if folder.is_dir() else []
+    plain = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if names and plain:
+        raise ConfigError(
+            f"folder {folder} holds plain tars ({plain[0].name}) and compressed ones ({Path(names[0]).name}): name one sort, for example "
+            f"'{folder}/*.tar'"
         )
-        if not names:
-            raise ConfigError(f"folder {folder} holds no *.tar and no compressed tar (.tar.gz, .tgz, .tar.bz2, .tar.xz)")
-    else:
-        names = expand_shards(source)
-    reader = ShardReader()
-    shards = [reader.stat(name) for name in names]
-    kinds = Counter(_compression(reader.read(shard, 0, min(4, shard.size))) for shard in shards)
-    reader.close()
+    if folder.is_dir() and not names and not plain:
+        raise ConfigError(f"folder {folder} holds no *.tar and no compressed tar ({', '.join(_COMPRESSED_NAMES)})")
+    names = names or expand_shards(source)
+    with contextlib.closing(ShardReader()) as reader:
+        shards = [reader.stat(name) for name in names]
+        kinds = Counter(_compression(reader.read(shard, 0, min(4, shard.size))) for shard in shards)
     if kinds["zstd"]:
         raise ConfigError(
             f"SOURCE {source!r}: {kinds['zstd']} of {len(names)} tars are compressed with zstd, which this Python cannot read; decompress them with "
@@ -130,11 +132,8 @@ def command_words(part: str) -> list[str]:
 
 def check_tar(name: str, kind: Kind) -> CheckedTar:
     """Validate a tar in place and write its members sidecar. Raises DataError for a corrupt one."""
-    reader = ShardReader()
-    try:
+    with contextlib.closing(ShardReader()) as reader:
         return _check(reader.stat(name), kind, reader)
-    finally:
-        reader.close()
 
 
 def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
@@ -148,22 +147,20 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
     try:
         with _stream(name) as stream:
             digest = _copy(name, stream, temporary)
-        reader = ShardReader()
-        try:
-            shard = reader.stat(str(temporary))
-            members = scan_members(shard, reader)
-        except DataError as error:
-            raise DataError(f"{name}: {str(error).replace(str(temporary), 'its content')}") from None
-        finally:
-            reader.close()
+        with contextlib.closing(ShardReader()) as reader:
+            try:
+                shard = reader.stat(str(temporary))
+                members = scan_members(shard, reader)
+            except DataError as error:
+                raise DataError(f"{name}: {str(error).replace(str(temporary), 'its content')}") from None
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
         raise DataError(f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes") from error
     finally:
         temporary.unlink(missing_ok=True)
-    checked = _check(Shard(path=str(path), size=shard.size, stamp=shard.stamp), kind, reader, members)
-    reader.close()
+    with contextlib.closing(ShardReader()) as reader:
+        checked = _check(Shard(path=str(path), size=shard.size, stamp=shard.stamp), kind, reader, members)
     written = WrittenShard(name=path.name, size=shard.size, samples=len(members.keys), sha256=digest)
     return CheckedTar(size=checked.size, entries=checked.entries, bad=checked.bad, written=written)
 
@@ -182,12 +179,11 @@ def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers 
     return CheckedTar(size=shard.size, entries=len(members.keys) + len(members.ignored), bad=tuple(bad))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stream(name: str) -> Iterator[BinaryIO]:
     if not name.startswith(PIPE):
-        reader = ShardReader()
-        yield io.BufferedReader(_Ranges(reader, reader.stat(name)), _BLOCK)
-        reader.close()
+        with contextlib.closing(ShardReader()) as reader:
+            yield io.BufferedReader(_Ranges(reader, reader.stat(name)), _BLOCK)
         return
     words = command_words(name)
     with tempfile.TemporaryFile() as errors:
