@@ -53,7 +53,7 @@ from jp_train.engine.watchdog import Watchdog
 from jp_train.errors import CheckpointError, DataError, JpTrainError
 from jp_train.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.model.flops import BatchStatistics, step_flops
-from jp_train.model.freeze import VQ_PREFIX, module_of
+from jp_train.model.freeze import module_of
 from jp_train.model.vq import fill_pending
 from jp_train.runlog import RunLog
 from jp_train.types import Kind, PackedBatch
@@ -305,7 +305,7 @@ class Trainer:
         engine = self.engine
         held = [parameter for group in engine.deepspeed.optimizer.fp16_groups for parameter in group]
         refuse_leaks(engine.model.named_parameters(), held, engine.freeze_report.trainable_names)
-        outside = [(f"{VQ_PREFIX}{name}", parameter) for name, parameter in engine.vq.named_parameters()]
+        outside = [(f"model.{name}", parameter) for name, parameter in engine.vq.named_parameters()]
         return FreezeWatch(engine.model.named_parameters(), module_of, n_micro_batches, outside=outside)
 
     def next_step(self, steps: Any) -> tuple[Sequence[PackedBatch], dict[str, Any], SupervisedTotals]:

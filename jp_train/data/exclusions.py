@@ -83,12 +83,12 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
             if document["format"] != FORMAT or (document["size"], document["stamp"]) != (shard.size, shard.stamp):
                 continue
             told = {
-                kind: {key: Excluded(str(fault), str(reason)) for key, fault, reason in document["excluded"].get(str(kind), ())}
+                kind: {_text(key): Excluded(str(fault), str(reason)) for key, fault, reason in document["excluded"].get(str(kind), ())}
                 for kind in KINDS
             }
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{path} cannot be read ({type(error).__name__}: {error}): it names samples to leave out, so it is not ignored; run "
                 "`jp-train data verify --exclude` again after deleting it"
@@ -96,6 +96,12 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
         told = {kind: samples for kind, samples in told.items() if samples}
         return told or None
     return None
+
+
+def _text(key: object) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"key {key!r} is no text")
+    return key
 
 
 def _digest(found: Mapping[Kind, Mapping[str, Excluded]]) -> str:

@@ -28,8 +28,10 @@ SLOWEST_BYTES_PER_S = 256 << 10
 MAX_REDIRECTS = 5
 
 _CHUNK = 1 << 20
+_QUERY = "/?%:@!$&'()*+,;=~[]"
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 
 
 class HttpStatusError(OSError):
@@ -64,9 +66,9 @@ class HttpRanges:
             if answer.status != 200:
                 raise HttpStatusError(answer.status, answer.reason)
             length = answer.headers.get("Content-Length")
-            if length is None or not length.isdigit():
+            if length is None or not _LENGTH.fullmatch(length.strip()):
                 raise DataError(
-                    f"shard {url}: the server sends no Content-Length; jp_train needs a server that answers byte-range requests"
+                    f"shard {url}: the server sends no usable Content-Length; jp_train needs a server that answers byte-range requests"
                 )
             return Answered(size=int(length), stamp=_stamp(answer))
 
@@ -151,9 +153,11 @@ class HttpRanges:
                     raise
                 connection.request(method, target, headers=headers)  # the server had closed the idle connection: not a fault
                 return connection, connection.getresponse()
-        except BaseException:
+        except BaseException as error:
             connection.close()
             open_here.pop(server, None)
+            if isinstance(error, UnicodeError):  # a host that has no DNS name
+                raise DataError(f"shard {url}: this URL cannot be asked for: {error}") from None
             raise
 
 
@@ -221,15 +225,19 @@ def _left(deadline: float) -> float:
 def _connect(url: str) -> _Connection:
     """A connection for `url`, through the proxy of the environment (http_proxy, https_proxy, no_proxy) where there is one."""
     parts = urllib.parse.urlsplit(url)
+    try:
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise DataError(f"shard {url}: {error}") from None
     secure = parts.scheme == "https"
     proxy = urllib.request.getproxies().get(parts.scheme)
     kind = _SecureConnection if secure else _Connection
     if not proxy or urllib.request.proxy_bypass(parts.netloc):
-        return kind(parts.hostname or "", parts.port)
+        return kind(host, port)
     via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     connection = kind(via.hostname or "", via.port)
     if secure:
-        connection.set_tunnel(parts.hostname or "", parts.port)
+        connection.set_tunnel(host, port)
     connection.absolute = not secure
     return connection
 
@@ -242,13 +250,16 @@ def _server(url: str) -> tuple[str, str]:
 def _target(url: str, absolute: bool) -> str:
     """What the request line names: path and query, or the whole URL for a proxy; spaces and the like are escaped."""
     parts = urllib.parse.urlsplit(url)
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{urllib.parse.quote(parts.query, safe=_QUERY)}" if parts.query else "")
     return f"{parts.scheme}://{parts.netloc}{path}" if absolute else path
 
 
 def _redirected(asked: str, here: str, target: str) -> str:
-    found = urllib.parse.urljoin(here, target)
-    scheme = urllib.parse.urlsplit(found).scheme
+    try:
+        found = urllib.parse.urljoin(here, target)
+        scheme = urllib.parse.urlsplit(found).scheme
+    except ValueError as error:
+        raise DataError(f"shard {asked}: the server redirects to {target[:200]!r}, which is no URL: {error}") from None
     if scheme not in ("http", "https") or (scheme == "http" and here.startswith("https:")):
         raise DataError(
             f"shard {asked}: the server redirects to {found[:200]!r}; only http and https are followed, and never from https to http"

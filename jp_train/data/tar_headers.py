@@ -21,6 +21,7 @@ _NO_DATA_TYPES = frozenset(b"123456")
 _FOLDER, _SPARSE, _LONG_NAME, _LONG_LINK = b"5"[0], b"S"[0], b"L"[0], b"K"[0]
 _PAX = frozenset(b"xX")
 _PAX_GLOBAL = b"g"[0]
+_SPARSE_RECORDS = b"GNU.sparse"
 _COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zX", "xz"))
 
 Read = Callable[[int, int], bytes]
@@ -87,13 +88,12 @@ def walk(read: Read, size: int) -> Iterator[Member]:
             position = data + _padded(length)
         extra = everywhere | local
         name = extra["path"] if "path" in extra else _name(header)
-        sparse = kind == _SPARSE or any(key.startswith("GNU.sparse") for key in extra)
-        if sparse:
+        if kind == _SPARSE or _SPARSE_RECORDS.decode() in extra:
             raise TarFault(LINK, first, f"member {name!r} is a sparse file; a shard may hold plain files only: write it again")
         if "size" in local:
             length = _pax_size(local["size"], position)
         folder = kind == _FOLDER or (kind == 0 and name.endswith("/"))
-        if kind in _NO_DATA_TYPES:
+        if folder or kind in _NO_DATA_TYPES:
             length = 0
         if data + length > size:
             raise TarFault(
@@ -150,7 +150,7 @@ def _extended(read: Read, data: int, length: int, position: int, size: int) -> b
 
 
 def _pax_records(blob: bytes, position: int) -> dict[str, str]:
-    """`length key=value\\n` records; those that decide a member's name and size."""
+    """Of the `length key=value\\n` records those that decide a member's name, size and kind (sparse or not)."""
     records: dict[str, str] = {}
     at = 0
     while at < len(blob) and blob[at]:
@@ -160,7 +160,10 @@ def _pax_records(blob: bytes, position: int) -> dict[str, str]:
         key, equals, value = blob[space + 1 : end - 1].partition(b"=")
         if not space < end <= len(blob) or blob[end - 1 : end] != b"\n" or not equals:
             raise TarFault(CORRUPT, position, f"the PAX header at byte {position} is malformed")
-        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        if key in (b"path", b"size"):
+            records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        elif key.startswith(_SPARSE_RECORDS):
+            records[_SPARSE_RECORDS.decode()] = ""
         at = end
     return records
 

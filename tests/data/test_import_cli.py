@@ -57,9 +57,13 @@ def test_a_webdataset_is_imported_from_the_command_line(tmp_path, capsys):
 def test_wrong_options_are_2_and_bad_data_is_3(tmp_path, capsys):
     reader = pairs_csv(tmp_path / "in")
     words = ["pairs", reader.source, tmp_path / "out", "--kind", "generation"]
-    for extra in (["--shard-samples", "0"], ["--shard-size", "0"], ["--processes", "0"], ["--images", tmp_path / "none"]):
-        status, out, err = typed(*words, *extra, capsys=capsys)
-        assert status == 2 and not out and "ConfigError" in err
+    sizes = [["--shard-size", size] for size in ("0", "nan", "inf")]
+    for extra in (["--shard-samples", "0"], *sizes, ["--processes", "0"], ["--images", tmp_path / "none"]):
+        for more in ([], ["--dry-run"]):
+            status, out, err = typed(*words, *extra, *more, capsys=capsys)
+            assert status == 2 and not out and "ConfigError" in err
+    status, out, err = typed("webdataset", tmp_path, tmp_path / "out", "--kind", "text", "--processes", "0", capsys=capsys)
+    assert status == 2 and not out and "--processes" in err
     (tmp_path / "in" / "empty.csv").write_text("image,caption\n")
     status, out, err = typed("pairs", tmp_path / "in" / "empty.csv", tmp_path / "out", "--kind", "generation", capsys=capsys)
     assert status == 3 and not out and "no entry of" in err

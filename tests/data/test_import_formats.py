@@ -166,6 +166,13 @@ def test_several_files_are_one_listing_in_the_order_of_their_names(tmp_path):
     assert notes_in(tmp_path / "out")[4]["source_id"] == "b.jsonl:3", "a blank line counts as a line"
 
 
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "*/*/*.jsonl", "."])
+def test_records_are_known_as_records_however_a_glob_finds_them(tmp_path, pattern):
+    text_jsonl(tmp_path / "in" / "a" / "b")
+    run(readers.text_reader(tmp_path / "in" / pattern, "file", Columns()), tmp_path / "out")
+    assert len(samples_in(tmp_path / "out")) == 9
+
+
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 def test_an_array_is_read_as_a_stream_like_json_reads_it(tmp_path, monkeypatch, block):
     items = [{"a": [1, "],["]}, {"b": '\\"é[]{}'}, -12.5e3, 123456, "x,y", None, [[]], {}, True]

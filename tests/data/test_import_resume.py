@@ -27,7 +27,7 @@ from import_layouts import (
 )
 
 from jp_train.data.tools.importers import readers
-from jp_train.data.tools.importers.manifest import load_manifest
+from jp_train.data.tools.importers.manifest import load_manifest, locked
 from jp_train.data.tools.importers.readers import Columns
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
@@ -237,11 +237,25 @@ def test_shards_of_somebody_else_and_changed_shards_are_never_touched(tmp_path):
 
 
 def test_two_imports_do_not_write_one_folder(tmp_path):
-    from jp_train.data.tools.importers.manifest import locked
-
     with locked(tmp_path / "out"), pytest.raises(ConfigError, match="another import is writing"):
         run(text_jsonl(tmp_path / "in"), tmp_path / "out")
     run(text_jsonl(tmp_path / "in"), tmp_path / "out")
+
+
+def test_two_imports_do_not_write_one_folder_of_texts(tmp_path):
+    with locked(tmp_path / "text"), pytest.raises(ConfigError, match="another import is writing .*text"):
+        run(conversations(tmp_path / "in"), tmp_path / "out", text_out=tmp_path / "text")
+
+
+@pytest.mark.parametrize("source", ["", "*.jsonl", "**/*.jsonl", "te*.jsonl"])
+def test_shards_are_not_written_where_the_next_run_would_read_the_reports_as_data(tmp_path, source):
+    inside = text_jsonl(tmp_path / "in").source.parent
+    reader = readers.text_reader(inside / source, "file", Columns())
+    with pytest.raises(ConfigError, match="lies within SOURCE"):
+        run(reader, inside if "*" in source else inside / "out")
+    assert os.listdir(inside) == ["text.jsonl"]
+    for _ in range(2):
+        assert run(reader, tmp_path / "out").complete
 
 
 def test_a_full_disk_stops_the_import_which_then_goes_on_to_the_same_bytes(tmp_path):

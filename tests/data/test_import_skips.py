@@ -176,6 +176,19 @@ def test_coco_entries_that_do_not_fit_together_are_named(tmp_path):
     assert len(samples_in(tmp_path / "out")) == 4
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_one_hostile_record_costs_one_record_and_its_words_steer_no_terminal(tmp_path, folder, name, capsys):
+    good = '{"image": "000.jpg", "caption": "c"}'
+    deep = '{"image": "000.jpg", "conversations": %s}' % ("[" * 900 + "]" * 900)
+    names = json.dumps({"image": "000.jpg", "\x1b[2J\ud800": 1})
+    records = [good, '{"image": "000.jpg", "caption": "c", "n": %s}' % ("9" * 5000), names, *[deep] * 600]
+    (tmp_path / name).write_text(f"[{','.join(records)}]" if name == "a.json" else "\n".join(records))
+    reader = readers.record_reader("pairs", tmp_path / name, folder, "understanding", Columns())
+    _, text = import_command(reader, ImportSettings(out=tmp_path / "out", processes=2))
+    assert [number for number, _ in skipped_in(tmp_path / "out")] == [f"{name}:{n}" for n in range(2, 604)]
+    assert "\x1b" not in text and r'"\x1b[2J\ud800"' in text and text.encode()
+
+
 def test_csv_rows_of_another_width_and_bytes_that_are_no_text_are_named(tmp_path, folder):
     path = tmp_path / "images" / "a.csv"
     path.write_bytes(b"image,caption\n000.jpg,fine\n000.jpg\n000.jpg,a,b\n\n000.jpg,\xff\xfe\n000.jpg,end\n")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
 import os
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 from data_samples import generation_samples, json_bytes, png, stored_samples, text_samples, understanding_samples, write_shard
-from import_layouts import contents, skipped_in
+from import_layouts import contents, skipped_in, text_jsonl
+from import_layouts import run as imported
 
 from jp_train.data.shards import ShardReader
 from jp_train.data.sidecar import load_members
@@ -167,6 +172,45 @@ def test_corrupt_tars_and_what_cannot_be_read_stop_with_their_name(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match="holds no"):
         run(tmp_path / "none", tmp_path / "out3")
+
+
+def test_the_reports_of_tars_in_place_never_replace_those_of_another_import(tmp_path):
+    path = write_shard(tmp_path / "a.tar", text_samples(3))
+    imported(text_jsonl(tmp_path / "in"), tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds an import of something else .text .*would be lost"):
+        run(path, tmp_path / "out", Kind.TEXT)
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_a_folder_of_plain_and_compressed_tars_is_refused_and_other_files_in_it_are_no_tars(tmp_path):
+    data = write_shard(tmp_path / "p.tar", generation_samples(3)).read_bytes()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "b.tar.gz").write_bytes(gzip.compress(data))
+    (folder / "b.tar.gz.md5").write_text("0123")
+    assert run(folder, tmp_path / "out")[0]["samples"] == 3
+    (folder / "a.tar").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"plain tars \(a.tar\) and compressed ones \(b.tar.gz\)"):
+        run(folder, tmp_path / "out2")
+
+
+def test_ctrl_c_does_not_wait_for_the_tars_that_are_being_copied(tmp_path):
+    marks = [tmp_path / f"mark{n}" for n in range(2)]
+    script = tmp_path / "slow.py"
+    script.write_text("import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)")
+    words = ["data", "import", "webdataset", f"pipe:{sys.executable} {script} {tmp_path}/mark{{0..1}}", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "jp_train", *words, "--kind", "text", "--allow-pipe", "--processes", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while process.poll() is None and not all(mark.exists() for mark in marks):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=40)
+        assert process.returncode == 130 and "the same command goes on" in err
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the commands themselves, which sleep on
 
 
 def test_a_dry_run_says_how_many_tars_would_be_written_again(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from jp_train.config.schema import RunConfig
 from jp_train.data.index import IndexProgress, SourceIndex, index_sources
 from jp_train.data.tokenizer import load_tokenizer
+from jp_train.data.tools.text_table import aligned, printable
 from jp_train.errors import ConfigError
 
 _EXAMPLES = 3
@@ -66,18 +67,12 @@ def format_table(summaries: list[SourceSummary]) -> str:
         )
         for one in summaries
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    text = aligned(lines)
     for one in summaries:
         text += [f"bad in {one.name}: {example}" for example in one.bad_examples]
         if one.bad > len(one.bad_examples):
             text.append(f"bad in {one.name}: … and {one.bad - len(one.bad_examples)} more (the ledger of a run names all)")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(map(printable, text))
 
 
 def _summary(index: SourceIndex) -> SourceSummary:
@@ -107,9 +102,8 @@ class _ProgressLine:
         elapsed = now - self._started
         left = elapsed * (at.bytes - at.bytes_done) / max(at.bytes_done, 1)
         print(
-            f"index: shard {at.shards_done}/{at.shards}, {at.samples:,} samples, {at.bytes_done / 2**20:,.0f} of "
-            f"{at.bytes / 2**20:,.0f} MiB, "
-            f"{elapsed:.0f} s, {left:.0f} s left",
+            f"index: shard {at.shards_done}/{at.shards}, {at.samples:,} samples, {at.bytes_done / 2**20:,.1f} of "
+            f"{at.bytes / 2**20:,.1f} MiB, {elapsed:.0f} s, {left:.0f} s left",
             file=self._stream,
             flush=True,
         )

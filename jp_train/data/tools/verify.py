@@ -258,7 +258,7 @@ class _ProgressLine:
         elapsed = now - self._started
         left = elapsed * (self._total - read) / max(read, 1)
         print(
-            f"verify: shard {self.shards}/{self._count}, {samples:,} samples, {read / 2**20:,.0f} of {self._total / 2**20:,.0f} MiB, "
+            f"verify: shard {self.shards}/{self._count}, {samples:,} samples, {read / 2**20:,.1f} of {self._total / 2**20:,.1f} MiB, "
             f"{elapsed:.0f} s, {left:.0f} s left",
             file=self._stream,
             flush=True,

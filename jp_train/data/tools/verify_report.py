@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jp_train.config.schema import RunConfig
+from jp_train.data.tools.text_table import aligned, printable
 from jp_train.data.tools.verify_faults import REMEDIES
 from jp_train.data.tools.verify_plot import plot_lengths
 from jp_train.data.tools.verify_shard import EDGES, Fault, ShardReport
@@ -84,9 +85,10 @@ def lengths_by_source(report: Report) -> dict[str, np.ndarray]:
 
 def format_report(report: Report, document: dict[str, Any]) -> str:
     """The table of sources, the faults by class with examples and remedies, and what follows for training."""
-    lines = _table(
-        ("source", "kind", "shards", "samples", "usable", "faults", "warnings", "excluded", "tokens/doc", "longest", "> seq_len"),
-        [
+    head = ("source", "kind", "shards", "samples", "usable", "faults", "warnings", "excluded", "tokens/doc", "longest", "> seq_len")
+    lines = aligned(
+        [head]
+        + [
             (
                 one["name"],
                 one["kind"],
@@ -107,17 +109,15 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
     for fault in report.findings:
         groups.setdefault((fault.source, fault.fault), []).append(fault)
     if groups:
-        lines += [
-            "",
-            *_table(("source", "fault", "count"), [(source, fault, f"{len(all_of):,}") for (source, fault), all_of in groups.items()]),
-        ]
+        counts = [(source, fault, f"{len(all_of):,}") for (source, fault), all_of in groups.items()]
+        lines += ["", *aligned([("source", "fault", "count"), *counts])]
     for (source, fault), all_of in groups.items():
         lines += ["", f"{'warning' if all_of[0].warning else 'fault'} {fault} in {source}:"]
         lines += [f"  {_where(one)}: {one.reason}" for one in all_of[:EXAMPLES]]
         if len(all_of) > EXAMPLES:
             lines.append(f"  … and {len(all_of) - EXAMPLES:,} more, all in {document['files']['report']}")
         lines.append(f"  remedy: {REMEDIES[fault]}")
-    return "\n".join(_printable(line.rstrip()) for line in [*lines, "", *_conclusion(report, document)])
+    return "\n".join(printable(line) for line in [*lines, "", *_conclusion(report, document)])
 
 
 def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
@@ -216,19 +216,3 @@ def _where(fault: Fault) -> str:
     shard = fault.shard.rsplit("/", 1)[-1]
     at = "" if fault.offset is None else f" at byte {fault.offset:,}"
     return f"{shard}{at}" if fault.key is None else f"{fault.key} in {shard}{at}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-
-
-def _printable(text: str) -> str:
-    """Keys and reasons come from foreign files: no control character or lone surrogate reaches the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

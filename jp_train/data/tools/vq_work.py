@@ -17,6 +17,7 @@ from jp_train.data.image import load_generation_image
 from jp_train.data.samples import IMAGE_EXTENSIONS, check_field_size
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
 from jp_train.data.sidecar import load_members, store_members
+from jp_train.data.tools.text_table import aligned
 from jp_train.data.vq_ids import ids_problem, load_manifest
 from jp_train.errors import ConfigError, SkipSample
 
@@ -175,8 +176,7 @@ def format_ranks(lines: Sequence[RankShare]) -> str:
     """The ranks as an aligned text table."""
     rows = [("rank", "shards", "done", "MiB", "MiB left")]
     rows += [(f"{one.rank}", f"{one.shards:,}", f"{one.done:,}", f"{one.mib:,.1f}", f"{one.mib_left:,.1f}") for one in lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(aligned(rows, left=0))
 
 
 class Progress:

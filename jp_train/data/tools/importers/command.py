@@ -148,8 +148,9 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
         "estimated_mib": None if mib is None else round(mib, 1),
         "estimated_shards": shards,
     }
+    good = "" if reader.kind is Kind.TEXT else " if every picture is good"
     lines = [
-        f"import {reader.format}, dry run: {counts['entries']:,} entries, {samples:,} {reader.kind.value} samples if every picture is good, "
+        f"import {reader.format}, dry run: {counts['entries']:,} entries, {samples:,} {reader.kind.value} samples{good}, "
         f"{skips.total():,} skipped by the listing alone; nothing was written",
         *(f"  {remark}" for remark in listing.remarks),
     ]

@@ -74,9 +74,10 @@ def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: P
 def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> str:
     """The summary as text: in, out, skipped by reason with examples, recipe lines, next commands."""
     lost = sum(summary["skipped"].values())
+    converted = f"{summary['converted']:,} pictures converted to PNG, " if summary["converted"] else ""
     lines = [
         f"import {summary['format']}: {summary['entries']:,} entries in, {summary['samples']:,} samples out, {lost:,} skipped, "
-        f"{summary['converted']:,} pictures converted to PNG, {summary['seconds']:.1f} s",
+        f"{converted}{summary['seconds']:.1f} s",
         "",
         *table(
             ("folder", "kind", "samples", "shards", "MiB"),
