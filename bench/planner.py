@@ -50,7 +50,9 @@ def simulated_sources(samples: int = 20_000, per_kind: int = 4) -> list[PlanSour
 
 
 def make_plan(sources: list[PlanSource], name: str, rows: int, **settings) -> Plan:
-    return Plan(sources, seed=0, rows_per_step=rows, mixture=MIXTURES[name], **{"seq_len": 4096, "pool_size": DataConfig().pool_size, **settings})
+    return Plan(
+        sources, seed=0, rows_per_step=rows, mixture=MIXTURES[name], **{"seq_len": 4096, "pool_size": DataConfig().pool_size, **settings}
+    )
 
 
 def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **settings) -> dict[str, object]:

@@ -20,7 +20,9 @@ import torch
 
 from jp_train.config.schema import RunConfig, SourceKind
 from jp_train.data.image import TRANSFORM_VERSION
+from jp_train.data.index import shard_members
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
+from jp_train.data.tools.text_table import printable
 from jp_train.data.tools.vq_work import (
     READ_AHEAD,
     IdsState,
@@ -32,7 +34,6 @@ from jp_train.data.tools.vq_work import (
     generation_shards,
     ids_state,
     rank_shares,
-    shard_members,
     shares,
 )
 from jp_train.data.vq_ids import NO_IDS, IdsManifest, IdsRecipe, ids_problem, load_manifest, open_ids, restamp_ids, store_ids
@@ -219,13 +220,15 @@ class ImageEncoder:
             found.samples += 1
             if before is None or now is None:
                 if fault != picture.fault or (before is None) != (now is None):
-                    found.problems.append(f"{shard.path}, key {picture.key}: stored {fault or 'ids'}, now {picture.fault or 'ids'}")
+                    found.problems.append(
+                        f"{shard.path}, key {printable(picture.key)}: stored {fault or 'ids'}, now {picture.fault or 'ids'}"
+                    )
                 continue
             found.ids += len(now)
             wrong = int((before != now).sum())
             if wrong:
                 found.different_ids += wrong
-                found.mismatches.append(f"{shard.path}, key {picture.key}: {wrong} of {len(now)} ids differ")
+                found.mismatches.append(f"{shard.path}, key {printable(picture.key)}: {wrong} of {len(now)} ids differ")
 
     def close(self) -> None:
         """Close the shards."""
@@ -253,7 +256,7 @@ class ImageEncoder:
             seen += 1
             if row is None:
                 unusable.append((picture.key, picture.fault))
-                tally.unusable.append(f"{shard.path}, key {picture.key}: {picture.fault}")
+                tally.unusable.append(f"{shard.path}, key {printable(picture.key)}: {picture.fault}")
             else:
                 ids[picture.number] = row
                 tally.pictures += 1

@@ -19,44 +19,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jp_train.config import BatchPlan, RunConfig, batch_plan, dump_config, save_config
-from jp_train.data.index import index_sources
-from jp_train.data.ledger import Ledger
-from jp_train.data.loader import StepLoader, build_plan, validation_batches
-from jp_train.data.tokenizer import Tokenizer, load_tokenizer
-from jp_train.data.vq_use import describe_use, use_stored_ids
-from jp_train.encode_images import ids_recipe
+from jp_train.config import RunConfig, dump_config
 from jp_train.engine.checkpoint import Checkpoint, CheckpointStore
 from jp_train.engine.export import export
-from jp_train.engine.forensics import Forensics
 from jp_train.engine.guard import WAITING_FOR_DATA, Pace, compare_signatures, is_collective_failure
-from jp_train.engine.heldout import HeldOut
-from jp_train.engine.identity import accepted_differences, environment, identity
-from jp_train.engine.init import (
-    Engine,
-    Ranks,
-    build_engine,
-    gather_objects,
-    init_process_group,
-    leave_process_group,
-    main_first,
-)
+from jp_train.engine.identity import accepted_differences, identity
+from jp_train.engine.init import gather_objects, init_process_group, leave_process_group
 from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
 from jp_train.engine.optim import learning_rate, set_learning_rate
 from jp_train.engine.outliers import Verdict
-from jp_train.engine.proof import FreezeWatch, frozen_checksum, refuse_leaks
-from jp_train.engine.saver import Saver
+from jp_train.engine.proof import FreezeWatch, refuse_leaks
 from jp_train.engine.state import TrainState
-from jp_train.engine.stop import GraceCheck, SignalFlag, Stop, decide
-from jp_train.engine.update_gate import UpdateGate
+from jp_train.engine.stop import SignalFlag, Stop, decide
 from jp_train.engine.watchdog import Watchdog
-from jp_train.errors import CheckpointError, DataError, JpTrainError
+from jp_train.errors import DataError, JpTrainError
 from jp_train.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.model.flops import BatchStatistics, step_flops
 from jp_train.model.freeze import module_of
 from jp_train.model.vq import fill_pending
+from jp_train.preparation import Parts, prepare
 from jp_train.runlog import RunLog
-from jp_train.types import Kind, PackedBatch
+from jp_train.types import PackedBatch
 
 
 def train(cfg: RunConfig) -> int:
@@ -92,7 +75,7 @@ def train(cfg: RunConfig) -> int:
             if stop is None:
                 try:
                     with watchdog.guard.watch("starting", pace=Pace.SLOW):
-                        trainer = prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)
+                        trainer = Trainer(**vars(prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)))
                 except JpTrainError as error:
                     # a stop signal ends a starting rank at once, and one that obeys a moment earlier fails the collectives of the others
                     if not (is_collective_failure(error) and flag.arrives()):
@@ -118,113 +101,8 @@ def finished_before(cfg: RunConfig, checkpoint: Checkpoint | None) -> Stop | Non
     return decide(cfg.stage, step=state.step, signal_number=0, patience_over=state.patience.over)
 
 
-def prepare(
-    cfg: RunConfig,
-    ranks: Ranks,
-    log: RunLog,
-    store: CheckpointStore,
-    checkpoint: Checkpoint | None,
-    flag: SignalFlag,
-    watchdog: Watchdog,
-) -> Trainer:
-    """Data, model, engine and, for a resumed run, the checkpoint's state in them. Cheap checks come before slow work. Collective."""
-    batch = batch_plan(cfg, ranks.dp_world_size, shrink=checkpoint is not None)
-    log.begin()
-    if ranks.is_main:
-        save_config(cfg, Path(cfg.run_dir) / "config.yaml")
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    watchdog.guard.enter("indexing", pace=Pace.FREE)
-    log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
-    recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
-    indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer), recipe))
-    if recipe is not None:
-        log.say(f"VQ ids: {'; '.join(describe_use(index) for index in indexes if index.kind is Kind.GENERATION) or 'held-out only'}")
-    watchdog.guard.enter("building the engine", pace=Pace.SLOW)
-    plan = build_plan(cfg, indexes, batch, tokenizer)
-    engine = build_engine(cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder)
-    log.say(f"{engine.freeze_report.describe()}; weights: {engine.weights}")
-
-    saver = Saver(cfg, store, engine, log, saved_step=checkpoint.step if checkpoint else None)
-    if checkpoint is not None:
-        watchdog.guard.enter("restoring the checkpoint", pace=Pace.SLOW)
-        plan.restore(checkpoint.state["plan"])
-        saver.restore(checkpoint)
-    about = environment() if ranks.is_main else {}
-    about |= {"tokenizer": tokenizer.fingerprint, "frozen_checksum": frozen_checksum(engine.model.named_parameters())}
-    if checkpoint is not None:
-        for key, what in (("tokenizer", "tokenizer.path"), ("frozen_checksum", "model.init_from")):
-            if checkpoint.manifest[key] != about[key]:
-                raise CheckpointError(
-                    f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back"
-                )
-    state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
-    log.open(batch=batch, resumed_step=state.step if checkpoint else None, checkpoint=checkpoint.manifest if checkpoint else None)
-    if checkpoint is not None:
-        log.snapshot(checkpoint.state["plan"])  # a crash right after the save may have come before its line
-    about |= {"batch": batch.describe()}
-    about_run = {"dp_world_size": ranks.dp_world_size, "weights": engine.weights, **about}
-    if checkpoint:
-        about_run |= resized(checkpoint, ranks.dp_world_size, batch)
-        log.say(f"resumed {checkpoint.path} after step {state.step}{' with ' + about_run['resized'] if 'resized' in about_run else ''}")
-    log.event("resume" if checkpoint else "start", state.step, **about_run)
-    ledger = Ledger(Path(cfg.run_dir), cfg, write=ranks.is_main)
-    if checkpoint is not None:
-        ledger.restore(checkpoint.state["ledger"])
-    left_out = ledger.record_index(indexes)
-    if left_out:
-        log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
-    watchdog.guard.enter("preparing the validation", pace=Pace.SLOW)
-    names = list(cfg.validation.sources)
-    held_batches = main_first(
-        ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names}
-    )
-    lost = gather_objects(ranks, [bad for own in held_batches.values() for batch in own for bad in batch.skipped])
-    held_indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources))
-    if held_lost := ledger.record_held_out(held_indexes, [bad for own in lost for bad in own]):
-        log.say(f"{held_lost} held-out documents cannot be used (named in ledger.jsonl)")
-    held_out = HeldOut(cfg, held_batches, engine, ranks)
-    loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size, batch_plan=batch)
-    watchdog.follow(engine.guard, loader)
-    forensics = Forensics(cfg, ranks, tokenizer, engine.model, engine.deepspeed.optimizer)
-    gate = UpdateGate(
-        engine.deepspeed.optimizer, state.usual.judge, lambda _: forensics.inspect() if state.dumps < cfg.guard.max_dumps else None
-    )
-    return Trainer(
-        cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, saver=saver, log=log, flag=flag,
-        ledger=ledger, forensics=forensics, gate=gate, state=state, about=about, plan_state=plan.state(), grace=GraceCheck(cfg.engine.grace_s),
-    )  # fmt: skip
-
-
-def resized(checkpoint: Checkpoint, dp_world_size: int, batch: BatchPlan) -> dict[str, str]:
-    """For the `resume` event of a run that goes on with another number of ranks: what it was and what it is."""
-    before = int(checkpoint.manifest["dp_world_size"])
-    if before == dp_world_size:
-        return {}
-    return {"resized": f"{before} -> {dp_world_size} ranks ({checkpoint.manifest['batch']} -> {batch.describe()})"}
-
-
-@dataclass
-class Trainer:
-    """One rank's run. `plan_state` is the plan's state after the last completed step; `proof` is set by the first step."""
-
-    cfg: RunConfig
-    batch: BatchPlan
-    ranks: Ranks
-    tokenizer: Tokenizer
-    engine: Engine
-    loader: StepLoader
-    held_out: HeldOut
-    saver: Saver
-    log: RunLog
-    flag: SignalFlag
-    ledger: Ledger
-    forensics: Forensics
-    gate: UpdateGate
-    state: TrainState
-    about: dict[str, Any]
-    plan_state: dict[str, Any]
-    grace: GraceCheck
-    proof: dict[str, Any] | None = None
+class Trainer(Parts):
+    """One rank's run with its parts (`preparation.py`)."""
 
     def run(self) -> Stop:
         """Train until a stop rule says so; then save, export, and tell why."""

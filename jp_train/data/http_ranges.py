@@ -28,7 +28,7 @@ SLOWEST_BYTES_PER_S = 256 << 10
 MAX_REDIRECTS = 5
 
 _CHUNK = 1 << 20
-_QUERY = "/?%:@!$&'()*+,;=~[]"
+_UNESCAPED = "/%:@!$&'()*+,;=~"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
@@ -250,7 +250,8 @@ def _server(url: str) -> tuple[str, str]:
 def _target(url: str, absolute: bool) -> str:
     """What the request line names: path and query, or the whole URL for a proxy; spaces and the like are escaped."""
     parts = urllib.parse.urlsplit(url)
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{urllib.parse.quote(parts.query, safe=_QUERY)}" if parts.query else "")
+    path = urllib.parse.quote(parts.path or "/", safe=_UNESCAPED)
+    path += f"?{urllib.parse.quote(parts.query, safe=_UNESCAPED + '?[]')}" if parts.query else ""
     return f"{parts.scheme}://{parts.netloc}{path}" if absolute else path
 
 

@@ -29,8 +29,8 @@ TRANSFORM_VERSION = 1
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _MAGICS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""A reason must be the same in every process that meets the picture."""
+_ADDRESS = re.compile(r"( <[\w.]+ object)? at 0x[0-9a-fA-F]+>?")
+"""What Pillow says of the file object; a reason must be the same in every process that meets the picture."""
 _Result = TypeVar("_Result")
 _SCANS = 16
 """Passes over a progressive JPEG that are never too many; ordinary ones have 10."""
@@ -85,11 +85,9 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
             ) from error
         raise SkipSample(f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable") from None
     except Exception as error:  # decoders raise many kinds on broken bytes: OSError, SyntaxError, struct.error, ...
-        unknown = isinstance(error, UnidentifiedImageError)
-        cause = "its header is none of JPEG, PNG and WebP" if unknown else _ADDRESS.sub("", str(error)[:200])
-        said = f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {cause}"
-        if unknown and not data.startswith(_MAGICS):
-            raise SkipSample(said, "picture_format") from None
+        said = f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {_ADDRESS.sub('', str(error)[:200])}"
+        if isinstance(error, UnidentifiedImageError) and not data.startswith(_MAGICS):
+            raise SkipSample(f"{said}; JPEG, PNG and WebP are read", "picture_format") from None
         raise SkipSample(said, "picture_truncated" if "truncat" in said.lower() else "picture_undecodable") from None
 
 

@@ -126,7 +126,8 @@ def index_sources(
     encoder = Encoder(cfg, tokenizer)
     reader = ShardReader(cfg.data.io_retries)
     shards = {
-        name: [with_exclusions(reader.stat(path)) for path in expand_shards(source.shards, cfg.data.root)] for name, source in sources.items()
+        name: [with_exclusions(reader.stat(path)) for path in expand_shards(source.shards, cfg.data.root)]
+        for name, source in sources.items()
     }
     prints = {name: source_fingerprint(encoder, source) for name, source in sources.items()}
     loaded: dict[tuple[str, str], ShardTokens] = {}
@@ -147,10 +148,7 @@ def index_shard(
     shard: Shard, *, name: str, source: SourceConfig, fingerprint: str, encoder: Encoder, reader: ShardReader, crop: Crop
 ) -> ShardTokens:
     """Build and write both sidecars of one shard; returns the tokens one. Raises DataError for a corrupt tar or failed reads."""
-    members = load_members(shard)
-    if members is None:
-        members = scan_members(shard, reader)
-        store_members(shard, members)
+    members = shard_members(shard, reader)
     kind = Kind(source.kind.value)
     good: list[int] = []
     counts: list[tuple[int, int, int, int]] = []
@@ -185,6 +183,15 @@ def index_shard(
     return tokens
 
 
+def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
+    """The members of a shard from its sidecar, which is written where it is missing. Raises DataError for a corrupt tar."""
+    members = load_members(shard)
+    if members is None:
+        members = scan_members(shard, reader)
+        store_members(shard, members)
+    return members
+
+
 def source_fingerprint(encoder: Encoder, source: SourceConfig) -> str:
     """Hex digest of all that decides the token counts of a source's shards besides their bytes."""
     parts = [str(FORMAT), encoder.fingerprint, source.kind.value, source.class_prompt.value, source.class_template]
@@ -213,9 +220,7 @@ def read_fields(
     spans = zip(members.offset[first:last].tolist(), members.size[first:last].tolist(), strict=True)
     where = dict(zip([members.extensions[code] for code in members.extension[first:last].tolist()], spans, strict=True))
     info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
-    return read_located(
-        info, shard, number, where, kind, crop, reader, pictures=pictures, stored=stored, embedded_ids=embedded_ids
-    )
+    return read_located(info, shard, number, where, kind, crop, reader, pictures=pictures, stored=stored, embedded_ids=embedded_ids)
 
 
 def read_located(

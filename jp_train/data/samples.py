@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from jp_train.config.schema import ClassPrompt, Crop, SourceConfig
-from jp_train.errors import SkipSample
+from jp_train.errors import DataError, SkipSample
 from jp_train.types import GenerationSample, Kind, RawSample, TextSample, Turn, UnderstandingSample
 
 Sample = UnderstandingSample | TextSample | GenerationSample
@@ -59,7 +59,9 @@ def check_field_size(extension: str, size: int) -> None:
 def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
     """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption.
 
-    Raises SkipSample with a reason a person can act on.
+    Raises:
+        SkipSample: with a reason a person can act on.
+        DataError: for stored VQ ids (`raw.vq_ids`) that no picture of this model can have.
     """
     if kind is Kind.TEXT:
         return _text(raw)
@@ -71,6 +73,12 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             )
         return UnderstandingSample(info=raw.info, image=image, turns=_understanding_turns(_json(raw)))
     ids = raw.vq_ids if raw.vq_ids is not None else _vq_ids(raw, image_slots, codebook_size)
+    if ids is raw.vq_ids is not None and (len(ids) != image_slots or ids.max() >= codebook_size):
+        raise DataError(
+            f"the stored VQ ids of shard {raw.info.shard}, key {raw.info.key!r}, are {len(ids)} ids up to {ids.max()}, this model has "
+            f"{image_slots} slots an image and {codebook_size} codes: their manifest is wrong; delete the shard's .jp-vq-* files and run "
+            "`jp-train data encode-images` again"
+        )
     if image is None and ids is None and not raw.picture_fault:
         raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_found(raw)}", "missing_field")
     caption = apply_class_prompt(_string(_json(raw), "caption"), source)

@@ -9,7 +9,9 @@
     X.tar.jp-vq-<print>.npy, .json ids of the pictures and what they were made with (vq_ids.py)
 
 They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or remote. Each is
-written under a temporary name and renamed, so concurrent builders are harmless.
+written under a temporary name and renamed, so concurrent builders are harmless; what a killed one left behind is removed later.
+
+A sidecar that came with the data is as foreign as the data: what does not fit the shard or itself is taken for damage.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -33,6 +37,9 @@ FORMAT = 1
 """Raise it when a sidecar's layout changes: older files are then rebuilt."""
 
 _MEMBERS = ".jp-members.npz"
+_Made = TypeVar("_Made")
+_LEFT_BEHIND_S = 3600
+"""A temporary file of this age has no writer any more: writing one takes seconds, and process numbers say nothing on another host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,40 +64,56 @@ class ShardTokens:
 
 def load_members(shard: Shard) -> ShardMembers | None:
     """The members sidecar of a shard, or None when there is none for its size and stamp."""
-    loaded = _read(shard, _MEMBERS, _identity(shard))
-    if loaded is None:
-        return None
-    meta, arrays = loaded
-    return ShardMembers(
-        keys=tuple(_unpack(arrays["keys"])),
-        member_start=arrays["member_start"],
-        extensions=tuple(meta["extensions"]),
-        extension=arrays["extension"],
-        offset=arrays["offset"],
-        size=arrays["size"],
-        ignored=tuple((name, reason) for name, reason in meta["ignored"]),
-    )
+    return _read(shard, _MEMBERS, _identity(shard), lambda meta, arrays: _members(shard, meta, arrays))
 
 
 def has_members(shard: Shard) -> bool:
     """Whether a current members sidecar exists; cheaper than loading it."""
-    return _read(shard, _MEMBERS, _identity(shard), arrays=False) is not None
+    return member_extensions(shard) is not None
 
 
 def member_extensions(shard: Shard) -> tuple[str, ...] | None:
     """The file extensions in a shard, from the members sidecar; None when there is no current one. Cheaper than loading it."""
-    loaded = _read(shard, _MEMBERS, _identity(shard), arrays=False)
-    return None if loaded is None else tuple(loaded[0]["extensions"])
+    return _read(shard, _MEMBERS, _identity(shard), lambda meta, _: _texts(meta["extensions"]))
 
 
 def load_tokens(shard: Shard, fingerprint: str) -> ShardTokens | None:
     """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current."""
     expected = _identity(shard) | {"fingerprint": fingerprint, "excluded": shard.excluded or None}
-    loaded = _read(shard, _tokens_suffix(shard, fingerprint), expected)
-    if loaded is None:
-        return None
-    meta, arrays = loaded
-    table = arrays["table"]
+    return _read(shard, _tokens_suffix(shard, fingerprint), expected, _tokens)
+
+
+def _members(shard: Shard, meta: dict, arrays: Mapping[str, np.ndarray]) -> ShardMembers:
+    keys, extensions = tuple(_unpack(arrays["keys"])), _texts(meta["extensions"])
+    start, extension = arrays["member_start"], arrays["extension"]
+    offset, size = arrays["offset"], arrays["size"]
+    count = len(extension)
+    _require(start.dtype == offset.dtype == size.dtype == np.int64 and extension.dtype == np.int32)
+    _require(start.shape == (len(keys) + 1,) and extension.shape == offset.shape == size.shape == (count,))
+    _require(start[0] == 0 and start[-1] == count and (start[1:] > start[:-1]).all())
+    _require(((extension >= 0) & (extension < len(extensions))).all())
+    _require(((offset >= 0) & (size >= 0) & (size <= shard.size) & (offset <= shard.size - size)).all())
+    return ShardMembers(
+        keys=keys,
+        member_start=start,
+        extensions=extensions,
+        extension=extension,
+        offset=offset,
+        size=size,
+        ignored=_pairs(meta["ignored"]),
+    )
+
+
+def _tokens(meta: dict, arrays: Mapping[str, np.ndarray]) -> ShardTokens:
+    sample, table = arrays["sample"], arrays["table"]
+    _require(sample.dtype == table.dtype == np.int32 and sample.ndim == 1 and table.shape == (4, len(sample)))
+    _require(
+        (sample[:1] >= 0).all()
+        and (sample[1:] > sample[:-1]).all()
+        and (table >= 0).all()
+        and (table[0] > 0).all()
+        and isinstance(meta["dialogues"], int)
+    )
     return ShardTokens(
         sample=arrays["sample"],
         tokens=table[0],
@@ -98,7 +121,7 @@ def load_tokens(shard: Shard, fingerprint: str) -> ShardTokens | None:
         dropped_tokens=table[2],
         short_dropped_tokens=table[3],
         dialogues=meta["dialogues"],
-        bad=tuple((key, reason) for key, reason in meta["bad"]),
+        bad=_pairs(meta["bad"]),
     )
 
 
@@ -134,7 +157,7 @@ def _identity(shard: Shard) -> dict:
 def sidecar_places(shard: Shard, suffix: str) -> list[Path]:
     """Where a sidecar may be: beside the shard, then in the cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jp_train" / "index"
-    cached = base / hashlib.sha256(shard.path.encode()).hexdigest()[:32] / f"{shard.name}{suffix}"
+    cached = base / hashlib.sha256(os.fsencode(shard.path)).hexdigest()[:32] / f"{shard.name}{suffix}"
     return [cached] if is_url(shard.path) else [Path(shard.path + suffix), cached]
 
 
@@ -150,6 +173,7 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) 
         try:
             if path is places[-1]:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_behind(path.parent)
             with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
@@ -163,22 +187,48 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) 
     raise DataError(f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable")
 
 
+@lru_cache(maxsize=1024)
+def _remove_left_behind(folder: Path) -> None:
+    """Remove the temporary files of killed writers; once per folder and process, because listing a large folder takes time."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") and ".jp-" in entry.name and entry.name.endswith(".tmp"):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _LEFT_BEHIND_S:
+                        os.unlink(entry.path)
+
+
 def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarray]) -> None:
     blob = np.frombuffer(json.dumps(meta, ensure_ascii=True).encode(), np.uint8)
     write_sidecar(shard, suffix, lambda file: np.savez(file, meta=blob, **arrays))
 
 
-def _read(shard: Shard, suffix: str, expected: dict, *, arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]] | None:
+def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, Mapping[str, np.ndarray]], _Made]) -> _Made | None:
+    """`made` of the meta data and the arrays (read when asked for) of a sidecar; None when it is absent, of other content, or damaged."""
     for path in sidecar_places(shard, suffix):
         try:
             with np.load(path, allow_pickle=False) as file:
+                _require(all(part.compress_type == zipfile.ZIP_STORED for part in file.zip.infolist()))  # no bomb
                 meta = json.loads(bytes(file["meta"]))
-                if any(meta.get(key) != value for key, value in expected.items()):
-                    continue
-                return meta, {name: file[name] for name in file.files if arrays and name != "meta"}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            continue  # absent, or damaged: it is built again
+                if all(meta.get(key) == value for key, value in expected.items()):
+                    return made(meta, file)
+        except Exception:  # zip, deflate, numpy and JSON each raise many kinds on broken bytes; whatever it is, it is built again
+            continue
     return None
+
+
+def _require(holds: bool | np.bool_) -> None:
+    if not holds:
+        raise ValueError("the sidecar contradicts the shard or itself")
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    _require(isinstance(values, list) and all(isinstance(one, str) for one in values))
+    return tuple(values)
+
+
+def _pairs(values: object) -> tuple[tuple[str, str], ...]:
+    return tuple((name, reason) for name, reason in map(_texts, values))
 
 
 def _unpack(blob: np.ndarray) -> list[str]:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ NO_IDS = 65535
 REMEDY = "run `jp-train data encode-images` with this configuration, or set data.vq_ids=off to encode the pictures in training"
 
 _MARK = ".jp-vq-"
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _PLAIN_FIELDS = ("size", "stamp", "samples", "slots", "codebook_size", "without_picture", "pictures_sha256", "ids_sha256")
 _HEADER_BYTES = 128
 """Of a two-dimensional .npy as numpy writes it."""
@@ -121,7 +123,9 @@ def load_manifest(shard: Shard, fingerprint: str) -> IdsManifest | None:
             fields = {name: told[name] for name in _PLAIN_FIELDS}
             recipe = IdsRecipe(**told["recipe"])
             unusable = tuple((str(key), str(reason)) for key, reason in told["unusable"])
-        except (OSError, ValueError, KeyError, TypeError):
+            if not _has_types(IdsManifest, fields) or not _has_types(IdsRecipe, told["recipe"]) or recipe.fingerprint != fingerprint:
+                continue
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # absent or damaged: encoded again
         found.append(IdsManifest(recipe=recipe, unusable=unusable, ids_path=path.with_suffix(".npy"), **fields))
     return next((one for one in found if one.belongs_to(shard)), found[0] if found else None)
@@ -214,10 +218,18 @@ def stored_fingerprints(shards: Iterable[Shard]) -> dict[str, list[str]]:
             if place.parent not in listings:
                 listings[place.parent] = _manifests(place.parent)
             for path in listings[place.parent].get(place.name, []):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    prints.append(str(json.loads(path.read_bytes())["fingerprint"]))
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                    fingerprint = json.loads(path.read_bytes())["fingerprint"]
+                    if _FINGERPRINT.fullmatch(fingerprint):  # part of a file's name
+                        prints.append(fingerprint)
         found[shard.path] = list(dict.fromkeys(prints))
     return found
+
+
+def _has_types(cls: type, values: Mapping[str, object]) -> bool:
+    """Whether the whole numbers and texts among the fields of `cls` are that in a foreign file."""
+    wanted = {"int": int, "str": str}
+    return all(type(value) is wanted[str(cls.__annotations__[name])] for name, value in values.items())
 
 
 def _manifests(folder: Path) -> dict[str, list[Path]]:

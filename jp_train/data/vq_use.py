@@ -185,7 +185,7 @@ def _folder_fingerprint(path: Path) -> str:
         told = json.loads(path.read_bytes())
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f'{path} cannot be read: {error}; it should hold {{}} or {{"vq": {{"fingerprint": "..."}}}}') from None
     vq = told.get("vq") if isinstance(told, dict) else None
     return str(vq.get("fingerprint") or "") if isinstance(vq, dict) else ""

@@ -287,6 +287,8 @@ def test_an_import_without_one_good_entry_is_an_error_that_names_the_first(tmp_p
         ("a.json", b'[{"image": "000.jpg", "capt', "item 1 of the array is broken"),
         ("a.jsonl.gz", b"\x1f\x8b\x08garbage", "cannot read"),
         ("a.csv", b'image,caption\n"' + b"x" * 2000, "field larger than field limit"),
+        ("a.csv", b'image,caption\n000.jpg,"open\n000.jpg,b\n', "line 3.*unclosed quote"),
+        ("a.csv", b'image,caption\n000.jpg,"open\n000.jpg,"b"\n', "line 3.*unclosed quote"),
     ],
 )
 def test_a_damaged_listing_stops_with_its_name(tmp_path, folder, name, data, says, monkeypatch):

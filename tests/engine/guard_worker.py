@@ -22,6 +22,7 @@ from jp_train.config import batch_plan
 from jp_train.engine.forensics import block_norms, block_of
 from jp_train.engine.init import build_engine, gather_for_reading, init_process_group
 from jp_train.engine.outliers import Verdict
+from jp_train.engine.saver import Saver
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.types import KINDS, Kind
 
@@ -63,7 +64,7 @@ def signalled(*, phase: str, linger: float = 1.0, **changes: Any) -> dict:
     where = {
         "indexing": (training, "index_sources"),
         "validation": (heldout.HeldOut, "measure"),
-        "save": (training.Saver, "save"),
+        "save": (Saver, "save"),
         "export": (training, "export"),
     }
     holder, name = where[phase]

@@ -30,7 +30,7 @@ import jp_train.engine.checkpoint as checkpoints  # noqa: E402
 import jp_train.train as training  # noqa: E402
 from jp_train.config import RunConfig  # noqa: E402
 from jp_train.config.schema import SourceConfig, SourceKind  # noqa: E402
-from jp_train.data.loader import rows_hash  # noqa: E402
+from jp_train.data.loader import StepLoader, rows_hash  # noqa: E402
 from jp_train.engine.export import whole_tensors  # noqa: E402
 from jp_train.engine.init import build_engine  # noqa: E402
 from jp_train.errors import DataError, JpTrainError  # noqa: E402
@@ -124,7 +124,7 @@ def train(
             os.kill(os.getpid(), signal.SIGKILL)
         return plain_save(path, tensors)
 
-    plain_next = training.StepLoader.__next__
+    plain_next = StepLoader.__next__
 
     def following(self):
         item = plain_next(self)
@@ -132,7 +132,7 @@ def train(
             raise DataError("shard x.tar: cannot be read")
         return item
 
-    training.StepLoader.__next__ = following
+    StepLoader.__next__ = following
     training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = step, loss, save
     try:
         return {"code": training.train(cfg), "hashes": hashes}
@@ -141,7 +141,7 @@ def train(
     finally:
         training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = plain_step, plain_loss, plain_save
         training.prepare = plain_prepare
-        training.StepLoader.__next__ = plain_next
+        StepLoader.__next__ = plain_next
 
 
 def leak(what: str, **changes: Any) -> dict:

@@ -15,8 +15,7 @@ import numpy as np
 from jp_train.config.schema import Crop, RunConfig, SourceKind
 from jp_train.data.image import load_generation_image
 from jp_train.data.samples import IMAGE_EXTENSIONS, check_field_size
-from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
-from jp_train.data.sidecar import load_members, store_members
+from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards
 from jp_train.data.tools.text_table import aligned
 from jp_train.data.vq_ids import ids_problem, load_manifest
 from jp_train.errors import ConfigError, SkipSample
@@ -65,15 +64,6 @@ def ids_state(shard: Shard, fingerprint: str, reader: ShardReader) -> IdsState:
     if manifest is None or ids_problem(manifest, reader):
         return IdsState.missing
     return IdsState.done if manifest.belongs_to(shard) else IdsState.stale
-
-
-def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
-    """The members of a shard from its sidecar, which is written where it is missing. Raises DataError for a corrupt tar."""
-    members = load_members(shard)
-    if members is None:
-        members = scan_members(shard, reader)
-        store_members(shard, members)
-    return members
 
 
 def picture_member(members: ShardMembers, number: int) -> int | None:

@@ -36,14 +36,9 @@ class DocumentReader(Reader):
         return Listing(identity=identity_of(files), total=total_bytes(files), chunks=lambda: chunks(files))
 
     def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
-        file, start, payload = chunk.payload
-        for place, item in enumerate(payload):
-            number = chunk.first + place
-            name = f"{file}:{start + place}" if isinstance(item, bytes) else item[0]
-            slug = "" if isinstance(item, bytes) else item[0].partition(":")[0]
+        for number, (name, slug, content) in enumerate(_named(*chunk.payload), chunk.first):
             try:
-                data = item if isinstance(item, bytes) else item[1] if isinstance(item[1], bytes) else _read(item[1])
-                text = data.decode("utf-8-sig").strip()
+                text = (content if isinstance(content, bytes) else _read(content)).decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 yield Entry(number=number, name=name, skip=Skip("not_unicode", f"the document is not UTF-8: {error}"))
                 continue
@@ -52,6 +47,16 @@ class DocumentReader(Reader):
                 continue
             if text or self.document == "file":
                 yield Entry(number=number, name=name, note={"text": text, "source_id": name}, slug=slug)
+
+
+def _named(file: str, start: int, items: list) -> Iterator[tuple[str, str, bytes | Path]]:
+    """(name, slug, bytes or the file that holds them) of every document of a chunk: lines are bare bytes, files and paragraphs have names."""
+    for place, item in enumerate(items):
+        if isinstance(item, bytes):
+            yield f"{file}:{start + place}", "", item
+        else:
+            name, content = item
+            yield name, name.partition(":")[0], content
 
 
 def _read(path: Path) -> bytes:

@@ -208,7 +208,7 @@ def _csv_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
     first, before = 0, 0
     for path, name in zip(files, file_names(files), strict=True):
         with open_text(path) as file:
-            rows = csv.reader(file, delimiter=CSV_DELIMITERS[path.suffix.lower()])
+            rows = csv.reader(file, delimiter=CSV_DELIMITERS[path.suffix.lower()], strict=True)  # an open quote would swallow rows
             try:
                 header = next(rows, None)
                 if not header:

@@ -109,11 +109,13 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
             f"SOURCE {source!r}: {kinds['zstd']} of {len(names)} tars are compressed with zstd, which this Python cannot read; decompress them with "
             "`zstd -d`, or name a command: 'pipe:zstd -dc FILE.tar.zst' with --allow-pipe"
         )
-    identity = {
-        shard.path: f"{shard.size:,} bytes, {shard.stamp}" if is_url(shard.path) else file_identity(Path(shard.path)) for shard in shards
+    copies = kinds[""] < len(names)
+    identity = {  # only copies are resumed by it: tars that stay are not worth reading twice
+        shard.path: file_identity(Path(shard.path)) if copies and not is_url(shard.path) else f"{shard.size:,} bytes, {shard.stamp}"
+        for shard in shards
     }
     spec = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
-    return TarSource(names=tuple(names), copies=kinds[""] < len(names), spec=spec, identity=identity)
+    return TarSource(names=tuple(names), copies=copies, spec=spec, identity=identity)
 
 
 def command_words(part: str) -> list[str]:
