@@ -11,6 +11,8 @@ SHOWCASE_RUNS ?= runs/showcase
 # --seed and sizes of the smoke run: see `python -m jp_train.smoke --help`
 SMOKE_ARGS ?=
 SHOWCASE_ARGS ?=
+# --faults --seed --kinds: see `python tests/chaos/run.py --help`
+CHAOS_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +20,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: help setup smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test lint format bench clean
+.PHONY: help setup smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test chaos lint format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +46,9 @@ showcase: $(STAMP)  ## the same with emoji in three drawing styles and WordNet (
 
 test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
 
 lint: $(STAMP)  ## ruff, nothing changed
 	$(BIN)/ruff check jp_train tests bench

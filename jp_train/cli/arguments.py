@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -15,6 +16,18 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json: one object on stdout and nothing else there."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+
+
+def whole_number(lowest: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `lowest`."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.strip().lstrip("-").isdecimal() else lowest - 1
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
+        return number
+
+    return parse
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

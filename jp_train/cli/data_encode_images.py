@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json
+from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
 DETAILS = """\
 Training then neither reads nor decodes a generation picture. For each shard X.tar of a generation source, training and held-out, it writes
@@ -32,9 +32,15 @@ def register(tools: argparse._SubParsersAction) -> None:
     parser.add_argument("--include", default="", help="with --hostfile: only these hosts or slots, deepspeed syntax")
     parser.add_argument("--exclude", default="", help="with --hostfile: all but these hosts or slots")
     parser.add_argument("--master-port", type=int, default=29500, help="with --hostfile: rendezvous port of the launcher (default 29500)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures that go through the VQ together (default 8, as in training)")
     parser.add_argument(
-        "--verify-sample", type=int, default=0, metavar="N", help="encode nothing; compute N random stored samples again and compare"
+        "--batch", type=whole_number(1), metavar="N", default=8, help="pictures that go through the VQ together (default 8, as in training)"
+    )
+    parser.add_argument(
+        "--verify-sample",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="encode nothing; compute N random stored samples again and compare",
     )
     parser.add_argument(
         "--max-mismatch",

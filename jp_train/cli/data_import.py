@@ -104,7 +104,7 @@ answer with --caption-column."""
 
 def _text(formats: argparse._SubParsersAction) -> None:
     details = """\
-JSONL (.jsonl, .ndjson, also .gz): the column "text", or "conversations" of a dialogue. Plain text (.txt, .md, .txt.gz): a file is a document, or --document
+Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text", or "conversations" of a dialogue. Plain text (.txt, .md, .txt.gz): a file is a document, or --document
 paragraph or line."""
     parser = _format(formats, "text", "text JSONL or plain text files -> text", details, "file, folder or glob")
     parser.add_argument(

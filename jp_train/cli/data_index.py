@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from jp_train.cli.arguments import add_command, add_config, add_json
+from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
 
 def register(tools: argparse._SubParsersAction) -> None:
@@ -19,7 +19,9 @@ def register(tools: argparse._SubParsersAction) -> None:
         "or the template changed.",
     )
     add_config(parser)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards indexed at a time (default: all cores)")
+    parser.add_argument(
+        "--processes", type=whole_number(1), default=os.cpu_count() or 1, metavar="N", help="shards indexed at a time (default: all cores)"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json
+from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
 
 def register(tools: argparse._SubParsersAction) -> None:
@@ -27,9 +27,13 @@ def register(tools: argparse._SubParsersAction) -> None:
         "  jp-train data verify launch/janus_pro_1b_stage1.yaml --exclude        leave bad pictures out of the next index",
     )
     add_config(parser)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards read at a time (default: all cores)")
+    parser.add_argument(
+        "--processes", type=whole_number(1), default=os.cpu_count() or 1, metavar="N", help="shards read at a time (default: all cores)"
+    )
     how_many = parser.add_mutually_exclusive_group()
-    how_many.add_argument("--sample", type=int, metavar="N", default=None, help="decode N pictures of each source, evenly spread, not all")
+    how_many.add_argument(
+        "--sample", type=whole_number(0), metavar="N", default=None, help="decode N pictures of each source, evenly spread, not all"
+    )
     how_many.add_argument("--fast", action="store_true", help="decode no picture, read their headers only (the same as --sample 0)")
     parser.add_argument(
         "--exclude",

@@ -18,7 +18,7 @@ import numpy as np
 from jp_train.config.schema import Crop, RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import excluded_samples, with_exclusions
-from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.processes import end_with_trainer, kill_workers, signals_deferred, worker_context
 from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, check_field_size, parse_sample, wanted_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, expand_shards, read_spans, scan_members
 from jp_train.data.sidecar import FORMAT, ShardTokens, has_members, load_members, load_tokens, store_members, store_tokens
@@ -314,6 +314,9 @@ def _build(
                         f"an indexing process died near shard {task.shard.path} (out of memory?); try fewer processes, or 1 to "
                         f"see the cause"
                     ) from error
+    except BaseException:
+        kill_workers(pool)
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

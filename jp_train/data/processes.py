@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
@@ -62,6 +63,15 @@ def signals_deferred() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool at once: an interrupted command must not first read the shards that are under way to their end.
+
+    By SIGKILL, because they block other signals; what they write is complete or absent.
+    """
+    for process in list((pool._processes or {}).values()):  # the executor has no public way before Python 3.14
+        process.kill()
 
 
 def process_state(pid: int) -> str:

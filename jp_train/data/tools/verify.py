@@ -5,6 +5,7 @@ Nothing stops the pass: a broken tar, an unreachable shard, even a process that 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 from jp_train.config.schema import RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import Excluded, known_exclusions, store_exclusions
-from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.processes import end_with_trainer, kill_workers, signals_deferred, worker_context
 from jp_train.data.shards import Shard, ShardReader, expand_shards
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 from jp_train.data.tools.verify_report import Report, format_report, write_report
@@ -51,11 +52,18 @@ def verify_command(
     Returns the report as a JSON-able dict, and the exit status: 0 when nothing is wrong that is not excluded, 3 otherwise.
 
     Raises:
-        ConfigError: when the config names no source, or shards that cannot be named so.
+        ConfigError: when the config names no source, or shards that cannot be named so, or for a folder that cannot be written.
         DataError: for a damaged tokenizer or file of exclusions.
     """
+    folder = options.out or Path(cfg.run_dir) / "verify"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except OSError as error:  # known before hours of reading, not after them
+        raise ConfigError(f"the report cannot be written to {folder}: {error}; name another folder with --out") from None
     report = verify_sources(cfg, load_tokenizer(cfg.tokenizer), options, progress=progress or sys.stderr)
-    document = write_report(report, cfg, options.out or Path(cfg.run_dir) / "verify")
+    document = write_report(report, cfg, folder)
     print(format_report(report, document), file=table or sys.stdout)
     return document, EXIT_CLEAN if report.clean else EXIT_FAULTS
 
@@ -73,6 +81,7 @@ def verify_sources(cfg: RunConfig, tokenizer: Tokenizer, options: VerifyOptions,
         found, faults = _tasks(cfg, name, source, options.decode)
         tasks += found
         unreachable += faults
+    excluded = {(task.source, task.shard.path, key) for task in tasks for key in known_exclusions(task.shard, Kind(task.config.kind.value))}
     reports = _run_all(tasks, cfg, tokenizer, max(1, options.processes), _ProgressLine(progress, tasks))
     report = Report(
         sources={name: source.kind.value for name, source in sources.items()},
@@ -80,10 +89,8 @@ def verify_sources(cfg: RunConfig, tokenizer: Tokenizer, options: VerifyOptions,
         unreachable=unreachable,
         decode=options.decode,
         seconds=0.0,
+        excluded=excluded,
     )
-    for task in tasks:
-        known = known_exclusions(task.shard, Kind(task.config.kind.value))
-        report.excluded |= {(task.source, task.shard.path, key) for key in known}
     if options.exclude:
         report.newly_excluded, report.exclusion_files = _exclude(tasks, reports, partial=options.decode is not None)
         report.excluded |= report.newly_excluded
@@ -199,6 +206,9 @@ def _in_processes(
                 progress.shards += 1
                 yield number, report
             progress.show(samples.value, read.value)
+    except BaseException:
+        kill_workers(pool)
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

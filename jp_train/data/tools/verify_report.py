@@ -63,8 +63,7 @@ class Report:
 
 
 def write_report(report: Report, cfg: RunConfig, folder: Path) -> dict[str, Any]:
-    """Write verify.json and lengths.png to `folder`; returns what the JSON holds."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write verify.json and lengths.png to `folder`, which exists; returns what the JSON holds."""
     histogram = folder / "lengths.png"
     by_source = lengths_by_source(report)
     document = _document(report, cfg) | {"files": {"report": str(folder / "verify.json"), "histogram": str(histogram)}}

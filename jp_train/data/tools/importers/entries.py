@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,13 +128,8 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def chunked(items: Iterable[Any], *, first: int = 0, size: int = CHUNK_ENTRIES) -> Iterator[Chunk]:
+def chunked(items: Sequence[Any]) -> Iterator[Chunk]:
     """Chunks of a listing whose units are its items."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield Chunk(first=first, count=len(batch), payload=batch, done=first + len(batch))
-            first, batch = first + len(batch), []
-    if batch:
-        yield Chunk(first=first, count=len(batch), payload=batch, done=first + len(batch))
+    for first in range(0, len(items), CHUNK_ENTRIES):
+        part = items[first : first + CHUNK_ENTRIES]
+        yield Chunk(first=first, count=len(part), payload=part, done=first + len(part))
