@@ -40,6 +40,8 @@ def encode_images(
         DataError: for shards that cannot be read, or ids that cannot be written.
         CheckpointError: for VQ weights that do not fit.
     """
+    if not 0 <= max_mismatch <= 1:
+        raise ConfigError(f"--max-mismatch {max_mismatch} must be a share between 0 and 1")
     encoder = ImageEncoder(cfg, place, batch=batch)
     table = table or sys.stdout
     told: dict[str, Any] = {"fingerprint": encoder.recipe.fingerprint, "recipe": asdict(encoder.recipe), "rank": place.rank, "code": 0}

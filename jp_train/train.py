@@ -133,8 +133,9 @@ class Trainer(Parts):
                     stop = decide(cfg.stage, step=state.step, signal_number=0, patience_over=True)
                 stop = stop or self.asked_to_stop()
             log.step(state.step, values, skipped_documents=self.ledger.skipped, skipped_steps=state.skips.total)
-            with self.engine.guard.watch("the completion of a checkpoint", pace=Pace.SLOW):
-                self.saver.poll(state.step)
+            if stop is None:  # otherwise the last save waits for the one under way, and is made whatever becomes of that
+                with self.engine.guard.watch("the completion of a checkpoint", pace=Pace.SLOW):
+                    self.saver.poll(state.step)
             if stop is not None or state.step % cfg.checkpoint.every_steps == 0:
                 self.save(held_out_loss=values.get("val/total"), final=stop is not None)
                 if stop is None and (stop := self.asked_to_stop()) is not None:

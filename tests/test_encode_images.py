@@ -185,11 +185,12 @@ def run_and_die(data, where):
     vq_ids.write_sidecar = fatal
     tests.encode_images(tests.configuration(Path(data)), tests.ALONE)
 
+children = []
 for data, where in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    child = os.fork()
-    if not child:
+    children.append(os.fork())
+    if not children[-1]:
         run_and_die(data, where)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [-signal.SIGKILL] * 2
 """
 
 

@@ -33,7 +33,7 @@ def register(tools: argparse._SubParsersAction) -> None:
     parser.add_argument("--exclude", default="", help="with --hostfile: all but these hosts or slots")
     parser.add_argument("--master-port", type=int, default=29500, help="with --hostfile: rendezvous port of the launcher (default 29500)")
     parser.add_argument(
-        "--batch", type=whole_number(1), metavar="N", default=8, help="pictures that go through the VQ together (default 8, as in training)"
+        "--batch", type=int, metavar="N", default=8, help="pictures that go through the VQ together (default 8, as in training)"
     )
     parser.add_argument(
         "--verify-sample",

@@ -25,35 +25,39 @@ class Collator:
         size = cfg.model.vision.image_size
         self._no_images = torch.zeros((0, 3, size, size), dtype=torch.uint8)
         self._slots = np.arange((cfg.model.vision.image_size // cfg.model.vision.patch_size) ** 2)
+        self._counting = np.arange(cfg.data.seq_len)
         self._pad = pad
 
     def __call__(self, rows: Sequence[Row]) -> PackedBatch:
         """The micro-batch of `rows`, in order. See PackedBatch for shapes. At least one row is required."""
         lengths = [one.length for row in rows for one in row.provenance]
+        kinds = [_NUMBER[one.kind] for row in rows for one in row.provenance]
+        if lengths:
+            sources = [source for row in rows for source in row.source_indices]
+            tokens = np.concatenate([row.tokens for row in rows], axis=1, dtype=np.int64)
+        else:
+            lengths, kinds, sources = [1], [_NUMBER[Kind.TEXT]], [0]
+            tokens = np.array([[self._pad], [IGNORE_INDEX], [IGNORE_INDEX]])
         segments = lengths
         if self._packing is Packing.causal:
-            segments = [total for row in rows if (total := row.tokens.shape[1])]
-        if lengths:
-            kinds = np.array([_NUMBER[one.kind] for row in rows for one in row.provenance])
-            sources = [source for row in rows for source in row.source_indices]
-            input_ids, labels, gen_labels = (_joined([row.tokens[head] for row in rows]) for head in range(3))
-        else:
-            lengths = segments = [1]
-            sources, kinds = [0], np.array([_NUMBER[Kind.TEXT]])
-            input_ids, labels, gen_labels = np.array([self._pad]), np.array([IGNORE_INDEX]), np.array([IGNORE_INDEX])
-        ends = list(itertools.accumulate(lengths))
-        starts = [start for row in rows for start in row.image_starts] or [-1]
-        first_slots = np.array([end - length + start for end, length, start in zip(ends, lengths, starts, strict=True)])
-        und_slots = first_slots[kinds == _NUMBER[Kind.UNDERSTANDING], None] + self._slots
-        gen_slots = first_slots[kinds == _NUMBER[Kind.GENERATION], None] + self._slots
+            segments = [total for row in rows if (total := row.tokens.shape[1])] or lengths
+        ends = np.array(list(itertools.accumulate(lengths)))
+        first_slots = ends - lengths + np.array([start for row in rows for start in row.image_starts] or [-1])
+        kind_numbers = np.array(kinds)
+        und_slots = first_slots[kind_numbers == _UNDERSTANDING, None] + self._slots
+        gen_slots = first_slots[kind_numbers == _GENERATION, None] + self._slots
+        input_ids, labels, gen_labels = tokens
         gen_ids = gen_labels[gen_slots - 1]  # boi predicts the first id, slot i predicts id i + 1
-        boundaries = np.array([0, *itertools.accumulate(segments)])
+        boundaries = [0, *itertools.accumulate(segments)]
+        position_ids = np.empty(boundaries[-1], np.int64)
+        for start, length in zip(boundaries, segments, strict=False):
+            position_ids[start : start + length] = self._positions(length)
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids),
-            position_ids=torch.from_numpy(np.arange(len(input_ids)) - boundaries[:-1].repeat(segments)),
+            position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
             gen_labels=torch.from_numpy(gen_labels),
-            cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
+            cu_seqlens=torch.from_numpy(np.array(boundaries, np.int32)),
             max_seqlen=max(segments),
             und_images=self._images([row.und_images for row in rows]),
             und_slots=torch.from_numpy(und_slots.reshape(-1)),
@@ -62,7 +66,7 @@ class Collator:
             gen_ids=torch.from_numpy(gen_ids),
             gen_slots=torch.from_numpy(gen_slots.reshape(-1)),
             document_lengths=torch.from_numpy(np.array(lengths)),
-            document_kinds=torch.from_numpy(kinds),
+            document_kinds=torch.from_numpy(kind_numbers),
             document_sources=torch.from_numpy(np.array(sources)),
             rows=len(rows),
             seq_len=self._seq_len,
@@ -72,6 +76,11 @@ class Collator:
             truncated_tokens=sum([row.truncated_tokens for row in rows]),
         )
 
+    def _positions(self, length: int) -> np.ndarray:
+        if length > len(self._counting):
+            self._counting = np.arange(2 * length)
+        return self._counting[:length]
+
     def _images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         present = [pictures for pictures in images if pictures.shape[0]]
         if not present:
@@ -80,7 +89,4 @@ class Collator:
 
 
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays, dtype=np.int64)
+_UNDERSTANDING, _GENERATION = _NUMBER[Kind.UNDERSTANDING], _NUMBER[Kind.GENERATION]

@@ -73,7 +73,7 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             )
         return UnderstandingSample(info=raw.info, image=image, turns=_understanding_turns(_json(raw)))
     ids = raw.vq_ids if raw.vq_ids is not None else _vq_ids(raw, image_slots, codebook_size)
-    if ids is raw.vq_ids is not None and (len(ids) != image_slots or ids.max() >= codebook_size):
+    if raw.vq_ids is not None and (len(ids) != image_slots or ids.max() >= codebook_size):
         raise DataError(
             f"the stored VQ ids of shard {raw.info.shard}, key {raw.info.key!r}, are {len(ids)} ids up to {ids.max()}, this model has "
             f"{image_slots} slots an image and {codebook_size} codes: their manifest is wrong; delete the shard's .jp-vq-* files and run "

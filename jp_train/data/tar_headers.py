@@ -66,10 +66,11 @@ def walk(read: Read, size: int) -> Iterator[Member]:
     while True:
         first = position
         local: dict[str, str] = {}
+        awaited = False
         while True:
             header = _header(read, position, size)
             if header is None:
-                if first != position:
+                if awaited:
                     raise TarFault(CORRUPT, position, f"the archive ends after a header extension at byte {first} that belongs to no file")
                 _check_rest(read, position, size)
                 return
@@ -85,6 +86,7 @@ def walk(read: Read, size: int) -> Iterator[Member]:
                 everywhere |= _pax_records(blob, position)
             elif kind in _PAX:
                 local |= _pax_records(blob, position)
+            awaited |= kind != _PAX_GLOBAL
             position = data + _padded(length)
         extra = everywhere | local
         name = extra["path"] if "path" in extra else _name(header)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import threading
@@ -28,7 +29,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,11 @@ SMALL_FILE = 1 << 20
 """Text files up to this many bytes get a SHA-256, everything else a CRC-32 (which a rank computes at over 1 GB/s)."""
 WAIT_S = 2.0
 """How long a rank waits for its own thread before it tells the others, so that no collective waits longer for a slow disk."""
+SHOWN = 2
+"""Ranks whose errors a message spells out: a full disk fails them all."""
 _NAME = re.compile(r"step_(\d{7,})$")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,14 @@ class Saved:
 
 @dataclass
 class _Pending:
-    """A save under way on this rank; `report` is set by the thread when it is done."""
+    """A save under way on this rank; `report` is set by the thread when it is done. `note` is for the caller's `problems`."""
 
     step: int
     partial: Path
     target: Path
     manifest: dict[str, Any]
     began: float
+    note: str = ""
     thread: threading.Thread | None = None
     report: dict[str, Any] | None = None
 
@@ -118,7 +124,7 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, *, dp_rank: int, dp_world_size: int) -> None:
         self.folder = run_dir / "checkpoints"
         self.problems: list[str] = []
-        """What went wrong without harm to a checkpoint, on this rank; the caller reports and clears them."""
+        """What went wrong without harm to a checkpoint; rank 0 has all of it. The caller reports and removes them."""
         self._cfg = cfg
         self._rank = dp_rank
         self._world = dp_world_size
@@ -163,7 +169,7 @@ class CheckpointStore:
             try:
                 tensors, vq = self._host.take(tensors), [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq]
             except (MemoryError, RuntimeError) as error:  # on one rank perhaps; the others need not know
-                self.problems.append(f"no host memory for a copy ({error}): training waited while step {step} was written")
+                pending.note = f"rank {self._rank}: no host memory for a copy ({error}): training waited while step {step} was written"
                 background = False
         self._pending = pending
         if background:
@@ -186,10 +192,11 @@ class CheckpointStore:
         if any(report is None for report in reports):
             return None
         self._pending = None
+        self.problems += [report["note"] for report in reports if report["note"]]
         try:
             errors = [report["error"] for report in reports if report["error"]]
             if errors:
-                raise CheckpointError(f"cannot complete {pending.target}: " + "; ".join(errors))
+                raise CheckpointError(f"cannot complete {pending.target}: {_first_of(errors)}")
             files = {name: described for report in reports for name, described in report["files"].items()}
             self._on_main(lambda: self._publish(pending, files), f"cannot complete {pending.target}")
         except CheckpointError:
@@ -229,7 +236,7 @@ class CheckpointStore:
             error = f"rank {self._rank}: {explained(problem, self.folder)}"
         except Exception as problem:  # a thread's traceback would be lost, and the other ranks would wait for it
             error = f"rank {self._rank}: {type(problem).__name__}: {problem}"
-        pending.report = {"error": error, "files": files}
+        pending.report = {"error": error, "files": files, "note": pending.note}
 
     # -- resuming -------------------------------------------------------------------------------------------------------------------
 
@@ -237,20 +244,22 @@ class CheckpointStore:
         """The newest complete checkpoint, None for a run that has none. Collective.
 
         A damaged one is reported to `on_damage` (on rank 0) and the one before is tried. Raises CheckpointError when there are checkpoints but
-        none is whole (a silent start from scratch would throw the run away), or when the newest has the format of another version.
+        none is whole (a silent start from scratch would throw the run away), when the newest has the format of another version, and when a rank
+        cannot open what rank 0 sees (passing over a good checkpoint would train its steps again).
         """
-        names = self._shared(self._names if self._rank == 0 else None)
+        names = self._on_main(self._names, f"cannot list {self.folder}")
         problems = []
         for name in reversed(names):
             path = self.folder / name
-            problem = self._shared((lambda path=path: _outer_fault(path)) if self._rank == 0 else None)
+            manifest, problem = self._on_main(lambda path=path: _read_manifest(path), f"cannot read {path}")
             if problem is None:
-                manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
                 _refuse_other_format(path, manifest)
                 problem = self._contents_fault(path, manifest)
-                if problem is None:
-                    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                    return Checkpoint(path, int(manifest["step"]), manifest, state)
+            if problem is None:
+                state = self._on_main(
+                    lambda path=path: json.loads((path / "state.json").read_text(encoding="utf-8")), f"cannot read {path}"
+                )
+                return Checkpoint(path, int(manifest["step"]), manifest, state)
             problems.append(f"{path}: {problem}")
             if self._rank == 0:
                 on_damage(problems[-1])
@@ -284,15 +293,16 @@ class CheckpointStore:
             failure = f"rank {self._rank}: {error}"
         failures = [text for text in self._gather(failure) if text]
         if failures:
-            raise CheckpointError(failures[0])
+            raise CheckpointError(_first_of(failures))
 
     # -- rank 0 ---------------------------------------------------------------------------------------------------------------------
 
-    def _names(self) -> list[str]:
+    def _names(self, until: int | None = None) -> list[str]:
+        """Checkpoints, oldest first. `until` leaves out those of later steps: they were passed over as damaged when this attempt resumed."""
         if not self.folder.is_dir():
             return []
         found = [(int(match[1]), path.name) for path in self.folder.iterdir() if path.is_dir() and (match := _NAME.match(path.name))]
-        return [name for _, name in sorted(found)]
+        return [name for step, name in sorted(found) if until is None or step <= until]
 
     def _start(self, partial: Path, needed: int) -> None:
         if self._retiring is not None:
@@ -300,7 +310,7 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*"):  # of saves and deletions that a crash interrupted
             if leftover.is_dir():
-                shutil.rmtree(leftover)
+                self._delete(leftover)
         require_space(self.folder, needed, f"checkpoint {partial.name.removeprefix('.saving_')}")
         partial.mkdir()
 
@@ -317,16 +327,16 @@ class CheckpointStore:
         os.rename(partial, target)
         _fsync(self.folder)
         write_durably(self.folder / "latest", target.name + "\n")
-        best = self._best() if self._cfg.keep_best else None
+        best = self._best(pending.step) if self._cfg.keep_best else None
         if best is not None:
             write_durably(self.folder / "best", best + "\n")
-        self._retiring = threading.Thread(target=self._retire, args=(best,), daemon=True)  # a large folder takes its time
+        self._retiring = threading.Thread(target=self._retire, args=(pending.step, best), daemon=True)  # a large folder takes its time
         self._retiring.start()
 
-    def _best(self) -> str | None:
+    def _best(self, newest: int) -> str | None:
         """The complete checkpoint with the lowest held-out loss, the oldest of equals."""
         found = []
-        for name in self._names():
+        for name in self._names(newest):
             try:
                 loss = json.loads((self.folder / name / "manifest.json").read_text(encoding="utf-8")).get("val/total")
             except (OSError, ValueError):
@@ -335,36 +345,55 @@ class CheckpointStore:
                 found.append((loss, name))
         return min(found)[1] if found else None
 
-    def _retire(self, best: str | None) -> None:
+    def _retire(self, newest: int, best: str | None) -> None:
         try:
-            for name in self._names()[: -self._cfg.keep_last]:
+            for name in self._names(newest)[: -self._cfg.keep_last]:  # a later one is damaged, and may not push out a whole one
                 step = int(_NAME.match(name)[1])  # type: ignore[index]
                 if name == best or (self._cfg.keep_every and step % self._cfg.keep_every == 0):
                     continue
                 doomed = self.folder / f".deleting_{name}"  # renamed first: half a deletion must not look like a checkpoint
                 os.rename(self.folder / name, doomed)
-                shutil.rmtree(doomed)
+                self._delete(doomed)
             for replaced in self.folder.glob(".replaced_*"):
-                shutil.rmtree(replaced)
+                self._delete(replaced)
         except OSError as error:
             self.problems.append(f"old checkpoints in {self.folder} cannot be deleted: {error}")
+
+    def _delete(self, folder: Path) -> None:
+        """Nothing to fail a save for: on NFS a folder stays while one of its files is open somewhere. The next save tries again."""
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            self.problems.append(f"{folder} cannot be deleted and takes space: {error}")
 
     # -- all ranks ------------------------------------------------------------------------------------------------------------------
 
     def _contents_fault(self, path: Path, manifest: dict[str, Any]) -> str | None:
-        """Compare checksums; the files are dealt to the ranks, however many wrote them."""
-        fault = None
+        """Compare checksums; the files are dealt to the ranks, however many wrote them.
+
+        Raises CheckpointError on every rank when one cannot open a file: rank 0 has seen them all, so the fault is that host's, not the checkpoint's.
+        """
+        fault = unseen = None
         for name, described in manifest["files"].items():
             if (file_rank(name) or 0) % self._world != self._rank:
                 continue
             try:
                 found = _describe(path / name, crc="crc32" in described)
+            except (FileNotFoundError, PermissionError) as error:
+                unseen = f"rank {self._rank} on {platform.node()}: {error}"
+                break
             except OSError as error:
                 found = {"error": str(error)}
             if found != described:
                 fault = f"{name} is damaged: expected {described}, found {found}"
                 break
-        return next((text for text in self._gather(fault) if text), None)
+        told = self._gather((fault, unseen))
+        if blind := [text for _, text in told if text]:
+            raise CheckpointError(
+                f"{path} is there, but not every rank can read it: {_first_of(blind)}. run_dir must lie on a file system that all hosts share, "
+                "readable for this user on each of them"
+            )
+        return next((text for text, _ in told if text), None)
 
     def _gather(self, value: Any) -> list[Any]:
         if self._world == 1:
@@ -373,28 +402,21 @@ class CheckpointStore:
         dist.all_gather_object(values, value)
         return values
 
-    def _shared(self, make: Callable[[], Any] | None) -> Any:
-        """Rank 0's value on every rank; `make` is None elsewhere."""
-        box = [make() if make is not None else None]
+    def _on_main(self, action: Callable[[], T], what: str) -> T:
+        """Run on rank 0; its value is everybody's, and so is its failure, as a CheckpointError."""
+        box: list[Any] = [None, None]
+        if self._rank == 0:
+            try:
+                box[0] = action()
+            except OSError as error:
+                box[1] = f"{what}: {explained(error, self.folder)}"
+            except JpTrainError as error:
+                box[1] = f"{what}: {error}"
         if self._world > 1:
             dist.broadcast_object_list(box, src=0)
+        if box[1]:
+            raise CheckpointError(box[1])
         return box[0]
-
-    def _on_main(self, action: Callable[[], None], what: str) -> None:
-        """Run on rank 0; its failure is everybody's CheckpointError."""
-
-        def attempt() -> str | None:
-            try:
-                action()
-            except OSError as error:
-                return f"{what}: {explained(error, self.folder)}"
-            except JpTrainError as error:
-                return f"{what}: {error}"
-            return None
-
-        error = self._shared(attempt if self._rank == 0 else None)
-        if error:
-            raise CheckpointError(error)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -406,27 +428,31 @@ def write_durably(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
-def _outer_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest and file sizes alone."""
+def _first_of(errors: list[str]) -> str:
+    return "; ".join(errors[:SHOWN]) + (f"; and {len(errors) - SHOWN} more ranks" if len(errors) > SHOWN else "")
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint's manifest, and what is wrong with the checkpoint by the manifest and the file sizes alone."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            return None  # refused by the caller
+            return manifest, None  # refused by the caller
         if int(manifest["step"]) != int(_NAME.match(path.name)[1]):  # type: ignore[index]
-            return f"the manifest says step {manifest['step']}"
+            return manifest, f"the manifest says step {manifest['step']}"
         files = manifest["files"].items()
     except FileNotFoundError:
-        return "manifest.json is missing: the save did not finish"
+        return {}, "manifest.json is missing: the save did not finish"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json is not readable: {error}"
+        return {}, f"manifest.json is not readable: {error}"
     for name, described in files:
         try:
             size = (path / name).stat().st_size
         except OSError:
-            return f"{name} is missing"
+            return manifest, f"{name} is missing"
         if size != described["size"]:
-            return f"{name} has {size} bytes, expected {described['size']}"
-    return None
+            return manifest, f"{name} has {size} bytes, expected {described['size']}"
+    return manifest, None
 
 
 def _refuse_other_format(path: Path, manifest: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jp_train.data.processes import process_state
-from jp_train.engine.guard import WAITING_FOR_DATA
+from jp_train.engine.guard import INDEXING, WAITING_FOR_DATA
 from jp_train.engine.heartbeat import Beat
 from jp_train.errors import DataError, JpTrainError, LaunchError
 
@@ -20,7 +20,7 @@ STILL_MOVING = 0.5
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`kind`: missing, data, sequence, behind, collective. `ranks`: those at fault, empty when none stands out."""
+    """`kind`: missing, data, sequence, indexing, behind, collective. `ranks`: those at fault, empty when none stands out."""
 
     kind: str
     text: str
@@ -71,6 +71,12 @@ def diagnose(
     unequal = _unequal(after)
     if unequal is not None:
         return unequal
+    if all(beat.phase == INDEXING for beat in after.values()):
+        told = (
+            f"rank 0 is still building the index{_frame(after[min(after)])}, and the other ranks wait for it no longer than engine.collective_timeout_s. "
+            "Build it beforehand, without a time limit: `jp-train data index CONFIG`"
+        )
+        return Diagnosis("indexing", told, (0,), DataError)
     places = defaultdict(list)
     for rank in sorted(after):
         beat = after[rank]
@@ -85,7 +91,8 @@ def diagnose(
     beat = after[min(after)]
     who = f"all {len(after)} ranks stand" if len(after) > 1 else f"rank {beat.rank} stands"
     why = ": a collective that does not end (network, device or driver)" if len(after) > 1 else ""
-    return Diagnosis("collective", f"{who} still at {beat.place}{_frame(beat)}{why}", (), JpTrainError)
+    slow = "; if it is only slow, raise engine.stall_timeout_s and engine.collective_timeout_s"
+    return Diagnosis("collective", f"{who} still at {beat.place}{_frame(beat)}{why}{slow}", (), JpTrainError)
 
 
 def _lost(rank: int, beat: Beat | None, host: str, state: Callable[[int], str]) -> str:

@@ -26,8 +26,8 @@ GATHERED_ELEMENTS = 1 << 24
 def export(engine: Engine, path: Path, *, tokenizer: Any, precision: Precision, config_text: str, is_main: bool) -> None:
     """Write `path` from the engine's current weights, the VQ tokenizer and the text tokenizer. Collective; rank 0 writes.
 
-    No rank holds more than GATHERED_ELEMENTS elements, or one tensor; rank 0 has a copy of them on the CPU, and writes tensor by tensor. Raises CheckpointError on every rank when the folder cannot be
-    written; nothing half-written is left.
+    No rank holds more than GATHERED_ELEMENTS elements, or one tensor; rank 0 has a copy of them on the CPU, and writes tensor by tensor. Raises
+    CheckpointError on every rank when the folder cannot be written; nothing half-written is left.
     """
     tensors = whole_tensors(engine, keep=is_main)
     failure: str | None = None

@@ -23,6 +23,7 @@ from jp_train.data.tokenizer import Tokenizer
 from jp_train.data.tools.explain import describe_batch, save_batch
 from jp_train.engine.init import Ranks, gather_objects
 from jp_train.engine.outliers import Verdict
+from jp_train.errors import JpTrainError
 from jp_train.metrics import json_safe
 from jp_train.model.freeze import module_of
 from jp_train.types import PackedBatch
@@ -42,7 +43,7 @@ class Forensics:
         self._norms = block_norms(self._model.named_parameters(), self._optimizer)
 
     def dump(self, step: int, verdict: Verdict, micro_batches: Sequence[PackedBatch], values: Mapping[str, float]) -> Path | str:
-        """Write the dump of a bad step. Collective. Returns its folder, or on rank 0 why it could not be written: a dump never ends a run."""
+        """Write the dump of a bad step. Collective. Returns its folder, or why (some of) it could not be written: a dump never ends a run."""
         folder = Path(self._cfg.run_dir) / FOLDER / f"step_{step:07d}"
         everybodys = gather_objects(self._ranks, self._rows(micro_batches))
         failure = ""
@@ -63,12 +64,14 @@ class Forensics:
             }
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "report.json").write_text(json.dumps(json_safe(report), indent=1, ensure_ascii=False), encoding="utf-8")
+                text = json.dumps(json_safe(report), indent=1, ensure_ascii=False)
+                # a key may hold bytes that are no UTF-8: Python's escape of those is JSON's
+                (folder / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 failure = f"{folder} cannot be written: {error}"
         if self._cfg.guard.dump_tensors:
-            gather_objects(self._ranks, None)  # the folder exists from here on
-            failure = failure or self._save(folder, micro_batches)
+            failures = gather_objects(self._ranks, self._save(folder, micro_batches))
+            failure = failure or next(filter(None, failures), "")
         return failure or folder
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[dict[str, Any]]:
@@ -87,8 +90,8 @@ class Forensics:
         try:
             for number, batch in enumerate(micro_batches):
                 save_batch(batch, folder / f"rank_{self._ranks.dp_rank:04d}_{number}.safetensors")
-        except OSError as error:
-            return f"{folder} cannot be written: {error}"
+        except (OSError, JpTrainError) as error:
+            return f"rank {self._ranks.dp_rank}: {error}"
         return ""
 
 

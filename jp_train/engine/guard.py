@@ -23,6 +23,7 @@ TRAIL = 1024
 """Last modules entered that are kept by name: more than one micro-batch of the 7B model enters."""
 
 WAITING_FOR_DATA = "waiting for data"
+INDEXING = "indexing"
 
 
 class Pace(Enum):
@@ -32,7 +33,7 @@ class Pace(Enum):
     SLOW = "slow"
     """Start-up, first step, save, validation, export: no module is entered for minutes, and nothing is wrong."""
     FREE = "free"
-    """As long as it takes: one rank builds an index of any size."""
+    """As long as it takes where there is one rank (an index of any size); where others wait in a collective, as SLOW."""
 
 
 class SequenceGuard:

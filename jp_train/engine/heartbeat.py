@@ -49,7 +49,7 @@ class Beat:
     answers: str = ""
     """The request that this beat answers; only then the fields below are filled."""
     ended: str = ""
-    """The error with which this rank ended."""
+    """The error with which this rank ended, or `no error`; empty while it has not."""
     trail: tuple[str, ...] = ()
     """Names of the last modules entered in this step; the last one is number `entered`."""
     frame: str = ""
@@ -83,7 +83,7 @@ class HeartbeatFolder:
         if clear:
             known = {rank_name(rank) for rank in range(world)}
             for path in self.folder.iterdir():
-                if path.name not in known:
+                if path.name not in known and not path.name.startswith("."):  # another rank may be about to rename its own
                     path.unlink(missing_ok=True)
 
     def write_beat(self, beat: Beat) -> None:
@@ -114,7 +114,7 @@ class HeartbeatFolder:
         return self.stacks / f"rank_{rank:04d}_step_{max(0, step)}.txt"
 
     def _replace(self, name: str, value: dict[str, Any]) -> None:
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        temporary = self.folder / f".{name}.{value['rank']}.tmp"  # process ids repeat on other hosts
         temporary.write_text(json.dumps(value), encoding="utf-8")
         os.replace(temporary, self.folder / name)
 

@@ -57,7 +57,7 @@ class Usual:
         broken = [name.replace("_", " ") for name, value in found.items() if not math.isfinite(value)]
         if broken:
             return Verdict(loss, grad_norm, cfg.nonfinite_action.value, f"{' and '.join(broken)} not finite", self.usual())
-        usual = self.usual()
+        usual, before = self.usual(), len(self._values["loss"])
         for name, value in found.items():
             self._values[name].append(value)
         if cfg.outlier_action is OutlierAction.off:
@@ -67,7 +67,7 @@ class Usual:
             return Verdict(loss, grad_norm)
         told = [
             f"{name.replace('_', ' ')} {found[name]:.4g} is {(found[name] - usual[name]['median']) / usual[name]['spread']:.0f} spreads above the median "
-            f"{usual[name]['median']:.4g} of the last {len(self._values[name]) - 1 if len(self._values[name]) < cfg.outlier_window else cfg.outlier_window} steps"
+            f"{usual[name]['median']:.4g} of the last {before} steps"
             for name in high
         ]
         return Verdict(loss, grad_norm, cfg.outlier_action.value, " and ".join(told), usual)

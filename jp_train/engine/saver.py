@@ -49,6 +49,8 @@ class Saver:
         self._reported = True
         self._failures_in_a_row = 0
         self._failures = 0
+        self._with_frozen = cfg.model.init_from is None
+        """Whether checkpoints hold what does not change too: where there is no other place that it came from."""
         partitions.check_supported(engine.deepspeed)
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any], *, final: bool) -> None:
@@ -92,12 +94,13 @@ class Saver:
         partitions.prepare(engine)
         self._store.load(checkpoint, lambda reader: partitions.fill(engine, reader), self._engine.vq)
         partitions.refresh(engine)
+        self._with_frozen |= bool(checkpoint.manifest["with_frozen"])  # the only copy of it, whatever init_from says now
         engine.global_steps = checkpoint.step
 
     def _content(self, state: dict[str, Any], about: dict[str, Any]) -> Content:
-        with_frozen = self._cfg.model.init_from is None
+        with_frozen = self._with_frozen
         engine = self._engine.deepspeed
-        if self._cfg.model.init_from is not None:
+        if not with_frozen:
             about = {**about, "frozen_from": str(Path(self._cfg.model.init_from).resolve())}
         return Content(
             tensors=partitions.held(engine, with_frozen=with_frozen),
@@ -112,17 +115,20 @@ class Saver:
         )
 
     def _complete(self, step: int, action: Callable[[], Saved | None], *, fatal: bool, tolerant: bool = False) -> None:
+        saved = failure = None
         with self._stalls():
             try:
                 saved = action()
             except CheckpointError as error:
-                self.saved_step = None
-                self._failed(step, error, fatal=fatal, tolerant=tolerant)
-                return
-        for problem in self._store.problems:
+                failure = error
+        problems = self._store.problems
+        while problems:  # one by one: the deletion of old checkpoints may add to them meanwhile
+            problem = problems.pop(0)
             self._log.event("save_problem", step, reason=problem)
             self._log.say(problem)
-        self._store.problems.clear()
+        if failure is not None:
+            self.saved_step = None
+            self._failed(step, failure, fatal=fatal, tolerant=tolerant)
         if saved is not None:
             self.longest_s = max(self.longest_s, saved.total_s)
             self._failures_in_a_row = 0

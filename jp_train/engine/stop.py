@@ -136,7 +136,7 @@ class SkipCounter:
         self.total += 1
         self.consecutive += 1
         self.recent = [earlier for earlier in self.recent if earlier > step - limits.skip_window] + [step]
-        allowed = int(limits.max_skip_share * limits.skip_window)
+        allowed = int(limits.max_skip_share * limits.skip_window + 1e-9)  # 0.29 x 100 is 28.999...
         if self.consecutive >= limits.max_consecutive_skips:
             return f"{self.consecutive} updates in a row were left out (guard.max_consecutive_skips)"
         if len(self.recent) > allowed:

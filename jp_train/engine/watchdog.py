@@ -7,7 +7,8 @@ waits in a collective cannot be woken. While any rank still makes progress nobod
 
 The other ranks' files are read by one rank and only then, so 256 ranks cost a shared file system 26 small writes a second and nothing else. Every
 access of the run folder runs beside the thread with a time limit: a folder that hangs or refuses writes costs what the other ranks would have said,
-not the watch itself. Time in which this thread itself did not run (a suspended machine, a stopped process) does not count as standing still.
+not the watch itself: without them a rank ends the run only when the collectives are about to. Time in which this thread itself did not run (a suspended
+machine, a stopped process) does not count as standing still.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ LOOK_S = 0.5
 SLOWEST_BEAT_S = 10.0
 ACCESS_S = 5.0
 """A file access that takes longer is given up for this time."""
+READ_S = 0.05
+"""The same for each heartbeat, where those of all ranks are read."""
+REPORT_S = 20.0
+"""The same for what is told at the end: synced to a disk that may be slow, but before the other ranks take this one for silent."""
 COLLECTIVE_SHARE = 0.9
 """Share of `engine.collective_timeout_s` after which even a slow phase stands still: the cause is named before collectives fail."""
 SLOW_ALONE_S = 1800.0
@@ -97,7 +102,7 @@ class Watchdog:
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._folder_works = True
+        self._folder_works, self._complained = True, False
         self._busy: threading.Thread | None = None
         self._beats = 0
         self._seen: tuple[int, int, int] = (-1, -1, -1)
@@ -116,7 +121,7 @@ class Watchdog:
         self._closing.set()
         self._thread.join(ACCESS_S)
         if self.on:
-            self._beat(ended=f"{type(error).__name__}: {error}"[:2000] if error is not None else "")
+            self._beat(ended=f"{type(error).__name__}: {error}"[:2000] if error is not None else "no error")
 
     def follow(self, guard: SequenceGuard, loader: Loader | None = None) -> None:
         """Watch this guard (and loader) from now on."""
@@ -139,12 +144,12 @@ class Watchdog:
             before = time.monotonic()
 
     def _look(self, now: float) -> None:
-        code = self._flag.must_exit(starting=self.guard.step < 0)
+        starting = self.guard.step < 0
+        code = self._flag.must_exit(starting=starting)
         if code:
-            self._say(
-                f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if self.guard.step < 0 else 'asked twice'}"
-            )
-            self._stopped(code)
+            self._say(f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if starting else 'asked twice'}")
+            if starting:
+                self._bounded(lambda: self._stopped(code), within_s=REPORT_S)
             self._leave(code)
         seen = (id(self.guard), self.guard.progress, self.loader.received if self.loader else 0)
         if seen != self._seen:
@@ -160,8 +165,9 @@ class Watchdog:
             self._stalled()
 
     def limit_s(self) -> float | None:
-        """Seconds that the present phase may go without progress."""
-        return {Pace.NORMAL: self._normal_s, Pace.SLOW: max(self._normal_s, self._slow_s), Pace.FREE: None}[self.guard.pace]
+        """Seconds that the present phase may go without progress; None: as long as it likes, as no other rank waits in a collective."""
+        free = None if self.world == 1 else self._slow_s
+        return {Pace.NORMAL: self._normal_s, Pace.SLOW: max(self._normal_s, self._slow_s), Pace.FREE: free}[self.guard.pace]
 
     def _correspond(self) -> None:
         """Say where this rank stands, and do what other ranks ask for: stacks and last modules, or to end."""
@@ -193,18 +199,22 @@ class Watchdog:
         after = self._read_all()
         if self._closing.is_set() or self.guard.progress != self._seen[1]:
             return
+        idle = time.monotonic() - self._since
+        if self.world > 1 and idle < self._slow_s and not (self.rank in before and self.rank in after):
+            self._say(f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; {self._files.folder} does not say why")
+            self._next_check = time.monotonic() + max(self._normal_s / 4, self._settle_s)
+            return
         at_work = [rank for rank in diagnosis.moving(before, after) if rank != self.rank]
         if at_work:
             self._say(
-                f"rank {self.rank} has waited {time.monotonic() - self._since:.0f} s at {self._describe().place}; rank {at_work[0]} still works, at "
-                f"{after[at_work[0]].place}"
+                f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; rank {at_work[0]} still works, at {after[at_work[0]].place}"
             )
             self._next_check = time.monotonic() + max(self._normal_s / 4, self._settle_s)
             return
         self._conclude(self._cause(before, after))
 
     def _cause(self, before: dict[int, Beat], after: dict[int, Beat]) -> diagnosis.Diagnosis:
-        if self.rank not in after:  # the folder does not work: this rank can only speak for itself
+        if self.rank not in before or self.rank not in after:  # the folder does not work: this rank can only speak for itself
             own = self._describe(full=True)
             before, after = {}, {self.rank: own}
             found = diagnosis.diagnose({self.rank: own}, {self.rank: Beat(**{**vars(own), "beat": own.beat + 1})}, 1, self._host)
@@ -227,7 +237,7 @@ class Watchdog:
             "found_by": self.rank,
             "place": self._describe().place,
         }
-        self._bounded(lambda: self._report(error, details))
+        self._bounded(lambda: self._report(error, details), within_s=REPORT_S)
         self._say(f"rank {self.rank}: {type(error).__name__}: {text}")
         self._access(
             lambda: self._files.judge({"text": f"{type(error).__name__}: {text}", "exit_code": error.exit_code, "rank": self.rank})
@@ -256,7 +266,7 @@ class Watchdog:
         if self.rank not in after:
             return ""
         found = diagnosis.diagnose(before, after, self.world, self._host)
-        return found.text if found.kind in ("missing", "sequence", "behind") else ""
+        return found.text if found.kind in ("missing", "sequence", "behind", "indexing") else ""
 
     def _has_spoken(self, before: Beat | None, now: Beat | None) -> bool:
         """Whether a rank has said where it stands since `before`, or never will."""
@@ -312,23 +322,28 @@ class Watchdog:
         def read() -> dict[int, Beat]:
             return {rank: beat for rank in range(self.world) if (beat := self._files.read_beat(rank))}
 
-        return self._access(read) or {}
+        return self._access(read, within_s=max(ACCESS_S, READ_S * self.world)) or {}
 
-    def _access(self, action: Callable[[], T]) -> T | None:
+    def _access(self, action: Callable[[], T], within_s: float = ACCESS_S) -> T | None:
         """Use the run folder; None when that fails or hangs, which is said once."""
         try:
-            return self._bounded(action, strict=True)
+            found = self._bounded(action, strict=True, within_s=within_s)
         except OSError as error:
-            if self._folder_works:
-                self._folder_works = False
-                self._say(f"rank {self.rank}: the watchdog cannot use {self._run_dir}: {error}. A stall will be named on the console only")
+            self._folder_works = False
+            if not self._complained:
+                self._complained = True
+                self._say(
+                    f"rank {self.rank}: the watchdog cannot use {self._run_dir}: {error}. As long as that lasts, a stall is named on the console only"
+                )
             return None
+        self._folder_works = True
+        return found
 
-    def _bounded(self, action: Callable[[], T], *, strict: bool = False) -> T | None:
-        """Run `action` in a thread of its own for at most ACCESS_S; None when it hangs or fails. `strict`: an OSError is raised instead."""
+    def _bounded(self, action: Callable[[], T], *, strict: bool = False, within_s: float = ACCESS_S) -> T | None:
+        """Run `action` in a thread of its own for at most `within_s`; None when it hangs or fails. `strict`: an OSError is raised instead."""
         if self._busy is not None and self._busy.is_alive():
             if strict:
-                raise TimeoutError(f"an earlier access has hung for more than {ACCESS_S:g} s")
+                raise TimeoutError("an earlier access still hangs")
             return None
         box: list[Any] = []
 
@@ -340,11 +355,11 @@ class Watchdog:
 
         helper = threading.Thread(target=attempt, name="watchdog-files", daemon=True)
         helper.start()
-        helper.join(ACCESS_S)
+        helper.join(within_s)
         if not box:
             self._busy = helper
             if strict:
-                raise TimeoutError(f"an access has hung for more than {ACCESS_S:g} s")
+                raise TimeoutError(f"an access has hung for more than {within_s:g} s")
             return None
         worked, value = box[0]
         if not worked and strict and isinstance(value, OSError):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scene import Expectation, MissedError, Scene, state
+from scene import Expectation, HungError, MissedError, Scene, state
 
 CRASH = (1, 3, 4, 5, 70, -6)
 """Exit statuses of a rank whose peer vanished: an error of its own, or gloo's abort."""
@@ -127,6 +127,47 @@ def pause_a_data_worker(scene: Scene) -> Expectation:
     if state(victim):
         os.kill(victim, signal.SIGCONT)
     return Expectation()
+
+
+# -- what only the watchdog can end --------------------------------------------------------------------------------------------------------
+
+
+def _others_end(scene: Scene, held: int) -> None:
+    """Until every rank but `held` has ended; the watchdog's time and some more."""
+    deadline = time.monotonic() + 60.0
+    while any(state(pid) not in ("Z", "X", "") for rank, pid in enumerate(scene.pids) if rank != held):
+        if time.monotonic() > deadline:
+            raise HungError("nobody ended the run although nothing moved for 60 s")
+        time.sleep(0.05)
+
+
+@fault(running=True, weight=1)
+def stop_a_rank_for_good(scene: Scene) -> Expectation:
+    """A rank that stands still for ever (SIGSTOP): the others must name it and end. The launcher would then kill it."""
+    if scene.world == 1:
+        raise MissedError
+    scene.steps_on(1, 3)
+    victim = scene.rng.randrange(scene.world)
+    scene.signal([victim], signal.SIGSTOP)
+    try:
+        _others_end(scene, held=victim)
+    finally:
+        scene.signal([victim], signal.SIGKILL)
+    return Expectation(codes=(5,), killed=(victim,), named=rf"rank {victim}\b")
+
+
+@fault(running=True, weight=1, workers=1)
+def stop_a_data_worker_for_good(scene: Scene) -> Expectation:
+    scene.steps_on(1, 3)
+    scene.wait(lambda: bool(scene.data_workers()))
+    victim = scene.rng.choice(scene.data_workers())
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        _others_end(scene, held=-1)
+    finally:
+        if state(victim):
+            os.kill(victim, signal.SIGCONT)
+    return Expectation(codes=(3, 5), named="loader worker")
 
 
 # -- signals ------------------------------------------------------------------------------------------------------------------------------

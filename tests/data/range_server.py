@@ -12,13 +12,14 @@ from contextlib import contextmanager
 
 
 class RangeServer:
-    """`content` by path; `faults`: names taken one per GET, in order; counts of requests and connections."""
+    """`content` by path; `faults`: names taken one per GET, in order; `length`: what Content-Length says instead; counts of requests and connections."""
 
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
         self.faults: list[str] = []
         self.etag = '"v1"'
         self.location = ""
+        self.length: str | None = None
         self.requests = 0
         self.connections = 0
         self.url = ""
@@ -99,7 +100,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _head(self, status: int, length: int, span: str = "", location: str = "", coding: str = "") -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(length))
+        self.send_header("Content-Length", str(length) if self.state.length is None else self.state.length)
         self.send_header("ETag", self.state.etag)
         for name, value in (("Content-Range", span), ("Location", location), ("Content-Encoding", coding)):
             if value:

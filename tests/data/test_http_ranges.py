@@ -126,6 +126,23 @@ def test_a_redirect_to_another_scheme_is_refused(server, reader, waits, target):
     assert waits == []
 
 
+@pytest.mark.parametrize(
+    "target", ["http://[::1/a.tar", "http://127.0.0.1:99999999/a.tar", "http://127.0.0.1:x/a.tar", "http://" + "é" * 80 + "/"]
+)
+def test_a_redirect_to_what_is_no_url_is_an_error_of_the_data(server, reader, target):
+    shard = reader.stat(f"{server.url}/a.tar")
+    server.faults, server.location = ["redirect"] * 9, target
+    with pytest.raises(DataError, match=r"a\.tar|é"):
+        reader.read(shard, 0, 10)
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "9" * 5000, "-1", "0x10", ""])
+def test_a_length_that_is_no_number_is_an_error_of_the_data(server, reader, length):
+    server.length = length
+    with pytest.raises(DataError, match="no usable Content-Length"):
+        reader.stat(f"{server.url}/a.tar")
+
+
 def test_redirects_are_followed_to_http_and_bounded(server, reader):
     shard = reader.stat(f"{server.url}/a.tar")
     server.content["/b.tar"] = server.content["/a.tar"]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -88,6 +91,85 @@ def test_a_damaged_sidecar_is_rebuilt_and_pickles_are_never_loaded(cfg, tmp_path
         for path in tmp_path.glob("*.npz"):
             path.write_bytes(path.read_bytes()[:200] if garbage is None else garbage)
         np.testing.assert_array_equal(index_sources(only(cfg), tokenizer)[0].tokens, expected)
+
+
+def _sidecar(path, **changes):
+    """The sidecar again with other arrays, or (`meta=`) other meta data."""
+    with np.load(path, allow_pickle=False) as file:
+        held = {name: file[name] for name in file.files}
+    if "meta" in changes:
+        told = json.loads(bytes(held["meta"])) | changes.pop("meta")
+        held["meta"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    np.savez(path, **held | changes)
+
+
+HOSTILE_MEMBERS = {
+    "an extension of another list": {"extension": np.array([0, 9, 0], np.int32)},
+    "a negative extension": {"extension": np.array([0, -1, 0], np.int32)},
+    "a negative offset": {"offset": np.array([-5, 512, 1024])},
+    "bytes past the end": {"size": np.array([5, 5, 1 << 40])},
+    "a sum that overflows": {"offset": np.array([512, 512, (1 << 63) - 1]), "size": np.array([1, 1, 5])},
+    "fractions": {"offset": np.array([1.0, 2.0, 3.0])},
+    "a start past the members": {"member_start": np.array([0, 1, 2, 300])},
+    "starts that go back": {"member_start": np.array([0, 2, 1, 3])},
+    "another number of keys": {"keys": np.frombuffer(b"a\0b", np.uint8)},
+    "no list of extensions": {"meta": {"extensions": "txt"}},
+    "extensions that are no texts": {"meta": {"extensions": [["txt"], 7]}},
+    "stray files that are no pairs": {"meta": {"ignored": [["a"]]}},
+}
+HOSTILE_TOKENS = {
+    "a negative sample": {"sample": np.array([-1, 1, 2], np.int32)},
+    "a sample twice": {"sample": np.array([0, 1, 1], np.int32)},
+    "another number of lengths": {"table": np.ones((4, 2), np.int32)},
+    "a document of no tokens": {"table": np.zeros((4, 3), np.int32)},
+    "negative lengths": {"table": np.full((4, 3), -7, np.int32)},
+    "bad samples without reason": {"meta": {"bad": [["a"]]}},
+    "dialogues that are no number": {"meta": {"dialogues": "many"}},
+}
+
+
+@pytest.mark.parametrize("which", [*HOSTILE_MEMBERS, *HOSTILE_TOKENS])
+def test_a_sidecar_that_contradicts_itself_or_the_shard_is_built_again(cfg, tmp_path, tokenizer, which):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", text_samples(3))
+    (expected,) = index_sources(only(cfg), tokenizer)
+    (members,), (tokens,) = tmp_path.glob("*.jp-members.npz"), tmp_path.glob("*.jp-tokens-*.npz")
+    kept = sidecar.load_members(expected.shards[0])
+    _sidecar(members)  # rewritten as it was: still good
+    assert sidecar.load_members(expected.shards[0]).keys == kept.keys
+    if which in HOSTILE_MEMBERS:
+        _sidecar(members, **HOSTILE_MEMBERS[which])
+        assert sidecar.load_members(expected.shards[0]) is None
+        tokens.unlink()
+    else:
+        _sidecar(tokens, **HOSTILE_TOKENS[which])
+        assert sidecar.load_tokens(expected.shards[0], expected.locator.fingerprint) is None
+    (index,) = index_sources(only(cfg), tokenizer)
+    np.testing.assert_array_equal(index.tokens, expected.tokens)
+    np.testing.assert_array_equal(sidecar.load_members(index.shards[0]).offset, kept.offset)
+
+
+def test_what_a_killed_writer_left_behind_is_removed_when_it_is_old_and_nothing_else_is(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", text_samples(3))
+    for name, age in ((".b.tar.jp-members.npz.7.abcd.tmp", 7200), (".a.tar.jp-vq-1.npy.7.abcd.tmp", 5), (".notes.tmp", 7200)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    index_sources(only(cfg), tokenizer)
+    assert sorted(name for name in os.listdir(tmp_path) if name.endswith(".tmp")) == [".a.tar.jp-vq-1.npy.7.abcd.tmp", ".notes.tmp"]
+
+
+def test_keys_that_no_terminal_can_show_are_escaped_in_the_table(cfg, tmp_path, tokenizer):
+    cfg.data.root = str(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, text in (("\udcff\x1b[31m.txt", b""), ("good.txt", b"some words")):
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    table = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    index_command(only(cfg), 1, table=table, progress=io.StringIO())
+    table.flush()
+    assert b"bad in s: \\udcff\\x1b[31m in " in table.buffer.getvalue()
 
 
 def test_a_read_only_shard_folder_falls_back_to_the_cache_folder(cfg, tmp_path, tokenizer, monkeypatch):

@@ -11,7 +11,7 @@ from data_samples import generation_samples, write_shard
 
 from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, scan_members
 from jp_train.data.sidecar import load_members, store_members
-from jp_train.data.tar_headers import walk
+from jp_train.data.tar_headers import TarFault, walk
 from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
 
@@ -232,6 +232,58 @@ def test_hostile_names_are_keys_that_survive_the_sidecar_and_touch_no_file(tmp_p
     again = load_members(shard)
     assert again is not None and again.keys == members.keys and again.ignored == members.ignored
     assert sorted(os.listdir(tmp_path)) == ["data"] and sorted(os.listdir(data)) == ["a.tar", "a.tar.jp-members.npz"]
+
+
+def _random_tar(random: np.random.Generator, form: int) -> bytes:
+    """Files, empty files, folders and links with short, long and foreign names, and an end marker of any number of blocks."""
+    letters = np.array(list("ab.-_ é字" if form != tarfile.USTAR_FORMAT else "ab.-_ é"))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers={"comment": "all"} if random.integers(2) else {}) as tar:
+        for number in range(int(random.integers(1, 9))):
+            longest = 40 if form == tarfile.USTAR_FORMAT else 130
+            parts = ["".join(random.choice(letters, int(random.integers(1, longest)))) for _ in range(int(random.integers(1, 4)))]
+            info = tarfile.TarInfo("/".join(["x", *parts, f"{number}.txt"]))
+            info.type = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE][int(random.integers(5))]
+            if info.type == tarfile.AREGTYPE and len(info.name.encode()) > 100:
+                info.type = tarfile.REGTYPE  # tarfile takes such a file for a folder when its cut-off name happens to end in a slash
+            info.mtime = float(random.uniform(0, 1e9)) if form == tarfile.PAX_FORMAT else 0
+            content = b""
+            if info.isfile():
+                content = random.bytes(int(random.choice([0, 1, 511, 512, 513, random.integers(3000)])))
+            elif info.issym():
+                info.linkname = "l" * int(random.integers(1, 100 if form == tarfile.USTAR_FORMAT else 300))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        end = tar.offset
+    return buffer.getvalue()[:end] + bytes(512 * int(random.integers(1, 45)))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_random_tars_have_exactly_the_members_that_tarfile_finds(form):
+    random = np.random.default_rng(form)
+    kinds = set()
+    for _ in range(150):
+        data = _random_tar(random, form)
+        found = list(walk(lambda offset, size, data=data: data[offset : offset + size], len(data)))
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            expected = [(one.name, one.isfile(), one.isdir(), one.offset_data, one.size) for one in tar]
+        assert [(one.name.rstrip("/") if one.folder else one.name, one.file, one.folder, one.offset, one.size) for one in found] == expected
+        kinds |= {(one.file, one.folder, len(one.name) > 100, one.size == 0) for one in found}
+    assert len(kinds) == 8  # files with and without content, folders and links; of each, short and long names
+
+
+def test_a_tar_of_nothing_but_remarks_is_empty_and_an_extension_without_its_file_is_damage():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as tar:
+        remarks = tar.offset
+    data = buffer.getvalue()
+    assert list(walk(lambda offset, size: data[offset : offset + size], len(data))) == []
+    header = bytearray(data[:remarks])
+    header[156:157], header[148:156] = b"x", b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    data = bytes(header) + data[remarks:]
+    with pytest.raises(TarFault, match="belongs to no file"):
+        list(walk(lambda offset, size: data[offset : offset + size], len(data)))
 
 
 def test_a_name_with_a_nul_belongs_to_no_sample(tmp_path):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from jp_train.data.exclusions import Excluded, excluded_samples, store_exclusion
 from jp_train.data.index import index_sources
 from jp_train.data.ledger import Ledger
 from jp_train.data.shards import ShardReader
+from jp_train.data.tools import verify
 from jp_train.data.tools.verify import VerifyOptions, verify_command, verify_sources
 from jp_train.data.tools.verify_faults import REMEDIES
 from jp_train.errors import ConfigError, DataError
@@ -318,15 +321,13 @@ def test_a_process_that_dies_on_a_shard_is_a_finding_of_that_shard_only(sources,
         write_shard(tmp_path / f"text{number}.tar", text_samples(3))
     huge = tmp_path / "text1.tar"
     cfg = sources("text")
-    import jp_train.data.tools.verify as verify_module
-
-    real = verify_module.ProcessPoolExecutor
+    real = verify.ProcessPoolExecutor
 
     class Dying(real):
         def submit(self, function, task):
             return super().submit(_die if task.shard.path == str(huge) else function, task)
 
-    monkeypatch.setattr(verify_module, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(verify, "ProcessPoolExecutor", Dying)
     report = verify_sources(cfg, tokenizer, VerifyOptions(processes=2))
     assert [(Path(fault.shard).name, fault.fault) for fault in report.findings] == [("text1.tar", "process_died")]
     assert [shard.good for shard in report.shards] == [3, 0, 3]
@@ -334,6 +335,36 @@ def test_a_process_that_dies_on_a_shard_is_a_finding_of_that_shard_only(sources,
 
 def _die(task):
     os._exit(9)
+
+
+def _never_ends(task):
+    time.sleep(300)
+
+
+class _Interrupted(io.StringIO):
+    def write(self, text: str) -> int:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_pass_does_not_wait_for_the_shards_under_way(sources, tokenizer, tmp_path, monkeypatch):
+    for number in range(2):
+        write_shard(tmp_path / f"text{number}.tar", text_samples(3))
+    monkeypatch.setattr(verify, "_run_in_worker", _never_ends)
+    with pytest.raises(KeyboardInterrupt):
+        verify_sources(sources("text"), tokenizer, VerifyOptions(processes=2), progress=_Interrupted())
+    assert not multiprocessing.active_children()
+
+
+def test_a_report_that_cannot_be_written_and_damaged_exclusions_are_told_before_the_pass(sources, tokenizer, tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "text.tar", text_samples(3))
+    monkeypatch.setattr(verify, "verify_shard", lambda *_: pytest.fail("read a shard"))
+    cfg = sources("text")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out"):
+        verify_command(cfg, VerifyOptions(out=tmp_path / "file" / "out"))
+    Path(f"{path}.jp-excluded.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not ignored"):
+        verify_sources(cfg, tokenizer, VerifyOptions())
 
 
 def test_the_command_prints_one_json_object_and_exits_with_3(mixed, tmp_path, capsys):

@@ -127,6 +127,46 @@ def test_only_a_manifest_makes_ids_complete(tmp_path):
     assert ids_state(shard, RECIPE.fingerprint, reader) is IdsState.missing
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"samples": "3"},
+        {"samples": True},
+        {"slots": [16]},
+        {"stamp": None},
+        {"recipe": {"vq": ["a" * 32], "transform": 1, "image_side": 32, "max_image_pixels": 1000}},
+        {"recipe": {"vq": "c" * 32, "transform": 1, "image_side": 32, "max_image_pixels": 1000}},
+        {"unusable": [["k"]]},
+        {"unusable": 7},
+    ],
+)
+def test_a_manifest_of_other_types_or_of_another_recipe_than_its_fingerprint_is_none(tmp_path, change):
+    shard = store(write_shard(tmp_path / "a.tar", generation_samples(3)), 3)
+    (manifest,) = tmp_path.glob("*.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    assert load_manifest(shard, RECIPE.fingerprint) is None and open_ids(shard, RECIPE.fingerprint, ShardReader()) is None
+
+
+def test_a_fingerprint_that_would_be_a_path_is_not_looked_for(tmp_path):
+    shard = store(write_shard(tmp_path / "a.tar", generation_samples(3)), 3)
+    (manifest,) = tmp_path.glob("*.json")
+    for told in ("/../../../etc/x", 7, None, ["a" * 32], RECIPE.fingerprint.upper()):
+        manifest.write_text(json.dumps({"fingerprint": told}))
+        assert stored_fingerprints([shard]) == {shard.path: []}
+    manifest.write_text("[" * 100_000)
+    assert stored_fingerprints([shard]) == {shard.path: []} and load_manifest(shard, RECIPE.fingerprint) is None
+
+
+@pytest.mark.parametrize("what", ["codes", "slots"])
+def test_ids_that_the_model_cannot_have_stop_training_though_their_manifest_allows_them(generation, tokenizer, tmp_path, what):
+    ids = np.full((6, SLOTS), 5000, np.uint16) if what == "codes" else np.zeros((6, SLOTS - 1), np.uint16)
+    for name, samples in (("a.tar", 6), ("b.tar", 5)):
+        shard = ShardReader().stat(str(tmp_path / name))
+        store_ids(shard, RECIPE, ids[:samples], codebook_size=6000, without_picture=0, pictures_sha256="", unusable=[])
+    with pytest.raises(DataError, match="their manifest is wrong"):
+        rows(generation, tokenizer, RECIPE)
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "header", "id"])
 def test_damaged_ids_are_an_error_that_names_the_file(tmp_path, damage):
     shard = store(write_shard(tmp_path / "a.tar", generation_samples(3)), 3)

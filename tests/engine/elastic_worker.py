@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -12,11 +16,15 @@ import torch
 import worker
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from distributed import run_scenarios, serve
+from test_checkpoint import content
 
+import jp_train.engine.checkpoint as checkpoints
 import jp_train.train as training
-from jp_train.config.schema import SaveErrorAction
+from jp_train.config import RunConfig
+from jp_train.config.schema import CheckpointConfig, SaveErrorAction
 from jp_train.engine import partitions
-from jp_train.engine.init import gather_for_reading
+from jp_train.engine.init import gather_for_reading, init_process_group
+from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import PartitionReader
 
 
@@ -101,7 +109,66 @@ def views(parameter: Any) -> dict[str, torch.Tensor]:
         return {"frozen": parameter.detach().clone()}
 
 
-SCENARIOS = {"train": train}
+def one_rank_fails(folder: str) -> dict[str, Any]:
+    """Saves and a look for the newest checkpoint with rank 1 in trouble: what each rank is told, and whether the ranks still fit together."""
+    ranks = init_process_group(RunConfig())
+    last = ranks.dp_rank == 1
+    store = checkpoints.CheckpointStore(Path(folder), CheckpointConfig(), dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
+    plain_write, plain_describe, release, told = checkpoints.write_shard, checkpoints._describe, threading.Event(), {}
+
+    def save(step: int) -> int:
+        store.begin(step, content(step))
+        return store.settle().step
+
+    def ask(what: str, action: Callable[[], Any]) -> None:
+        try:
+            told[what] = action()
+        except CheckpointError as error:
+            told[what] = str(error)
+
+    def full(path: Path, tensors: Any) -> dict[str, Any]:
+        if last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain_write(path, tensors)
+
+    def slow(path: Path, tensors: Any) -> dict[str, Any]:
+        assert not last or release.wait(30)
+        return plain_write(path, tensors)
+
+    def unseen(file: Path, *, crc: bool = False) -> dict[str, Any]:
+        if last:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(file))
+        return plain_describe(file, crc=crc)
+
+    def no_memory(tensors: Any) -> Any:
+        if last:
+            raise MemoryError("none left")
+        return [(name, tensor.clone()) for name, tensor in tensors]
+
+    ask("whole", lambda: save(100))
+    with patch.object(checkpoints, "write_shard", full):
+        ask("full", lambda: save(200))
+    ask("left", lambda: sorted(path.name for path in store.folder.iterdir()))
+    with patch.object(checkpoints, "write_shard", slow):
+        store.begin(300, content(300))
+        ask("slow", store.poll)
+        release.set()
+        ask("slow, later", lambda: store.settle().step)
+    with patch.object(store._host, "take", no_memory):
+        ask("no memory", lambda: save(400))
+    told["problems"] = list(store.problems)
+    with patch.object(checkpoints, "_describe", unseen):
+        ask("unseen", store.newest)
+    torch.distributed.barrier()
+    if not last:
+        damaged = store.folder / "step_0000400" / "rank_00001.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    torch.distributed.barrier()
+    ask("damaged", lambda: store.newest().step)
+    return told
+
+
+SCENARIOS = {"train": train, "one_rank_fails": one_rank_fails}
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:

@@ -108,7 +108,7 @@ def test_without_host_memory_for_a_copy_training_waits_and_the_checkpoint_is_who
     monkeypatch.setattr(made._host, "take", none_left)
     save(made, 100)
     assert torch.equal(loaded(made, made.newest())["master/w"], values(100)["master/w"])
-    assert made.problems == ["no host memory for a copy (none left): training waited while step 100 was written"]
+    assert made.problems == ["rank 0: no host memory for a copy (none left): training waited while step 100 was written"]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,39 @@ def test_retention_keeps_the_last_ones_the_multiples_and_the_best(tmp_path):
     assert (tmp_path / "checkpoints" / "best").read_text() == "step_0000200\n"
     save(made, 800, about={"val/total": 1.0})
     assert (tmp_path / "checkpoints" / "best").read_text() == "step_0000800\n" and not (tmp_path / "checkpoints" / "step_0000200").exists()
+
+
+def test_a_damaged_checkpoint_of_a_later_step_pushes_out_no_whole_one(tmp_path):
+    """A run that resumed before it and is stopped before it gets there again."""
+    made = store(tmp_path, keep_last=1, keep_every=100, keep_best=True)
+    for step, loss in ((100, 2.0), (200, 1.0), (300, 1.0)):
+        (save(made, step, about={"val/total": loss}) / "state.json").write_text("{}" if step > 100 else json.dumps({"step": step}))
+    again = store(tmp_path, keep_last=1, keep_best=True)
+    assert again.newest().step == 100
+    save(again, 150, about={"val/total": 1.5})
+    assert again.newest().step == 150 and (again.folder / "best").read_text() == (again.folder / "latest").read_text() == "step_0000150\n"
+    save(again, 200)
+    save(again, 300)
+    assert sorted(path.name for path in again.folder.iterdir()) == ["best", "latest", "step_0000150", "step_0000300"]
+
+
+def test_what_cannot_be_deleted_is_told_and_fails_no_save(tmp_path, monkeypatch):
+    """On NFS a folder stays while somebody reads one of its files."""
+    made, plain = store(tmp_path, keep_last=1), checkpoint_module.shutil.rmtree
+
+    def held(path: Path, **options: Any) -> None:
+        if Path(path).name == ".deleting_step_0000100":
+            raise OSError(39, "Directory not empty", str(path))
+        plain(path, **options)
+
+    monkeypatch.setattr(checkpoint_module.shutil, "rmtree", held)
+    for step in (100, 200, 300):
+        save(made, step)
+    assert made.newest().step == 300 and [path.name for path in made.folder.glob("step_*")] == ["step_0000300"]
+    assert len(made.problems) == 2 and all("step_0000100 cannot be deleted and takes space" in text for text in made.problems)
+    monkeypatch.undo()
+    save(made, 400)
+    assert sorted(path.name for path in made.folder.iterdir()) == ["latest", "step_0000400"]
 
 
 def test_random_states_come_back_and_those_of_a_new_rank_are_derived(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from jp_train.engine.diagnosis import diagnose, moving
-from jp_train.engine.guard import WAITING_FOR_DATA
+from jp_train.engine.guard import INDEXING, WAITING_FOR_DATA
 from jp_train.engine.heartbeat import Beat, HeartbeatFolder
 from jp_train.errors import DataError, JpTrainError, LaunchError
 
@@ -107,6 +107,12 @@ def test_when_all_stand_at_the_same_place_it_is_the_collective():
     assert "rank 0 stands still" in ask([beat(0)], 1).text
 
 
+def test_an_index_that_takes_longer_than_the_ranks_may_wait_is_named_with_the_command_that_builds_it():
+    found = ask([beat(rank, step=-1, phase=INDEXING, trail=(), frame="data/index.py:9 in build") for rank in range(3)], 3)
+    assert found.ranks == (0,) and "rank 0 is still building the index [data/index.py:9 in build]" in found.text
+    assert "jp-train data index" in found.text and "engine.collective_timeout_s" in found.text
+
+
 def test_a_rank_that_works_or_has_time_left_counts_as_moving():
     before = {rank: beat(rank) for rank in range(5)}
     after = {
@@ -132,5 +138,8 @@ def test_files_of_another_attempt_and_foreign_content_are_not_read(tmp_path):
     files.judge({"text": "x", "exit_code": 1, "rank": 0})
     (files.folder / "rank_0007.json").write_text("{}")
     assert files.asked() == "q" and files.verdict()["exit_code"] == 1
+    half_written = files.folder / ".rank_0001.json.1.tmp"
+    half_written.touch()
     files.prepare(2, clear=True)
+    assert half_written.exists(), "rank 1 may be about to rename it"
     assert files.asked() == "" and files.verdict() is None and not (files.folder / "rank_0007.json").exists()

@@ -107,7 +107,14 @@ def launches(data, runs, small_disk) -> dict[str, Launch]:
             (small_disk / "filler").write_bytes(b"\0" * (free_bytes(small_disk) - 300_000))
 
     plans = {
-        "two": (2, [alone("whole-a", **A, **watched), part("a1", 2, **A)]),
+        "two": (
+            2,
+            [
+                alone("whole-a", **A, **watched),
+                part("a1", 2, **A),
+                {"name": "one-rank-fails", "kind": "one_rank_fails", "folder": str(runs / "one-rank-fails")},
+            ],
+        ),
         "one": (
             1,
             [
@@ -141,7 +148,8 @@ def launches(data, runs, small_disk) -> dict[str, Launch]:
     with Nursery(WORKER) as nursery:
         for name, (world, scenarios) in plans.items():
             for scenario in scenarios:
-                scenario["data"] = str(data)
+                if scenario["kind"] == "train":
+                    scenario["data"] = str(data)
             if scenarios:
                 full = any(scenario["name"].startswith("full") for scenario in scenarios)
                 if full:
@@ -271,6 +279,17 @@ def test_the_best_checkpoint_is_kept_beside_the_last_ones(launches, runs):
     assert all(event["bytes"] > 100_000 and event["stall_s"] > 0 and event["total_s"] > 0 for event in saves)
     lines = metrics(runs / "whole-a")
     assert [step for step in range(1, STEPS + 1) if "checkpoint/stall_s" in lines[step]] == list(range(2, STEPS + 1))
+
+
+def test_ranks_agree_when_one_of_them_cannot_write_is_slow_or_cannot_read(launches):
+    told, other = (launches["one-rank-fails"].result("one-rank-fails", rank) for rank in (0, 1))
+    assert told == other
+    assert "rank 1: " in told["full"] and "No space left" in told["full"] and "rank 0" not in told["full"]
+    assert told["left"] == ["latest", "step_0000100"]
+    assert (told["whole"], told["slow"], told["slow, later"], told["no memory"]) == (100, None, 300, 400)
+    assert told["problems"] == ["rank 1: no host memory for a copy (none left): training waited while step 400 was written"]
+    assert "step_0000400 is there, but not every rank can read it: rank 1 on " in told["unseen"] and "all hosts share" in told["unseen"]
+    assert told["damaged"] == 300
 
 
 # -- weights out of a checkpoint ------------------------------------------------------------------------------------------------------

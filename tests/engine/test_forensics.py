@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
 
 from distributed import Launch, Nursery
-from tiny_run import write_data
+from janus_tiny import pack, random_docs
+from tiny_run import tiny_run, write_data
 
 from jp_train.data.tools.explain import load_batch
-from jp_train.engine.forensics import block_of
+from jp_train.engine.forensics import Forensics, block_of
+from jp_train.engine.init import Ranks
+from jp_train.engine.outliers import Verdict
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.errors import JpTrainError
+from jp_train.types import Kind
 
 SMALL = {"model.vision.layers": 1, "model.language.layers": 1, "engine.activation_checkpointing": False}
 JUDGED = {"guard.outlier_window": 8, "guard.outlier_action": "skip", **SMALL}
@@ -111,6 +118,25 @@ def test_a_bad_step_is_dumped_with_rows_losses_and_norms_and_dumps_are_bounded(l
     assert report["blocks"]["language_model"]["gradients"] > 100 and report["blocks"]["vision_model"]["gradients"] is None
     assert [(row["rank"], row["row"], row["step"]) for row in report["rows"]] == [(0, 0, 9), (0, 1, 9), (1, 2, 9), (1, 3, 9)]
     assert json.loads((run / "status.json").read_text())["skipped_steps"] == 2
+
+
+def test_a_dump_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
+    cfg = tiny_run(Path("unused"), tmp_path)
+    cfg.guard.dump_tensors = True
+    dumps = Forensics(cfg, Ranks(0, 1, 0, torch.device("cpu")), None, torch.nn.Linear(1, 1), None)
+    batch = pack(random_docs(1, [Kind.TEXT]))
+    verdict = Verdict(9.0, 1.0, "skip", "loss 9")
+    path = dumps.dump(3, verdict, [batch], {})
+    assert isinstance(path, Path) and (path / "rank_0000_0.safetensors").exists()
+    unknown = batch.provenance[0][0].key
+    odd = replace(batch, provenance=((replace(batch.provenance[0][0], key="k\udcff"), *batch.provenance[0][1:]), *batch.provenance[1:]))
+    report = json.loads((dumps.dump(4, verdict, [odd], {}) / "report.json").read_text())
+    assert report["rows"][0]["documents"][0]["key"] == "k\udcff" != unknown, "a tar member's name need not be UTF-8"
+    (tmp_path / "forensics" / "step_0000003" / "rank_0000_0.safetensors").unlink()
+    (tmp_path / "forensics" / "step_0000003" / "rank_0000_0.safetensors").mkdir()
+    assert "rank 0: cannot write the batch to" in dumps.dump(3, verdict, [batch], {}), "the report is written, the tensors are not"
+    (tmp_path / "forensics" / "step_0000005").write_text("a file")
+    assert "step_0000005 cannot be written" in dumps.dump(5, verdict, [batch], {})
 
 
 def test_the_dumped_rows_are_those_that_were_trained(launch):

@@ -28,6 +28,10 @@ def test_noise_is_no_outlier_and_a_spike_of_either_value_is():
     found = judge.judge(9.0, 1.0)
     assert found.what.startswith("loss 9 is ") and found.action == "record" and found.applies
     assert "of the last 32 steps" in found.what
+    early = usual()
+    for values in noise(31):
+        early.judge(*values)
+    assert "of the last 31 steps" in early.judge(9.0, 1.0).what
     assert "loss" in (both := judge.judge(9.0, 40.0).what) and "grad norm" in both
 
 

@@ -77,6 +77,12 @@ def test_too_large_a_share_of_skips_stops_the_run_and_old_ones_are_forgotten():
     assert again == skips
 
 
+def test_a_share_that_binary_fractions_miss_by_a_hair_is_the_number_of_steps_that_was_meant():
+    skips, limits = SkipCounter(), GuardConfig(max_consecutive_skips=1000, skip_window=100, max_skip_share=0.29)
+    told = [skips.observe(False, step, limits) for step in range(1, 31)]
+    assert not any(told[:29]) and "29 are allowed" in told[29]
+
+
 def test_a_grace_time_that_a_step_and_a_save_do_not_fit_in_is_said_once_and_again_when_it_grows():
     grace = GraceCheck(60.0)
     assert not grace.observe(20.0, 30.0)

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from distributed import Launch, Nursery, wait_for
 from tiny_run import tiny_run, write_data
 
+from jp_train.data.processes import process_state
+from jp_train.engine.guard import Pace
 from jp_train.engine.stop import SignalFlag
 from jp_train.engine.watchdog import Watchdog
 from jp_train.errors import JpTrainError
@@ -52,7 +54,10 @@ def events(run: Path, name: str) -> list[dict]:
 
 def planted(nursery: Nursery, folder: Path, what: str, steps_done: int = 2, **changes) -> tuple[Launch, dict, Path]:
     """A launch with one planted fault at step 3, and the one event that names it."""
-    done = launch(nursery, folder, [{"name": what, "kind": "planted", "what": what, "steps": 6, "exit_with_code": True, **changes}])
+    last = {"name": what, "kind": "planted", "what": what, "steps": 6, "exit_with_code": True, **changes}
+    # the ranks' loaders keep their fork server: a run whose worker is killed costs little before the one whose worker is stopped
+    first = [{**last, "name": "kill-worker", "what": "kill-worker", "exit_with_code": False}] if what == "worker" else []
+    done = launch(nursery, folder, [*first, last], grace_s=1.0 if what == "stop" else 30.0)
     run = folder / what
     found = events(run, "stalled") + events(run, "failed")
     assert len(found) == 1, (found, done.errors)
@@ -97,13 +102,17 @@ def test_a_stopped_rank_is_named_by_the_other(nursery, folder):
     assert "LaunchError" in event["error"] and "rank 1 (process " in event["reason"] and "is stopped" in event["reason"]
 
 
-def test_a_stopped_data_worker_is_named_with_row_and_document_and_no_process_is_left(nursery, folder):
+def test_a_killed_or_stopped_data_worker_is_named_with_row_and_document_and_no_process_is_left(nursery, folder):
     done, event, run = planted(nursery, folder, "worker", 3, **{"data.workers": 1, "data.prefetch_rows": 1})
     assert done.codes == [3, 3] and event["error"] == "DataError" and event["ranks"] == [1]
     assert "rank 1 has waited" in event["reason"] and "first document: source '" in event["reason"] and "is stopped" in event["reason"]
-    (beat,) = [json.loads((run / "heartbeats" / "rank_0001.json").read_text())]
+    beat = json.loads((run / "heartbeats" / "rank_0001.json").read_text())
     (worker,) = beat["awaited"]["workers"]
-    wait_for(lambda: not Path(f"/proc/{worker['pid']}").exists() or "Z" in Path(f"/proc/{worker['pid']}/stat").read_text(), timeout_s=10)
+    wait_for(lambda: process_state(worker["pid"]) == "gone", timeout_s=10)
+    for rank in (0, 1):
+        result = done.result("kill-worker", rank)
+        assert result["error"] == "DataError" and "a loader worker died while row " in result["message"], result
+        assert "first document is source '" in result["message"]
 
 
 # -- no alarm, and signals ------------------------------------------------------------------------------------------------------------
@@ -139,7 +148,6 @@ def calm(nursery, folder) -> Launch:
         nursery,
         folder,
         [
-            {"name": "kill-worker", "kind": "planted", "what": "kill-worker", "steps": 6, "data.workers": 1, "data.prefetch_rows": 1},
             {"name": "slow", "kind": "signalled", "phase": "validation", "linger": 1.5 * STALL_S, "held_out": True, **often},
             {"name": "suspended", "kind": "signalled", "phase": "save", "linger": 1.5 * STALL_S, **often, "steps": 2},
             {"name": "in-validation", "kind": "signalled", "phase": "validation", "held_out": True, **often},
@@ -181,21 +189,14 @@ def test_a_signal_during_start_up_ends_the_ranks_at_once(calm, folder):
     assert not (folder / "in-indexing" / "checkpoints").exists()
 
 
-def test_a_killed_data_worker_is_named_by_all_ranks(calm, folder):
-    for rank in (0, 1):
-        result = calm.result("kill-worker", rank)
-        assert result["error"] == "DataError" and "a loader worker died while row " in result["message"], result
-        assert "first document is source '" in result["message"]
-
-
 # -- one rank, in this process ----------------------------------------------------------------------------------------------------------
 
 
-def alone(run_dir: Path, ended: list[int], reports: list) -> Watchdog:
+def alone(run_dir: Path, ended: list[int], reports: list, *, world: int = 1, collective_s: float = 60.0) -> Watchdog:
     cfg = tiny_run(Path("unused"), run_dir)
-    cfg.engine.stall_timeout_s = 0.4
+    cfg.engine.stall_timeout_s, cfg.engine.collective_timeout_s = 0.4, collective_s
     return Watchdog(
-        cfg, rank=0, world=1, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told), end=ended.append
+        cfg, rank=0, world=world, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told), end=ended.append
     )  # fmt: skip
 
 
@@ -219,9 +220,47 @@ def test_a_rank_that_stands_still_ends_also_where_nothing_can_be_written(tmp_pat
     assert "in wait_for" in stack and ("cannot use" in output) is not writable
 
 
-def test_progress_and_free_phases_are_no_stall(tmp_path):
-    from jp_train.engine.guard import Pace
+def test_a_rank_that_cannot_read_the_others_heartbeats_waits_until_the_collectives_are_about_to_end(tmp_path, capfd):
+    """A shared disk that hangs makes ranks wait, and hides which of them still work."""
+    run_dir = tmp_path / "run"
+    run_dir.write_text("a file where the run folder should be")
+    ended, reports = [], []
+    with alone(run_dir, ended, reports, world=2, collective_s=4.0) as watchdog:
+        watchdog.guard.begin_step(1)
+        watchdog.guard.begin_step(2)
+        watchdog.guard.enter("forward", 3)
+        began = time.monotonic()
+        wait_for(lambda: bool(ended), timeout_s=30)
+        assert time.monotonic() - began > 3.5
+    ((error, _),) = reports
+    assert "The heartbeats of the other ranks cannot be read" in str(error)
+    assert capfd.readouterr().err.count("cannot use") == 1
 
+
+def test_a_free_phase_ends_before_the_collective_in_which_the_other_ranks_wait(tmp_path):
+    watchdog = alone(tmp_path, [], [], world=2, collective_s=100.0)
+    watchdog.guard.enter("indexing", pace=Pace.FREE)
+    assert watchdog.limit_s() == 90.0 and alone(tmp_path, [], []).limit_s() == 1800.0
+    only = alone(tmp_path, [], [])
+    only.guard.enter("indexing", pace=Pace.FREE)
+    assert only.limit_s() is None
+
+
+@pytest.mark.parametrize(("step", "told"), [(-1, [130]), (7, [])])
+def test_only_a_signal_before_the_first_step_is_told_as_such(tmp_path, step, told):
+    """The second signal of a running step ends the process too, and nothing may call that a stop before the first step."""
+    found, ended = [], []
+    flag = SignalFlag()
+    flag.must_exit = lambda *, starting: 130
+    watchdog = Watchdog(
+        tiny_run(Path("unused"), tmp_path), rank=0, world=1, attempt="a", flag=flag, report=print, stopped=found.append, end=ended.append
+    )
+    watchdog.guard.step = step
+    watchdog._look(time.monotonic())
+    assert ended[0] == 130 and found == told
+
+
+def test_progress_and_free_phases_are_no_stall(tmp_path):
     ended, reports = [], []
     with alone(tmp_path, ended, reports) as watchdog:
         watchdog.guard.begin_step(1)

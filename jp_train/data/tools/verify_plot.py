@@ -58,7 +58,7 @@ def _row(axis, name: str, kind: str, counts: np.ndarray, edges: np.ndarray, ends
     total = int(counts.sum())
     middle = edges[np.searchsorted(np.cumsum(counts), (total + 1) // 2)]
     label = f"{name.encode('ascii', 'backslashreplace').decode()}  ({kind})"
-    axis.text(0, 1.03, label, transform=axis.transAxes, va="bottom", fontsize=9, fontweight="bold", color=_INK)
+    axis.text(0, 1.03, label, transform=axis.transAxes, va="bottom", fontsize=9, fontweight="bold", color=_INK, parse_math=False)
     said = f"{total:,} documents, median about {middle:,} tokens"
     axis.text(1, 1.03, said, transform=axis.transAxes, va="bottom", ha="right", fontsize=8, color=_MUTED)
     axis.set_ylim(0, counts.max() * 1.05)
