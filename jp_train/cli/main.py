@@ -15,12 +15,15 @@ COMMANDS = ("train", "launch", "check", "data", "import", "export", "generate", 
 EPILOG = """\
 the way through:
   jp-train check    launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   what would run, and does it fit together
+  jp-train data import conversations llava.json shards/llava --images llava          shards from what you have downloaded
   jp-train data index launch/janus_pro_1b_stage1.yaml                                token counts beside the shards, once
+  jp-train data verify launch/janus_pro_1b_stage1.yaml                               every sample looked at, every fault named
+  jp-train data simulate launch/janus_pro_1b_stage1.yaml --world 128                 fill, ratio, epochs, balance of the whole stage
   jp-train launch   launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   train on the cluster; run again to resume
   jp-train status   runs/janus_pro_1b/stage1                                         one screen
   jp-train report   runs/janus_pro_1b/stage1                                         curves and tables as one HTML page
 
-exit status: 0 done (an early stop included), 2 configuration or usage, 3 data, 4 checkpoint, 5 launch, 130/143 stopped by a signal after saving
+exit status: 0 done (an early stop included), 2 configuration or usage, 3 data, 4 checkpoint, 5 launch, 130/138/143 stopped by a signal after saving
 """
 
 

@@ -148,6 +148,7 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     ask("whole", lambda: save(100))
     with patch.object(checkpoints, "write_shard", full):
         ask("full", lambda: save(200))
+    torch.distributed.barrier()  # rank 0 removes what was written
     ask("left", lambda: sorted(path.name for path in store.folder.iterdir()))
     with patch.object(checkpoints, "write_shard", slow):
         store.begin(300, content(300))

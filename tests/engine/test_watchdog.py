@@ -192,11 +192,13 @@ def test_a_signal_during_start_up_ends_the_ranks_at_once(calm, folder):
 # -- one rank, in this process ----------------------------------------------------------------------------------------------------------
 
 
-def alone(run_dir: Path, ended: list[int], reports: list, *, world: int = 1, collective_s: float = 60.0) -> Watchdog:
+def alone(
+    run_dir: Path, ended: list[int], reports: list, *, rank: int = 0, world: int = 1, stall_s: float = 0.4, collective_s: float = 60.0
+) -> Watchdog:
     cfg = tiny_run(Path("unused"), run_dir)
-    cfg.engine.stall_timeout_s, cfg.engine.collective_timeout_s = 0.4, collective_s
+    cfg.engine.stall_timeout_s, cfg.engine.collective_timeout_s = stall_s, collective_s
     return Watchdog(
-        cfg, rank=0, world=world, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told), end=ended.append
+        cfg, rank=rank, world=world, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told), end=ended.append
     )  # fmt: skip
 
 
@@ -235,6 +237,25 @@ def test_a_rank_that_cannot_read_the_others_heartbeats_waits_until_the_collectiv
     ((error, _),) = reports
     assert "The heartbeats of the other ranks cannot be read" in str(error)
     assert capfd.readouterr().err.count("cannot use") == 1
+
+
+def test_a_rank_that_waits_for_one_that_works_ends_nobody_until_both_stand_still(tmp_path, capfd):
+    ended, reports = [], []
+    options = {"world": 2, "stall_s": 1.5}
+    with alone(tmp_path, ended, reports, **options) as waiting, alone(tmp_path, ended, reports, rank=1, **options) as working:
+        for watchdog in (waiting, working):
+            watchdog.guard.begin_step(1)
+            watchdog.guard.begin_step(2)
+        waiting.guard.enter("the exchange of metrics")
+        until = time.monotonic() + 4.0
+        while time.monotonic() < until:
+            working.guard.enter("forward", 0)
+            time.sleep(0.05)
+        assert not ended and not reports
+        assert "rank 1 still works, at step 2, forward, micro-batch 0" in capfd.readouterr().err
+        wait_for(lambda: len(ended) == 2, timeout_s=30)
+    ((error, details),) = reports
+    assert details["found_by"] == 0 and "step 2, forward, micro-batch 0" in str(error) and ended == [1, 1]
 
 
 def test_a_free_phase_ends_before_the_collective_in_which_the_other_ranks_wait(tmp_path):
