@@ -59,6 +59,7 @@ def ids_recipe(cfg: RunConfig, vq: VQTokenizer | None = None) -> IdsRecipe | Non
         transform=TRANSFORM_VERSION,
         image_side=cfg.model.vision.image_size,
         max_image_pixels=cfg.data.max_image_pixels,
+        decode=cfg.data.image_decode.value,
     )
 
 

@@ -217,7 +217,7 @@ class Encoder:
         """
         data = self._data
         if isinstance(sample, UnderstandingSample):
-            return load_understanding_image(sample.image, self.image_size, data.max_image_pixels)
+            return load_understanding_image(sample.image, self.image_size, data.max_image_pixels, data.image_decode)
         if not self.has_picture(sample):
             return None
         if sample.picture_fault:
@@ -225,7 +225,7 @@ class Encoder:
         crop, uniform = Crop.centre, 0.5
         if data.crop is Crop.random and not held_out:
             crop, uniform = Crop.random, document_uniform(self._seed, source, epoch, sample_index, "crop")
-        return load_generation_image(sample.image, self.image_size, crop, uniform, data.max_image_pixels)
+        return load_generation_image(sample.image, self.image_size, crop, uniform, data.max_image_pixels, data.image_decode)
 
     def encode(
         self,

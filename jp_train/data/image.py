@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from jp_train.config.schema import Crop
+from jp_train.config.schema import Crop, ImageDecode
 from jp_train.errors import DataError, SkipSample
 
 BACKGROUND = (127, 127, 127)
@@ -34,6 +34,10 @@ _ADDRESS = re.compile(r"( <[\w.]+ object)? at 0x[0-9a-fA-F]+>?")
 _Result = TypeVar("_Result")
 _SCANS = 16
 """Passes over a progressive JPEG that are never too many; ordinary ones have 10."""
+_JPEG = ("JPEG", "MPO")
+_DIVISORS = (8, 4, 2)
+_SPARE = 2
+"""What scaled decoding leaves of a side is at least this many times what the resize makes of it: the bicubic filter then decides the pixels."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,8 +56,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 
 
-def decode_rgb(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> Image.Image:
-    """A picture file as an upright RGB image.
+def decode_rgb(
+    data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS, *, enough: Callable[[tuple[int, int]], bool] | None = None
+) -> Image.Image:
+    """A picture file as an upright RGB image. With `enough`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, where that divides both sides
+    and is `enough` (width, height).
 
     Raises:
         SkipSample: when it cannot be decoded whole, is not JPEG, PNG or WebP, or has more than `max_pixels` pixels.
@@ -61,6 +68,8 @@ def decode_rgb(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> Image.Imag
     """
 
     def decode(image: Image.Image) -> Image.Image:
+        if enough is not None and image.format in _JPEG:
+            _scale(image, enough)
         image.load()
         return _to_rgb(_upright(image))
 
@@ -91,6 +100,15 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
         raise SkipSample(said, "picture_truncated" if "truncat" in said.lower() else "picture_undecodable") from None
 
 
+def _scale(image: Image.Image, enough: Callable[[tuple[int, int]], bool]) -> None:
+    """Have the decoder make a smaller picture of an opened JPEG. Only whole divisors, so that no pixel shifts by a part of one."""
+    for divisor in _DIVISORS:
+        size = (image.width // divisor, image.height // divisor)
+        if (size[0] * divisor, size[1] * divisor) == image.size and enough(size):
+            image.draft(None, size)
+            return
+
+
 def check_header(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> None:
     """Raises SkipSample for a picture file whose header alone shows that it cannot be used; its pixels are not decoded."""
     _opened(data, max_pixels, lambda image: None)
@@ -108,7 +126,7 @@ def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
             f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused before decoding",
             "picture_too_large",
         )
-    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    scans = data.count(b"\xff\xda") if image.format in _JPEG else 0
     if (scans - _SCANS) * pixels > max_pixels:
         raise SkipSample(
             f"JPEG of {image.width} x {image.height} pixels with {scans} scans: more work than data.max_image_pixels {max_pixels} allows; "
@@ -118,10 +136,13 @@ def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
     return pixels
 
 
-def load_understanding_image(data: bytes, size: int, max_pixels: int = _DEFAULT_MAX_PIXELS) -> np.ndarray:
+def load_understanding_image(
+    data: bytes, size: int, max_pixels: int = _DEFAULT_MAX_PIXELS, decode: ImageDecode = ImageDecode.exact
+) -> np.ndarray:
     """uint8 [3, size, size]: long side resized to `size`, the other truncated (at least 14), centred on grey. Raises
     SkipSample."""
-    return understanding_transform(decode_rgb(data, max_pixels), size)
+    enough = None if decode is ImageDecode.exact else lambda sides: max(sides) >= _SPARE * size
+    return understanding_transform(decode_rgb(data, max_pixels, enough=enough), size)
 
 
 def understanding_transform(image: Image.Image, size: int) -> np.ndarray:
@@ -139,11 +160,17 @@ def understanding_transform(image: Image.Image, size: int) -> np.ndarray:
 
 
 def load_generation_image(
-    data: bytes, size: int, crop: Crop = Crop.centre, uniform: float = 0.5, max_pixels: int = _DEFAULT_MAX_PIXELS
+    data: bytes,
+    size: int,
+    crop: Crop = Crop.centre,
+    uniform: float = 0.5,
+    max_pixels: int = _DEFAULT_MAX_PIXELS,
+    decode: ImageDecode = ImageDecode.exact,
 ) -> np.ndarray:
     """uint8 [3, size, size]: short side resized to `size`, the long side cropped; `uniform` in [0, 1) places a random crop.
     Raises SkipSample."""
-    return generation_transform(decode_rgb(data, max_pixels), size, crop, uniform, max_pixels)
+    enough = None if decode is ImageDecode.exact else lambda sides: min(sides) >= _SPARE * size
+    return generation_transform(decode_rgb(data, max_pixels, enough=enough), size, crop, uniform, max_pixels)
 
 
 def generation_transform(

@@ -99,7 +99,7 @@ class SampleReader:
         shard = locator.shards[number]
         members = load_members(shard)
         tokens = load_tokens(shard, locator.fingerprint)
-        if members is None or tokens is None:
+        if members is None or tokens is None or (len(tokens) and int(tokens.sample.max()) >= len(members.keys)):
             raise DataError(
                 f"the index of shard {shard.path} (source {locator.name!r}) is gone or stale; start again so that it is rebuilt"
             )

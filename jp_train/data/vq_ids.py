@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jp_train.config.schema import ImageDecode
 from jp_train.data.shards import Shard, ShardReader
 from jp_train.data.sidecar import sidecar_places, write_sidecar
 from jp_train.errors import DataError
@@ -48,11 +49,14 @@ class IdsRecipe:
     transform: int
     image_side: int
     max_image_pixels: int
+    decode: str = ImageDecode.exact.value
+    """`data.image_decode`; manifests that do not say were made exactly."""
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of it all, for the centre crop."""
         parts = ("janus-ids/1", self.vq, str(self.transform), "crop=centre", str(self.image_side), str(self.max_image_pixels))
+        parts += () if self.decode == ImageDecode.exact.value else (f"decode={self.decode}",)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

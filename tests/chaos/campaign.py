@@ -28,7 +28,6 @@ from distributed import Nursery
 from faults import FAULTS, Fault, change_the_world_size, crash_after_a_non_finite_step, prepare_non_finite_step
 from scene import Expectation, HungError, MissedError, Scene
 
-STEPS = 22
 WORLD_SIZE = 2
 LIFE_S = 150.0
 GRACE_S = 90.0
@@ -108,6 +107,7 @@ class Campaign:
         nursery: Nursery,
         *,
         seed: int,
+        steps: int = 22,
         small_disk: Path | None,
         marker: str,
         kinds: list[str] | None = None,
@@ -115,6 +115,7 @@ class Campaign:
     ) -> None:
         self._world, self._folder, self._nursery, self._say = world, folder, nursery, say
         self._rng = random.Random(seed)
+        self._steps = steps
         self._small_disk, self._marker = small_disk, marker
         wanted = [FAULTS[name] for name in (kinds or FAULTS)]
         self._faults = [fault for fault in wanted if small_disk is not None or not fault.needs_small_disk]
@@ -125,7 +126,7 @@ class Campaign:
         """Inject at least `faults` faults, in as many runs as that takes, unless `budget_s` is over first."""
         began = time.monotonic()
         reference = self._folder / "undisturbed"
-        launch = self._launch(Scene(self._rng, reference, self._world.data, None, WORLD_SIZE, STEPS), [], -1, 0)
+        launch = self._launch(Scene(self._rng, reference, self._world.data, None, WORLD_SIZE, self._steps), [], -1, 0)
         assert launch.codes == [0] * WORLD_SIZE, f"the undisturbed run failed: {launch.problems} {launch.codes}, see {self._folder}"
         expected = metrics(reference)
         while self.outcome.tried < faults and time.monotonic() - began < budget_s:
@@ -141,7 +142,7 @@ class Campaign:
         number = self.outcome.runs
         home = self._folder if self._small_disk is None or number % 2 else self._small_disk
         run_dir = home / f"run{number:03d}"
-        scene = Scene(self._rng, run_dir, self._world.data, self._small_disk if home == self._small_disk else None, WORLD_SIZE, STEPS)
+        scene = Scene(self._rng, run_dir, self._world.data, self._small_disk if home == self._small_disk else None, WORLD_SIZE, self._steps)
         worlds: set[int] = set()
         failures = 0
         for life in range(MOST_LIVES):
@@ -217,7 +218,7 @@ class Campaign:
             "data": str(self._world.data),
             "tokenizer": str(self._world.tokenizer),
             "run_dir": str(scene.run_dir),
-            "steps": STEPS,
+            "steps": self._steps,
             "engine.micro_batch_rows": ROWS // scene.world,
             "checkpoint.every_steps": EVERY_STEPS,
             "data.workers": max((fault.workers for fault in faults), default=0),

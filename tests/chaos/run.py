@@ -1,6 +1,6 @@
 """`make chaos`: kill, stop, starve and corrupt a training run on purpose, and see whether anything is lost.
 
-    python tests/chaos/run.py [--faults 200] [--seed 0] [--minutes 30] [--out runs/chaos] [--kinds a,b] [--json] [--list]
+    python tests/chaos/run.py [--faults 200] [--seed 0] [--steps 22] [--minutes 30] [--out runs/chaos] [--kinds a,b] [--json] [--list]
 
 The smoke model is trained by real ZeRO-3 ranks (gloo) in short runs. Every launch of them is disturbed in one way, then the same command is given again.
 At the end of each run its metrics and ledger are compared with an undisturbed run's. Exit status 1 if anything did not hold.
@@ -31,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200, help="how many to inject (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the order of the faults and their moments (default 0)")
+    parser.add_argument("--steps", type=int, default=22, help="of each run (default 22)")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop injecting after this time (default 30)")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="logs of every launch, and chaos.json (default runs/chaos)")
     parser.add_argument("--kinds", default="", help="only these, separated by commas")
@@ -73,7 +74,15 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
     world = build_world(out / f"world{arguments.seed}", arguments.seed)
     with Nursery(HERE / "chaos_worker.py") as nursery:
         chaos = Campaign(
-            world, out, nursery, seed=arguments.seed, small_disk=small_disk(out / "disk", say), marker=marker, kinds=kinds, say=say
+            world,
+            out,
+            nursery,
+            seed=arguments.seed,
+            steps=arguments.steps,
+            small_disk=small_disk(out / "disk", say),
+            marker=marker,
+            kinds=kinds,
+            say=say,
         )
         outcome = chaos.run(arguments.faults, arguments.minutes * 60)
     summary = outcome.as_dict()

@@ -37,7 +37,7 @@ def campaign(tmp_path_factory) -> dict:
         ],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.strip(), done.stderr[-4000:]
@@ -47,7 +47,7 @@ def campaign(tmp_path_factory) -> dict:
 def test_a_campaign_of_faults_loses_repeats_and_hangs_nothing(campaign) -> None:
     assert campaign["problems"] == [], campaign["log"][-4000:]
     assert campaign["exit_status"] == 0
-    assert campaign["faults_tried"] == campaign["faults_survived"] >= 9
+    assert campaign["faults_tried"] == campaign["faults_survived"] >= 8
     assert campaign["runs_compared"] >= 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from faulty_shards import mutated
 from PIL import Image, ImageOps
 
-from jp_train.config.schema import Crop
+from jp_train.config.schema import Crop, ImageDecode
 from jp_train.data.image import (
     decode_rgb,
     generation_transform,
@@ -281,3 +281,49 @@ def test_damaged_pictures_are_read_or_skipped_and_nothing_else(form):
         except SkipSample as reason:
             assert reason.fault.startswith("picture_")
     assert 0 < read < 300
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Colours that change as slowly as most of a photograph's, with one sharp edge."""
+    x, y = np.meshgrid(np.arange(width) / 40, np.arange(height) / 25)
+    pixels = np.stack([128 + 100 * np.sin(x), 128 + 100 * np.cos(y), 128 + 60 * np.sin(x + y)], axis=2)
+    pixels[:, width // 3 :] -= 20
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def fast(load, data: bytes, size: int) -> np.ndarray:
+    return load(data, size, decode=ImageDecode.fast)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"turn": 6}, {"turn": 7}]
+)
+def test_fast_decoding_stays_close_to_exact_and_does_decode_less(options):
+    mode, turn = options.pop("mode", "RGB"), options.pop("turn", 1)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(smooth(640, 512).convert(mode), "JPEG", quality=92, exif=exif, **options)
+    for load in (load_generation_image, load_understanding_image):
+        exact, got = load(data, 64).astype(int), fast(load, data, 64)
+        assert 0 < np.abs(exact - got).max() <= 12
+        assert np.abs(exact - got).mean() < 1
+    assert sorted(decode_rgb(data, enough=lambda sides: min(sides) >= 128).size) == [128, 160]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "form"), [(255, 512, "JPEG"), (641, 512, "JPEG"), (640, 513, "JPEG"), (640, 512, "PNG"), (640, 512, "WEBP")]
+)
+def test_fast_decoding_is_exact_where_halving_would_lose_too_much_or_shift_pixels_or_is_not_offered(width, height, form):
+    data = encoded(smooth(width, height), form)
+    np.testing.assert_array_equal(fast(load_generation_image, data, 128), load_generation_image(data, 128))
+    if (width, height) != (255, 512):
+        np.testing.assert_array_equal(fast(load_understanding_image, data, 128), load_understanding_image(data, 128))
+
+
+def test_fast_decoding_refuses_what_exact_decoding_refuses():
+    data = encoded(smooth(640, 512), "JPEG")
+    for broken in (data[: len(data) // 2], data[:40]):
+        with pytest.raises(SkipSample, match="undecodable"):
+            fast(load_generation_image, broken, 64)
+    with pytest.raises(SkipSample, match="refused before decoding"):
+        load_generation_image(data, 64, max_pixels=640 * 512 - 1, decode=ImageDecode.fast)

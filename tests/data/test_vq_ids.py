@@ -98,8 +98,9 @@ def test_every_part_of_the_recipe_changes_the_fingerprint():
         IdsRecipe(vq="a" * 32, transform=2, image_side=32, max_image_pixels=1000),
         IdsRecipe(vq="a" * 32, transform=1, image_side=64, max_image_pixels=1000),
         IdsRecipe(vq="a" * 32, transform=1, image_side=32, max_image_pixels=1001),
+        IdsRecipe(vq="a" * 32, transform=1, image_side=32, max_image_pixels=1000, decode="fast"),
     ]
-    assert len({recipe.fingerprint for recipe in [RECIPE, *changed]}) == 5
+    assert len({recipe.fingerprint for recipe in [RECIPE, *changed]}) == 6
 
 
 def test_ids_of_several_vqs_lie_beside_each_other_and_are_listed(tmp_path):

@@ -226,7 +226,9 @@ def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
     from jp_train.model.janus_pro import JanusPro
 
     pictures = [Kind.UNDERSTANDING, Kind.GENERATION, Kind.TEXT, Kind.UNDERSTANDING]
-    batches = [[pack(random_docs(10 * r + n, pictures if r == 0 else [Kind.TEXT, Kind.TEXT])) for n in range(4)] for r in range(2)]
+    documents = [[random_docs(10 * r + n, pictures if r == 0 else [Kind.TEXT, Kind.TEXT]) for n in range(4)] for r in range(2)]
+    batches = [[pack(one) for one in own] for own in documents]
+    both = [pack([*first, *second]) for first, second in zip(*documents, strict=True)]
     assert all(len(one.und_images) + len(one.gen_ids) == 3 for one in batches[0])
     assert not any(len(one.und_images) + len(one.gen_ids) for one in batches[1])
     cfg = make(
@@ -271,9 +273,8 @@ def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
     for number in range(steps):
         for _, parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        for own in batches:
-            terms = oracle(own[number % 4])
-            ((terms.text_sum + terms.image_sum) / 50).backward()
+        terms = oracle(both[number % 4])
+        ((terms.text_sum + terms.image_sum) / 50).backward()
         terms = engine.deepspeed(batches[rank()][number % 4])
         engine.deepspeed.backward((terms.text_sum + terms.image_sum) / 50 * world(), scale_wrt_gas=False)
         norm = float(torch.nn.utils.get_total_norm([p.grad for _, p in trained]))

@@ -222,11 +222,29 @@ def test_a_damaged_checkpoint_of_a_later_step_pushes_out_no_whole_one(tmp_path):
         (save(made, step, about={"val/total": loss}) / "state.json").write_text("{}" if step > 100 else json.dumps({"step": step}))
     again = store(tmp_path, keep_last=1, keep_best=True)
     assert again.newest().step == 100
-    save(again, 150, about={"val/total": 1.5})
-    assert again.newest().step == 150 and (again.folder / "best").read_text() == (again.folder / "latest").read_text() == "step_0000150\n"
+    save(again, 150)
+    assert again.newest().step == 150 and (again.folder / "best").read_text() == "step_0000100\n"
     save(again, 200)
     save(again, 300)
-    assert sorted(path.name for path in again.folder.iterdir()) == ["best", "latest", "step_0000150", "step_0000300"]
+    assert sorted(path.name for path in again.folder.iterdir()) == ["best", "latest", "step_0000100", "step_0000300"]
+
+
+@pytest.mark.parametrize("fault", ("missing", "short"))
+def test_a_file_that_rank_0_does_not_see_whole_is_no_part_of_a_checkpoint(fault, tmp_path, monkeypatch):
+    made = store(tmp_path)
+    save(made, 100)
+
+    def elsewhere(path: Path, tensors: Any) -> dict[str, Any]:
+        described = write_shard(path, tensors)
+        path.unlink() if fault == "missing" else path.write_bytes(path.read_bytes()[:-1])
+        return described
+
+    monkeypatch.setattr(checkpoint_module, "write_shard", elsewhere)
+    with pytest.raises(
+        CheckpointError, match=r"rank_00000\.safetensors is not visible to rank 0; run_dir must lie on a file system that all"
+    ):
+        save(made, 200)
+    assert made.newest().step == 100
 
 
 def test_what_cannot_be_deleted_is_told_and_fails_no_save(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ class PictureReader:
     """Reads pictures of a shard and makes them what the VQ sees, on the threads of `pool`."""
 
     def __init__(self, cfg: RunConfig, reader: ShardReader, pool: Executor) -> None:
-        self._side, self._max_pixels = cfg.model.vision.image_size, cfg.data.max_image_pixels
+        self._side, self._max_pixels, self._decode = cfg.model.vision.image_size, cfg.data.max_image_pixels, cfg.data.image_decode
         self._reader, self._pool = reader, pool
 
     def pictures(
@@ -119,7 +119,7 @@ class PictureReader:
             check_field_size(members.extensions[members.extension[member]], size)
             data = self._reader.read(shard, int(members.offset[member]), size)
             if decode:
-                pixels = load_generation_image(data, self._side, Crop.centre, max_pixels=self._max_pixels)
+                pixels = load_generation_image(data, self._side, Crop.centre, max_pixels=self._max_pixels, decode=self._decode)
         except SkipSample as reason:
             fault = str(reason)
         digest = hashlib.sha256(data).digest()
