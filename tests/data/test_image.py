@@ -299,6 +299,7 @@ def fast(load, data: bytes, size: int) -> np.ndarray:
     "options", [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"turn": 6}, {"turn": 7}]
 )
 def test_fast_decoding_stays_close_to_exact_and_does_decode_less(options):
+    options = dict(options)
     mode, turn = options.pop("mode", "RGB"), options.pop("turn", 1)
     exif = Image.Exif()
     exif[0x0112] = turn
