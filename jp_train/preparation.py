@@ -89,9 +89,14 @@ def prepare(
         plan.restore(checkpoint.state["plan"])
         saver.restore(checkpoint)
     about = environment() if ranks.is_main else {}
-    about |= {"tokenizer": tokenizer.fingerprint, "frozen_checksum": frozen_checksum(engine.model.named_parameters())}
+    frozen = frozen_checksum(engine.model.named_parameters())
+    about |= {"tokenizer": tokenizer.fingerprint, "frozen_checksum": frozen, "vq_fingerprint": engine.vq.fingerprint()}
     if checkpoint is not None:
-        for key, what in (("tokenizer", "tokenizer.path"), ("frozen_checksum", "model.init_from")):
+        for key, what in (
+            ("tokenizer", "tokenizer.path"),
+            ("frozen_checksum", "model.init_from"),
+            ("vq_fingerprint", "VQ tokenizer (model.init_from or model.init_parts)"),
+        ):
             if checkpoint.manifest[key] != about[key]:
                 raise CheckpointError(
                     f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back"
