@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -20,11 +19,9 @@ def main() -> int:
             continue
         print(f"== {script.stem}", flush=True)
         began = time.monotonic()
-        table = subprocess.run([sys.executable, str(script)], check=False)
-        if table.returncode:
-            return table.returncode
-        made = subprocess.run([sys.executable, str(script), "--json"], check=True, capture_output=True, text=True)
-        (results / f"{script.stem}.json").write_text(json.dumps(json.loads(made.stdout), indent=1))
+        done = subprocess.run([sys.executable, str(script), "--save", str(results / f"{script.stem}.json")], check=False)
+        if done.returncode:
+            return done.returncode
         print(f"   {time.monotonic() - began:.0f} s\n", flush=True)
     return 0
 

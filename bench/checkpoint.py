@@ -1,6 +1,6 @@
 """What a checkpoint costs: stall and total time of a save, memory of save, load, export and start, on ZeRO-3 ranks with a model of about 100M parameters.
 
-    python bench/checkpoint.py [--world 2] [--folder DIR] [--json]
+    python bench/checkpoint.py [--world 2] [--folder DIR] [--json] [--save FILE]
 
 Stage 2 of a Janus-Pro whose language model holds most weights, bf16 with fp32 master weights. Beside our own save: the same bytes by plain torch.save
 (every rank its own file, fsynced), and DeepSpeed's save_checkpoint. Times are of the slowest rank; the best of `--repeats`. "while training" is a save in
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="saves of each kind; the best counts (default 2)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -339,8 +340,11 @@ def main() -> None:
         "step_slowdown": found[0]["step_beside_s"] / found[0]["step_alone_s"] if found[0]["step_beside_s"] else None,
         "at_7b": at_7b(256),
     }
+    result = json.dumps(figures)
+    if arguments.save:
+        arguments.save.write_text(result)
     if arguments.json:
-        print(json.dumps(figures))
+        print(result)
         return
     show(figures)
 

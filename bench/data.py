@@ -1,10 +1,12 @@
 """Samples per CPU second of the loader beside a bare loop and beside other loaders, on the same samples, in one run.
 
-    python bench/data.py [--samples 2400] [--rounds 9] [--workers 2] [--no-rivals] [--install] [--json]
+    python bench/data.py [--samples 2400] [--rounds 9] [--workers 2] [--quick] [--no-rivals] [--install] [--json] [--save FILE]
 
 Every loader works in turn, A B A B ..., each round on the same number of samples, and a ratio is taken within each round (the median and the
 quartiles are shown), because other work on the machine changes a speed by far more than the loaders differ. CPU is user and system time of the
-process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids stored as .vq.npy members, no picture read. The bare loop packs nothing and
+process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids as .vq.npy members, no picture read; "stored": VQ ids beside the shards of photos, as
+`jp-train data encode-images` leaves them; "large": 2048 x 1536 JPEG, also with data.image_decode=fast. The last two are cases that the other loaders do not
+have. The bare loop packs nothing and
 checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms (the same function).
 The files are made once, in .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that
 moving rows between processes counts too; the bare loop has none.
@@ -24,8 +26,10 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
-WORKLOADS = {"photos": 120, "ids": 1200}
-"""Kind of shard, and samples of one round."""
+WORKLOADS = {"photos": ("photos-*.tar", 120), "ids": ("ids-*.tar", 1200), "stored": ("photos-*.tar", 1200), "large": ("large-*.tar", 40)}
+"""Shards, and samples of one round."""
+WITH_RIVALS = ("photos", "ids")
+QUICK_ROUNDS = 3
 
 
 def measure(sides: list, samples: int, rounds: int) -> list[dict]:
@@ -67,11 +71,20 @@ def cpu_seconds(side) -> float:
 def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) -> list[dict]:
     """One table."""
     from loaders.rivals import Rival
+    from loaders.samples import RECIPE
     from loaders.sides import Bare, Ours, config
 
-    cfg = config(CACHE / "data", f"{kind}-*.tar", tokenizer, workers=workers)
-    sides = [Ours(cfg), Bare(cfg)]
-    for name, start in rivals.items():
+    from jp_train.config.schema import ImageDecode
+
+    shards, samples = WORKLOADS[kind]
+    recipe = RECIPE if kind == "stored" else None
+    cfg = config(CACHE / "data", shards, tokenizer, workers=workers)
+    sides = [Ours(cfg, recipe=recipe), Bare(cfg, recipe=recipe)]
+    if kind == "large":
+        sides.append(
+            Ours(config(CACHE / "data", shards, tokenizer, workers=workers, image_decode=ImageDecode.fast), "jp_train, fast decode")
+        )
+    for name, start in rivals.items() if kind in WITH_RIVALS else ():
         try:
             sides.append(Rival(name, cfg, start))
         except Exception as error:  # whatever a foreign loader raises
@@ -79,7 +92,7 @@ def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) ->
     gc.collect()
     gc.freeze()
     try:
-        return measure(sides, WORKLOADS[kind] * (1 + workers), rounds)
+        return measure(sides, samples * (1 + workers), rounds)
     finally:
         for side in sides:
             side.close()
@@ -89,11 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2400, help="samples made (default 2400)")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: a look, not a measurement")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of every loader but the bare loop (default 0)")
     parser.add_argument("--only", choices=WORKLOADS, help="one workload")
     parser.add_argument("--no-rivals", action="store_true", help="only the bare loop")
     parser.add_argument("--install", action="store_true", help=f"fetch Energon and Streaming with pip into {CACHE / 'rivals'} first")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
     arguments = parser.parse_args()
 
     import torch
@@ -108,17 +123,21 @@ def main() -> None:
             print(f"bench: pip cannot get the other loaders: {error}", file=sys.stderr)
     tokenizer = prepare(CACHE / "data", arguments.samples)
     rivals = {} if arguments.no_rivals else others.available(CACHE / "rivals")
+    rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     kinds = [arguments.only] if arguments.only else list(WORKLOADS)
-    found = {kind: compare(kind, tokenizer, rounds=arguments.rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
+    found = {kind: compare(kind, tokenizer, rounds=rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
+    result = json.dumps({"rounds": rounds, "workers": arguments.workers, **found})
+    if arguments.save:
+        arguments.save.write_text(result)
     if arguments.json:
-        print(json.dumps({"rounds": arguments.rounds, "workers": arguments.workers, **found}))
+        print(result)
         return
     for kind, figures in found.items():
-        print(f"{kind}, {arguments.workers} workers  samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")
+        print(f"{kind}, {arguments.workers} workers   samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")
         for figure in figures:
             low, high = figure["jp_train_over_it_cpu_quartiles"]
             print(
-                f"  {figure['loader']:20} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  {figure['rows_per_s']:7.1f}   "
+                f"  {figure['loader']:22} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  {figure['rows_per_s']:7.1f}   "
                 f"{figure['jp_train_over_it_cpu']:16.3f} ({low:.3f} - {high:.3f})  {figure['jp_train_over_it_wall']:8.3f}"
             )
 

@@ -1,6 +1,6 @@
 """How well and how fast the plan packs: fill, ratio error, milliseconds a step, bytes of state, time to the first row; against targets.
 
-    python bench/planner.py [--steps 40] [--rows 512] [--pool 32] [--json]
+    python bench/planner.py [--steps 40] [--rows 512] [--pool 32] [--json] [--save FILE]
 
 Lengths are simulated: an understanding document is 579 tokens of image, BOS and markers, and a log-normal text (mean 200); a text is
 log-normal (mean 1000, up to 20000 tokens, so some span rows); a generation document is 580 tokens and a log-normal caption (mean 80). Four
@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--pool", type=int, default=DataConfig().pool_size, help="data.pool_size (default: of the schema)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
     arguments = parser.parse_args()
     sources = simulated_sources()
     gc.collect()
@@ -156,8 +158,11 @@ def main() -> None:
     figures = [measure(name, sources, **sizes) for name in MIXTURES]
     figures.append(measure("1:0:3", sources, **sizes, samples_per_row=2))
     restores = measure_restores(sources, rows=arguments.rows, pool_size=arguments.pool)
+    result = json.dumps({"rows_per_step": arguments.rows, **sizes, "mixtures": figures, "restores": restores})
+    if arguments.save:
+        arguments.save.write_text(result)
     if arguments.json:
-        print(json.dumps({"rows_per_step": arguments.rows, **sizes, "mixtures": figures, "restores": restores}))
+        print(result)
         return
     print(
         "mixture    fill %  documents/row  cuts/row  share error, points (worst, median)  ms/step (least)  all rows (least)  state bytes  targets"

@@ -26,7 +26,8 @@ from jp_train.config.schema import RunConfig
 from jp_train.data.image import load_generation_image
 from jp_train.data.shards import expand_shards
 from jp_train.data.tokenizer import load_tokenizer
-from loaders.sides import NPY_HEADER, plain_encode
+from loaders.samples import NPY_HEADER
+from loaders.sides import plain_encode
 
 PACKAGES = [
     "megatron-energon==7.4.1",

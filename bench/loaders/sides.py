@@ -19,11 +19,12 @@ from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.shards import ShardReader, expand_shards, scan_members
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
+from jp_train.data.vq_ids import IdsRecipe, load_manifest
+from jp_train.data.vq_use import use_stored_ids
+from loaders.samples import NPY_HEADER, SLOTS
 
 ROWS_PER_STEP = 8
 SEQ_LEN = 4096
-NPY_HEADER = 128
-"""Bytes before the ids in a one-dimensional .npy file."""
 
 
 class Side(Protocol):
@@ -54,12 +55,14 @@ def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int =
 
 
 class Ours:
-    """StepLoader: global plan, byte-range reads in random order, exact packing, collated PackedBatches."""
+    """StepLoader: global plan, byte-range reads in random order, exact packing, collated PackedBatches. `recipe`: use the ids beside the shards."""
 
-    def __init__(self, cfg: RunConfig, name: str = "jp_train") -> None:
+    def __init__(self, cfg: RunConfig, name: str = "jp_train", recipe: IdsRecipe | None = None) -> None:
         self.name = name
         tokenizer = load_tokenizer(cfg.tokenizer)
         indexes = index_sources(cfg, tokenizer)
+        if recipe is not None:
+            indexes = use_stored_ids(cfg.data, indexes, recipe)
         batch = batch_plan(cfg, 1)
         plan = build_plan(cfg, indexes, batch, tokenizer)
         self._loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch)
@@ -88,42 +91,46 @@ class Bare:
 
     name = "bare loop"
 
-    def __init__(self, cfg: RunConfig, load=load_generation_image) -> None:
+    def __init__(self, cfg: RunConfig, load=load_generation_image, recipe: IdsRecipe | None = None) -> None:
         self._encode = plain_encode(load_tokenizer(cfg.tokenizer))
-        self._size, self._load = cfg.model.vision.image_size, load
+        self._size, self._load, self._recipe = cfg.model.vision.image_size, load, recipe
         self._descriptors: list[int] = []
         self._samples = itertools.cycle(list(self._locate(cfg)))
 
-    def _locate(self, cfg: RunConfig) -> Iterator[tuple[int, int, int, int, int, bool]]:
+    def _locate(self, cfg: RunConfig) -> Iterator[tuple[int, int, int, int, int, int, bool]]:
+        """Of each sample: descriptor, offset and size of the picture or ids, then of the JSON, and whether it is a picture."""
         reader = ShardReader()
         for path in expand_shards(cfg.data.sources["bench"].shards, cfg.data.root):
-            members = scan_members(reader.stat(path), reader)
-            descriptor = os.open(path, os.O_RDONLY)
-            self._descriptors.append(descriptor)
+            shard = reader.stat(path)
+            members = scan_members(shard, reader)
+            descriptor = self._opened(path)
+            stored = None if self._recipe is None else self._opened(load_manifest(shard, self._recipe.fingerprint).ids_path)
             for number in range(len(members.keys)):
                 first = int(members.member_start[number])
                 where = {members.extensions[members.extension[first + k]]: first + k for k in (0, 1)}
                 picture, text = where.get("jpg", where.get("vq.npy")), where["json"]
-                yield (
-                    descriptor,
-                    int(members.offset[picture]),
-                    int(members.size[picture]),
-                    int(members.offset[text]),
-                    int(members.size[text]),
-                    "jpg" in where,
-                )
+                read = (descriptor, int(members.offset[picture]), int(members.size[picture]))
+                if stored is not None:
+                    read = (stored, NPY_HEADER + number * 2 * SLOTS, 2 * SLOTS)
+                elif "vq.npy" in where:
+                    read = (descriptor, read[1] + NPY_HEADER, 2 * SLOTS)
+                yield (*read, descriptor, int(members.offset[text]), int(members.size[text]), stored is None and "jpg" in where)
         reader.close()
+
+    def _opened(self, path: str | Path) -> int:
+        self._descriptors.append(os.open(path, os.O_RDONLY))
+        return self._descriptors[-1]
 
     def advance(self, samples: int) -> tuple[int, int]:
         pread, loads, encode, load, size = os.pread, json.loads, self._encode, self._load, self._size
-        for descriptor, offset, length, text_offset, text_length, is_picture in itertools.islice(self._samples, samples):
+        for descriptor, offset, length, text, text_offset, text_length, is_picture in itertools.islice(self._samples, samples):
             data = pread(descriptor, length, offset)
-            caption = loads(pread(descriptor, text_length, text_offset))["caption"]
+            caption = loads(pread(text, text_length, text_offset))["caption"]
             encode(caption)
             if is_picture:
                 load(data, size)
             else:
-                np.frombuffer(data, np.uint16, offset=NPY_HEADER)
+                np.frombuffer(data, np.uint16)
         return samples, 0
 
     def processes(self) -> list[psutil.Process]:
