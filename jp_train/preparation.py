@@ -15,7 +15,7 @@ from jp_train.data.vq_use import describe_use, use_stored_ids
 from jp_train.encode_images import ids_recipe
 from jp_train.engine.checkpoint import Checkpoint, CheckpointStore
 from jp_train.engine.forensics import Forensics
-from jp_train.engine.guard import Pace
+from jp_train.engine.guard import INDEXING, Pace
 from jp_train.engine.heldout import HeldOut
 from jp_train.engine.identity import environment
 from jp_train.engine.init import Engine, Ranks, build_engine, gather_objects, main_first
@@ -72,7 +72,7 @@ def prepare(
     if ranks.is_main:
         save_config(cfg, Path(cfg.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(cfg.tokenizer)
-    watchdog.guard.enter("indexing", pace=Pace.FREE)
+    watchdog.guard.enter(INDEXING, pace=Pace.FREE)
     log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
     recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
     indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer), recipe))

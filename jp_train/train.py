@@ -83,6 +83,7 @@ def train(cfg: RunConfig) -> int:
                     log.stopped_at_start(128 + flag.number)
                     return 128 + flag.number
                 stop = trainer.run()
+                watchdog.guard.enter("the end of the run", pace=Pace.SLOW)  # wandb may take its time
                 log.finish(stop, trainer.state.step)
             else:
                 log.say(f"nothing to do, {cfg.run_dir} is finished ({stop.reason}); to train on, raise its steps or use another run_dir")
@@ -118,7 +119,8 @@ class Trainer(Parts):
             result = self.train_step(micro_batches, totals, began=began, data_wait_s=data_wait_s)
             self.plan_state = plan_state
             state.step += 1
-            self.account(result, micro_batches)
+            with self.engine.guard.watch("the accounts of the step", pace=Pace.SLOW):
+                self.account(result, micro_batches)
             stop = decide(cfg.stage, step=state.step, signal_number=result.totals.signal, patience_over=False)
             values = result.values | self.saver.values()
             if late := self.grace.observe(values["time/step_s"], self.saver.longest_s):
