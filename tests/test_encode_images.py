@@ -144,7 +144,7 @@ def test_ranks_together_write_what_one_process_writes(plain, encoded, tmp_path, 
     cfg = configuration(data)
     for rank in reversed(range(world)):
         told, _ = encode_images(cfg, Place(rank=rank, world_size=world, device=CPU))
-        assert len(told["recipe"]) == 4 and told["already_done"] == 0
+        assert len(told["recipe"]) == 5 and told["already_done"] == 0
         assert told["encoded"] == [1, 2][rank] if world == 2 else told["encoded"] == (rank < 3)
     assert sidecars(data) == sidecars(encoded)
     assert all(line["mib_left"] == 0 for line in told["ranks"]) and len(told["ranks"]) == world
