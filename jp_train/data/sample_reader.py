@@ -101,7 +101,8 @@ class SampleReader:
         tokens = load_tokens(shard, locator.fingerprint)
         if members is None or tokens is None or (len(tokens) and int(tokens.sample.max()) >= len(members.keys)):
             raise DataError(
-                f"the index of shard {shard.path} (source {locator.name!r}) is gone or stale; start again so that it is rebuilt"
+                f"the index of shard {shard.path} (source {locator.name!r}) is gone, stale or damaged; start again so that it is rebuilt "
+                f"(if that does not help, delete {shard.name}.jp-members.npz and {shard.name}.jp-tokens-*.npz)"
             )
         ids = None
         if number in locator.shards_with_ids:

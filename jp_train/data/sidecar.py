@@ -33,7 +33,7 @@ import numpy as np
 from jp_train.data.shards import Shard, ShardMembers, is_url
 from jp_train.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when a sidecar's layout changes: older files are then rebuilt."""
 
 _MEMBERS = ".jp-members.npz"
