@@ -19,22 +19,9 @@ KINDS = "kill_one_rank,kill_during_a_save,sigterm_to_all,flip_a_byte_of_a_checkp
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("chaos")
+    options = ["--faults", "6", "--steps", "10", "--seed", "5", "--minutes", "15", "--out", str(out), "--kinds", KINDS, "--json"]
     done = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "run.py"),
-            "--faults",
-            "9",
-            "--seed",
-            "5",
-            "--minutes",
-            "4",
-            "--out",
-            str(out),
-            "--kinds",
-            KINDS,
-            "--json",
-        ],
+        [sys.executable, str(HERE / "run.py"), *options],
         capture_output=True,
         text=True,
         timeout=1200,
@@ -47,7 +34,7 @@ def campaign(tmp_path_factory) -> dict:
 def test_a_campaign_of_faults_loses_repeats_and_hangs_nothing(campaign) -> None:
     assert campaign["problems"] == [], campaign["log"][-4000:]
     assert campaign["exit_status"] == 0
-    assert campaign["faults_tried"] == campaign["faults_survived"] >= 8
+    assert campaign["faults_tried"] == campaign["faults_survived"] >= 6
     assert campaign["runs_compared"] >= 1
 
 
