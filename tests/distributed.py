@@ -10,6 +10,7 @@ SCENARIOS[kind](**arguments) on every rank, whose result goes to FOLDER/NAME.ran
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -127,8 +128,9 @@ class Nursery:
                     codes[ended["rank"]] = ended["code"]
         finally:
             for rank, pid in enumerate(pids):
-                if rank not in codes:  # its process id cannot have been reused: the nursery has not reaped it
-                    os.kill(pid, signal.SIGKILL)
+                if rank not in codes:
+                    with contextlib.suppress(ProcessLookupError):  # it has ended, and its code is on the way
+                        os.kill(pid, signal.SIGKILL)
             while len(codes) < world:
                 ended = self._answer(30.0)
                 assert ended is not None, "a killed rank did not end"

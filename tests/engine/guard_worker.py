@@ -17,6 +17,7 @@ from worker import make, rank, train, world  # it also makes the next import pos
 # isort: split
 from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
 
+import jp_train.preparation as preparation
 import jp_train.train as training
 from jp_train.config import batch_plan
 from jp_train.engine.forensics import block_norms, block_of
@@ -62,7 +63,7 @@ def signalled(*, phase: str, linger: float = 1.0, **changes: Any) -> dict:
     import jp_train.engine.heldout as heldout
 
     where = {
-        "indexing": (training, "index_sources"),
+        "indexing": (preparation, "index_sources"),
         "validation": (heldout.HeldOut, "measure"),
         "save": (Saver, "save"),
         "export": (training, "export"),
