@@ -25,7 +25,7 @@ from jp_train.engine.state import TrainState
 from jp_train.engine.stop import GraceCheck, SignalFlag
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.engine.watchdog import Watchdog
-from jp_train.errors import CheckpointError
+from jp_train.errors import CheckpointError, ConfigError
 from jp_train.runlog import RunLog
 from jp_train.types import Kind
 
@@ -68,9 +68,7 @@ def prepare(
     Raises ConfigError, DataError and CheckpointError, on every rank.
     """
     batch = batch_plan(cfg, ranks.dp_world_size, shrink=checkpoint is not None)
-    log.begin()
-    if ranks.is_main:
-        save_config(cfg, Path(cfg.run_dir) / "config.yaml")
+    main_first(ranks, lambda: open_run_folder(cfg, log) if ranks.is_main else None)
     tokenizer = load_tokenizer(cfg.tokenizer)
     watchdog.guard.enter(INDEXING, pace=Pace.FREE)
     log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
@@ -137,6 +135,17 @@ def prepare(
         cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, saver=saver, log=log, flag=flag,
         ledger=ledger, forensics=forensics, gate=gate, state=state, about=about, plan_state=plan.state(), grace=GraceCheck(cfg.engine.grace_s),
     )  # fmt: skip
+
+
+def open_run_folder(cfg: RunConfig, log: RunLog) -> None:
+    """Say in the run folder that this attempt trains, and with which configuration. Raises ConfigError when it cannot be written."""
+    try:
+        log.begin()
+        save_config(cfg, Path(cfg.run_dir) / "config.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {cfg.run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir"
+        ) from error
 
 
 def resized(checkpoint: Checkpoint, dp_world_size: int, batch: BatchPlan) -> dict[str, str]:

@@ -23,7 +23,7 @@ from jp_train.engine.config import deepspeed_config
 from jp_train.engine.cpu_operator import skip_shared_memory_operator
 from jp_train.engine.guard import SequenceGuard
 from jp_train.engine.optim import ParameterGroups, parameter_groups
-from jp_train.errors import ConfigError, JpTrainError
+from jp_train.errors import ConfigError, JpTrainError, LaunchError
 from jp_train.model import freeze, pretrained
 from jp_train.model.janus_pro import JanusPro
 from jp_train.model.vq import VQTokenizer
@@ -50,7 +50,7 @@ def init_process_group(cfg: RunConfig) -> Ranks:
     """Join the process group that the environment describes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: the deepspeed launcher sets
     them); without them this is one rank of one. A collective that waits longer than `engine.collective_timeout_s` fails.
 
-    Raises ConfigError when there are more local ranks than devices.
+    Raises ConfigError when there are more local ranks than devices, LaunchError when the other ranks do not come.
     """
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
@@ -71,7 +71,14 @@ def init_process_group(cfg: RunConfig) -> Ranks:
     quiet_deepspeed()
     skip_shared_memory_operator()
     timeout = timedelta(seconds=cfg.engine.collective_timeout_s)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except torch.distributed.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(
+            f"rank {os.environ['RANK']} could not meet the other ranks at {where} within {timeout.total_seconds():.0f} s "
+            f"(engine.collective_timeout_s): {error}. A rank did not start or ended first: its own output is the cause"
+        ) from error
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 

@@ -196,7 +196,7 @@ class Campaign:
                     missed.append(fault.name)
             if fault.act is crash_after_a_non_finite_step:
                 prepare_non_finite_step(scene, EVERY_STEPS)
-        newest = [path.name for path in scene.complete_checkpoints() if path.name != scene.harmed][-1:]
+        newest = [path.name for path in scene.sound_checkpoints()][-1:]
         before = scene.step()
 
         def disturb(pids: list[int]) -> None:
@@ -262,8 +262,8 @@ class Campaign:
             life.problems.append(f"resumed from step {resumed[0]['step']}, the newest complete checkpoint is {newest or 'none'}")
         elif not resumed and newest and scene.begun():
             life.problems.append(f"started from the beginning although {newest[0]} is complete")
-        saved = [int(path.name.removeprefix("step_")) for path in scene.complete_checkpoints()]
-        if expectation.saved and any(life.codes) and saved[-1:] != [life.end]:
+        saved = [int(path.name.removeprefix("step_")) for path in scene.sound_checkpoints()]
+        if expectation.saved and any(life.codes) and life.end not in saved:
             life.problems.append(f"stopped after step {life.end}, but the newest checkpoint is {saved[-1:] or 'none'}")
         left = self._left_behind()
         if left:

@@ -109,11 +109,18 @@ def prepare_non_finite_step(scene: Scene, every_steps: int) -> None:
 # -- data workers -------------------------------------------------------------------------------------------------------------------------
 
 
+def _to_worker(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        raise MissedError from None
+
+
 @fault(running=True, workers=1)
 def kill_a_data_worker(scene: Scene) -> Expectation:
     scene.steps_on(0, 3)
     scene.wait(lambda: bool(scene.data_workers()))
-    os.kill(scene.rng.choice(scene.data_workers()), signal.SIGKILL)
+    _to_worker(scene.rng.choice(scene.data_workers()), signal.SIGKILL)
     return Expectation(codes=(3,), named="loader worker died")
 
 
@@ -122,7 +129,7 @@ def pause_a_data_worker(scene: Scene) -> Expectation:
     scene.steps_on(0, 3)
     scene.wait(lambda: bool(scene.data_workers()))
     victim = scene.rng.choice(scene.data_workers())
-    os.kill(victim, signal.SIGSTOP)
+    _to_worker(victim, signal.SIGSTOP)
     time.sleep(scene.rng.uniform(0.2, 1.5))
     if state(victim):
         os.kill(victim, signal.SIGCONT)
@@ -161,7 +168,7 @@ def stop_a_data_worker_for_good(scene: Scene) -> Expectation:
     scene.steps_on(1, 3)
     scene.wait(lambda: bool(scene.data_workers()))
     victim = scene.rng.choice(scene.data_workers())
-    os.kill(victim, signal.SIGSTOP)
+    _to_worker(victim, signal.SIGSTOP)
     try:
         _others_end(scene, held=-1)
     finally:
@@ -227,11 +234,11 @@ def ctrl_c_twice(scene: Scene) -> Expectation:
 
 
 def _harm_newest(scene: Scene, harm: Callable[[Path], None]) -> Expectation:
-    complete = scene.complete_checkpoints()
+    complete = scene.sound_checkpoints()
     if len(complete) < 2:  # with one only, the right answer is to refuse: see the engine's own tests
         raise MissedError
     harm(complete[-1])
-    scene.harmed = complete[-1].name
+    scene.harmed[complete[-1].name] = complete[-1].stat().st_ino
     return Expectation()
 
 
@@ -300,7 +307,7 @@ def _shard(scene: Scene) -> Path:
 @fault(running=False, ends=True)
 def lose_a_shard(scene: Scene) -> Expectation:
     """One of the shards of a folder: a run that has begun must notice that its data has changed."""
-    if not scene.complete_checkpoints():
+    if not scene.sound_checkpoints():
         raise MissedError
     shard = _shard(scene)
     away = shard.with_suffix(".away")
@@ -371,4 +378,4 @@ def make_the_disk_read_only(scene: Scene) -> Expectation:
         subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
         subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
         scene.clean_up[-1] = lambda: subprocess.run(["umount", str(folder)], check=True)
-    return Expectation(codes=(4, 1), named="ead-only")
+    return Expectation(codes=(2, 4, 1), named="ead-only")

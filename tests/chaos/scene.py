@@ -51,14 +51,14 @@ class Scene:
     """Configuration changes for this life."""
     clean_up: list[Callable[[], None]] = field(default_factory=list)
     """Called when the ranks have ended, last first."""
-    harmed: str = ""
-    """The checkpoint that was damaged before this life."""
+    harmed: dict[str, int] = field(default_factory=dict)
+    """Checkpoints that were damaged and lie there still: their names, and the inodes of the folders."""
     events_before: int = 0
     """Events that earlier lives wrote."""
 
     def new_life(self) -> None:
         """Forget what belonged to the life before."""
-        self.pids, self.changes, self.clean_up, self.harmed = [], {}, [], ""
+        self.pids, self.changes, self.clean_up = [], {}, []
         self.events_before = len(list(self.events()))
 
     def step(self) -> int:
@@ -93,9 +93,10 @@ class Scene:
             time.sleep(poll_s)
 
     def steps_on(self, low: int, high: int) -> None:
-        """Until a random number of further steps is done."""
-        first = self.step()
-        goal = min(first + self.rng.randint(low, high), self.steps - 1)
+        """Until a random number of further steps is done; with `low` above 0 not before the run has begun."""
+        if low:
+            self.wait(self.begun, poll_s=0.02)
+        goal = min(self.step() + self.rng.randint(low, high), self.steps - 1)
         self.wait(lambda: self.step() >= goal, poll_s=0.02)
 
     def signal(self, ranks: list[int], number: signal.Signals) -> None:
@@ -110,6 +111,10 @@ class Scene:
     def complete_checkpoints(self) -> list[Path]:
         """Folders that a save has finished, oldest first."""
         return sorted(path for path in (self.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").is_file())
+
+    def sound_checkpoints(self) -> list[Path]:
+        """Those of them that nobody damaged (or that a later save has replaced)."""
+        return [path for path in self.complete_checkpoints() if self.harmed.get(path.name) != path.stat().st_ino]
 
     def saving(self) -> bool:
         """Whether a save has begun and is not finished."""
