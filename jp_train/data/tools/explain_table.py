@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jp_train.data.tools.explain_text import printable
+from jp_train.data.tools.text_table import aligned
 
 MOST_SPANS = 2
 """Loss spans of a document that a table cell spells out."""
@@ -35,7 +36,7 @@ def format_row(row: dict[str, Any], rows_per_step: int, width: int = 120) -> str
         )
         for number, document in enumerate(row["documents"])
     ]
-    table = aligned([head, *cells])
+    table = aligned(_clean([head, *cells]), left=(1, 2, *range(7, len(head))))
     lines += table[:1]
     for text, document in zip(table[1:], row["documents"], strict=True):
         lines.append(text)
@@ -84,7 +85,7 @@ def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
             str(totals["skipped"]),
         )
     )
-    text = aligned(lines, left=0)
+    text = aligned(_clean(lines), left=())
     skipped = [
         printable(f"skipped in row {row['row']}: source {skip['source']!r}, shard {skip['shard']}, key {skip['key']!r}: {skip['reason']}")
         for row in rows
@@ -105,17 +106,8 @@ def remarks_of(document: dict[str, Any]) -> list[str]:
     return remarks
 
 
-def aligned(lines: Sequence[Sequence[str]], left: int = 3) -> list[str]:
-    """Columns padded to equal width; the first `left` and those after the seventh flush left where `left` is set, numbers flush right."""
-    shown = [[printable(cell).replace("\n", " ") for cell in line] for line in lines]
-    widths = [max(len(line[column]) for line in shown) for column in range(len(shown[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if left and (0 < column < left or column > 6) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in shown
-    ]
+def _clean(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[printable(cell).replace("\n", " ") for cell in line] for line in lines]
 
 
 def _span(span: Sequence[int]) -> str:

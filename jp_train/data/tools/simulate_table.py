@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jp_train.data.tools.text_table import aligned
+
 SHOWN_WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -68,7 +70,7 @@ def _sources(sources: Sequence[dict[str, Any]]) -> list[str]:
         )
         for one in sources
     ]
-    return _aligned(head, rows, left=(0, 1, 7))
+    return ["  " + line for line in aligned([head, *rows], left=(0, 1, 7))]
 
 
 def _ranks(found: dict[str, Any]) -> list[str]:
@@ -88,7 +90,7 @@ def _ranks(found: dict[str, Any]) -> list[str]:
             row.append(", ".join(lacks))
         rows.append(tuple(row))
     return [
-        *_aligned(head, rows, left=()),
+        *("  " + line for line in aligned([head, *rows], left=())),
         "  lost: share of all arithmetic during which the other ranks wait, if ranks meet once a step, or once a micro-batch (ZeRO-3 does);"
         " * this run",
         "  FLOPs are those of MFU, with attention over the full square of a document: causal kernels do half of it, so long texts weigh less",
@@ -113,15 +115,3 @@ def _reads(found: dict[str, Any]) -> list[str]:
         shown = (f"{each:,.0f}", f"{node:,.1f}") if key == "samples" else (f"{each / 2**20:,.1f} MiB", f"{node / 2**20:,.2f} MiB")
         lines.append(f"    {name:<34} {shown[0]:>14} a step {shown[1]:>14} a second and node")
     return lines
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]

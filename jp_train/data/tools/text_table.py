@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
-    """The rows (the head first) as lines with aligned columns: the first `left` columns to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0, 1)) -> list[str]:
+    """The rows (the head first) as lines with aligned columns: those numbered in `left` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
-        (cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        (cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
     return ["  ".join(line).rstrip() for line in lines]

@@ -166,7 +166,7 @@ def format_ranks(lines: Sequence[RankShare]) -> str:
     """The ranks as an aligned text table."""
     rows = [("rank", "shards", "done", "MiB", "MiB left")]
     rows += [(f"{one.rank}", f"{one.shards:,}", f"{one.done:,}", f"{one.mib:,.1f}", f"{one.mib_left:,.1f}") for one in lines]
-    return "\n".join(aligned(rows, left=0))
+    return "\n".join(aligned(rows, left=()))
 
 
 class Progress:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from jp_train.data.tools.importers.entries import Reader, Skip, printable
+from jp_train.data.tools.importers.entries import Reader, Skip
 from jp_train.data.tools.importers.manifest import SKIPPED
 from jp_train.data.tools.importers.pictures import read_inside, refuse_outside
 from jp_train.data.tools.importers.run import ImportProgress, ImportSettings, checked_listing, import_source
@@ -24,6 +24,7 @@ from jp_train.data.tools.importers.summary import (
 )
 from jp_train.data.tools.importers.tars import find_tars
 from jp_train.data.tools.importers.tars_run import import_tars, usable_samples
+from jp_train.data.tools.text_table import printable
 from jp_train.errors import ConfigError
 from jp_train.types import Kind
 

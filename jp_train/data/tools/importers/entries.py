@@ -123,11 +123,6 @@ def sample_key(entry: Entry) -> str:
     return f"{entry.number:09d}-{slug}" if slug else f"{entry.number:09d}"
 
 
-def printable(text: str) -> str:
-    """Text of a source as it may be printed: what would steer a terminal or cannot be encoded is escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
 def chunked(items: Sequence[Any]) -> Iterator[Chunk]:
     """Chunks of a listing whose units are its items."""
     for first in range(0, len(items), CHUNK_ENTRIES):

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
-from jp_train.data.tools.importers.entries import Chunk, Listing, Reader, printable
+from jp_train.data.tools.importers.entries import Chunk, Listing, Reader
 from jp_train.data.tools.importers.files import refuse_own_output
 from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
 from jp_train.data.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
+from jp_train.data.tools.text_table import printable
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jp_train.data.tools.importers.entries import REASONS, REFUSED, printable
+from jp_train.data.tools.importers.entries import REASONS, REFUSED
 from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState
 from jp_train.data.tools.importers.run import ImportProgress
 from jp_train.data.tools.importers.samples import MAIN
+from jp_train.data.tools.text_table import aligned, printable
 
 _EXAMPLES = 2
 _WIDTH = 160
@@ -79,11 +80,13 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
         f"import {summary['format']}: {summary['entries']:,} entries in, {summary['samples']:,} samples out, {lost:,} skipped, "
         f"{converted}{summary['seconds']:.1f} s",
         "",
-        *table(
-            ("folder", "kind", "samples", "shards", "MiB"),
+        *aligned(
             [
-                (one["folder"], one["kind"], f"{one['samples']:,}", f"{one['shards']:,}", f"{one['bytes'] / 2**20:,.1f}")
-                for one in summary["sources"]
+                ("folder", "kind", "samples", "shards", "MiB"),
+                *(
+                    (one["folder"], one["kind"], f"{one['samples']:,}", f"{one['shards']:,}", f"{one['bytes'] / 2**20:,.1f}")
+                    for one in summary["sources"]
+                ),
             ],
         ),
     ]
@@ -116,18 +119,6 @@ def skipped_examples(path: Path) -> dict[str, list[str]]:
                 if len(found) < _EXAMPLES:
                     found.append(f"{one['name']}: {one['message']}")
     return examples
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Aligned columns; the first two to the left, numbers to the right."""
-    lines = [tuple(head), *map(tuple, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def recipe_lines(sources: Sequence[dict[str, Any]]) -> list[str]:
