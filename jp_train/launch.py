@@ -28,8 +28,8 @@ from typing import Any
 from jp_train import errors
 from jp_train.config import batch_plan, load_config
 from jp_train.errors import ConfigError, JpTrainError, LaunchError
-from jp_train.hostfile import Host, parse_hostfile, runs_locally, select_slots
-from jp_train.launch_signals import LAUNCH_ID, launched_processes, rank_processes, send
+from jp_train.cluster.hostfile import Host, parse_hostfile, runs_locally, select_slots
+from jp_train.cluster.signals import LAUNCH_ID, launched_processes, rank_processes, send
 
 __all__ = ["Host", "exit_code", "launch", "launch_command", "parse_hostfile", "select_slots"]
 
@@ -336,7 +336,7 @@ class _Running:
         return set(send([pid for pid in rank_processes(self._launch_id) if pid not in told], self._signal))
 
     def _on_hosts(self, number: int) -> None:
-        inner = shlex.join([sys.executable, "-m", "jp_train.launch_signals", self._launch_id, str(number)])
+        inner = shlex.join([sys.executable, "-m", "jp_train.cluster.signals", self._launch_id, str(number)])
         root = Path(__file__).resolve().parent.parent
         command = ["pdsh", "-R", "ssh", "-S", "-w", ",".join(self._remote), f"cd {shlex.quote(str(root))} && {inner}"]
         try:

@@ -14,7 +14,7 @@ from jp_train.config.schema import ImageEnd, Packing, Template
 from jp_train.data.plan import Plan
 from jp_train.data.tools.simulate import STATISTICS, Situation, SourceReads, simulate
 from jp_train.errors import ConfigError, DataError
-from jp_train.hostfile import parse_hostfile
+from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.types import KINDS, Kind
 
 SLOTS_PER_NODE = 8

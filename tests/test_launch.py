@@ -55,7 +55,7 @@ import re, subprocess, sys
 rest = sys.argv[1:]
 hosts = rest[rest.index("-w") + 1].split(",")
 command = " ".join(rest[rest.index("-w") + 2 :])
-if "launch_signals" in command:
+if "cluster.signals" in command:
     hosts = hosts[:1]  # the stand-in hosts share one process table
 running = [subprocess.Popen(["sh", "-c", command.replace("%n", str(i)).replace("%h", host)]) for i, host in enumerate(hosts)]
 raise SystemExit(max(process.wait() for process in running))

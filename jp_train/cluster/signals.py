@@ -1,4 +1,4 @@
-"""Finds and signals the processes of one launch on this host; also run on the hosts of a hostfile as `python -m jp_train.launch_signals ID SIGNAL`.
+"""Finds and signals the processes of one launch on this host; also run on the hosts of a hostfile as `python -m jp_train.cluster.signals ID SIGNAL`.
 
 A launch marks all its processes by an environment variable, so that no other job of the same user is ever touched: DeepSpeed's own clean-up
 kills by the text of the command line, which every DeepSpeed job of that Python shares (DEEPSPEED.md section 7). Linux only (/proc). Standard library
