@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from jp_train.cluster.hostfile import parse_hostfile, select_slots
 from jp_train.config import RunConfig, load_config
 from jp_train.data.tools.vq_work import format_ranks
 from jp_train.encode_images import ImageEncoder, Place, Tally, Verification
 from jp_train.errors import ConfigError, DataError
-from jp_train.cluster.hostfile import parse_hostfile, select_slots
 from jp_train.model.vq import PICTURES_AT_ONCE
 
 _NAMED = 5

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from jp_train import errors
-from jp_train.config import batch_plan, load_config
-from jp_train.errors import ConfigError, JpTrainError, LaunchError
 from jp_train.cluster.hostfile import Host, parse_hostfile, runs_locally, select_slots
 from jp_train.cluster.signals import LAUNCH_ID, launched_processes, rank_processes, send
+from jp_train.config import batch_plan, load_config
+from jp_train.errors import ConfigError, JpTrainError, LaunchError
 
 __all__ = ["Host", "exit_code", "launch", "launch_command", "parse_hostfile", "select_slots"]
 

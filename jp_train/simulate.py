@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.config import RunConfig, batch_plan
 from jp_train.config.batch import BatchPlan, rows_per_step
 from jp_train.config.schema import ImageEnd, Packing, Template
 from jp_train.data.plan import Plan
 from jp_train.data.tools.simulate import STATISTICS, Situation, SourceReads, simulate
 from jp_train.errors import ConfigError, DataError
-from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.types import KINDS, Kind
 
 SLOTS_PER_NODE = 8
