@@ -162,14 +162,19 @@ class Campaign:
         shutil.rmtree(run_dir, ignore_errors=True)
 
     def _draw(self, scene: Scene, life: int, *, same_world: bool) -> list[Fault]:
-        """Faults for one life: perhaps one on the files of the run that is down, then running ones up to the first that ends the life."""
+        """Faults for one life: up to two on the files of the run that is down, perhaps a pause, then running ones up to the first that ends the life."""
         here = [fault for fault in self._faults if scene.small_disk is not None or not fault.needs_small_disk]
         down = [fault for fault in here if not fault.running and not (same_world and fault.act is change_the_world_size)]
         running = [fault for fault in here if fault.running]
+        pauses = [fault for fault in running if not fault.ends]
         faults: list[Fault] = []
-        if down and life and self._rng.random() < 0.6:
-            faults.append(self._next(down))
-        while running and len(faults) < 3 and not (faults and faults[-1].ends):
+        for chance in (0.85, 0.5) if life else ():
+            possible = [fault for fault in down if fault not in faults]
+            if possible and self._rng.random() < chance and not (faults and faults[-1].ends):
+                faults.append(self._next(possible))
+        if pauses and self._rng.random() < 0.5 and not (faults and faults[-1].ends):
+            faults.append(self._next(pauses))
+        while running and len(faults) < 4 and not (faults and faults[-1].ends):
             faults.append(self._next(running))
         return faults
 
