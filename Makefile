@@ -13,6 +13,8 @@ SMOKE_ARGS ?=
 SHOWCASE_ARGS ?=
 # --faults --seed --kinds: see `python tests/chaos/run.py --help`
 CHAOS_ARGS ?=
+# test files that run side by side; each may start 2 to 4 ranks of its own
+TEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,7 +22,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: help setup smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test chaos lint format bench clean
+.PHONY: help setup system-packages smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test chaos lint format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +37,10 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[smoke,test]'
 	@touch $@
 
+system-packages:  ## Debian packages for several hosts on one machine (tests/multinode) and for checking the scripts; as root
+	apt-get update -qq || true
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends openssh-server openssh-client pdsh iproute2 nftables shellcheck
+
 smoke: $(STAMP)  ## train a tiny Janus-Pro through all three stages on real pictures and text, then judge it (<= 15 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) $(SMOKE_ARGS)
 
@@ -45,7 +51,7 @@ showcase: $(STAMP)  ## the same with emoji in three drawing styles and WordNet (
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke.showcase --out $(SHOWCASE_RUNS) $(SHOWCASE_ARGS)
 
 test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
