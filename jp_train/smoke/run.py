@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jp_train.errors import ConfigError, JpTrainError, LaunchError
 from jp_train.smoke.sizes import SmokeSizes
@@ -46,6 +46,7 @@ class Options:
         return SmokeSizes.minute() if self.tiny else SmokeSizes()
 
 
+OptionsT = TypeVar("OptionsT", bound=Options)
 Step = tuple[str, Callable[[], int]]
 """A step's name and its function, which returns an exit status."""
 
@@ -90,14 +91,25 @@ def run_steps(
 
 
 def _steps(options: Options) -> list[Step]:
-    """Names and functions in order; a function returns an exit status."""
+    return all_steps(options, data=_build_data, parts=_build_parts, evaluate=_evaluate, title="jp_train smoke run: three stages")
+
+
+def all_steps(
+    options: OptionsT,
+    *,
+    data: Callable[[OptionsT], int],
+    parts: Callable[[OptionsT], int],
+    evaluate: Callable[[OptionsT], int],
+    title: str,
+) -> list[Step]:
+    """Names and functions in order, with what a recipe does its own way; a function returns an exit status. `title`: of the report."""
     return [
-        ("data", lambda: _build_data(options)),
+        ("data", lambda: data(options)),
         ("tokenizer", lambda: build_tokenizer(options)),
-        ("parts", lambda: _build_parts(options)),
+        ("parts", lambda: parts(options)),
         *((f"stage{stage}", lambda stage=stage: train_stage(options, stage)) for stage in STAGES),
-        ("evaluation", lambda: _evaluate(options)),
-        ("report", lambda: _report(options)),
+        ("evaluation", lambda: evaluate(options)),
+        ("report", lambda: _report(options, title)),
     ]
 
 
@@ -166,10 +178,10 @@ def _evaluate(options: Options) -> int:
     return 0
 
 
-def _report(options: Options) -> int:
+def _report(options: Options, title: str) -> int:
     from jp_train.report import build_report
 
-    build_report([options.out / f"stage{stage}" for stage in STAGES], options.out, "jp_train smoke run: three stages")
+    build_report([options.out / f"stage{stage}" for stage in STAGES], options.out, title)
     return 0
 
 

@@ -14,17 +14,15 @@ from pathlib import Path
 
 from jp_train.smoke.run import (
     ROOT,
-    STAGES,
     Options,
     Step,
     add_run_arguments,
-    build_tokenizer,
+    all_steps,
     exit_status,
     rebuilt,
     run_options,
     run_steps,
     say,
-    train_stage,
 )
 from jp_train.smoke.showcase_shards import ShowcaseCounts, build_showcase_shards, link_pretraining_sources
 from jp_train.smoke.showcase_sources import download
@@ -83,14 +81,9 @@ def run_showcase(options: ShowcaseOptions, *, only_data: bool = False, fresh: bo
 
 
 def _steps(options: ShowcaseOptions) -> list[Step]:
-    return [
-        ("data", lambda: _build_data(options)),
-        ("tokenizer", lambda: build_tokenizer(options)),
-        ("parts", lambda: _build_parts(options)),
-        *((f"stage{stage}", lambda stage=stage: train_stage(options, stage)) for stage in STAGES),
-        ("evaluation", lambda: _evaluate(options)),
-        ("report", lambda: _report(options)),
-    ]
+    return all_steps(
+        options, data=_build_data, parts=_build_parts, evaluate=_evaluate, title="jp_train showcase: emoji in three styles, three stages"
+    )
 
 
 def _build_data(options: ShowcaseOptions) -> int:
@@ -118,13 +111,6 @@ def _evaluate(options: ShowcaseOptions) -> int:
     from jp_train.smoke.showcase_judgement import judge_showcase
 
     judge_showcase(options.out, seed=options.seed, tiny=options.tiny)
-    return 0
-
-
-def _report(options: ShowcaseOptions) -> int:
-    from jp_train.report import build_report
-
-    build_report([options.out / f"stage{stage}" for stage in STAGES], options.out, "jp_train showcase: emoji in three styles, three stages")
     return 0
 
 
