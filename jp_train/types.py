@@ -81,13 +81,15 @@ class RawSample:
     """The tar members of one sample: `fields` maps an extension without its dot ("jpg", "json", "vq.npy") to its bytes.
 
     `vq_ids` uint16 [S] are those stored beside the shard, `picture_fault` is why there are none: what decoding the picture would
-    say. With either, the picture's bytes are left empty.
+    say. With either, the picture's bytes are left empty. `token_ids` is the stored record of its texts (data/token_ids.py): with it the
+    bytes of the texts are left empty.
     """
 
     info: SourceInfo
     fields: dict[str, bytes]
     vq_ids: np.ndarray | None = None
     picture_fault: str = ""
+    token_ids: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,32 +102,36 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnderstandingSample:
-    """Pictures and a dialogue about them. `image` is the undecoded picture file; the first question refers to it."""
+    """Pictures and a dialogue about them. `image` is the undecoded picture file; the first question refers to it. With the stored record
+    `token_ids` there are no turns."""
 
     info: SourceInfo
     image: bytes
     turns: tuple[Turn, ...]
+    token_ids: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSample:
-    """Pure text: a plain document (`text`) or a dialogue (`turns`); exactly one of the two is set."""
+    """Pure text: a plain document (`text`), a dialogue (`turns`), or the stored record of either (`token_ids`); exactly one is set."""
 
     info: SourceInfo
     text: str | None = None
     turns: tuple[Turn, ...] = ()
+    token_ids: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSample:
     """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or `picture_fault`, why
-    it cannot be used."""
+    it cannot be used. With the stored record `token_ids` the caption is empty."""
 
     info: SourceInfo
     caption: str
     image: bytes | None = None
     vq_ids: np.ndarray | None = None
     picture_fault: str = ""
+    token_ids: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,6 +77,11 @@ class VqIds(Enum):
     trust = "trust"
 
 
+class TokenIds(Enum):
+    auto = "auto"
+    off = "off"
+
+
 class OverLong(Enum):
     truncate = "truncate"
     drop = "drop"
@@ -304,6 +309,10 @@ class DataConfig:
     """VQ ids of generation pictures stored beside the shards (`jp-train data encode-images`). `auto`: used where they are, and
     refused when they were made with another VQ or transform; `require`: every generation shard must have them; `off`: pictures are
     read and encoded in training; `trust`: like auto, and `.vq.npy` members of unknown origin are taken as they are."""
+    token_ids: TokenIds = TokenIds.auto
+    """Token ids of texts in the index beside the shards. `auto`: the index holds them (about 2.1 bytes a token with 102,400 ids) and rows are
+    made of them, so that training reads and tokenises no text; `off`: they are neither written nor used, and each text is read and tokenised
+    whenever it is drawn. Rows are the same."""
     over_long: OverLong = OverLong.truncate
     """[22] a document longer than `seq_len`: cut its text, never its image; or drop it."""
     system_prompt: str = (

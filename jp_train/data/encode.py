@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from jp_train.config.schema import Crop, RunConfig, Template
 from jp_train.data.image import load_generation_image, load_understanding_image
-from jp_train.data.layouts import LEARN, PAD, ImageBlock, Layouts, Part
+from jp_train.data.layouts import ASK, LEARN, PAD, READ, ImageBlock, Layouts, Part
 from jp_train.data.permute import document_uniform
 from jp_train.data.samples import Sample, first_sentence
+from jp_train.data.token_ids import IMAGE, Run, condition_runs, pack, planes_for, unpack
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import ConfigError, DataError, SkipSample
 from jp_train.types import IGNORE_INDEX, PENDING_VQ_ID, EncodedDocument, GenerationSample, Kind, TextSample, UnderstandingSample
@@ -25,7 +27,7 @@ from jp_train.types import IGNORE_INDEX, PENDING_VQ_ID, EncodedDocument, Generat
 ENCODING_VERSION = 1
 """Part of every index fingerprint: raise it when a layout changes, and old token counts become stale."""
 
-Piece = tuple[list[int] | int | ImageBlock, int]
+Piece = tuple[list[int] | np.ndarray | int | ImageBlock, int]
 """A part whose text has become ids."""
 
 
@@ -54,11 +56,11 @@ class Draft:
         for piece, _ in pieces:
             if type(piece) is int:
                 self.length += 1
-            elif type(piece) is list:
-                self.length += len(piece)
-            else:
+            elif type(piece) is ImageBlock:
                 self.image_start = self.length + 1
                 self.length += len(piece.ids)
+            else:
+                self.length += len(piece)
 
 
 class Encoder:
@@ -83,6 +85,8 @@ class Encoder:
         self._data = cfg.data
         self._seed = cfg.seed
         self._markers: tuple[int, int] | None = None
+        self._learnt = (LEARN,) if cfg.data.mask_question else (LEARN, ASK)
+        self._planes = planes_for(tokenizer.vocab_size)
 
     @property
     def fingerprint(self) -> str:
@@ -103,28 +107,48 @@ class Encoder:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def token_counts(self, sample: Sample) -> TokenCounts:
-        """The lengths that the index stores; pictures are not touched.
+    def texts(self, sample: Sample) -> list[Run]:
+        """The texts of a sample as ids, whatever is drawn later: what the index counts, and `record` stores."""
+        if isinstance(sample, GenerationSample):
+            whole, short = sample.caption, first_sentence(sample.caption)
+            ids = self._ids(self._layouts.condition(whole))
+            return condition_runs(ids, ids if short == whole else self._ids(self._layouts.condition(short)))
+        runs: list[Run] = []
+        for piece, role in self.draft(sample).pieces:
+            if type(piece) is ImageBlock:
+                runs.append(((), IMAGE))
+                continue
+            ids = [piece] if type(piece) is int else piece
+            if runs and runs[-1][1] == role:
+                ids = [*runs.pop()[0], *ids]
+            runs.append((ids, role))
+        return runs
+
+    def record(self, texts: Sequence[Run]) -> bytes:
+        """What the index stores of a sample's `texts`: a sample that carries it as `token_ids` is the same document."""
+        return pack(texts, self._planes)
+
+    def token_counts(self, sample: Sample, texts: Sequence[Run] | None = None) -> TokenCounts:
+        """The lengths that the index stores; pictures are not touched. `texts` are those of the sample, where they are known.
 
         Raises SkipSample for a text or caption that the tokenizer turns into nothing.
         """
+        lengths = [len(ids) for ids, _ in (self.texts(sample) if texts is None else texts)]
         if not isinstance(sample, GenerationSample):
-            tokens = self.draft(sample).length
-            if isinstance(sample, TextSample) and tokens <= 2:  # BOS and EOS alone
+            tokens = sum(lengths)
+            if isinstance(sample, UnderstandingSample):
+                tokens += len(self._layouts.understanding_block.ids)
+            elif tokens <= 2:  # BOS and EOS alone
                 raise SkipSample("the text has no token", "empty_text")
             return TokenCounts(tokens=tokens, short_tokens=tokens, dropped_tokens=tokens, short_dropped_tokens=tokens)
-        layouts = self._layouts
-        rest = self._length(layouts.generation([]))
-        lengths = []
-        for caption in (sample.caption, first_sentence(sample.caption)):
-            condition = layouts.condition(caption)
-            tokens = self._length(condition)
-            if tokens <= sum(self._condition_markers()):
-                raise SkipSample("the caption has no token", "empty_text")
-            dropped = layouts.dropped(condition)
-            kept = tokens if dropped and dropped[0][1] == PAD else len(dropped)
-            lengths += [rest + tokens, rest + kept]
-        return TokenCounts(tokens=lengths[0], dropped_tokens=lengths[1], short_tokens=lengths[2], short_dropped_tokens=lengths[3])
+        both, whole, short = lengths
+        if min(whole, short) + both <= sum(self._condition_markers()):
+            raise SkipSample("the caption has no token", "empty_text")
+        rest = self._length(self._layouts.generation([]))
+        dropped = self._layouts.dropped([(np.zeros(0, np.int32), READ)])
+        counts = [rest + both + whole, rest + both + short]
+        kept = counts if dropped and dropped[0][1] == PAD else [rest + len(dropped)] * 2
+        return TokenCounts(tokens=counts[0], dropped_tokens=kept[0], short_tokens=counts[1], short_dropped_tokens=kept[1])
 
     def length(self, sample: Sample, *, short_caption: bool = False, drop_condition: bool = False) -> int:
         """Tokens of `sample` as `encode` lays it out under these two draws."""
@@ -152,11 +176,37 @@ class Encoder:
 
     def draft_many(self, samples: Sequence[tuple[Sample, bool, bool]]) -> list[Draft]:
         """Documents of (sample, short_caption, drop_condition), their texts tokenised in one call."""
-        laid_out = [(sample, self._layouts.parts(sample, short_caption=short, drop_condition=drop)) for sample, short, drop in samples]
-        texts = iter(self.tokenizer.encode_many([piece for _, parts in laid_out for piece, _ in parts if type(piece) is str]))
-        return [
-            Draft(sample, [(next(texts) if type(piece) is str else piece, role) for piece, role in parts]) for sample, parts in laid_out
-        ]
+        laid_out = [(sample, self._parts(sample, short, drop)) for sample, short, drop in samples]
+        texts = [piece for _, parts in laid_out for piece, _ in parts if type(piece) is str]
+        if not texts:
+            return [Draft(sample, parts) for sample, parts in laid_out]
+        ids = iter(self.tokenizer.encode_many(texts))
+        return [Draft(sample, [(next(ids) if type(piece) is str else piece, role) for piece, role in parts]) for sample, parts in laid_out]
+
+    def _parts(self, sample: Sample, short: bool, drop: bool) -> list[Part]:
+        """The parts of a document, with ids in place of texts where they are stored. Raises DataError for a damaged record."""
+        layouts = self._layouts
+        if sample.token_ids is None:
+            return layouts.parts(sample, short_caption=short, drop_condition=drop)
+        try:
+            runs, ids = unpack(sample.token_ids, self._planes)
+            if len(ids) and ids.max() >= self.tokenizer.vocab_size:
+                raise ValueError(f"id {ids.max()} of {self.tokenizer.vocab_size}")
+            if isinstance(sample, GenerationSample):
+                (both, _), (whole, _), _ = runs
+                condition = np.concatenate([ids[:both], ids[both + whole :]]) if short else ids[: both + whole]
+                parts: list[Part] = [(condition, READ)]
+                return layouts.generation(layouts.dropped(parts) if drop else parts)
+        except (ValueError, struct.error) as error:
+            raise DataError(
+                f"the stored token ids of {sample.info} are damaged ({error}); delete the shard's .jp-tokens sidecar, or set "
+                "data.token_ids=off"
+            ) from None
+        parts, at = [], 0
+        for length, role in runs:
+            parts.append((layouts.understanding_block if role == IMAGE else ids[at : at + length], READ if role == IMAGE else role))
+            at += length
+        return parts
 
     def write(self, draft: Draft, tokens: np.ndarray) -> None:
         """Fill `tokens` int [3, draft.length], that hold IGNORE_INDEX: ids, text labels and image labels, the labels shifted."""
@@ -167,10 +217,10 @@ class Encoder:
                 end = at + 1
                 ids[at] = pad if role == PAD else piece
             else:
-                values = piece if type(piece) is list else piece.ids
+                values = piece.ids if type(piece) is ImageBlock else piece
                 end = at + len(values)
                 ids[at:end] = pad if role == PAD else values
-            if role == LEARN:
+            if role in self._learnt:
                 labels[at - 1 : end - 1] = ids[at:end]
             at = end
         if isinstance(draft.sample, GenerationSample):

@@ -15,13 +15,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from jp_train.config.schema import Crop, RunConfig, SourceConfig
+from jp_train.config.schema import Crop, RunConfig, SourceConfig, TokenIds
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import excluded_samples, with_exclusions
 from jp_train.data.processes import end_with_trainer, kill_workers, signals_deferred, worker_context
-from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, check_field_size, parse_sample, wanted_fields
+from jp_train.data.samples import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, VQ_EXTENSION, check_field_size, parse_sample, wanted_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, expand_shards, read_spans, scan_members
 from jp_train.data.sidecar import FORMAT, ShardTokens, has_members, load_members, load_tokens, store_members, store_tokens
+from jp_train.data.token_ids import RecordSpool
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.data.vq_ids import StoredIds
 from jp_train.errors import DataError, SkipSample
@@ -69,6 +70,8 @@ class SourceLocator:
     """Numbers of the shards whose stored ids are used; pictures of the others are read."""
     embedded_ids: bool = True
     """Whether `.vq.npy` members of the shards are used."""
+    token_ids: bool = False
+    """Whether the token ids in the shards' sidecars stand for the texts."""
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard number, and number among the shard's usable samples. Raises DataError when the source has no such sample."""
@@ -82,7 +85,8 @@ class SourceLocator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceIndex:
-    """The index of one source, over its shards in order: token counts int32 [N] of its N usable samples, and the bad ones."""
+    """The index of one source, over its shards in order: token counts int32 [N] of its N usable samples, and the bad ones; `ids_bytes` is the
+    size of the stored token ids, 0 where they are not used."""
 
     locator: SourceLocator
     tokens: np.ndarray
@@ -90,6 +94,7 @@ class SourceIndex:
     dropped_tokens: np.ndarray
     dialogues: int
     bad: tuple[BadSample, ...]
+    ids_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -116,7 +121,7 @@ def index_sources(
     sources: Mapping[str, SourceConfig] | None = None,
 ) -> list[SourceIndex]:
     """The index of every source (default: `cfg.data.sources`), in order; missing or stale sidecars are built first, by
-    `processes`.
+    `processes`. With `data.token_ids: auto`, one without token ids is stale.
 
     Raises:
         DataError: for missing, corrupt or empty shards, or a source without a usable sample.
@@ -132,23 +137,49 @@ def index_sources(
     prints = {name: source_fingerprint(encoder, source) for name, source in sources.items()}
     loaded: dict[tuple[str, str], ShardTokens] = {}
     stale: list[_Task] = []
+    with_ids = cfg.data.token_ids is not TokenIds.off
     for name, source in sources.items():
         for shard in shards[name]:
-            tokens = load_tokens(shard, prints[name])
+            tokens = load_tokens(shard, prints[name], with_ids=with_ids)
             if tokens is not None and has_members(shard):
                 loaded[name, shard.path] = tokens
             else:
                 stale.append(_Task(name=name, source=source, shard=shard, fingerprint=prints[name]))
     _build(stale, cfg, tokenizer, encoder, reader, processes, progress)
     reader.close()
-    return [_assemble(name, source, shards[name], prints[name], loaded) for name, source in sources.items()]
+    return [_assemble(name, source, shards[name], prints[name], loaded, with_ids) for name, source in sources.items()]
 
 
 def index_shard(
-    shard: Shard, *, name: str, source: SourceConfig, fingerprint: str, encoder: Encoder, reader: ShardReader, crop: Crop
+    shard: Shard,
+    *,
+    name: str,
+    source: SourceConfig,
+    fingerprint: str,
+    encoder: Encoder,
+    reader: ShardReader,
+    crop: Crop,
+    with_ids: bool = True,
 ) -> ShardTokens:
     """Build and write both sidecars of one shard; returns the tokens one. Raises DataError for a corrupt tar or failed reads."""
     members = shard_members(shard, reader)
+    with RecordSpool() as records:
+        tokens = _tokens_of(shard, members, name, source, encoder, reader, crop, records.add if with_ids else None)
+        store_tokens(shard, fingerprint, tokens, records if with_ids else None)
+    return tokens
+
+
+def _tokens_of(
+    shard: Shard,
+    members: ShardMembers,
+    name: str,
+    source: SourceConfig,
+    encoder: Encoder,
+    reader: ShardReader,
+    crop: Crop,
+    store: Callable[[bytes], None] | None,
+) -> ShardTokens:
+    """The counts of a shard; the record of each usable sample's texts goes to `store`."""
     kind = Kind(source.kind.value)
     good: list[int] = []
     counts: list[tuple[int, int, int, int]] = []
@@ -162,15 +193,18 @@ def index_shard(
         try:
             raw = read_fields(shard, members, number, kind, crop, reader, name, pictures=False)
             sample = parse_sample(raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
-            count = encoder.token_counts(sample)
+            texts = encoder.texts(sample)
+            count = encoder.token_counts(sample, texts)
         except SkipSample as reason:
             bad.append((key, str(reason)))
             continue
         good.append(number)
         counts.append((count.tokens, count.short_tokens, count.dropped_tokens, count.short_dropped_tokens))
+        if store is not None:
+            store(encoder.record(texts))
         dialogues += isinstance(sample, TextSample) and bool(sample.turns)
     table = np.array(counts, np.int32).reshape(-1, 4)
-    tokens = ShardTokens(
+    return ShardTokens(
         sample=np.array(good, np.int32),
         tokens=table[:, 0],
         short_tokens=table[:, 1],
@@ -179,8 +213,6 @@ def index_shard(
         dialogues=dialogues,
         bad=tuple(bad),
     )
-    store_tokens(shard, fingerprint, tokens)
-    return tokens
 
 
 def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
@@ -210,17 +242,30 @@ def read_fields(
     pictures: bool = True,
     stored: StoredIds | None = None,
     embedded_ids: bool = True,
+    token_ids: bytes | None = None,
 ) -> RawSample:
     """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty bytes).
 
     With `stored` ids of the shard a picture is not read, whether it has ids or is known to be unusable. `embedded_ids=False` leaves
-    `.vq.npy` members alone where there is a picture to encode.
+    `.vq.npy` members alone where there is a picture to encode. With `token_ids`, the sample's stored record, its texts are not read.
     """
     first, last = members.member_start[number : number + 2].tolist()
     spans = zip(members.offset[first:last].tolist(), members.size[first:last].tolist(), strict=True)
     where = dict(zip([members.extensions[code] for code in members.extension[first:last].tolist()], spans, strict=True))
     info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
-    return read_located(info, shard, number, where, kind, crop, reader, pictures=pictures, stored=stored, embedded_ids=embedded_ids)
+    return read_located(
+        info,
+        shard,
+        number,
+        where,
+        kind,
+        crop,
+        reader,
+        pictures=pictures,
+        stored=stored,
+        embedded_ids=embedded_ids,
+        token_ids=token_ids,
+    )
 
 
 def read_located(
@@ -235,6 +280,7 @@ def read_located(
     pictures: bool = True,
     stored: StoredIds | None = None,
     embedded_ids: bool = True,
+    token_ids: bytes | None = None,
 ) -> RawSample:
     """As `read_fields`, for a sample whose files are `located`: extension -> (offset, size) in the shard.
 
@@ -242,29 +288,31 @@ def read_located(
     """
     ids = None if stored is None else stored.row(number)
     fault = "" if stored is None or ids is not None else stored.unusable.get(info.key, "")
-    wanted, needed, read = _fields_to_read(tuple(located), kind, crop, ids is not None or bool(fault), embedded_ids, pictures)
+    known, texts = ids is not None or bool(fault), token_ids is None
+    wanted, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, pictures, texts)
     for extension in needed:
         check_field_size(extension, located[extension][1])
     found = read_spans(reader, shard, [located[extension] for extension in read])
     fields = dict.fromkeys(wanted, b"")
     fields |= zip(read, found, strict=True)
-    return RawSample(info=info, fields=fields, vq_ids=ids, picture_fault=fault)
+    return RawSample(info=info, fields=fields, vq_ids=ids, picture_fault=fault, token_ids=token_ids)
 
 
 @lru_cache(maxsize=1024)
 def _fields_to_read(
-    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, pictures: bool
+    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, pictures: bool, texts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those that are read.
 
-    `known`: ids, or the fault of its picture, are stored, so the picture is not needed.
+    `known`: ids, or the fault of its picture, are stored, so the picture is not needed; `texts`: its texts are to be read.
     """
     where = list(present)
     if known or (not embedded_ids and any(extension in where for extension in IMAGE_EXTENSIONS)):
         where = [extension for extension in where if extension != VQ_EXTENSION]
     wanted = tuple(wanted_fields(kind, where, crop))
     needed = tuple(extension for extension in wanted if not (known and extension in IMAGE_EXTENSIONS))
-    return wanted, needed, tuple(extension for extension in needed if pictures or extension not in IMAGE_EXTENSIONS)
+    unread = (*(() if pictures else IMAGE_EXTENSIONS), *(() if texts else TEXT_EXTENSIONS))
+    return wanted, needed, tuple(extension for extension in needed if extension not in unread)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -330,6 +378,7 @@ def _run(task: _Task, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> 
         encoder=encoder,
         reader=reader,
         crop=cfg.data.crop,
+        with_ids=cfg.data.token_ids is not TokenIds.off,
     )
     return len(tokens)
 
@@ -349,12 +398,17 @@ def _run_in_worker(task: _Task) -> int:
 
 
 def _assemble(
-    name: str, source: SourceConfig, shards: Sequence[Shard], fingerprint: str, loaded: Mapping[tuple[str, str], ShardTokens]
+    name: str,
+    source: SourceConfig,
+    shards: Sequence[Shard],
+    fingerprint: str,
+    loaded: Mapping[tuple[str, str], ShardTokens],
+    with_ids: bool,
 ) -> SourceIndex:
     parts: list[ShardTokens] = []
     bad: list[BadSample] = []
     for shard in shards:
-        part = loaded.get((name, shard.path)) or load_tokens(shard, fingerprint)
+        part = loaded.get((name, shard.path)) or load_tokens(shard, fingerprint, with_ids=with_ids)
         if part is None:
             raise DataError(
                 f"source {name!r}: the index of {shard.path} vanished while it was read, or the shard is being rewritten; start again"
@@ -377,6 +431,7 @@ def _assemble(
         fingerprint=fingerprint,
         shards=tuple(shards),
         samples_before=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        token_ids=with_ids,
     )
     return SourceIndex(
         locator=locator,
@@ -385,4 +440,5 @@ def _assemble(
         dropped_tokens=joined("dropped_tokens"),
         dialogues=sum(part.dialogues for part in parts),
         bad=tuple(bad),
+        ids_bytes=sum(part.ids_bytes or 0 for part in parts) if with_ids else 0,
     )

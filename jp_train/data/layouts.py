@@ -27,8 +27,9 @@ from jp_train.data.samples import Sample, first_sentence
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.types import GenerationSample, SpecialTokens, TextSample, Turn, UnderstandingSample
 
-READ, LEARN, PAD = 0, 1, 2
-"""What a part is: input only; supervised by the text head; input of which only the number of tokens is kept, as pads."""
+READ, LEARN, ASK, PAD = 0, 1, 2, 3
+"""What a part is: input only; supervised by the text head; a question, which is either; input of which only the number of tokens is kept, as
+pads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class ImageBlock:
     ids: np.ndarray
 
 
-Part = tuple[str | int | ImageBlock, int]
-"""A text, a special id or a picture's tokens, and READ, LEARN or PAD. Each text is tokenised by itself; none is empty."""
+Part = tuple[str | int | ImageBlock | np.ndarray, int]
+"""A text, a special id, a picture's tokens or ids that are known, and the role. Each text is tokenised by itself; none is empty."""
 
 
 class Layouts:
@@ -52,7 +53,7 @@ class Layouts:
         self._user, self._assistant = tokenizer.role(tokenizer.user), tokenizer.role(tokenizer.assistant)
         special = tokenizer.special
         slots = [special.image_placeholder] * image_slots
-        self._understanding_block = ImageBlock(np.array([special.boi, *slots, special.eoi], np.int32))
+        self.understanding_block = ImageBlock(np.array([special.boi, *slots, special.eoi], np.int32))
         self._generation_block = ImageBlock(np.array([special.boi, *slots], np.int32))
         end = {ImageEnd.eoi_eos: [special.eoi, special.eos], ImageEnd.eoi: [special.eoi], ImageEnd.none: []}[cfg.data.image_end]
         after = LEARN if cfg.data.supervise_eoi else READ
@@ -110,7 +111,7 @@ class Layouts:
         """Question-answer documents; with `prompt` it stops where the last answer would start."""
         special, data = self._special, self._data
         chat = template is Template.stage3
-        picture = [self._understanding_block] if image else []
+        picture = [self.understanding_block] if image else []
         parts: list[Part] = [] if chat else _texts([special.bos, *picture], READ)
         for number, turn in enumerate(turns):
             last = number == len(turns) - 1
@@ -125,7 +126,7 @@ class Layouts:
                 parts += _texts([*lead, self._user, ": ", *middle, question, "\n\n", self._assistant, ":"], READ)
                 gap = " "
             else:
-                parts += _texts([("\n" if number else "") + question], READ if data.mask_question else LEARN)
+                parts += _texts([("\n" if number else "") + question], ASK)
                 gap = " " if question or number else ""
             if prompt and last:
                 break

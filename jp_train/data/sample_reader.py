@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from jp_train.config.schema import Crop
 from jp_train.data.index import SourceLocator, read_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
-from jp_train.data.sidecar import ShardTokens, load_members, load_tokens
+from jp_train.data.sidecar import ShardTokens, load_members, load_tokens, open_token_ids
+from jp_train.data.token_ids import StoredTokenIds
 from jp_train.data.vq_ids import StoredIds, open_ids
 from jp_train.errors import DataError
 from jp_train.types import DocumentRef, RawSample, SourceInfo
 
 CACHED_SAMPLES = 1_000_000
-"""Samples whose sidecar entries one worker keeps in memory, at about 150 bytes each; past it the oldest shards' are dropped."""
+"""Samples whose sidecar entries one worker keeps in memory, at about 160 bytes each; past it the oldest shards' are dropped."""
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class ShardTable:
     members: ShardMembers
     tokens: ShardTokens
     ids: StoredIds | None
+    token_ids: StoredTokenIds | None
 
 
 class SampleReader:
@@ -59,6 +61,7 @@ class SampleReader:
             locator.name,
             stored=table.ids,
             embedded_ids=locator.embedded_ids,
+            token_ids=self._record(ref, table, entry),
         )
 
     def find(self, ref: DocumentRef) -> tuple[ShardTable, int]:
@@ -94,12 +97,30 @@ class SampleReader:
         """Close the shards."""
         self._reader.close()
 
+    def _record(self, ref: DocumentRef, table: ShardTable, entry: int) -> bytes | None:
+        if table.token_ids is None:
+            return None
+        try:
+            return table.token_ids.record(entry)
+        except DataError:  # another run may have written the same sidecar anew: it says the same, in another file
+            source, number = ref.source, bisect_right(self._before[ref.source], ref.sample) - 1
+            self._cached -= len(self._tables.pop((source, number)).members.keys)
+            table = self._load(source, number)
+            assert table.token_ids is not None
+            return table.token_ids.record(entry)
+
     def _load(self, source: int, number: int) -> ShardTable:
         locator = self._locators[source]
         shard = locator.shards[number]
         members = load_members(shard)
-        tokens = load_tokens(shard, locator.fingerprint)
-        if members is None or tokens is None or (len(tokens) and int(tokens.sample.max()) >= len(members.keys)):
+        tokens = load_tokens(shard, locator.fingerprint, with_ids=locator.token_ids)
+        token_ids = open_token_ids(shard, locator.fingerprint, self._reader) if locator.token_ids else None
+        if (
+            members is None
+            or tokens is None
+            or (len(tokens) and int(tokens.sample.max()) >= len(members.keys))
+            or (locator.token_ids and (token_ids is None or len(token_ids.record_start) != len(tokens) + 1))
+        ):
             raise DataError(
                 f"the index of shard {shard.path} (source {locator.name!r}) is gone, stale or damaged; start again so that it is rebuilt "
                 f"(if that does not help, delete {shard.name}.jp-members.npz and {shard.name}.jp-tokens-*.npz)"
@@ -111,7 +132,7 @@ class SampleReader:
                 raise DataError(
                     f"the VQ ids of shard {shard.path} (source {locator.name!r}) are gone or stale since the run began; start again"
                 )
-        found = ShardTable(shard, shard.name, members, tokens, ids)
+        found = ShardTable(shard, shard.name, members, tokens, ids, token_ids)
         self._tables[source, number] = found
         self._cached += len(members.keys)
         while self._cached > CACHED_SAMPLES and len(self._tables) > 1:

@@ -26,6 +26,7 @@ from jp_train.types import GenerationSample, Kind, RawSample, TextSample, Turn, 
 Sample = UnderstandingSample | TextSample | GenerationSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+TEXT_EXTENSIONS = ("json", "txt")
 VQ_EXTENSION = "vq.npy"
 IMAGE_MARKER = "<image>"
 
@@ -57,21 +58,23 @@ def check_field_size(extension: str, size: int) -> None:
 
 
 def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
-    """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption.
+    """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption. A stored record takes the
+    place of the texts: what could be wrong with them was seen when it was made.
 
     Raises:
         SkipSample: with a reason a person can act on.
         DataError: for stored VQ ids (`raw.vq_ids`) that no picture of this model can have.
     """
     if kind is Kind.TEXT:
-        return _text(raw)
+        return _text(raw) if raw.token_ids is None else TextSample(info=raw.info, token_ids=raw.token_ids)
     image = _image(raw)
     if kind is Kind.UNDERSTANDING:
         if image is None:
             raise SkipSample(
                 f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found {_found(raw)}", "missing_field"
             )
-        return UnderstandingSample(info=raw.info, image=image, turns=_understanding_turns(_json(raw)))
+        turns = _understanding_turns(_json(raw)) if raw.token_ids is None else ()
+        return UnderstandingSample(info=raw.info, image=image, turns=turns, token_ids=raw.token_ids)
     ids = raw.vq_ids if raw.vq_ids is not None else _vq_ids(raw, image_slots, codebook_size)
     if raw.vq_ids is not None and (len(ids) != image_slots or ids.max() >= codebook_size):
         raise DataError(
@@ -81,9 +84,14 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
         )
     if image is None and ids is None and not raw.picture_fault:
         raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_found(raw)}", "missing_field")
-    caption = apply_class_prompt(_string(_json(raw), "caption"), source)
+    caption = apply_class_prompt(_string(_json(raw), "caption"), source) if raw.token_ids is None else ""
     return GenerationSample(
-        info=raw.info, caption=caption, image=image if ids is None else None, vq_ids=ids, picture_fault=raw.picture_fault
+        info=raw.info,
+        caption=caption,
+        image=image if ids is None else None,
+        vq_ids=ids,
+        picture_fault=raw.picture_fault,
+        token_ids=raw.token_ids,
     )
 
 

@@ -1,9 +1,9 @@
 """The index files of one shard: written atomically, read without pickles, ignored when they belong to other content.
 
     X.tar.jp-members.npz           keys, extensions, byte offsets and sizes; valid for one size and stamp of the shard
-    X.tar.jp-tokens-<print>.npz    token counts of the usable samples, and the bad ones with their reasons; valid for one
-                                   fingerprint of tokenizer, template, options and source settings, so stages do not overwrite
-                                   each other
+    X.tar.jp-tokens-<print>.npz    token counts of the usable samples, the token ids of their texts (token_ids.py; unless
+                                   data.token_ids=off), and the bad ones with their reasons; valid for one fingerprint of tokenizer,
+                                   template, options and source settings, so stages do not overwrite each other
     X.tar.jp-excluded.json         samples that `data verify --exclude` took out (exclusions.py); their digest is in the name and
                                    the meta data of the tokens file: .jp-tokens-<print>-x<digest>.npz
     X.tar.jp-vq-<print>.npy, .json ids of the pictures and what they were made with (vq_ids.py)
@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -29,8 +30,10 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
-from jp_train.data.shards import Shard, ShardMembers, is_url
+from jp_train.data.shards import Shard, ShardMembers, ShardReader, is_url
+from jp_train.data.token_ids import RecordSpool, StoredTokenIds
 from jp_train.errors import DataError
 
 FORMAT = 2
@@ -38,6 +41,8 @@ FORMAT = 2
 
 _MEMBERS = ".jp-members.npz"
 _Made = TypeVar("_Made")
+_NAME_LENGTH_AT = 26
+"""Where the header before a member of a zip has the lengths of name and extra field, uint16 each; the content follows them."""
 _LEFT_BEHIND_S = 3600
 """A temporary file of this age has no writer any more: writing one takes seconds, and process numbers say nothing on another host."""
 
@@ -47,7 +52,7 @@ class ShardTokens:
     """The tokens sidecar of a shard: G usable samples out of its N.
 
     `sample` int32 [G]: their numbers in the shard; `tokens`, `short_tokens`, `dropped_tokens`, `short_dropped_tokens` int32 [G];
-    `bad`: (key, reason) of the others.
+    `bad`: (key, reason) of the others; `ids_bytes`: size of the stored token ids, None without.
     """
 
     sample: np.ndarray
@@ -57,6 +62,7 @@ class ShardTokens:
     short_dropped_tokens: np.ndarray
     dialogues: int
     bad: tuple[tuple[str, str], ...]
+    ids_bytes: int | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -77,10 +83,35 @@ def member_extensions(shard: Shard) -> tuple[str, ...] | None:
     return _read(shard, _MEMBERS, _identity(shard), lambda meta, _: _texts(meta["extensions"]))
 
 
-def load_tokens(shard: Shard, fingerprint: str) -> ShardTokens | None:
-    """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current."""
-    expected = _identity(shard) | {"fingerprint": fingerprint, "excluded": shard.excluded or None}
-    return _read(shard, _tokens_suffix(shard, fingerprint), expected, _tokens)
+def load_tokens(shard: Shard, fingerprint: str, *, with_ids: bool = False) -> ShardTokens | None:
+    """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current, and (`with_ids`) holds token ids."""
+
+    def made(meta: dict, arrays: NpzFile) -> ShardTokens:
+        _require(not with_ids or "records" in arrays)
+        return _tokens(meta, arrays)
+
+    return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
+
+
+def open_token_ids(shard: Shard, fingerprint: str, reader: ShardReader) -> StoredTokenIds | None:
+    """The token ids in the tokens sidecar of a shard, None when there is no current one that has them. They are read through `reader`."""
+
+    def made(_: dict, arrays: NpzFile) -> StoredTokenIds:
+        assert arrays.zip.fp is not None and arrays.zip.filename is not None
+        starts, part, file = arrays["record_start"], arrays.zip.getinfo("records.npy"), arrays.zip.fp
+        with arrays.zip.open(part) as content:  # its header says where the bytes begin
+            _require(np.lib.format.read_magic(content) == (1, 0))
+            shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+            header = content.tell()
+        _require(starts.dtype == np.int64 and starts[0] == 0 and (starts[1:] >= starts[:-1]).all())
+        _require(dtype == np.uint8 and shape == (starts[-1],) and part.file_size == header + starts[-1])
+        file.seek(part.header_offset + _NAME_LENGTH_AT)
+        name, extra = struct.unpack("<HH", file.read(4))
+        found = os.fstat(file.fileno())
+        here = Shard(path=arrays.zip.filename, size=found.st_size, stamp=str(found.st_mtime_ns))
+        return StoredTokenIds(here, part.header_offset + _NAME_LENGTH_AT + 4 + name + extra + header, starts, reader)
+
+    return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
 
 
 def _members(shard: Shard, meta: dict, arrays: Mapping[str, np.ndarray]) -> ShardMembers:
@@ -104,7 +135,7 @@ def _members(shard: Shard, meta: dict, arrays: Mapping[str, np.ndarray]) -> Shar
     )
 
 
-def _tokens(meta: dict, arrays: Mapping[str, np.ndarray]) -> ShardTokens:
+def _tokens(meta: dict, arrays: NpzFile) -> ShardTokens:
     sample, table = arrays["sample"], arrays["table"]
     _require(sample.dtype == table.dtype == np.int32 and sample.ndim == 1 and table.shape == (4, len(sample)))
     _require(
@@ -122,6 +153,7 @@ def _tokens(meta: dict, arrays: Mapping[str, np.ndarray]) -> ShardTokens:
         short_dropped_tokens=table[3],
         dialogues=meta["dialogues"],
         bad=_pairs(meta["bad"]),
+        ids_bytes=arrays.zip.getinfo("records.npy").file_size if "records" in arrays else None,
     )
 
 
@@ -138,16 +170,21 @@ def store_members(shard: Shard, members: ShardMembers) -> None:
     _write(shard, _MEMBERS, _identity(shard) | meta, arrays)
 
 
-def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens) -> None:
-    """Write the tokens sidecar. Raises DataError when neither place can be written."""
-    meta = {"fingerprint": fingerprint, "excluded": shard.excluded or None, "dialogues": tokens.dialogues, "bad": tokens.bad}
+def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens, records: RecordSpool | None = None) -> None:
+    """Write the tokens sidecar, with token ids where `records` has them. Raises DataError when neither place can be written."""
+    meta = _tokens_identity(shard, fingerprint) | {"dialogues": tokens.dialogues, "bad": tokens.bad}
     table = np.stack([tokens.tokens, tokens.short_tokens, tokens.dropped_tokens, tokens.short_dropped_tokens])
-    _write(shard, _tokens_suffix(shard, fingerprint), _identity(shard) | meta, {"sample": tokens.sample, "table": table})
+    stored = {} if records is None else records.arrays()
+    _write(shard, _tokens_suffix(shard, fingerprint), meta, {"sample": tokens.sample, "table": table, **stored})
 
 
 def _tokens_suffix(shard: Shard, fingerprint: str) -> str:
     """Another name for other exclusions: a run that goes on while samples are excluded keeps reading the table it began with."""
     return f".jp-tokens-{fingerprint[:12]}{f'-x{shard.excluded[:8]}' if shard.excluded else ''}.npz"
+
+
+def _tokens_identity(shard: Shard, fingerprint: str) -> dict:
+    return _identity(shard) | {"fingerprint": fingerprint, "excluded": shard.excluded or None}
 
 
 def _identity(shard: Shard) -> dict:
@@ -203,7 +240,7 @@ def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarra
     write_sidecar(shard, suffix, lambda file: np.savez(file, meta=blob, **arrays))
 
 
-def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, Mapping[str, np.ndarray]], _Made]) -> _Made | None:
+def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, NpzFile], _Made]) -> _Made | None:
     """`made` of the meta data and the arrays (read when asked for) of a sidecar; None when it is absent, of other content, or damaged."""
     for path in sidecar_places(shard, suffix):
         try:

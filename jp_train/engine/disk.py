@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from jp_train.errors import CheckpointError
@@ -13,12 +14,15 @@ SPARE = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise CheckpointError when fewer than `needed` bytes are free where `folder` lies. (A quota shows only when writing fails.)"""
+def require_space(folder: Path, needed: int, what: str, damaged: Collection[str] = ()) -> None:
+    """Raise CheckpointError when fewer than `needed` bytes are free where `folder` lies. (A quota shows only when writing fails.)
+
+    `damaged` names checkpoints there that are worth nothing: the first to go.
+    """
     free = free_bytes(folder)
     if free < needed + SPARE:
         raise CheckpointError(
-            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. {advice(folder, needed + SPARE - free)}"
+            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. {advice(folder, needed + SPARE - free, damaged)}"
         )
 
 
@@ -28,10 +32,10 @@ def free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def explained(error: OSError, folder: Path) -> str:
+def explained(error: OSError, folder: Path, damaged: Collection[str] = ()) -> str:
     """The error with what can be done about it."""
     if error.errno in FULL:
-        return f"{error}. {advice(folder)}"
+        return f"{error}. {advice(folder, damaged=damaged)}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error}. Make {folder} writable again, or resume with a run_dir that is"
     if error.errno == errno.ENOENT:
@@ -39,17 +43,24 @@ def explained(error: OSError, folder: Path) -> str:
     return str(error)
 
 
-def advice(folder: Path, missing: int = 0) -> str:
-    """What to delete: old checkpoints but the newest, else something that is not the run's."""
+def advice(folder: Path, missing: int = 0, damaged: Collection[str] = ()) -> str:
+    """What to delete: damaged checkpoints, then old ones but the newest whole one, else something that is not the run's."""
     sizes = [(path, folder_bytes(path)) for path in sorted(folder.glob("step_*"))] if folder.is_dir() else []
     at_least = f" at least {gib(missing)}" if missing else " space"
+    bad = _listed([(path, size) for path, size in sizes if path.name in damaged])
+    sizes = [(path, size) for path, size in sizes if path.name not in damaged]
+    first = f"delete what is damaged: {bad}" if bad else ""
     if len(sizes) > 1:
-        listed = ", ".join(f"{path.name} ({gib(size)})" for path, size in sizes[:-1])
-        return (
-            f"Free{at_least}: delete old checkpoints, but not the newest ({sizes[-1][0].name}): {listed}; then lower checkpoint.keep_last"
-        )
-    kept = f"; {sizes[0][0].name} ({gib(sizes[0][1])}) is the only complete checkpoint: keep it" if sizes else ""
+        then = f"{'; then ' if bad else 'delete '}old checkpoints, but not the newest{' whole one' if bad else ''} ({sizes[-1][0].name})"
+        return f"Free{at_least}: {first}{then}: {_listed(sizes[:-1])}; then lower checkpoint.keep_last"
+    kept = f"; {_listed(sizes)} is the only complete checkpoint: keep it" if sizes else ""
+    if bad:
+        return f"Free{at_least}: {first}{kept}"
     return f"Free{at_least} on that file system (old runs, exports), or use a run_dir on a larger one{kept}"
+
+
+def _listed(sizes: list[tuple[Path, int]]) -> str:
+    return ", ".join(f"{path.name} ({gib(size)})" for path, size in sizes)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "data.skip_consecutive",
     "data.snapshot_steps",
     "data.vq_ids",  # ids are the same stored and encoded on the fly
+    "data.token_ids",
     # places may move; what lies there is checked by its contents (plan, tokenizer and frozen-weight checksums)
     "data.root",
     "tokenizer.path",

@@ -10,11 +10,16 @@ from typing import Any, Protocol
 
 from jp_train.config import RunConfig, dump_config
 from jp_train.config.schema import SaveErrorAction
+from jp_train.data.ledger import LEDGER_FILE
+from jp_train.data.snapshots import SNAPSHOTS_FILE
 from jp_train.engine import partitions
 from jp_train.engine.checkpoint import Checkpoint, CheckpointStore, Content, Saved
 from jp_train.engine.identity import identity
 from jp_train.engine.init import Engine
 from jp_train.errors import CheckpointError
+
+LOGS = ("metrics.jsonl", LEDGER_FILE, "events.jsonl", SNAPSHOTS_FILE)
+"""Files of the run folder whose lines up to a checkpoint's step must outlive a power cut if the checkpoint does."""
 
 
 class Told(Protocol):
@@ -112,6 +117,7 @@ class Saver:
             identity=identity(self._cfg),
             config_text=dump_config(self._cfg),
             about=about,
+            logs=[Path(self._cfg.run_dir) / name for name in LOGS],
         )
 
     def _complete(self, step: int, action: Callable[[], Saved | None], *, fatal: bool, tolerant: bool = False) -> None:

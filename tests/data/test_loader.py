@@ -234,7 +234,7 @@ def test_an_index_whose_counts_are_wrong_stops_the_run(mixed, tokenizer, monkeyp
         patched.setattr(
             Encoder,
             "token_counts",
-            lambda self, sample: type(c := real(self, sample))(
+            lambda self, *of: type(c := real(self, *of))(
                 tokens=c.tokens + 1,
                 short_tokens=c.short_tokens + 1,
                 dropped_tokens=c.dropped_tokens,

@@ -114,7 +114,7 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     ranks = init_process_group(RunConfig())
     last = ranks.dp_rank == 1
     store = checkpoints.CheckpointStore(Path(folder), CheckpointConfig(), dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
-    plain_write, plain_describe, release, told = checkpoints.write_shard, checkpoints._describe, threading.Event(), {}
+    plain_write, plain_describe, release, told = checkpoints.write_shard, reading.described, threading.Event(), {}
 
     def save(step: int) -> int:
         store.begin(step, content(step))
@@ -158,7 +158,7 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     with patch.object(store._host, "take", no_memory):
         ask("no memory", lambda: save(400))
     told["problems"] = list(store.problems)
-    with patch.object(checkpoints, "_describe", unseen):
+    with patch.object(reading, "described", unseen):
         ask("unseen", store.newest)
     torch.distributed.barrier()
     if not last:

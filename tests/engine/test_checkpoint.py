@@ -229,6 +229,41 @@ def test_a_damaged_checkpoint_of_a_later_step_pushes_out_no_whole_one(tmp_path):
     assert sorted(path.name for path in again.folder.iterdir()) == ["best", "latest", "step_0000100", "step_0000300"]
 
 
+def test_damaged_checkpoints_are_deleted_once_enough_whole_ones_are_as_new(tmp_path):
+    made = store(tmp_path, keep_last=2)
+    for step in (100, 200, 300):
+        path = save(made, step)
+    (path / "state.json").write_text("{}")
+    again = store(tmp_path, keep_last=2)
+    assert again.newest().step == 200 and again.damaged == ["step_0000300"]
+    save(again, 250)
+    save(again, 310)
+    assert "step_0000300" in [path.name for path in again.folder.iterdir()]
+    save(again, 410)
+    assert sorted(path.name for path in again.folder.iterdir()) == ["latest", "step_0000310", "step_0000410"]
+    assert again.damaged == []
+
+
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it_is_complete(tmp_path, monkeypatch):
+    """Else a power cut could leave a checkpoint whose steps have no line in metrics.jsonl."""
+    done: list[str] = []
+    plain_sync, plain_rename = checkpoint_module.os.fsync, checkpoint_module.os.rename
+
+    def sync(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        plain_sync(descriptor)
+
+    def rename(before: Path, after: Path) -> None:
+        done.append(f"renamed to {Path(after).name}")
+        plain_rename(before, after)
+
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(checkpoint_module.os, "fsync", sync)
+    monkeypatch.setattr(checkpoint_module.os, "rename", rename)
+    save(store(tmp_path), 100, logs=[tmp_path / "metrics.jsonl", tmp_path / "ledger.jsonl"])
+    assert done.index("metrics.jsonl") < done.index("renamed to step_0000100") > done.index(tmp_path.name), done
+
+
 @pytest.mark.parametrize("fault", ("missing", "short"))
 def test_a_file_that_rank_0_does_not_see_whole_is_no_part_of_a_checkpoint(fault, tmp_path, monkeypatch):
     made = store(tmp_path)
@@ -283,7 +318,7 @@ def test_random_states_come_back_and_those_of_a_new_rank_are_derived(tmp_path):
         random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)
         new_rank = store(tmp_path)
         checkpoint = new_rank.newest()
-        new_rank._rank = 3  # a rank that the checkpoint of one rank does not know
+        new_rank._together.rank = 3  # a rank that the checkpoint of one rank does not know
         new_rank.load(checkpoint, lambda reader: None)
         joined.append(draw())
     assert joined[0] == joined[1] != expected

@@ -74,6 +74,22 @@ def test_the_advice_names_old_checkpoints_but_not_the_newest(small):
         fill(small, 0), made.begin(300, content(300))
 
 
+def test_a_checkpoint_found_damaged_is_the_first_to_go_and_makes_room_for_the_save_of_its_step(small):
+    made = store(small)
+    save(made, 100)
+    (save(made, 200) / "state.json").write_text("{}")
+    again = store(small)
+    assert again.newest().step == 100
+    fill(small, 1_500_000)
+    with pytest.raises(
+        CheckpointError,
+        match=r"delete what is damaged: step_0000200 \(2\.4 MiB\); step_0000100 \(2\.4 MiB\) is the only complete checkpoint: keep it",
+    ):
+        again.begin(150, content(150))
+    save(again, 200)
+    assert_untouched(again, 200)
+
+
 def test_a_disk_that_fills_up_during_the_write_leaves_the_checkpoint_before(small, monkeypatch):
     made = store(small)
     save(made, 100)

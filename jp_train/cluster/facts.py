@@ -1,0 +1,227 @@
+"""What one host is, found without importing torch: versions, code, configuration, devices, disks, left-over processes and locks.
+
+Facts only: what is wrong with them is decided in `checks.py`, where those of all hosts are together. Linux; standard library and, for the configuration,
+`jp_train.config`. Each fact fails alone: its place then holds {"error": reason}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jp_train.cluster.signals import LAUNCH_ID
+
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
+RUNNER = b"deepspeed.launcher.runner"
+WRITTEN_BYTES = 64 << 10
+"""Written and synced to find out whether a folder takes data: a disk may be full though it lists free inodes."""
+
+
+def host_facts(question: Mapping[str, Any], *, proc: Path = Path("/proc"), devices: Path = Path("/dev")) -> dict[str, Any]:
+    """Everything below about this host. `question` has `config`, `overrides`, `run_dir` (None without a configuration) and `own_launches`."""
+    folders = cache_folders(os.environ)
+    if question.get("run_dir"):
+        folders["run folder"] = str(question["run_dir"])
+    wanted: dict[str, Callable[[], Any]] = {
+        "host_name": socket.gethostname,
+        "python": lambda: platform.python_version(),
+        "packages": packages,
+        "driver": lambda: driver_version(proc),
+        "devices": lambda: device_count(devices),
+        "cores": lambda: len(os.sched_getaffinity(0)),
+        "addresses": host_addresses,
+        "code": code_digests,
+        "config": lambda: config_text(question.get("config"), question.get("overrides", ())),
+        "disks": lambda: {name: disk(Path(path)) for name, path in folders.items()},
+        "locks": lambda: build_locks(Path(folders["torch extensions"])),
+        "jobs": lambda: launched_jobs(question.get("own_launches", ()), proc=proc),
+    }
+    return {name: _attempt(find) for name, find in wanted.items()}
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of what ranks must agree on, from the packages' metadata; `nccl` is that of torch's wheel."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11"):
+        try:
+            found["nccl"] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        break
+    return found
+
+
+def driver_version(proc: Path = Path("/proc")) -> str:
+    """Version of the NVIDIA kernel driver; empty without one."""
+    try:
+        text = (proc / "driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    match = re.search(r"Kernel Module.*?\s(\d+\.\d+[\d.]*)", text)
+    return match[1] if match else "unreadable"
+
+
+def device_count(devices: Path = Path("/dev")) -> int:
+    """GPUs by the driver's device files, as NVIDIA (nvidia0, nvidia1, ...) and AMD (one render node each, beside kfd) make them; 0 on a CPU host.
+
+    torch would say the same, seconds later, and only when its build fits the driver.
+    """
+    nvidia = [path for path in devices.iterdir() if re.fullmatch(r"nvidia\d+", path.name)]
+    if nvidia or not (devices / "kfd").exists():
+        return len(nvidia)
+    return len(list((devices / "dri").glob("renderD*")))
+
+
+def host_addresses() -> list[str]:
+    """All addresses of the host as `hostname -I` lists them: DeepSpeed's runner makes the first host's first one the rendezvous."""
+    done = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=5, check=True)
+    return done.stdout.split()
+
+
+def code_digests(package: Path | None = None) -> dict[str, str]:
+    """{path inside the package: digest} of the jp_train that this process has imported."""
+    root = package or Path(__file__).resolve().parent.parent
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+
+
+def config_text(config: str | None, overrides: Sequence[str]) -> str | None:
+    """The resolved configuration as this host reads it; None when none was asked for. Raises ConfigError."""
+    if config is None:
+        return None
+    from jp_train.config import dump_config, load_config
+
+    return dump_config(load_config(config, overrides))
+
+
+def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
+    """{what it is for: path} of the folders that a rank writes besides the run folder, as the libraries choose them from their variables."""
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return {
+        "torch extensions": environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"),
+        "Hugging Face cache": environ.get("HF_HOME") or os.path.join(cache, "huggingface"),
+        "index cache": os.path.join(cache, "jp_train"),
+        "temporary files": tempfile.gettempdir() if "TMPDIR" not in environ else environ["TMPDIR"],
+        "shared memory": "/dev/shm",
+    }
+
+
+def disk(folder: Path) -> dict[str, Any]:
+    """Where `folder` lies (or will: its nearest folder that exists), the bytes free there, and whether a file could be written: `error` if not."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    found: dict[str, Any] = {"path": str(folder), "there": str(there)}
+    try:
+        about = os.statvfs(there)
+        found |= {"free": about.f_bavail * about.f_frsize, "size": about.f_blocks * about.f_frsize, "device": os.stat(there).st_dev}
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".jp_train_preflight_") as file:
+            file.write(b"\0" * WRITTEN_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        found |= {"error": error.strerror or str(error), "errno": error.errno}
+    return found
+
+
+def build_locks(folder: Path) -> list[dict[str, Any]]:
+    """Lock files of torch's extension builder, with their age in seconds: whoever loads that extension waits until the file is gone."""
+    locks = sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
+    return [{"path": str(path), "age_s": max(0.0, time.time() - path.stat().st_mtime)} for path in locks]
+
+
+def launched_jobs(own_launches: Sequence[str], *, proc: Path = Path("/proc")) -> list[dict[str, Any]]:
+    """Processes of other launches on this host, by the mark in their environment: `launch`, `pid`, `command`, and whether it is the launch's runner."""
+    jobs = []
+    for entry in proc.iterdir():
+        if not entry.name.isdigit():
+            continue
+        mark = next((item for item in _read(entry / "environ").split(b"\0") if item.startswith(LAUNCH_ID.encode() + b"=")), b"")
+        launch = mark.partition(b"=")[2].decode(errors="replace")
+        words = _read(entry / "cmdline").split(b"\0")
+        if launch and launch not in own_launches and words != [b""]:  # a zombie has no command line
+            command = b" ".join(words).decode(errors="replace").strip()
+            jobs.append({"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": RUNNER in words})
+    return sorted(jobs, key=lambda job: job["pid"])
+
+
+def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
+    """`pid 12 (python -m ...)` that listens on a TCP port of this host; empty when it cannot be found (somebody else's process)."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        for line in _read(proc / "net" / table).decode().splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 9 and fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            try:
+                held = {os.readlink(link) for link in (entry / "fd").iterdir()}
+            except OSError:
+                continue
+            if held & inodes:
+                command = _read(entry / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+                return f"pid {entry.name} ({command[:120]})"
+    return ""
+
+
+def place(folder: Path, name: str, text: str) -> list[str]:
+    """Write a file that other hosts are to see, and make its folder if need be. Returns the folders that were made, outermost first. Raises OSError."""
+    made = [str(parent) for parent in [*reversed(folder.parents), folder] if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    return made
+
+
+def seen(folder: Path, name: str, text: str, *, wait_s: float) -> bool:
+    """Whether the file is here too, with this text. A network file system may show it a few seconds late."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            os.listdir(folder)  # makes NFS ask its server again
+            if (folder / name).read_text(encoding="utf-8") == text:
+                return True
+        except (OSError, UnicodeDecodeError):
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def take_away(folder: Path, name: str, made: Sequence[str]) -> None:
+    """Undo `place`: the file, and the folders that it made, if still empty."""
+    (folder / name).unlink(missing_ok=True)
+    for path in reversed(made):
+        try:
+            os.rmdir(path)
+        except OSError:
+            return
+
+
+def _attempt(find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except Exception as error:  # one fact that cannot be had must not hide the others
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
