@@ -7,7 +7,9 @@ quartiles are shown), because other work on the machine changes a speed by far m
 process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids as .vq.npy members, no picture read; "stored": VQ ids beside the shards of photos, as
 `jp-train data encode-images` leaves them; "large": 2048 x 1536 JPEG, also with data.image_decode=fast. The last two are cases that the other loaders do not
 have. The bare loop packs nothing and
-checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms (the same function).
+checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms (the same function). The
+loader takes the token ids that its index stores, as it does by default; where no picture is decoded, it is shown with data.token_ids=off too, where it tokenises as
+the others do.
 The files are made once, in .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that
 moving rows between processes counts too; the bare loop has none.
 """
@@ -29,6 +31,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
 WORKLOADS = {"photos": ("photos-*.tar", 120), "ids": ("ids-*.tar", 1200), "stored": ("photos-*.tar", 1200), "large": ("large-*.tar", 40)}
 """Shards, and samples of one round."""
 WITH_RIVALS = ("photos", "ids")
+WITHOUT_TOKEN_IDS = ("ids", "stored")
 QUICK_ROUNDS = 3
 
 
@@ -74,7 +77,7 @@ def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) ->
     from loaders.samples import RECIPE
     from loaders.sides import Bare, Ours, config
 
-    from jp_train.config.schema import ImageDecode
+    from jp_train.config.schema import ImageDecode, TokenIds
 
     shards, samples = WORKLOADS[kind]
     recipe = RECIPE if kind == "stored" else None
@@ -84,6 +87,9 @@ def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) ->
         sides.append(
             Ours(config(CACHE / "data", shards, tokenizer, workers=workers, image_decode=ImageDecode.fast), "jp_train, fast decode")
         )
+    if kind in WITHOUT_TOKEN_IDS:
+        tokenising = config(CACHE / "data", shards, tokenizer, workers=workers, token_ids=TokenIds.off)
+        sides.append(Ours(tokenising, "jp_train, token_ids=off", recipe=recipe))
     for name, start in rivals.items() if kind in WITH_RIVALS else ():
         try:
             sides.append(Rival(name, cfg, start))
@@ -133,11 +139,11 @@ def main() -> None:
         print(result)
         return
     for kind, figures in found.items():
-        print(f"{kind}, {arguments.workers} workers   samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")
+        print(f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")
         for figure in figures:
             low, high = figure["jp_train_over_it_cpu_quartiles"]
             print(
-                f"  {figure['loader']:22} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  {figure['rows_per_s']:7.1f}   "
+                f"  {figure['loader']:24} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  {figure['rows_per_s']:7.1f}   "
                 f"{figure['jp_train_over_it_cpu']:16.3f} ({low:.3f} - {high:.3f})  {figure['jp_train_over_it_wall']:8.3f}"
             )
 

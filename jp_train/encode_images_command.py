@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from jp_train.cluster.hostfile import parse_hostfile, select_slots
+from jp_train.cluster.options import LaunchOptions
 from jp_train.config import RunConfig, load_config
 from jp_train.data.tools.vq_work import format_ranks
 from jp_train.encode_images import ImageEncoder, Place, Tally, Verification
@@ -82,18 +82,14 @@ def _verified_text(place: Place, found: Verification) -> str:
 def encode_on_hosts(
     config: str | os.PathLike[str],
     overrides: Sequence[str],
-    hostfile: str | os.PathLike[str],
+    options: LaunchOptions,
     *,
-    include: str = "",
-    exclude: str = "",
-    master_port: int,
     batch: int = PICTURES_AT_ONCE,
     verify_sample: int = 0,
     max_mismatch: float = 0.0,
-    dry_run: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Start `encode-images` on every slot of a hostfile and return the ranks' exit code; `dry_run` prints the shares and the command only.
+    """Start `encode-images` on every slot of a hostfile and return the ranks' exit code; `options.dry_run` prints the shares and the command only.
 
     Raises ConfigError (configuration, filter) and LaunchError (hostfile, busy port, missing pdsh, a rank killed from outside).
     """
@@ -104,10 +100,8 @@ def encode_on_hosts(
             "--json cannot be kept apart from the launcher's own output; leave it out, and ask with `--dry-run --json` afterwards"
         )
     cfg = load_config(config, overrides)
-    if dry_run:
-        world_size = sum(map(len, select_slots(parse_hostfile(hostfile), include=include, exclude=exclude).values()))
-        encode_images(cfg, Place.of_environment({}), dry_run=True, world_size=world_size)
-    options = [f"--batch={batch}"]
-    options += [f"--verify-sample={verify_sample}", f"--max-mismatch={max_mismatch}"] if verify_sample else []
-    target = ["data", "encode-images", str(config), *overrides, *options]
-    return launch_ranks(target, hostfile, include=include, exclude=exclude, master_port=master_port, dry_run=dry_run)
+    if options.dry_run:
+        encode_images(cfg, Place.of_environment({}), dry_run=True, world_size=sum(map(len, options.selection().values())))
+    words = [f"--batch={batch}"]
+    words += [f"--verify-sample={verify_sample}", f"--max-mismatch={max_mismatch}"] if verify_sample else []
+    return launch_ranks(["data", "encode-images", str(config), *overrides, *words], options)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig, batch_plan, save_config
-from jp_train.data.index import index_sources
+from jp_train.data.index import IndexProgress, index_sources
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import StepLoader, build_plan, validation_batches
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -15,10 +16,11 @@ from jp_train.data.vq_use import describe_use, use_stored_ids
 from jp_train.encode_images import ids_recipe
 from jp_train.engine.checkpoint import Checkpoint, CheckpointStore
 from jp_train.engine.forensics import Forensics
-from jp_train.engine.guard import INDEXING, Pace
+from jp_train.engine.guard import INDEXING, Pace, SequenceGuard
 from jp_train.engine.heldout import HeldOut
 from jp_train.engine.identity import environment
-from jp_train.engine.init import Engine, Ranks, build_engine, gather_objects, main_first
+from jp_train.engine.init import Engine, Ranks, build_engine, gather_objects
+from jp_train.engine.main_first import main_first
 from jp_train.engine.proof import frozen_checksum
 from jp_train.engine.saver import Saver
 from jp_train.engine.state import TrainState
@@ -27,7 +29,11 @@ from jp_train.engine.update_gate import UpdateGate
 from jp_train.engine.watchdog import Watchdog
 from jp_train.errors import CheckpointError, ConfigError
 from jp_train.runlog import RunLog
+from jp_train.sinks import format_seconds
 from jp_train.types import Kind
+
+REPORT_S = 30.0
+"""Seconds between two lines about an index that is being built."""
 
 
 @dataclass(kw_only=True)
@@ -72,10 +78,12 @@ def prepare(
     tokenizer = load_tokenizer(cfg.tokenizer)
     watchdog.guard.enter(INDEXING, pace=Pace.FREE)
     log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
+    told = IndexReport(log, watchdog.guard)
     recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
-    indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer), recipe))
+    indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer, progress=told), recipe))
     if recipe is not None:
         log.say(f"VQ ids: {'; '.join(describe_use(index) for index in indexes if index.kind is Kind.GENERATION) or 'held-out only'}")
+    held_indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources, progress=told))
     watchdog.guard.enter("building the engine", pace=Pace.SLOW)
     plan = build_plan(cfg, indexes, batch, tokenizer)
     engine = build_engine(cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder)
@@ -121,7 +129,6 @@ def prepare(
         ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names}
     )
     lost = gather_objects(ranks, [bad for own in held_batches.values() for batch in own for bad in batch.skipped])
-    held_indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources))
     if held_lost := ledger.record_held_out(held_indexes, [bad for own in lost for bad in own]):
         log.say(f"{held_lost} held-out documents cannot be used (named in ledger.jsonl)")
     held_out = HeldOut(cfg, held_batches, engine, ranks)
@@ -137,15 +144,40 @@ def prepare(
     )  # fmt: skip
 
 
+class IndexReport:
+    """Tells how far the index is, every REPORT_S seconds: the other ranks wait for it without a time limit (engine/main_first.py)."""
+
+    def __init__(self, log: RunLog, guard: SequenceGuard) -> None:
+        self._log, self._guard = log, guard
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, done: IndexProgress) -> None:
+        self._guard.enter(INDEXING, pace=Pace.FREE)
+        now = time.monotonic()
+        if done.shards_done == 0:
+            self._began = self._told = now
+        if now - self._told < REPORT_S or not done.bytes_done:
+            return
+        self._told = now
+        left = (now - self._began) * (done.bytes - done.bytes_done) / done.bytes_done
+        self._log.say(
+            f"index: {done.shards_done} of {done.shards} shards, {done.samples:,} samples, ETA {format_seconds(left)} (`jp-train data index` does it "
+            "beforehand, in parallel)"
+        )
+
+
 def open_run_folder(cfg: RunConfig, log: RunLog) -> None:
     """Say in the run folder that this attempt trains, and with which configuration. Raises ConfigError when it cannot be written."""
     try:
         log.begin()
         save_config(cfg, Path(cfg.run_dir) / "config.yaml")
     except OSError as error:
-        raise ConfigError(
-            f"run_dir {cfg.run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir"
-        ) from error
+        raise unwritable(cfg, error) from error
+
+
+def unwritable(cfg: RunConfig, error: OSError) -> ConfigError:
+    """The error for a run folder that takes no file."""
+    return ConfigError(f"run_dir {cfg.run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir")
 
 
 def resized(checkpoint: Checkpoint, dp_world_size: int, batch: BatchPlan) -> dict[str, str]:

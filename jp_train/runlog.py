@@ -32,6 +32,7 @@ class RunLog:
         self._checkpoint: dict[str, Any] | None = None
         self._failed_saves = 0
         self._over = False
+        self._begun = False
         self._dp_world_size = dp_world_size
         if not active:
             return
@@ -101,7 +102,7 @@ class RunLog:
         """All values of one step (or, at step 0, of the validation before training)."""
         if not self._active:
             return
-        self._step = step
+        self._step, self._begun = step, True
         if "loss/total" in values:
             self._progress.tick()
         for sink in list(self._sinks):
@@ -152,15 +153,23 @@ class RunLog:
         status = (self._status if self._active else None) or self._new_status()
         status.update(state="failed", reason=f"{type(error).__name__}: {error}", step=details["step"], checkpoint=self._checkpoint)
 
-    def stopped_at_start(self, code: int) -> None:
-        """A signal ends the run before its first step, from the watchdog's thread: the newest checkpoint is what it was."""
-        self._over = True
-        if not self._active:
+    def stopped_by_force(self, code: int) -> None:
+        """A signal ends the run at once, before its first step or by its repetition: told from another thread than the training one, whatever that does.
+
+        The newest checkpoint is what it was.
+        """
+        if self._over or not self._active:
             return
-        reason = f"signal {Signals(code - 128).name} before the first step"
-        self.event("stop", self._step, reason=reason, state="stopped_by_signal", exit_code=code)
-        if self._status is not None:
+        self._over = True
+        name = Signals(code - 128).name
+        reason = (
+            f"signal {name}, asked twice: nothing was saved since the last checkpoint"
+            if self._begun
+            else f"signal {name} before the first step"
+        )
+        if self._status is not None:  # first: it is quick, and what people look at
             self._status.update(state="stopped_by_signal", reason=reason, step=self._step, checkpoint=self._checkpoint)
+        self.event("stop", self._step, reason=reason, state="stopped_by_signal", exit_code=code)
 
     def fail(self, error: BaseException) -> None:
         """The run ended with an error."""

@@ -9,9 +9,11 @@ contributes its summed loss divided by that number (`engine/objective.py`).
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from jp_train.engine.checkpoint import Checkpoint, CheckpointStore
 from jp_train.engine.export import export
 from jp_train.engine.guard import WAITING_FOR_DATA, Pace, compare_signatures, is_collective_failure
 from jp_train.engine.identity import accepted_differences, identity
-from jp_train.engine.init import gather_objects, init_process_group, leave_process_group
+from jp_train.engine.init import Ranks, gather_objects, init_process_group, leave_process_group
+from jp_train.engine.main_first import main_first
 from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
 from jp_train.engine.optim import learning_rate, set_learning_rate
 from jp_train.engine.outliers import Verdict
@@ -37,7 +40,8 @@ from jp_train.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.model.flops import BatchStatistics, step_flops
 from jp_train.model.freeze import module_of
 from jp_train.model.vq import fill_pending
-from jp_train.preparation import Parts, prepare
+from jp_train.preparation import Parts, prepare, unwritable
+from jp_train.run_lock import RunLock, take
 from jp_train.runlog import RunLog
 from jp_train.types import PackedBatch
 
@@ -50,11 +54,50 @@ def train(cfg: RunConfig) -> int:
     cannot go on (three non-finite steps in a row, a failed freeze proof, ranks that fell apart).
     """
     ranks = init_process_group(cfg)
+    with folder_to_itself(cfg, ranks) as give_back:
+        stop = train_with(cfg, ranks, give_back)
+    leave_process_group(stop.exit_code)
+    return stop.exit_code
+
+
+@contextmanager
+def folder_to_itself(cfg: RunConfig, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Nobody else trains in run_dir inside the block. Gives what a process calls that ends by force inside it. Collective.
+
+    Raises LaunchError on every rank when another job trains there, ConfigError when the folder cannot be written.
+    """
+    lock = main_first(ranks, lambda: locked(cfg) if ranks.is_main else None)
+    try:
+        yield lock.abandon if lock else lambda: None
+    finally:
+        if lock:
+            lock.release()
+
+
+def locked(cfg: RunConfig) -> RunLock:
+    """The lock of the run folder."""
+    try:
+        return take(cfg.run_dir)
+    except OSError as error:
+        raise unwritable(cfg, error) from error
+
+
+def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> Stop:
+    """`train` between the lock of the run folder and the end of the process group; `give_back` is called before an end by force."""
     log = RunLog(cfg, active=ranks.is_main, dp_world_size=ranks.dp_world_size)
+
+    def last_words(code: int) -> None:
+        log.stopped_by_force(code)
+        give_back()
+
+    def end(code: int) -> None:
+        give_back()
+        os._exit(code)
+
     try:
         attempt = gather_objects(ranks, uuid.uuid4().hex)[0]
         with (
-            SignalFlag().installed() as flag,
+            SignalFlag(last_words).installed() as flag,
             Watchdog(
                 cfg,
                 rank=ranks.dp_rank,
@@ -62,7 +105,8 @@ def train(cfg: RunConfig) -> int:
                 attempt=attempt,
                 flag=flag,
                 report=log.stalled,
-                stopped=log.stopped_at_start,
+                stopped=log.stopped_by_force,
+                end=end,
             ) as watchdog,
         ):
             store = CheckpointStore(Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
@@ -80,8 +124,8 @@ def train(cfg: RunConfig) -> int:
                     # a stop signal ends a starting rank at once, and one that obeys a moment earlier fails the collectives of the others
                     if not (is_collective_failure(error) and flag.arrives()):
                         raise
-                    log.stopped_at_start(128 + flag.number)
-                    return 128 + flag.number
+                    log.stopped_by_force(128 + flag.number)
+                    return Stop("a signal before the first step", "stopped_by_signal", 128 + flag.number)
                 stop = trainer.run()
                 watchdog.guard.enter("the end of the run", pace=Pace.SLOW)  # wandb may take its time
                 log.finish(stop, trainer.state.step)
@@ -90,8 +134,7 @@ def train(cfg: RunConfig) -> int:
     except BaseException as error:
         log.fail(error)
         raise
-    leave_process_group()
-    return stop.exit_code
+    return stop
 
 
 def finished_before(cfg: RunConfig, checkpoint: Checkpoint | None) -> Stop | None:

@@ -186,7 +186,9 @@ def run_scenarios(scenarios: dict[str, Callable[..., Any]], folder: Path, wanted
     for scenario in wanted:
         name, kind = scenario.pop("name"), scenario.pop("kind")
         decides = scenario.pop("exit_with_code", False)
+        began, worked = time.monotonic(), time.process_time()
         result = scenarios[kind](**scenario)
+        print(f"scenario {name}: {time.monotonic() - began:.1f} s, {time.process_time() - worked:.1f} s of CPU", file=sys.stderr)
         (folder / f"{name}.rank{os.environ['RANK']}.json").write_text(json.dumps(result))
         if decides:
             code = result.get("code", result.get("exit_code", 1))

@@ -34,7 +34,7 @@ def train(*, keep: str, **arguments: Any) -> dict:
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda: None  # the next scenario needs it
+    training.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios({"train": train}, folder, scenarios)
 
 

@@ -24,6 +24,7 @@ from distributed import Launch, Nursery  # noqa: E402
 from tiny_run import tiny_run, write_data  # noqa: E402
 
 from jp_train.cli.main import main  # noqa: E402
+from jp_train.cluster.options import LaunchOptions  # noqa: E402
 from jp_train.config import RunConfig, batch_plan, save_config  # noqa: E402
 from jp_train.config.schema import SourceConfig, SourceKind  # noqa: E402
 from jp_train.data.image import load_generation_image  # noqa: E402
@@ -284,7 +285,8 @@ def test_the_command_line_prints_one_object_and_refuses_what_cannot_be(encoded, 
 def test_a_hostfile_gives_the_deepspeed_command_and_the_share_of_every_slot(encoded, tmp_path, capsys) -> None:
     save_config(configuration(encoded), tmp_path / "run.yaml")
     (tmp_path / "hosts").write_text("localhost slots=3\n")
-    assert encode_on_hosts(tmp_path / "run.yaml", ["seed=7"], tmp_path / "hosts", master_port=29700, batch=4, dry_run=True) == 0
+    options = LaunchOptions(hostfile=tmp_path / "hosts", master_port=29700, dry_run=True)
+    assert encode_on_hosts(tmp_path / "run.yaml", ["seed=7"], options, batch=4) == 0
     out = capsys.readouterr().out
     assert f"--module jp_train data encode-images {tmp_path / 'run.yaml'} seed=7 --batch=4" in out and "-m deepspeed.launcher.runner" in out
     assert [line.split()[:3] for line in out.splitlines() if line.strip()[:1] in "012" and len(line.split()) == 5] == [

@@ -57,18 +57,21 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from jp_train.cluster.options import LaunchOptions
     from jp_train.config import load_config
     from jp_train.encode_images import Place
     from jp_train.encode_images_command import encode_images, encode_on_hosts
 
     work = {"batch": arguments.batch, "verify_sample": arguments.verify_sample, "max_mismatch": arguments.max_mismatch}
-    work["dry_run"] = arguments.dry_run
     if arguments.hostfile is not None:
-        hosts = {"include": arguments.include, "exclude": arguments.exclude, "master_port": arguments.master_port}
-        return encode_on_hosts(arguments.config, arguments.overrides, arguments.hostfile, as_json=arguments.json, **hosts, **work)
+        options = LaunchOptions(
+            hostfile=arguments.hostfile, include=arguments.include, exclude=arguments.exclude, master_port=arguments.master_port,
+            dry_run=arguments.dry_run,
+        )  # fmt: skip
+        return encode_on_hosts(arguments.config, arguments.overrides, options, as_json=arguments.json, **work)
     config = load_config(arguments.config, arguments.overrides)
     place = Place.of_environment()
-    told, code = encode_images(config, place, table=sys.stderr if arguments.json else sys.stdout, **work)
+    told, code = encode_images(config, place, table=sys.stderr if arguments.json else sys.stdout, dry_run=arguments.dry_run, **work)
     if arguments.json and place.rank == 0:
         print(json.dumps(told))
     return code

@@ -5,20 +5,52 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config
+from jp_train.cli.arguments import add_command, add_config, whole_number
+from jp_train.cluster.options import DEFAULT_GRACE_S, DEFAULT_PATIENCE_S, DEFAULT_PORT, LAUNCHERS, LaunchOptions
 
 DETAILS = """\
-Checks the configuration and the hostfile, prints the batch arithmetic and the exact deepspeed command, then runs it. `--dry-run` stops
-after printing. Run the same command again to resume. Signals are passed on: the ranks save and exit."""
+Checks the configuration, the hostfile and the hosts (`jp-train preflight`), prints the batch arithmetic and the exact command, then runs it and
+watches it to its end. `--dry-run` stops after printing. Run the same command again to resume.
+
+Stopping: SIGTERM, SIGUSR1 or Ctrl-C reaches all ranks at once: they finish the step, save and exit; a second signal kills.
+Faults: a rank that dies, or a host that no longer answers, is named with the cause; nothing of the run is left on any host that answers. With
+--max-restarts N the run then goes on by itself from its newest checkpoint, without the hosts that do not answer, on as many of the others as the
+rows of a step divide among; the time lost is printed and kept in RUN_DIR/events.jsonl (`restart`, `restarted`).
+Logs: RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal shows rank 0, and at the end the last words of the rank that failed first.
+
+examples:
+  jp-train launch launch/janus_pro_7b_stage2.yaml --hostfile hostfiles/a100_32x8 --max-restarts 5
+  jp-train launch launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8 --exclude node07@node03:0,1 --dry-run
+  jp-train launch launch/janus_pro_1b_stage1.yaml --hostfile hosts --launcher openmpi --launcher-args "--mca btl_tcp_if_include ib0"
+
+exit status: 0 done, 1 an exception in a rank, 2 configuration, 3 data, 4 checkpoint, 5 hosts, launcher or a killed rank, 130/138/143 stopped by a signal after
+saving"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "launch", "start a training run on every host of a hostfile", DETAILS)
     add_config(parser)
-    parser.add_argument("--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line")
+    parser.add_argument("--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line (hostfiles/README.md)")
     parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
     parser.add_argument("--exclude", default="", help="all but these hosts or slots")
-    parser.add_argument("--master-port", type=int, default=29500, help="rendezvous port on the first host (default 29500)")
+    parser.add_argument("--master-port", type=int, default=DEFAULT_PORT, help=f"rendezvous port on the first host (default {DEFAULT_PORT})")
+    parser.add_argument(
+        "--master-addr", default="", help="the first host's address for the others (default: what its `hostname -I` names first)"
+    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts remote ranks (default pdsh)")
+    parser.add_argument("--launcher-args", default="", help="more words for mpirun or srun")
+    parser.add_argument("--skip-preflight", action="store_true", help="start without checking the hosts")
+    parser.add_argument(
+        "--max-restarts", type=whole_number(0), default=0, help="start again so often after a fault of a host or a rank (default 0)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=DEFAULT_PATIENCE_S, metavar="SECONDS",
+        help=f"how long a host may give no sign of life before it is asked, and ranks may outlive one that failed (default {DEFAULT_PATIENCE_S:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grace", type=float, default=DEFAULT_GRACE_S, metavar="SECONDS",
+        help=f"how long the ranks have to save after a stop signal (default {DEFAULT_GRACE_S:g})",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.set_defaults(run=run)
 
@@ -26,12 +58,18 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.launch import launch
 
-    return launch(
-        arguments.config,
-        arguments.overrides,
-        arguments.hostfile,
+    options = LaunchOptions(
+        hostfile=arguments.hostfile,
         include=arguments.include,
         exclude=arguments.exclude,
         master_port=arguments.master_port,
+        master_addr=arguments.master_addr,
+        launcher=arguments.launcher,
+        launcher_args=arguments.launcher_args,
         dry_run=arguments.dry_run,
+        grace_s=arguments.grace,
+        skip_preflight=arguments.skip_preflight,
+        max_restarts=arguments.max_restarts,
+        patience_s=arguments.patience,
     )
+    return launch(arguments.config, arguments.overrides, options)

@@ -7,7 +7,7 @@ the next one of a ring, and to the one after it; a host is as fast as its better
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,8 @@ REPEATS = 3
 
 
 def measure(rank: int, world: int, address: str, port: int, *, timeout_s: float, use_gpu: bool) -> dict[str, Any]:
-    """Bytes a second of this host: `all_reduce` (bus bandwidth: what each host's link carries), `sends` and `receives` {other rank: bytes/s}.
+    """Bytes a second of this host: `all_reduce` (bus bandwidth: what each host's link carries) and `receives`
+    {sending rank: bytes/s}.
 
     Collective over `world` processes with ranks 0 to world - 1; rank 0 serves the rendezvous at `address:port`. Raises torch's DistError or
     RuntimeError when the others do not come within `timeout_s` seconds, or the collective fails.
@@ -37,14 +38,12 @@ def measure(rank: int, world: int, address: str, port: int, *, timeout_s: float,
         clock = _Clock(device)
         size, seconds = _lengthened(clock, payload, lambda part: dist.all_reduce(part))
         found: dict[str, Any] = {"backend": backend, "bytes": size, "all_reduce": 2 * (world - 1) / world * size / seconds}
-        sends: dict[int, float] = {}
-        receives: dict[int, float] = {}
-        for shift in range(1, min(3, world)):
-            after, before = (rank + shift) % world, (rank - shift) % world
-            rates = _ring(clock, payload, after, before)
-            sends[after], receives[before] = rates
+        shifts = range(1, min(3, world))
+        found["receives"] = {
+            (rank - shift) % world: _ring(clock, payload, (rank + shift) % world, (rank - shift) % world) for shift in shifts
+        }
         dist.barrier()
-        return {**found, "sends": sends, "receives": receives}
+        return found
     finally:
         dist.destroy_process_group()
 
@@ -87,57 +86,49 @@ def _lengthened(clock: _Clock, payload: Any, action: Any) -> tuple[int, float]:
     return elements * payload.element_size(), min([seconds, *again])
 
 
-def _ring(clock: _Clock, payload: Any, after: int, before: int) -> tuple[float, float]:
-    """(bytes/s sent to rank `after`, bytes/s received from rank `before`); all ranks do it side by side."""
+def _ring(clock: _Clock, payload: Any, after: int, before: int) -> float:
+    """Bytes/s received from rank `before`, while every rank sends to its rank `after`.
+
+    The receiver's clock counts: a sender is done when the kernel has taken its bytes, which says little of the link.
+    """
     import torch
     import torch.distributed as dist
 
     arrived = torch.empty_like(payload)
-    spent = {"send": 0.0, "receive": 0.0}
 
-    def exchange(part: Any) -> None:
-        into = arrived[: part.numel()]
+    def exchange(elements: int) -> float:
         began = time.perf_counter()
         if payload.device.type == "cuda":
-            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, part, after), dist.P2POp(dist.irecv, into, before)]):
+            both = [dist.P2POp(dist.isend, payload[:elements], after), dist.P2POp(dist.irecv, arrived[:elements], before)]
+            for work in dist.batch_isend_irecv(both):
                 work.wait()
             torch.cuda.synchronize(payload.device)
-            spent["send"] = spent["receive"] = time.perf_counter() - began
-            return
-        sending, receiving = dist.isend(part, after), dist.irecv(into, before)
+            return time.perf_counter() - began
+        sending, receiving = dist.isend(payload[:elements], after), dist.irecv(arrived[:elements], before)
         receiving.wait()
-        spent["receive"] = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         sending.wait()
-        spent["send"] = time.perf_counter() - began
+        return seconds
 
-    best = {"send": 0.0, "receive": 0.0}
     elements = FIRST_BYTES // payload.element_size()
-    exchange(payload[:elements])
-    repeated = 0
-    while repeated < REPEATS:
-        seconds = clock.slowest(clock.time(lambda n=elements: exchange(payload[:n])))
-        size = elements * payload.element_size()
-        if seconds < LONG_ENOUGH_S and elements < payload.numel():
-            elements = min(payload.numel(), elements * 4)
-            continue
-        best = {way: max(best[way], size / max(spent[way], 1e-9)) for way in best}
-        repeated = REPEATS if seconds > 1 else repeated + 1
-    return best["send"], best["receive"]
+    exchange(elements)  # connections are made
+    while (longest := clock.slowest(own := exchange(elements))) < LONG_ENOUGH_S and elements < payload.numel():
+        elements = min(payload.numel(), elements * 4)
+    for _ in range(REPEATS - 1 if longest < 1 else 0):
+        own = min(own, exchange(elements))
+    return elements * payload.element_size() / max(own, 1e-9)
 
 
-def host_rates(names: Sequence[str], measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """{host: {"sends", "receives"}} in bytes/s: the better of its two neighbours in each direction, as both ends of the link saw it.
+def host_rates(names: Sequence[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """{host: {"sends", "receives"}} in bytes/s: the better of two neighbours in each direction, so that one slow host does not make its neighbours look slow.
 
-    `measured`: what `measure` returned on each rank, keys of `sends` and `receives` as ranks (JSON makes them text).
+    `names`: the host of each rank; `measured`: what `measure` returned on each host (through JSON, which makes ranks text).
     """
+    links = {(names[int(sender)], name): float(rate) for name in names for sender, rate in measured[name]["receives"].items()}
     return {
-        name: {way: max(float(rate) for rate in measured[rank][way].values()) for way in ("sends", "receives")}
-        for rank, name in enumerate(names)
+        name: {
+            "sends": max(rate for (sender, _), rate in links.items() if sender == name),
+            "receives": max(rate for (_, receiver), rate in links.items() if receiver == name),
+        }
+        for name in names
     }
-
-
-def import_torch() -> str:
-    """Load torch beforehand (seconds) and say which one it is."""
-    import torch
-
-    return str(torch.__version__)

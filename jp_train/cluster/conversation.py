@@ -43,7 +43,7 @@ class Conversation:
         """Hosts that do not answer (any more), and why."""
         self._local = set(local)
         self._began = time.monotonic()
-        self._lines: queue.Queue[tuple[str, str | None]] = queue.Queue()
+        self._lines: queue.Queue[tuple[str, float, str | None]] = queue.Queue()
         self._stderr: dict[str, list[str]] = {host: [] for host in hosts}
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._readers: list[threading.Thread] = []
@@ -73,7 +73,7 @@ class Conversation:
         """Ask each host its own question, all at once; answers of those that gave one within `timeout_s` seconds. The others are in `lost`.
 
         `what` says in words what they were asked, for the cause of a host that falls silent. An answer is an object with `answer`, or with `error`, the
-        reason why the host could not give one.
+        reason why the host could not give one; `came` is when it arrived here, in seconds since the epoch.
         """
         self._number += 1
         waiting = set()
@@ -90,13 +90,13 @@ class Conversation:
         deadline = time.monotonic() + timeout_s
         while waiting and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                host, line = self._lines.get(timeout=left)
+                host, came, line = self._lines.get(timeout=left)
                 if line is None:
                     waiting.discard(host)
                     self._note_end(host)
                 elif (said := _understood(line)) is not None and said.get("id") == self._number and host in waiting:
                     waiting.discard(host)
-                    answers[host] = said
+                    answers[host] = {**said, "came": came}
         for host in waiting:
             self.lost[host] = self._answer(host, None, Cause.TIMEOUT, f"no answer within {timeout_s:g} s when asked for {what}")
             self._end(host)
@@ -133,9 +133,9 @@ class Conversation:
         with contextlib.suppress(OSError, ValueError):
             while line := process.stdout.readline(MAX_LINE):
                 if line.startswith(MARK):
-                    self._lines.put((host, line[len(MARK) :]))
+                    self._lines.put((host, time.time(), line[len(MARK) :]))
             process.stdout.close()
-        self._lines.put((host, None))
+        self._lines.put((host, time.time(), None))
 
     def _read_stderr(self, host: str, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None

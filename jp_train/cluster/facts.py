@@ -22,7 +22,8 @@ from typing import Any
 from jp_train.cluster.signals import LAUNCH_ID
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
-RUNNER = b"deepspeed.launcher.runner"
+RUNNERS = (b"deepspeed.launcher.runner", b"mpirun", b"srun")
+"""Arguments (or programs) by which the one process that keeps a launch together is known."""
 WRITTEN_BYTES = 64 << 10
 """Written and synced to find out whether a folder takes data: a disk may be full though it lists free inodes."""
 
@@ -156,8 +157,12 @@ def launched_jobs(own_launches: Sequence[str], *, proc: Path = Path("/proc")) ->
         words = _read(entry / "cmdline").split(b"\0")
         if launch and launch not in own_launches and words != [b""]:  # a zombie has no command line
             command = b" ".join(words).decode(errors="replace").strip()
-            jobs.append({"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": RUNNER in words})
+            jobs.append({"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)})
     return sorted(jobs, key=lambda job: job["pid"])
+
+
+def _is_runner(words: Sequence[bytes]) -> bool:
+    return RUNNERS[0] in words or os.path.basename(words[0]) in RUNNERS[1:]
 
 
 def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 LAUNCH_ID = "JP_TRAIN_LAUNCH_ID"
-RANK_PARENT = b"deepspeed.launcher.launch"
+REACHED = "jp_train: reached"
+RANK_PARENT = b"jp_train.cluster.rank"
 
 
 def launched_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[int]:
-    """Every process of the launch on this host but this one: runner, launcher, ranks and their loader workers."""
+    """Every process of the launch on this host but this one: runner, launcher, ranks with their supervisors and loader workers."""
     mark = f"{LAUNCH_ID}={launch_id}".encode()
     found = []
     for entry in proc.iterdir():
@@ -28,7 +29,7 @@ def launched_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[in
 
 
 def rank_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[int]:
-    """The ranks among them: children of DeepSpeed's per-host launcher. Their loader workers, which die of a signal, are not."""
+    """The ranks among them: children of `jp_train.cluster.rank`. Their loader workers, which die of a signal, are not."""
     ranks = []
     for pid in launched_processes(launch_id, proc=proc):
         parent = re.search(rb"^PPid:\s+(\d+)", _read(proc / str(pid) / "status"), re.MULTILINE)
@@ -51,11 +52,17 @@ def send(pids: list[int], number: int) -> list[int]:
 
 
 def main(arguments: list[str]) -> int:
-    """`ID NUMBER`: ranks get the signal; SIGKILL goes to every process of the launch. Prints how many were reached; 0 even if none was."""
+    """`ID NUMBER`: ranks get the signal; SIGKILL goes to every process of the launch, and 0 counts them all. Prints how many there were."""
     launch_id, number = arguments[0], int(arguments[1])
-    pids = launched_processes(launch_id) if number == signal.SIGKILL else rank_processes(launch_id)
-    print(f"reached {len(send(pids, number))} processes")
+    pids = launched_processes(launch_id) if number in (0, signal.SIGKILL) else rank_processes(launch_id)
+    print(f"{REACHED} {len(send(pids, number))} processes")
     return 0
+
+
+def reached(answer: str) -> int | None:
+    """How many processes `main` found, from what it printed; None from anything else (a host's shell may print greetings)."""
+    found = re.search(rf"^{REACHED} (\d+) processes$", answer, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _read(path: Path) -> bytes:

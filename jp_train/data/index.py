@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -163,9 +164,9 @@ def index_shard(
 ) -> ShardTokens:
     """Build and write both sidecars of one shard; returns the tokens one. Raises DataError for a corrupt tar or failed reads."""
     members = shard_members(shard, reader)
-    with RecordSpool() as records:
-        tokens = _tokens_of(shard, members, name, source, encoder, reader, crop, records.add if with_ids else None)
-        store_tokens(shard, fingerprint, tokens, records if with_ids else None)
+    with RecordSpool() if with_ids else nullcontext() as records:
+        tokens = _tokens_of(shard, members, name, source, encoder, reader, crop, None if records is None else records.add)
+        store_tokens(shard, fingerprint, tokens, records)
     return tokens
 
 

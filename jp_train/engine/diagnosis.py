@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jp_train.data.processes import process_state
-from jp_train.engine.guard import INDEXING, WAITING_FOR_DATA
+from jp_train.engine.guard import WAITING_FOR_DATA
 from jp_train.engine.heartbeat import Beat
 from jp_train.errors import DataError, JpTrainError, LaunchError
 
@@ -20,7 +20,7 @@ STILL_MOVING = 0.5
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`kind`: missing, data, sequence, indexing, behind, collective. `ranks`: those at fault, empty when none stands out."""
+    """`kind`: missing, data, sequence, behind, collective. `ranks`: those at fault, empty when none stands out."""
 
     kind: str
     text: str
@@ -71,12 +71,6 @@ def diagnose(
     unequal = _unequal(after)
     if unequal is not None:
         return unequal
-    if all(beat.phase == INDEXING for beat in after.values()):
-        told = (
-            f"rank 0 is still building the index{_frame(after[min(after)])}, and the other ranks wait for it no longer than engine.collective_timeout_s. "
-            "Build it beforehand, without a time limit: `jp-train data index CONFIG`"
-        )
-        return Diagnosis("indexing", told, (0,), DataError)
     places = defaultdict(list)
     for rank in sorted(after):
         beat = after[rank]

@@ -33,7 +33,7 @@ class Pace(Enum):
     SLOW = "slow"
     """Start-up, first step, save, validation, export: no module is entered for minutes, and nothing is wrong."""
     FREE = "free"
-    """As long as it takes where there is one rank (an index of any size); where others wait in a collective, as SLOW."""
+    """As long as it takes: no other rank waits in a collective (an index of any size, see main_first.py)."""
 
 
 class SequenceGuard:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,12 +25,13 @@ from jp_train.engine.config import deepspeed_config
 from jp_train.engine.cpu_operator import skip_shared_memory_operator
 from jp_train.engine.guard import SequenceGuard
 from jp_train.engine.optim import ParameterGroups, parameter_groups
-from jp_train.errors import ConfigError, JpTrainError, LaunchError
+from jp_train.errors import ConfigError, LaunchError
 from jp_train.model import freeze, pretrained
 from jp_train.model.janus_pro import JanusPro
 from jp_train.model.vq import VQTokenizer
 
-T = TypeVar("T")
+LEAVE_S = 60.0
+"""Seconds that closing the process group may take."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +86,28 @@ def init_process_group(cfg: RunConfig) -> Ranks:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
 
-def leave_process_group() -> None:
-    """Close the process group, so that interpreter shutdown has no open connections to trip over."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave_process_group(exit_code: int = 0, *, within_s: float = LEAVE_S) -> None:
+    """Close the process group, so that interpreter shutdown has no open connections to trip over.
 
+    Everything is saved by then, and no watchdog looks any more: where the network or the driver does not let go within `within_s` seconds, that is
+    said and the process ends with `exit_code`.
+    """
+    if not torch.distributed.is_initialized():
+        return
 
-def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0, then on the others (which find what rank 0 built). Rank 0's JpTrainError is raised on every rank. Collective."""
-    result: T | None = None
-    box: list[JpTrainError | None] = [None]
-    if ranks.is_main:
-        try:
-            result = action()
-        except JpTrainError as error:
-            box[0] = error
-    if ranks.dp_world_size > 1:
-        torch.distributed.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
-    return result if ranks.is_main else action()  # type: ignore[return-value]
+    def end() -> None:
+        print(
+            f"rank {os.environ.get('RANK', '0')}: the process group does not close within {within_s:g} s; ending without it (everything is saved)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(exit_code)
+
+    timer = threading.Timer(within_s, end)
+    timer.daemon = True
+    timer.start()
+    torch.distributed.destroy_process_group()
+    timer.cancel()
 
 
 def quiet_deepspeed() -> None:

@@ -5,10 +5,11 @@ Every decision here is either made from values that all ranks share, or (signals
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -20,6 +21,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0
 """A repeat within this many seconds belongs to the first: Ctrl-C reaches a rank both from the terminal and from the launcher."""
 
+LAST_WORDS_S = 2.0
+"""Seconds for what is told between a second signal and the end."""
+
 
 class SignalFlag:
     """Remembers the first stop signal; the loop acts on it at the step boundary. A second one (after SAME_SIGNAL_S) exits at once.
@@ -27,9 +31,13 @@ class SignalFlag:
     A save inside the handler would deadlock: the DeepSpeed launcher signals rank k + 1 only after rank k has exited (DEEPSPEED.md section 7). Python's
     handlers wait while the main thread is inside a collective or a system call, so signals are also written to a pipe, which `must_exit` reads in
     the watchdog's thread.
+
+    `last_words` is called with the exit status before a second signal ends the process, `end` ends it. The words have LAST_WORDS_S seconds in a thread of
+    their own: the handler interrupts the training thread anywhere, so it may wait for no lock and for no disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: Callable[[int], None] | None = None, end: Callable[[int], Any] = os._exit) -> None:
+        self._last_words, self._end = last_words, end
         self.number = 0
         self._since = 0.0
         self._pipe: tuple[int, int] | None = None
@@ -38,9 +46,25 @@ class SignalFlag:
     def handle(self, number: int, _frame: FrameType | None = None) -> None:
         now = time.monotonic()
         if self.number and now - self._since > SAME_SIGNAL_S:
-            os._exit(128 + number)
+            self._leave(128 + number)
         if not self.number:
             self.number, self._since = int(number), now
+
+    def _leave(self, code: int) -> None:
+        said: list[bool] = []
+
+        def say() -> None:
+            try:
+                self._last_words(code)  # type: ignore[misc]
+            finally:
+                said.append(True)
+
+        if self._last_words is not None:
+            _thread.start_new_thread(say, ())  # threading.Thread.start waits for locks that the interrupted thread may hold
+            until = time.monotonic() + LAST_WORDS_S
+            while not said and time.monotonic() < until:
+                time.sleep(0.01)
+        self._end(code)
 
     def must_exit(self, *, starting: bool) -> int:
         """The exit status with which this process should end now, 0 to go on. Call it from one thread, often.

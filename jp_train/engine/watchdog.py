@@ -31,7 +31,7 @@ from jp_train.data.processes import process_state
 from jp_train.engine import diagnosis
 from jp_train.engine.guard import WAITING_FOR_DATA, Pace, SequenceGuard
 from jp_train.engine.heartbeat import Beat, HeartbeatFolder
-from jp_train.engine.stop import SignalFlag
+from jp_train.engine.stop import LAST_WORDS_S, SignalFlag
 from jp_train.errors import JpTrainError
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Watchdog:
     """Watches one rank for the duration of a `with` block. `follow` tells it whom, as soon as there is an engine and a loader.
 
     `attempt` is the same on all ranks and new for every start. `report` is called on the rank that names the cause, from the watchdog's thread;
-    `stopped` with the exit code when a signal ends the process before there is anything to save; `end` ends the process (os._exit but for tests).
+    `stopped` with the exit code when a signal ends the process at once (before there is anything to save, or a second one); `end` ends the process (os._exit but for tests).
     """
 
     def __init__(
@@ -148,8 +148,7 @@ class Watchdog:
         code = self._flag.must_exit(starting=starting)
         if code:
             self._say(f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if starting else 'asked twice'}")
-            if starting:
-                self._bounded(lambda: self._stopped(code), within_s=REPORT_S)
+            self._bounded(lambda: self._stopped(code), within_s=REPORT_S if starting else LAST_WORDS_S)
             self._leave(code)
         seen = (id(self.guard), self.guard.progress, self.loader.received if self.loader else 0)
         if seen != self._seen:
@@ -166,8 +165,7 @@ class Watchdog:
 
     def limit_s(self) -> float | None:
         """Seconds that the present phase may go without progress; None: as long as it likes, as no other rank waits in a collective."""
-        free = None if self.world == 1 else self._slow_s
-        return {Pace.NORMAL: self._normal_s, Pace.SLOW: max(self._normal_s, self._slow_s), Pace.FREE: free}[self.guard.pace]
+        return {Pace.NORMAL: self._normal_s, Pace.SLOW: max(self._normal_s, self._slow_s), Pace.FREE: None}[self.guard.pace]
 
     def _correspond(self) -> None:
         """Say where this rank stands, and do what other ranks ask for: stacks and last modules, or to end."""
@@ -266,7 +264,7 @@ class Watchdog:
         if self.rank not in after:
             return ""
         found = diagnosis.diagnose(before, after, self.world, self._host)
-        return found.text if found.kind in ("missing", "sequence", "behind", "indexing") else ""
+        return found.text if found.kind in ("missing", "sequence", "behind") else ""
 
     def _has_spoken(self, before: Beat | None, now: Beat | None) -> bool:
         """Whether a rank has said where it stands since `before`, or never will."""

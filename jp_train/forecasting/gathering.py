@@ -64,7 +64,7 @@ class _Gather:
     done: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class _Coordinator:
     rules: GatherRules
     trace: list[tuple[Parameter, int]]

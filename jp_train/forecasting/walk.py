@@ -7,7 +7,7 @@ DeepSpeed engine recorded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jp_train.forecasting import activations
@@ -68,6 +68,7 @@ class _Walk:
         for layer in range(shapes.vision_layers):
             yield from self._layer(f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, "vision_model" in shapes.learns)
         yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
+        yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)  # transformers pools with it
         self.saved += self.pictures
         for part in ADAPTOR:
             yield Visit(_join("model.aligner", part), FORWARD, self.saved + self.placing)
@@ -98,6 +99,8 @@ class _Walk:
     def backward(self) -> Iterator[Visit]:
         shapes = self.shapes
         level = self.saved + self.image.backward
+        for _ in range(2):  # the two losses leave through the root
+            yield Visit("", BACKWARD, self.saved, False)
         for part in ("", "vision_head", "activation_fn", "proj_out"):
             yield Visit(_join("model.generation_head", part), BACKWARD, level, shapes.through_language_model)
         self.saved -= self.image.saved
@@ -133,18 +136,19 @@ class _Walk:
 
     def _back_through(self, path: str, parts: tuple[str, ...], block: Block, beside: int = 0) -> Iterator[Visit]:
         if self.checkpointing:
-            # everything of the layer is computed anew when its last module asks for what it did not keep
-            for last in ("", *_containers_of(parts[-1]), parts[-1]):
-                yield Visit(_join(path, last), ENTERED, self.saved + beside, False)
-            for part in ("", *parts):
+            # everything up to the last module that keeps something is computed anew when that module's backward pass asks for what it kept
+            last = max(number for number, part in enumerate(parts) if part in ("mlp.down_proj", "mlp.fc2"))
+            for part in _containers_first(["", *reversed(parts[last:])], parts):
+                yield Visit(_join(path, part), ENTERED, self.saved + beside, False)
+            for part in parts[: last + 1]:
                 yield Visit(_join(path, part), RECOMPUTE, self.saved + block.saved + beside)
             level = self.saved + block.saved + block.backward + beside
-            yield Visit(_join(path, parts[-1]), CONTINUED, level)
-            rest = [part for part in reversed(parts) if part not in (parts[-1], *_containers_of(parts[-1]))]
+            yield Visit(_join(path, parts[last]), CONTINUED, level)
+            rest = [part for part in reversed(parts[:last]) if part not in _containers_of(parts[last])]
         else:
             level = self.saved + block.backward + beside
             rest = ["", *reversed(parts)]
-        for part in _containers_first(rest):
+        for part in _containers_first(rest, rest):
             yield Visit(_join(path, part), BACKWARD, level)
         self.saved -= block.entry if self.checkpointing else block.saved
 
@@ -164,13 +168,11 @@ def _containers_of(part: str) -> tuple[str, ...]:
     return (head,) if head else ()
 
 
-def _containers_first(parts: list[str]) -> list[str]:
-    """Backward, a container is entered before its children, which `reversed` puts behind them."""
+def _containers_first(parts: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Backward, a container among `known` is entered before the first of its children, which `reversed` puts in front of it."""
     ordered: list[str] = []
     for part in parts:
-        for container in _containers_of(part):
-            if container in parts and container not in ordered:
-                ordered.append(container)
-        if part not in ordered:
-            ordered.append(part)
+        for one in (*(container for container in _containers_of(part) if container in known), part):
+            if one not in ordered:
+                ordered.append(one)
     return ordered

@@ -159,10 +159,10 @@ def stage_overrides(options: Options, stage: int) -> list[str]:
 
 def train_stage(options: Options, stage: int) -> int:
     """Train one stage under the deepspeed launcher; returns its exit status. Raises LaunchError if it wrote no export."""
-    from jp_train.launch import launch
+    from jp_train.launch import LaunchOptions, launch
 
     config = ROOT / "launch" / f"{options.recipe}_stage{stage}.yaml"
-    code = launch(config, stage_overrides(options, stage), options.hostfile, master_port=options.master_port)
+    code = launch(config, stage_overrides(options, stage), LaunchOptions(hostfile=options.hostfile, master_port=options.master_port))
     if code:
         say(f"stage {stage} ended with status {code}; run the same command again to resume it")
         return code

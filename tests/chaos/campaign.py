@@ -108,6 +108,7 @@ class Campaign:
         *,
         seed: int,
         steps: int = 22,
+        collective_timeout_s: float = 16.0,
         small_disk: Path | None,
         marker: str,
         kinds: list[str] | None = None,
@@ -116,6 +117,7 @@ class Campaign:
         self._world, self._folder, self._nursery, self._say = world, folder, nursery, say
         self._rng = random.Random(seed)
         self._steps = steps
+        self._collective_timeout_s = collective_timeout_s
         self._small_disk, self._marker = small_disk, marker
         wanted = [FAULTS[name] for name in (kinds or FAULTS)]
         self._faults = [fault for fault in wanted if small_disk is not None or not fault.needs_small_disk]
@@ -226,6 +228,7 @@ class Campaign:
             "steps": self._steps,
             "engine.micro_batch_rows": ROWS // scene.world,
             "checkpoint.every_steps": EVERY_STEPS,
+            "engine.collective_timeout_s": self._collective_timeout_s,
             "data.workers": max((fault.workers for fault in faults), default=0),
             **scene.changes,
         }

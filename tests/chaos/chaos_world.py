@@ -59,7 +59,6 @@ def configuration(world: World, run_dir: Path, steps: int, **changes: object) ->
         "stage.early_stop.at_step": "null",
         "optimizer.warmup_steps": 3,
         "engine.activation_checkpointing": "false",
-        "engine.collective_timeout_s": 16,
         "engine.stall_timeout_s": 10,
         "checkpoint.keep_last": 2,
         "checkpoint.export_at_end": "false",

@@ -32,6 +32,9 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200, help="how many to inject (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the order of the faults and their moments (default 0)")
     parser.add_argument("--steps", type=int, default=22, help="of each run (default 22)")
+    parser.add_argument(
+        "--collective-timeout", type=float, default=16.0, help="seconds; more for a machine with other work to do (default 16)"
+    )
     parser.add_argument("--minutes", type=float, default=30.0, help="stop injecting after this time (default 30)")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="logs of every launch, and chaos.json (default runs/chaos)")
     parser.add_argument("--kinds", default="", help="only these, separated by commas")
@@ -79,6 +82,7 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
             nursery,
             seed=arguments.seed,
             steps=arguments.steps,
+            collective_timeout_s=arguments.collective_timeout,
             small_disk=small_disk(out / "disk", say),
             marker=marker,
             kinds=kinds,

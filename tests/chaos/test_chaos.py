@@ -19,7 +19,23 @@ KINDS = "kill_one_rank,kill_during_a_save,sigterm_to_all,flip_a_byte_of_a_checkp
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("chaos")
-    options = ["--faults", "6", "--steps", "10", "--seed", "5", "--minutes", "15", "--out", str(out), "--kinds", KINDS, "--json"]
+    options = [
+        "--faults",
+        "6",
+        "--steps",
+        "10",
+        "--seed",
+        "5",
+        "--minutes",
+        "15",
+        "--collective-timeout",
+        "45",
+        "--out",
+        str(out),
+        "--kinds",
+        KINDS,
+        "--json",
+    ]
     done = subprocess.run(
         [sys.executable, str(HERE / "run.py"), *options],
         capture_output=True,

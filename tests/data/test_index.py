@@ -257,4 +257,4 @@ def test_the_index_command_prints_a_table_and_progress(mixed):
     assert [source["name"] for source in summary["sources"]] == ["real", "stored", "und", "text", "validation/held"]
     assert summary["sources"][0]["samples"] == 25 and summary["sources"][0]["shards"] == 2
     assert "s left" in progress.getvalue().splitlines()[-1]
-    assert table.getvalue().splitlines()[0].split() == ["source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB"]
+    assert table.getvalue().splitlines()[0].split() == ["source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB", "id", "bytes/sample"]

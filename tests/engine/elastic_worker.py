@@ -19,6 +19,7 @@ from distributed import run_scenarios, serve
 from test_checkpoint import content
 
 import jp_train.engine.checkpoint as checkpoints
+import jp_train.engine.checkpoint_reading as reading
 import jp_train.train as training
 from jp_train.config import RunConfig
 from jp_train.config.schema import CheckpointConfig, SaveErrorAction
@@ -173,7 +174,7 @@ SCENARIOS = {"train": train, "one_rank_fails": one_rank_fails}
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda: None  # the next scenario needs it
+    training.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios(SCENARIOS, folder, scenarios)
 
 

@@ -25,6 +25,7 @@ from jp_train.engine.init import build_engine, gather_for_reading, init_process_
 from jp_train.engine.outliers import Verdict
 from jp_train.engine.saver import Saver
 from jp_train.engine.update_gate import UpdateGate
+from jp_train.errors import DataError, LaunchError
 from jp_train.types import KINDS, Kind
 
 
@@ -293,7 +294,37 @@ def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
     return {"steps": steps, **worst}
 
 
+def turns(*, data: str, run_dir: str) -> dict:
+    """What the others get from a turn of rank 0 that outlasts the collective timeout, from one that fails, and (last) from one that never comes back."""
+    import jp_train.engine.main_first as main_first
+
+    ranks = init_process_group(make(data, run_dir, **{"engine.collective_timeout_s": 2.0}))
+    told: dict[str, Any] = {}
+
+    def fail() -> None:
+        raise DataError("shard x.tar: cannot be read")
+
+    began = time.monotonic()
+    told["long"] = main_first.main_first(ranks, lambda: (time.sleep(5.0), "built")[1] if ranks.is_main else "found")
+    told["waited"] = time.monotonic() - began
+    try:
+        main_first.main_first(ranks, fail if ranks.is_main else dict)
+    except DataError as error:
+        told["failed"] = str(error)
+    main_first.SILENT_S = 1.0
+    Path(run_dir).mkdir(exist_ok=True, parents=True)
+    Path(run_dir, f"pid.{rank()}").write_text(str(os.getpid()))
+    dist.barrier()
+    try:
+        main_first.main_first(ranks, lambda: os.kill(os.getpid(), signal.SIGSTOP) if ranks.is_main else None)
+    except LaunchError as error:
+        told["frozen"] = str(error)
+        os.kill(int(Path(run_dir, "pid.0").read_text()), signal.SIGKILL)
+    return told
+
+
 SCENARIOS = {
+    "turns": turns,
     "train": train,
     "planted": planted,
     "signalled": signalled,
@@ -305,7 +336,7 @@ SCENARIOS = {
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda: None  # the next scenario needs it
+    training.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios(SCENARIOS, folder, scenarios)
 
 

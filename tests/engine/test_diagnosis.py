@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from jp_train.engine.diagnosis import diagnose, moving
-from jp_train.engine.guard import INDEXING, WAITING_FOR_DATA
+from jp_train.engine.guard import WAITING_FOR_DATA
 from jp_train.engine.heartbeat import Beat, HeartbeatFolder
 from jp_train.errors import DataError, JpTrainError, LaunchError
 
@@ -105,12 +105,6 @@ def test_when_all_stand_at_the_same_place_it_is_the_collective():
     found = ask([beat(rank) for rank in range(3)], 3)
     assert found.kind == "collective" and found.ranks == () and "all 3 ranks stand still at step 7, forward" in found.text
     assert "rank 0 stands still" in ask([beat(0)], 1).text
-
-
-def test_an_index_that_takes_longer_than_the_ranks_may_wait_is_named_with_the_command_that_builds_it():
-    found = ask([beat(rank, step=-1, phase=INDEXING, trail=(), frame="data/index.py:9 in build") for rank in range(3)], 3)
-    assert found.ranks == (0,) and "rank 0 is still building the index [data/index.py:9 in build]" in found.text
-    assert "jp-train data index" in found.text and "engine.collective_timeout_s" in found.text
 
 
 def test_a_rank_that_works_or_has_time_left_counts_as_moving():

@@ -22,6 +22,7 @@ from jp_train.engine.guard import Pace
 from jp_train.engine.stop import SignalFlag
 from jp_train.engine.watchdog import Watchdog
 from jp_train.errors import JpTrainError
+from jp_train.run_lock import read_holder, take
 
 SMALL = {"model.vision.layers": 1, "model.language.layers": 2, "engine.activation_checkpointing": False}
 STALL_S = 4.0
@@ -44,7 +45,8 @@ def nursery():
 
 def launch(nursery: Nursery, folder: Path, scenarios: list[dict], **options) -> Launch:
     for scenario in scenarios:
-        scenario |= {"run_dir": str(folder / scenario["name"]), "data": str(folder / "data"), **SMALL, "engine.stall_timeout_s": STALL_S}
+        changes = {} if scenario["kind"] == "turns" else {**SMALL, "engine.stall_timeout_s": STALL_S}
+        scenario |= {"run_dir": str(folder / scenario["name"]), "data": str(folder / "data"), **changes}
     return nursery.run(folder / f"launch-{scenarios[0]['name']}", scenarios, world=2, timeout_s=300, **options)
 
 
@@ -115,6 +117,15 @@ def test_a_killed_or_stopped_data_worker_is_named_with_row_and_document_and_no_p
         assert "first document is source '" in result["message"]
 
 
+def test_ranks_wait_for_rank_0_longer_than_for_any_collective_but_not_for_a_dead_one(nursery, folder):
+    """However long an index takes, the run goes on; an error of rank 0 is everybody's; a rank 0 that is frozen is noticed."""
+    done = launch(nursery, folder, [{"name": "turns", "kind": "turns"}])
+    told = done.result("turns", 1)
+    assert done.codes == [-signal.SIGKILL, 0], done.errors
+    assert told["long"] == "found" and told["waited"] > 4.0 and told["failed"] == "shard x.tar: cannot be read"
+    assert "rank 1 waited for rank 0, which is gone (timed out: no sign of life" in told["frozen"]
+
+
 # -- no alarm, and signals ------------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +155,8 @@ def calm(nursery, folder) -> Launch:
             os.kill(pid, signal.SIGTERM)
 
     often = {"steps": 4, "checkpoint.every_steps": 2, "validation.every_steps": 2}
-    return launch(
+    lock = take(folder / "locked")  # by this very process, which lives
+    done = launch(
         nursery,
         folder,
         [
@@ -153,10 +165,23 @@ def calm(nursery, folder) -> Launch:
             {"name": "in-validation", "kind": "signalled", "phase": "validation", "held_out": True, **often},
             {"name": "in-save", "kind": "signalled", "phase": "save", **often},
             {"name": "in-export", "kind": "signalled", "phase": "export", **often},
+            {"name": "locked", "kind": "train", "steps": 2},
             {"name": "in-indexing", "kind": "signalled", "phase": "indexing", "linger": 60.0, "steps": 2},
         ],
         while_running=while_running,
     )
+    assert read_holder(folder / "locked").token == lock.holder.token
+    lock.release()
+    return done
+
+
+def test_a_run_folder_in_which_another_job_trains_is_refused_on_every_rank_and_left_as_it_is(calm, folder):
+    for rank in (0, 1):
+        told = calm.result("locked", rank)
+        assert told["error"] == "LaunchError" and told["exit_code"] == 5
+        assert f"run_dir {folder / 'locked'} is in use: process {os.getpid()} on " in told["message"]
+    assert [path.name for path in (folder / "locked").iterdir() if not path.name.startswith(".")] == []
+    assert not [path for path in folder.glob("*/run.lock")], "runs that ended have given their folders back"
 
 
 @pytest.mark.parametrize("name", ["slow", "suspended"])
@@ -258,27 +283,33 @@ def test_a_rank_that_waits_for_one_that_works_ends_nobody_until_both_stand_still
     assert details["found_by"] == 0 and "step 2, forward, micro-batch 0" in str(error) and ended == [1, 1]
 
 
-def test_a_free_phase_ends_before_the_collective_in_which_the_other_ranks_wait(tmp_path):
+def test_a_slow_phase_ends_before_the_collective_in_which_the_other_ranks_wait_and_a_free_one_has_no_end(tmp_path):
     watchdog = alone(tmp_path, [], [], world=2, collective_s=100.0)
-    watchdog.guard.enter("indexing", pace=Pace.FREE)
+    watchdog.guard.enter("a save", pace=Pace.SLOW)
     assert watchdog.limit_s() == 90.0 and alone(tmp_path, [], []).limit_s() == 1800.0
-    only = alone(tmp_path, [], [])
-    only.guard.enter("indexing", pace=Pace.FREE)
-    assert only.limit_s() is None
+    watchdog.guard.enter("indexing", pace=Pace.FREE)
+    assert watchdog.limit_s() is None
 
 
-@pytest.mark.parametrize(("step", "told"), [(-1, [130]), (7, [])])
-def test_only_a_signal_before_the_first_step_is_told_as_such(tmp_path, step, told):
-    """The second signal of a running step ends the process too, and nothing may call that a stop before the first step."""
+@pytest.mark.parametrize("step", [-1, 7])
+def test_a_signal_that_ends_the_process_at_once_is_told_first(tmp_path, step):
+    """The first one before training begins, and a second one when the training thread is stuck and cannot answer it."""
     found, ended = [], []
     flag = SignalFlag()
     flag.must_exit = lambda *, starting: 130
     watchdog = Watchdog(
-        tiny_run(Path("unused"), tmp_path), rank=0, world=1, attempt="a", flag=flag, report=print, stopped=found.append, end=ended.append
+        tiny_run(Path("unused"), tmp_path),
+        rank=0,
+        world=1,
+        attempt="a",
+        flag=flag,
+        report=print,
+        stopped=lambda code: found.append((code, list(ended))),
+        end=ended.append,
     )
     watchdog.guard.step = step
     watchdog._look(time.monotonic())
-    assert ended[0] == 130 and found == told
+    assert ended[0] == 130 and found == [(130, [])]
 
 
 def test_progress_and_free_phases_are_no_stall(tmp_path):

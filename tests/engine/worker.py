@@ -270,7 +270,7 @@ SCENARIOS = {"train": train, "leak": leak, "presence": presence}
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda: None  # the next scenario needs it
+    training.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios(SCENARIOS, folder, scenarios)
 
 

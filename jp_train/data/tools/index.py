@@ -18,7 +18,7 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSummary:
-    """One line of the table: counts of a source, its size in MiB, and some of its bad samples."""
+    """One line of the table: counts of a source, its size in MiB, the size of its stored token ids, and some of its bad samples."""
 
     name: str
     kind: str
@@ -27,6 +27,7 @@ class SourceSummary:
     bad: int
     shards: int
     mib: float
+    id_bytes_per_sample: float
     bad_examples: tuple[str, ...]
 
 
@@ -53,7 +54,7 @@ def index_command(cfg: RunConfig, processes: int, *, table: TextIO | None = None
 
 def format_table(summaries: list[SourceSummary]) -> str:
     """The sources as an aligned text table; bad samples are named below it."""
-    head = ("source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB")
+    head = ("source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB", "id bytes/sample")
     lines = [head] + [
         (
             one.name,
@@ -64,6 +65,7 @@ def format_table(summaries: list[SourceSummary]) -> str:
             f"{one.bad:,}",
             f"{one.shards:,}",
             f"{one.mib:,.1f}",
+            f"{one.id_bytes_per_sample:,.0f}",
         )
         for one in summaries
     ]
@@ -84,6 +86,7 @@ def _summary(index: SourceIndex) -> SourceSummary:
         bad=len(index.bad),
         shards=len(index.shards),
         mib=sum(shard.size for shard in index.shards) / 2**20,
+        id_bytes_per_sample=index.ids_bytes / max(len(index), 1),
         bad_examples=tuple(f"{sample.info.key} in {sample.info.shard}: {sample.reason}" for sample in index.bad[:_EXAMPLES]),
     )
 

@@ -1,0 +1,61 @@
+"""`jp-train preflight`: is every host of a hostfile fit to train?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jp_train.cli.arguments import add_command, add_json
+from jp_train.cluster.checks import CHECKS
+
+DETAILS = """\
+Logs in to every host at once (ssh, by key), compares what must be equal, looks at disks, devices, ports and left-over processes, connects
+every host with every other one, and measures an all-reduce. Faults come first, each with host, cause and remedy; then warnings; then a table of the
+hosts. With CONFIG the run folder, the configuration and the data are examined on every host too. `launch` does this before it starts the ranks.
+
+what is looked at, besides whether the host answers over ssh:
+{checks}
+
+  jp-train preflight --hostfile hostfiles/a100_16x8                                     the cluster alone
+  jp-train preflight launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8     and everything that this run needs
+
+exit status 0 when there is no fault (warnings do not count), 5 when there is one, 2 for a wrong configuration or command line."""
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    listed = "\n".join(f"  {name:<10}{what}" for name, what in CHECKS.items())
+    parser = add_command(commands, "preflight", "examine every host of a hostfile before a run", DETAILS.format(checks=listed))
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, nargs="?", default=None, help="a YAML of launch/: look at what this run needs"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as for the run itself")
+    parser.add_argument("--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line")
+    parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
+    parser.add_argument("--exclude", default="", help="all but these hosts or slots")
+    parser.add_argument("--master-port", type=int, default=29500, help="rendezvous port on the first host (default 29500)")
+    parser.add_argument(
+        "--master-addr", default="", help="the first host's address for the others (default: what its `hostname -I` names first)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="seconds that a host may take for one answer (default 10; more for slow file servers)"
+    )  # fmt: skip
+    parser.add_argument("--skip", default="", metavar="CHECK,...", help=f"leave these out: {', '.join(CHECKS)}")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jp_train.cluster.options import LaunchOptions
+    from jp_train.preflight import preflight
+
+    options = LaunchOptions(
+        hostfile=arguments.hostfile, include=arguments.include, exclude=arguments.exclude,
+        master_port=arguments.master_port, master_addr=arguments.master_addr,
+    )  # fmt: skip
+    report = preflight(
+        options, config=arguments.config, overrides=arguments.overrides, timeout_s=arguments.timeout,
+        skip=[name for name in arguments.skip.split(",") if name],
+    )  # fmt: skip
+    print(json.dumps(report.as_json()) if arguments.json else report.table())
+    return report.exit_code

@@ -1,0 +1,68 @@
+"""What a person may ask of a launch, in one object that everything below `jp_train.launch` is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jp_train.cluster.hostfile import HOST_NAME, parse_hostfile, select_slots
+from jp_train.errors import ConfigError
+
+LAUNCHERS = ("pdsh", "openmpi", "slurm")
+DEFAULT_PORT = 29500
+DEFAULT_GRACE_S = 600.0
+DEFAULT_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """Which slots of which hosts run the ranks, and how they are started, watched and started again."""
+
+    hostfile: Path
+    include: str = ""
+    """Only these hosts or slots, `host1@host2:0,2`."""
+    exclude: str = ""
+    master_port: int = DEFAULT_PORT
+    """Port of the rendezvous on the first host."""
+    master_addr: str = ""
+    """The first host's address for the other hosts; empty: what its `hostname -I` names first."""
+    launcher: str = "pdsh"
+    """How remote ranks are started: one of LAUNCHERS. One local host needs none."""
+    launcher_args: str = ""
+    """More words for mpirun or srun, split as a shell would."""
+    dry_run: bool = False
+    grace_s: float = DEFAULT_GRACE_S
+    """Time that the ranks have to finish their step and save after a stop signal, before they are killed."""
+    skip_preflight: bool = False
+    max_restarts: int = 0
+    """Times that a run which a host or a rank has ended is started again."""
+    patience_s: float = DEFAULT_PATIENCE_S
+    """Seconds that a host may give no sign of life before it is asked, and that ranks may outlive one that failed before they are ended."""
+
+    def __post_init__(self) -> None:
+        if self.launcher not in LAUNCHERS:
+            raise ConfigError(f"launcher {self.launcher!r} is not known; it is one of {', '.join(LAUNCHERS)}")
+        if not 1024 <= self.master_port <= 65535:
+            raise ConfigError(f"--master-port {self.master_port} is not between 1024 and 65535")
+        if self.master_addr and not HOST_NAME.fullmatch(self.master_addr.replace(":", "0")):
+            raise ConfigError(f"--master-addr {self.master_addr!r} is no host name and no address")
+        if self.max_restarts < 0:
+            raise ConfigError(f"--max-restarts {self.max_restarts} is negative")
+
+    def selection(self) -> dict[str, tuple[int, ...]]:
+        """The slots that the run uses on each host, in rank order. Raises LaunchError (hostfile) and ConfigError (filter)."""
+        return select_slots(parse_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
+
+    def restricted(self, selection: dict[str, tuple[int, ...]]) -> LaunchOptions:
+        """The same launch on these slots only."""
+        return replace(self, include=filter_text(selection), exclude="")
+
+
+def filter_text(selection: dict[str, tuple[int, ...]]) -> str:
+    """The filter that names exactly these slots: `node1:0,1@node2:0`."""
+    return "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in selection.items())
+
+
+def ranks_of(text: str) -> list[tuple[str, int]]:
+    """Host and slot of every rank, from a `filter_text`."""
+    return [(host, int(slot)) for part in text.split("@") for host, _, slots in [part.partition(":")] for slot in slots.split(",")]

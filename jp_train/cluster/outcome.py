@@ -1,0 +1,115 @@
+"""What the end of a start means: the exit code, the cause in words with host and rank, and whether to start again.
+
+Which rank's code a launcher reports is a matter of milliseconds, as the other ranks fail because the first one is gone. So three witnesses are heard: the
+launch itself (a host that is lost), the ranks' records (who was killed, who ended with which code), and the error that status.json names.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jp_train import errors
+from jp_train.cluster.records import RankRecord, culprits, how_it_ended
+from jp_train.cluster.remote import Answer
+from jp_train.cluster.restarts import FINAL_CODES
+from jp_train.cluster.running import Ending
+from jp_train.errors import JpTrainError, LaunchError
+
+STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+NAMED = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`code`: of `jp-train launch`. `again`: `no`, `yes`, or `if_advanced` (an exception comes back at the same place, a broken device does not)."""
+
+    code: int
+    cause: str = ""
+    again: str = "no"
+    blamed: tuple[str, ...] = ()
+    """Hosts that are gone, or whose ranks were killed."""
+
+
+def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None, failure: str) -> Outcome:
+    """`failure`: the reason in this start's status.json, `DataError: ...`; empty without one."""
+    first = next(iter(culprits(records)), None)
+    if stopped_by is not None:
+        code = specific_code(ending.code, failure, first)
+        return Outcome(code if code in (0, 2, 3, 4, 5) else 128 + stopped_by)
+    lost = dict(ending.silent)
+    if ending.verdict is None and ending.code == 0:
+        return Outcome(0)
+    if ending.verdict is not None and not lost and not ending.verdict.lost and records and all(record.code == 0 for record in records):
+        return Outcome(0)  # only the launcher did not end
+    if lost or (ending.verdict is not None and ending.verdict.lost):
+        hosts = tuple(lost) or ending.verdict.lost  # type: ignore[union-attr]
+        told = _told(lost) if lost else ending.verdict.cause  # type: ignore[union-attr]
+        return Outcome(LaunchError.exit_code, f"{told}{_and(first)}", "yes", hosts)
+    if first is not None and (first.code or 0) < 0 and first.code != -signal.SIGTERM:
+        return Outcome(LaunchError.exit_code, first.describe(), "yes", (first.host,))
+    if first is not None and first.reason:
+        return Outcome(LaunchError.exit_code, first.describe(), "yes", (first.host,))
+    code = specific_code(ending.code, failure, first)
+    if code in FINAL_CODES:
+        return Outcome(code, failure or (first.describe() if first else ""))
+    if ending.verdict is not None:
+        return Outcome(LaunchError.exit_code, ending.verdict.cause, "yes")
+    if code in STOPPED:
+        return Outcome(code)
+    if code == LaunchError.exit_code or code == 1:
+        return Outcome(
+            code, failure or (first.describe() if first else f"the launcher ended with {how_it_ended(ending.code)}"), "if_advanced"
+        )
+    if signalled(code):
+        return Outcome(LaunchError.exit_code, f"a process of the run was {how_it_ended(-signalled(code))}", "yes")
+    return Outcome(code, f"the launcher ended with {how_it_ended(code)}", "if_advanced")
+
+
+def specific_code(code: int, failure: str, first: RankRecord | None) -> int:
+    """The launcher's code, or a better one where that only says that something failed: of the error in status.json, or of the first rank to fail."""
+    if code == 0 or code in (2, 3, 4, 5) or code in STOPPED:
+        return code
+    known = {cls.__name__: cls.exit_code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, JpTrainError)}
+    told = known.get(failure.partition(":")[0], 1)
+    if told == 1 and first is not None and first.code in (2, 3, 4, 5):
+        return first.code
+    return told if code == 1 or told != 1 else code
+
+
+def signalled(code: int) -> int:
+    """The signal that a launcher's code stands for, as -9 or as 247 (what DeepSpeed's launcher makes of it); 0 for none."""
+    number = -code if code < 0 else 256 - code if code > 128 else 0
+    return number if 0 < number < 65 else 0
+
+
+def exit_code(code: int, stopped_by: int | None, failure: str) -> int:
+    """The run's exit code from the launcher's alone: 0 and jp_train's own codes pass; 128 + n after signal n.
+
+    `failure` as in `judge`. Raises LaunchError for a rank that was killed from outside.
+    """
+    found = judge(Ending(code), (), stopped_by, failure)
+    if found.code == LaunchError.exit_code and code != LaunchError.exit_code and signalled(code):
+        raise LaunchError(f"{found.cause}. Run the same command again to resume from the newest checkpoint")
+    return found.code
+
+
+def explain(records: Sequence[RankRecord], world: int) -> list[str]:
+    """Lines for the terminal about the ranks that failed, the likely cause first, with the last words of that one unless rank 0 has shown its own."""
+    failed = culprits(records)
+    lines = [record.describe() for record in failed[:NAMED]]
+    if len(failed) > NAMED:
+        lines.append(f"and {len(failed) - NAMED} more of {world} ranks failed after it")
+    if failed and failed[0].rank != 0:
+        lines += [f"[{failed[0].host} rank {failed[0].rank}] {line}" for line in failed[0].tail]
+    return lines
+
+
+def _told(silent: dict[str, Answer]) -> str:
+    named = [f"host {host} does not answer: {answer.found}" for host, answer in list(silent.items())[:NAMED]]
+    return "; ".join(named) + (f"; and {len(silent) - NAMED} more" if len(silent) > NAMED else "")
+
+
+def _and(first: RankRecord | None) -> str:
+    return f"; then {first.describe()}" if first is not None else ""

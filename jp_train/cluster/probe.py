@@ -1,0 +1,140 @@
+"""`python -m jp_train.cluster.probe`: what preflight runs on every host. Reads questions as lines of JSON, answers with MARK in front of each.
+
+One process does it all, because Python and torch take seconds to start; torch is loaded in the background while the quick questions are answered. It
+ends with its input, or when its time is over, whatever it is doing then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jp_train.cluster.conversation import MARK
+from jp_train.cluster.facts import device_count, host_facts, place, seen, take_away
+from jp_train.cluster.reach import Listeners, listen, reach
+
+LIFETIME_S = 300
+
+
+class Probe:
+    """The answers of one host; `torch` is the thread that loads it."""
+
+    def __init__(self) -> None:
+        self._listeners = Listeners()
+        self._torch: threading.Thread | None = None
+
+    def facts(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """`host_facts`; then torch is loaded in the background if it will be needed."""
+        found = host_facts(question)
+        if question.get("load_torch"):
+            self._torch = threading.Thread(target=_load_torch, daemon=True)
+            self._torch.start()
+        return found
+
+    def clock(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """Seconds since the epoch, now."""
+        return {"time": time.time()}
+
+    def place(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file that the others are to see. Also the answer of a failure is one: `error`."""
+        try:
+            return {"made": place(Path(question["folder"]), question["name"], question["text"])}
+        except OSError as error:
+            return {"error": error.strerror or str(error)}
+
+    def seen(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether the first host's file is here."""
+        return {"seen": seen(Path(question["folder"]), question["name"], question["text"], wait_s=float(question["wait_s"]))}
+
+    def take_away(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Remove it."""
+        take_away(Path(question["folder"]), question["name"], question["made"])
+        return {}
+
+    def listen(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Open the listeners."""
+        return listen(self._listeners, gpu=device_count() > 0, master_port=question["master_port"])
+
+    def reach(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Connect to the listeners of the others."""
+        return {"failed": reach(question["targets"], timeout_s=float(question["timeout_s"]))}
+
+    def data(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """What is seen of the data."""
+        from jp_train.cluster.data_facts import data_facts
+
+        return data_facts(question["config"], question["overrides"], int(question["number"]))
+
+    def bandwidth(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Join the all-reduce. The listeners are closed first: rank 0 needs the master port."""
+        self._listeners.close()
+        if self._torch is not None:
+            self._torch.join()
+        from jp_train.cluster.bandwidth import measure
+
+        return measure(
+            int(question["rank"]), int(question["world"]), question["address"], int(question["port"]), timeout_s=float(question["timeout_s"]),
+            use_gpu=bool(question["gpu"]),
+        )  # fmt: skip
+
+    def torch(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """torch as it imports (not as its metadata says), with CUDA and NCCL as they run."""
+        if self._torch is not None:
+            self._torch.join()
+        import torch
+
+        found = {"version": str(torch.__version__), "cuda": str(torch.version.cuda or ""), "devices": torch.cuda.device_count()}
+        if found["devices"]:
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        return found
+
+
+def main() -> int:
+    """Answer until the input ends."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(int(os.environ.get("JP_TRAIN_PROBE_LIFETIME_S", LIFETIME_S)))  # the kernel's: it ends a process that hangs in C code too
+    told = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    probe = Probe()
+    lock = threading.Lock()
+
+    def answer(question: dict[str, Any]) -> None:
+        try:
+            reply = {"id": question["id"], "answer": _handler(probe, question["ask"])(question)}
+        except Exception as error:  # the question failed, the host goes on answering
+            reply = {"id": question.get("id"), "error": f"{type(error).__name__}: {error}"}
+        with lock:
+            told.write(f"{MARK}{json.dumps(reply)}\n")
+            told.flush()
+
+    for line in sys.stdin:
+        # in a thread of its own: while one answer hangs in a dead file server, the end of the input is still seen
+        threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()
+    os._exit(0)  # threads may be anywhere, also inside a collective; nothing of theirs is worth waiting for
+
+
+def _handler(probe: Probe, name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    names = ("facts", "clock", "place", "seen", "take_away", "listen", "reach", "data", "bandwidth", "torch")
+    if name not in names:
+        raise ValueError(
+            f"this host's jp_train does not know the question {name!r}; it knows {', '.join(names)}: another version of the code"
+        )
+    return getattr(probe, name)
+
+
+def _load_torch() -> None:
+    try:
+        import torch.distributed  # noqa: F401
+    except Exception as error:  # told when it is asked for
+        print(f"probe: torch cannot be loaded: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

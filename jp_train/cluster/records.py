@@ -1,0 +1,130 @@
+"""The logs of a launch and what they tell about its end.
+
+    RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.log    all that rank 9 printed; `.log.1`: what came before the newest LOG_BYTES
+    RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.json   that it started, and how it ended (`RankRecord`)
+
+Every start (a restart too) has a folder of its own; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are bounded, and a rank's usual output is a few lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+FOLDER = "logs"
+KEPT_LAUNCHES = 20
+LOG_BYTES = 32 << 20
+TAIL_LINES = 15
+"""Last lines of stderr that a record keeps."""
+_LAUNCH = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
+
+
+def new_launch_id() -> str:
+    """A name for one start, which sorts by time: `20261122-101500-5ac1f00d`."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+
+
+def log_path(folder: Path, host: str, rank: int) -> Path:
+    return folder / f"{host}_rank{rank}.log"
+
+
+def open_logs(run_dir: Path, launch_id: str) -> Path:
+    """Make the launch's log folder, and remove those of the oldest launches. Raises OSError."""
+    logs = run_dir.absolute() / FOLDER
+    folder = logs / launch_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(path for path in logs.iterdir() if _LAUNCH.fullmatch(path.name))[:-KEPT_LAUNCHES]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank of one launch. `code` is as Popen's: negative for a signal, None while the rank runs. Times in seconds since 1970, of its host."""
+
+    rank: int
+    host: str
+    slot: int
+    pid: int
+    started: float
+    code: int | None = None
+    ended: float | None = None
+    reason: str = ""
+    """Why it was ended, where its supervisor did that."""
+    tail: Sequence[str] = ()
+
+    def over(self, code: int, *, reason: str, tail: Sequence[str]) -> RankRecord:
+        """The record of the same rank after its end."""
+        return replace(self, code=code, ended=time.time(), reason=reason, tail=list(tail))
+
+    def write(self, folder: Path) -> None:
+        """Replace the record. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.host}_rank{self.rank}.json"
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @property
+    def failed(self) -> bool:
+        """It ended, neither as planned nor by a stop signal that it obeyed."""
+        return self.code is not None and self.code not in (0, *(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)))
+
+    def describe(self) -> str:
+        """`rank 9 on node2 (process 4711): killed by SIGKILL`."""
+        return f"rank {self.rank} on {self.host} (process {self.pid}): {how_it_ended(self.code)}{f'; {self.reason}' if self.reason else ''}"
+
+
+def how_it_ended(code: int | None) -> str:
+    """A code of Popen in words."""
+    if code is None:
+        return "still running, as far as is known"
+    if code < 0:
+        known = -code in {number.value for number in signal.Signals}
+        hint = " (the kernel's out-of-memory killer does this: see dmesg there)" if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}{hint}"
+    meaning = {
+        0: "done",
+        2: "configuration",
+        3: "data",
+        4: "checkpoint",
+        5: "launch, host or another rank",
+        130: "SIGINT",
+        138: "SIGUSR1",
+        143: "SIGTERM",
+    }
+    return f"exit code {code} ({meaning.get(code, 'code or device')})"
+
+
+def read_records(folder: Path | None) -> list[RankRecord]:
+    """The records of a launch, by rank; torn or foreign files are left out."""
+    found = []
+    for path in folder.glob("*_rank*.json") if folder is not None else ():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found.append(RankRecord(**{item.name: values[item.name] for item in fields(RankRecord)}))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda record: record.rank)
+
+
+def culprits(records: Iterable[RankRecord]) -> list[RankRecord]:
+    """The ranks that ended in failure, the likely cause first: one that a signal killed, then one with a code that says what it was, then the first to end.
+
+    When one rank dies the others fail because it is gone, with exit code 1 or 5.
+    """
+
+    def order(record: RankRecord) -> tuple[int, float]:
+        assert record.code is not None
+        kind = 0 if record.code < 0 and record.code != -signal.SIGTERM else 1 if record.reason else 2 if record.code in (2, 3, 4) else 3
+        return kind, record.ended or 0.0
+
+    return sorted((record for record in records if record.failed or (record.reason and record.code is not None)), key=order)

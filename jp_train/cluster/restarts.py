@@ -1,0 +1,141 @@
+"""Starting a run again after a host or a rank has failed: whether, on which hosts, and what it cost.
+
+A run is started again when a host is gone, a rank was killed, ranks lost each other, or a rank ended with an exception (a broken device looks like that); never
+for a configuration, data or checkpoint error, which would come back, nor after a stop signal. Hosts that do not answer are left out, and so many others
+that the rows of a step divide among the ranks that remain.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jp_train.errors import CheckpointError, ConfigError, DataError
+
+FINAL_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
+_CHECKPOINT = re.compile(r"step_(\d{7,})")
+
+Selection = Mapping[str, tuple[int, ...]]
+
+
+def largest_usable(selection: Selection, fits: Callable[[int], bool]) -> dict[str, tuple[int, ...]]:
+    """The whole hosts with the most slots whose number of ranks `fits`, in their order; among equals the first. Empty when none does."""
+    best: dict[int, tuple[str, ...]] = {0: ()}
+    for host, slots in selection.items():
+        for total, chosen in sorted(best.items(), reverse=True):
+            best.setdefault(total + len(slots), (*chosen, host))
+    for total in sorted(best, reverse=True):
+        if total and fits(total):
+            return {host: selection[host] for host in selection if host in best[total]}
+    return {}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run is, from its run folder. `step_s`: seconds of its last step; `updated`: when it was completed, seconds since 1970."""
+
+    state: str = ""
+    reason: str = ""
+    step: int = 0
+    step_s: float | None = None
+    updated: float = 0.0
+    checkpoint_step: int | None = None
+
+
+def standing(run_dir: Path) -> Standing:
+    """Read status.json and the names of the checkpoints; what is not there is left at its default."""
+    steps = [int(match[1]) for path in (run_dir / "checkpoints").glob("step_*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    newest = max(steps, default=None)
+    try:
+        told = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+        step_s = told.get("step_s")
+        return Standing(
+            str(told["state"]), str(told.get("reason") or ""), int(told.get("step") or 0), None if step_s is None else float(step_s),
+            float(told["updated"]), newest,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return Standing(checkpoint_step=newest)
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether the run goes on from a checkpoint: then the micro-batch may follow the number of ranks."""
+    return any((run_dir / "checkpoints").glob("step_*"))
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One restart, as events.jsonl keeps it. Times in seconds."""
+
+    number: int
+    of: int
+    cause: str
+    left_out: list[str]
+    hosts: list[str]
+    ranks_before: int
+    ranks: int
+    failed_at_step: int
+    resumes_at_step: int
+    lost_steps: int
+    lost_steps_s: float
+    """Steps since the newest checkpoint, which are trained again, at the length of the last one."""
+    down_s: float
+    """From the last sign of progress to this restart: noticing the fault, ending what was left, checking the hosts."""
+
+    def describe(self) -> str:
+        out = f", without {', '.join(self.left_out)}" if self.left_out else ""
+        return (
+            f"restart {self.number} of {self.of} on {self.ranks} ranks ({', '.join(self.hosts)}{out}) from step {self.resumes_at_step}: "
+            f"{self.lost_steps} steps since the last checkpoint are trained again ({self.lost_steps_s:.1f} s), "
+            f"{self.down_s:.1f} s since the run last made progress. Cause: {self.cause}"
+        )
+
+    def event(self) -> dict[str, Any]:
+        """The line of events.jsonl."""
+        found = asdict(self)
+        found |= {"lost_steps_s": round(self.lost_steps_s, 3), "down_s": round(self.down_s, 3)}
+        return found
+
+
+def plan_restart(
+    number: int, of: int, cause: str, before: Selection, after: Selection, last: Standing, *, began: float, now: float | None = None
+) -> Restart:
+    """What a restart costs so far. `last`: the run folder after the failure; `began`: when the failed start began, seconds since 1970."""
+    now = time.time() if now is None else now
+    resumes = last.checkpoint_step or 0
+    lost = max(0, last.step - resumes)
+    fresh = last.updated >= began  # else the failed start never made progress, and all of its time is lost
+    return Restart(
+        number, of, cause, [host for host in before if host not in after], list(after), sum(map(len, before.values())), sum(map(len, after.values())),
+        last.step, resumes, lost, lost * (last.step_s or 0.0), max(0.0, now - (last.updated if fresh else began)),
+    )  # fmt: skip
+
+
+class Progress:
+    """Tells once, after a restart, when the run makes progress again."""
+
+    def __init__(self, run_dir: Path, restart: Restart, began: float) -> None:
+        self._run_dir, self._restart, self._began = run_dir, restart, began
+        self._over = False
+        self._next_look = 0.0
+
+    def look(self) -> dict[str, Any] | None:
+        """The whole cost, when the first new step is done: {"step", "restarted_in_s", "lost_s", ...}; None before, and ever after."""
+        if self._over or time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + 1.0
+        now = standing(self._run_dir)
+        if now.state == "starting" or now.updated < self._began or now.step <= self._restart.resumes_at_step:
+            return None
+        self._over = True
+        start_s = now.updated - self._began
+        # the steps up to the one that the run had reached are trained a second time
+        return {
+            "step": now.step,
+            "start_s": round(start_s, 3),
+            "lost_s": round(self._restart.lost_steps_s + self._restart.down_s + start_s, 3),
+        }

@@ -1,0 +1,171 @@
+"""One start of a run: the launcher's process, the stop signals, and the certainty that nothing outlives it.
+
+A stop signal reaches every rank at once and only once (DeepSpeed's launcher would tell them one after the other, and its runner kills by command line whatever
+DeepSpeed job it finds on the hosts). The processes of a launch are found by its mark (`signals.py`), on this host and over ssh on the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from jp_train.cluster.remote import Answer
+from jp_train.cluster.signals import launched_processes, rank_processes, reached, send
+from jp_train.cluster.supervision import Supervision, Verdict, ask_hosts, told_by
+
+KILL_WAIT_S = 15.0
+SECOND_SIGNAL_S = 2.0
+"""A repeat within this time belongs to the first signal (Ctrl-C may come twice); a later one kills at once."""
+SWEEPS = 4
+"""Times that the hosts are asked to end what is left, until nothing is."""
+
+
+class StopSignals:
+    """The stop signals that this process gets, from `installed` on; the first counts, a later second one means `at once`."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.at_once = False
+        self._first_at = 0.0
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Take the signals for the duration of the block; the handlers before are put back."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._first_at = number, now
+        elif now - self._first_at > SECOND_SIGNAL_S:
+            self.at_once = True
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one start ended. `code`: the launcher's, as Popen's. `silent`: remote hosts on which it is not known whether something is left."""
+
+    code: int
+    verdict: Verdict | None = None
+    silent: Mapping[str, Answer] = field(default_factory=dict)
+
+
+class Run:
+    """The launcher's process in a session of its own (so that a terminal's Ctrl-C comes to us alone). `remote`: hosts other than this one."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals, *,
+        grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False, notice: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._launch_id, self._remote, self._stop, self._grace_s = launch_id, tuple(remote), stop, grace_s
+        self._supervision, self._notice = supervision, notice
+        self._signal_launcher = signal_launcher
+        """srun passes SIGUSR1 on to all tasks: no ssh is needed."""
+        self._process = subprocess.Popen(list(command), env=dict(env), start_new_session=True)
+
+    def wait(self) -> Ending:
+        """Block until nothing of the run is left, here and on every host that answers."""
+        told: set[int] = set()
+        deadline: float | None = None
+        verdict: Verdict | None = None
+        while self._process.poll() is None:
+            if self._stop.number is not None and deadline is None:
+                deadline = time.monotonic() + self._grace_s
+                name = signal.Signals(self._stop.number).name
+                say(f"{name}: ranks finish their step and save; killed in {self._grace_s:g} s, or by a second signal")
+                told |= self._stop_ranks(told)
+                if not told and not self._remote:
+                    os.killpg(self._process.pid, signal.SIGTERM)  # no rank yet, so nothing to save
+            if deadline is not None and not self._remote:
+                told |= self._stop_ranks(told)  # a rank that came up after the signal
+            if self._stop.at_once or (deadline is not None and time.monotonic() > deadline):
+                say("killing what is left of the run")
+                break
+            verdict = self._supervision.look() if self._supervision and deadline is None else None
+            if verdict is not None:
+                say(f"the run is ended: {verdict.cause}")
+                break
+            self._notice()
+            time.sleep(0.2)
+        silent = self._leave_nothing(killed=self._process.poll() is None)
+        if self._supervision is not None:
+            self._supervision.close()
+        return Ending(self._process.wait(), verdict, silent)
+
+    def _stop_ranks(self, told: set[int]) -> set[int]:
+        """Signal each rank once: a second signal means `exit at once` to it. SIGINT is sent as SIGINT, so that the rank's code tells."""
+        number = self._stop.number
+        assert number is not None
+        if self._signal_launcher:
+            self._process.send_signal(signal.SIGUSR1)
+            return set()
+        if self._remote:
+            answers = ask_hosts(self._remote, self._launch_id, number, timeout_s=60.0)
+            if missing := told_by(answers):
+                say(f"not told to stop, its ranks may go on: {missing}")
+            return set()
+        return set(send([pid for pid in rank_processes(self._launch_id) if pid not in told], number))
+
+    def _leave_nothing(self, *, killed: bool) -> dict[str, Answer]:
+        """End what is left, on this host and the others. Returns the hosts that did not answer, with the reason.
+
+        `killed`: at once. Otherwise the launcher has ended; ranks that outlive it here (it was killed) may save first.
+        """
+        if not killed and not self._remote and (left := rank_processes(self._launch_id)):
+            say("the launcher died and left ranks behind: they save and exit")
+            send(left, self._stop.number or signal.SIGTERM)
+            _wait_until(lambda: not rank_processes(self._launch_id) or self._stop.at_once, self._grace_s)
+        if not killed:
+            _wait_until(lambda: not launched_processes(self._launch_id), KILL_WAIT_S)
+        silent: dict[str, Answer] = {}
+        if self._remote and (killed or self._process.returncode != 0) and not self._signal_launcher:
+            silent = sweep(self._remote, self._launch_id)
+        if killed and self._signal_launcher:
+            self._process.send_signal(signal.SIGTERM)  # srun kills every task
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILL_WAIT_S)
+        send(launched_processes(self._launch_id), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return silent
+
+
+def sweep(hosts: Sequence[str], launch_id: str) -> dict[str, Answer]:
+    """Kill every process of a launch on these hosts until there is none. Returns the hosts that did not answer, or kept some."""
+    left: dict[str, Answer] = {}
+    asked = list(hosts)
+    for attempt in range(SWEEPS):
+        answers = ask_hosts(asked, launch_id, signal.SIGKILL)
+        left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
+        if not left:
+            return {}
+        asked = list(left)
+        if attempt and all(not answer.ok for answer in left.values()):
+            break
+        time.sleep(0.3)
+    say(f"not known to be free of this run: {told_by(left) or ', '.join(left)}; look there for processes of launch {launch_id}")
+    return left
+
+
+def say(text: str) -> None:
+    """A line of the launch itself, on stderr."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.2)

@@ -1,0 +1,173 @@
+"""What a launch sees by itself of a run under way, where its runner sees nothing: DeepSpeed's runner waits for ever for a host that stands still.
+
+Three signs in the run folder are watched: the ranks' records (`records.py`: started, ended), their heartbeats (`engine/heartbeat.py`: only whether the file
+changes, no clock of another host is believed), and the time since. A host without a sign of life is asked by ssh, and only the answer decides:
+it cannot be reached, or nothing of the launch runs there any more. A run that merely is slow is left alone, and what stands still on hosts that answer is
+the ranks' own watchdog's business, which ends them with the cause; then nothing may outlive it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jp_train.cluster.records import RankRecord, culprits, read_records
+from jp_train.cluster.remote import Answer, run_on_hosts
+from jp_train.cluster.signals import reached
+
+HEARTBEATS = "heartbeats"
+LOOK_S = 2.0
+"""Seconds between two looks at the run folder."""
+START_PATIENCE = 2.0
+"""Ranks import for minutes on a cold file system: hosts without a record are asked after START_PATIENCE times the patience, counted from the first record."""
+ASK_S = 20.0
+"""An ssh question that takes longer has no answer."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the launch ends a run that does not end by itself. `lost`: hosts that do not answer."""
+
+    cause: str
+    lost: tuple[str, ...] = ()
+
+
+def ask_hosts(hosts: Sequence[str], launch_id: str, number: int, *, timeout_s: float = ASK_S) -> dict[str, Answer]:
+    """Send a signal to the ranks of a launch on these hosts (SIGKILL: to all its processes; 0: to none, count only)."""
+    argv = [sys.executable, "-m", "jp_train.cluster.signals", launch_id, str(number)]
+    return run_on_hosts(hosts, argv, timeout_s=timeout_s, cwd=str(ROOT), connect_timeout_s=min(10.0, timeout_s / 2))
+
+
+class Supervision:
+    """Looks at one start of a run. `placed` has the host of every rank, by rank; `ask` is `ask_hosts` but for tests."""
+
+    def __init__(
+        self,
+        logs: Path | None,
+        run_dir: Path | None,
+        launch_id: str,
+        placed: Sequence[str],
+        *,
+        patience_s: float,
+        grace_s: float,
+        ask: Callable[[Sequence[str], str, int], dict[str, Answer]] = ask_hosts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logs, self._launch_id, self._placed = logs, launch_id, list(placed)
+        self._heartbeats = run_dir / HEARTBEATS if run_dir is not None else None
+        self._patience_s, self._grace_s, self._ask, self._clock = patience_s, grace_s, ask, clock
+        self._next_look = 0.0
+        self._first_record: float | None = None
+        self._first_end: float | None = None
+        self._all_ended: float | None = None
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._before = self._stamps()
+        self._asked_at: dict[str, float] = {}
+        self._pending: Future[dict[str, Answer]] | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._suspicions: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Wait for nothing that is still asked."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def look(self) -> Verdict | None:
+        """Call often. None: let the run go on."""
+        now = self._clock()
+        if now < self._next_look or self._logs is None:
+            return None
+        self._next_look = now + LOOK_S
+        records = read_records(self._logs)
+        return self._outlived(records, now) or self._answered() or self._silent(records, now)
+
+    def _outlived(self, records: Sequence[RankRecord], now: float) -> Verdict | None:
+        """Ranks or launchers that go on after the run has ended."""
+        ended = [record for record in records if record.code is not None]
+        if not ended:
+            return None
+        self._first_end = self._first_end or now
+        if len(ended) == len(self._placed):
+            self._all_ended = self._all_ended or now
+            return Verdict("all ranks have ended, but not their launcher") if now - self._all_ended > self._patience_s else None
+        failed = culprits(ended)
+        if now - self._first_end <= (self._patience_s if failed else self._grace_s):
+            return None
+        over = {record.rank for record in ended}
+        left = [rank for rank in range(len(self._placed)) if rank not in over]
+        first = (failed or ended)[0]
+        named = ", ".join(f"rank {rank} on {self._placed[rank]}" for rank in left[:4]) + (
+            f" and {len(left) - 4} more" if len(left) > 4 else ""
+        )
+        return Verdict(f"{first.describe()}; {named} did not end with it within {now - self._first_end:.0f} s")
+
+    def _answered(self) -> Verdict | None:
+        """What the hosts that were asked said. A host is lost when two questions in a row had no answer."""
+        if self._pending is None or not self._pending.done():
+            return None
+        answers, self._pending = self._pending.result(), None
+        lost, empty = [], []
+        for host, answer in answers.items():
+            left = reached(answer.stdout) if answer.ok else None
+            if left:
+                self._suspicions[host] = 0
+                continue
+            self._suspicions[host] = self._suspicions.get(host, 0) + 1
+            if self._suspicions[host] > 1:
+                (empty if left == 0 else lost).append(f"{host} ({'no process of the run is left there' if left == 0 else answer.found})")
+            else:
+                self._asked_at.pop(host, None)  # again, at once
+        if not lost and not empty:
+            return None
+        names = [told.partition(" ")[0] for told in lost]
+        told = ([f"cannot be reached any more: {', '.join(lost)}"] if lost else []) + ([f"gone: {', '.join(empty)}"] if empty else [])
+        return Verdict("; ".join(told), tuple(names))
+
+    def _silent(self, records: Sequence[RankRecord], now: float) -> Verdict | None:
+        """Ask the hosts of ranks that give no sign of life, while others do."""
+        if records:
+            self._first_record = self._first_record or now
+        suspects: set[str] = set()
+        over = {record.rank for record in records if record.code is not None}
+        if self._first_record is not None and now - self._first_record > START_PATIENCE * self._patience_s:
+            known = {record.rank for record in records}
+            suspects |= {host for rank, host in enumerate(self._placed) if rank not in known}
+        for rank, stamp in self._stamps().items():
+            if stamp != self._before.get(rank) and stamp != self._beats.get(rank, (0, 0.0))[0]:
+                self._beats[rank] = stamp, now
+        newest = max((at for _, at in self._beats.values()), default=0.0)
+        # none at all is the file system's standing still, or the watchdog's being off: nothing can be said then
+        alive = now - newest < self._patience_s / 2
+        if alive:
+            quiet = [rank for rank, (_, at) in self._beats.items() if rank not in over and now - at > self._patience_s]
+            suspects |= {self._placed[rank] for rank in quiet if rank < len(self._placed)}
+        due = [host for host in sorted(suspects) if now - self._asked_at.get(host, -1e9) > self._patience_s]
+        if due and self._pending is None:
+            self._asked_at.update(dict.fromkeys(due, now))
+            self._pending = self._pool.submit(self._ask, due, self._launch_id, 0)
+        return None
+
+    def _stamps(self) -> dict[int, int]:
+        """When each rank's heartbeat file was last replaced, as its file system says; empty where it cannot be read."""
+        found: dict[int, int] = {}
+        if self._heartbeats is None:
+            return found
+        try:
+            with os.scandir(self._heartbeats) as entries:
+                for entry in entries:
+                    number = entry.name.removeprefix("rank_").removesuffix(".json")
+                    if number.isdecimal():
+                        found[int(number)] = entry.stat().st_mtime_ns
+        except OSError:
+            pass
+        return found
+
+
+def told_by(answers: Mapping[str, Answer]) -> str:
+    """`node3: connection refused after 0.1 s`, for the hosts that did not answer."""
+    return "; ".join(f"{host}: {answer.found}" for host, answer in answers.items() if not answer.ok)
