@@ -277,6 +277,7 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
     A weight's gradient is dropped as soon as it is whole, as ZeRO-3 does. `saved`: what is left between the passes.
     """
     import weakref
+    from dataclasses import replace
 
     import torch
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -286,7 +287,7 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
     from torch.utils.weak import WeakIdKeyDictionary
 
     from jp_train.config.schema import LossConfig
-    from jp_train.model import janus_pro
+    from jp_train.model import attention, janus_pro
     from jp_train.model.freeze import set_trainable
 
     class Follow(TorchDispatchMode):
@@ -319,26 +320,34 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
             self.labels, self.documents = labels[self.positions], owner[self.positions]
 
     counts = [max(1, batch.supervised_text_tokens), max(1, batch.supervised_image_tokens)]
-    plain = torch.nn.functional.linear, janus_pro.SupervisedPositions
-    torch.nn.functional.linear, janus_pro.SupervisedPositions = zero3_linear_wrap, Positions
+    stand_ins = (
+        (torch.nn.functional, "linear", zero3_linear_wrap),
+        (janus_pro, "SupervisedPositions", Positions),
+        (janus_pro, "document_of_token", lambda given: torch.zeros_like(given.input_ids)),
+        (attention, "uses_varlen_kernel", lambda _: True),
+    )
+    plain = [getattr(owner, name) for owner, name, _ in stand_ins]
+    for owner, name, stand_in in stand_ins:
+        setattr(owner, name, stand_in)
     try:
         with torch.device("meta"):
             model = janus_pro.JanusPro(cfg.model, LossConfig(chunk_tokens=cfg.loss.chunk_tokens), 1, checkpointing, 0).to(torch.bfloat16)
-        with FakeTensorMode() as mode, torch.autograd.set_multithreading_enabled(False):
-            model.to_empty(device="cuda")
+        with FakeTensorMode():
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16, device="cpu")))
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"), persistent=False)
             set_trainable(model, cfg.stage.trainable)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            on_gpu = {
-                name: mode.from_tensor(getattr(batch, name)).to("cuda")
-                for name in batch.__slots__
-                if isinstance(getattr(batch, name), torch.Tensor)
-            }
-            from dataclasses import replace
-
-            batch = replace(batch, **on_gpu)
-            with Follow() as follow:
+            tensors = {name: value for name in batch.__slots__ if isinstance(value := getattr(batch, name), torch.Tensor)}
+            batch = replace(batch, **{name: torch.empty(x.shape, dtype=x.dtype, device="cpu") for name, x in tensors.items()})
+            follow = Follow()
+            for there in (*model.parameters(), *model.buffers(), *(getattr(batch, name) for name in tensors)):
+                follow.known[there.untyped_storage()] = 0
+            with follow:
                 terms = model(batch)
                 loss = terms.text_sum + terms.image_sum
                 del terms
@@ -346,7 +355,8 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
                 loss.backward()
             return {"forward": forward, "saved": saved, "backward": follow.peak}
     finally:
-        torch.nn.functional.linear, janus_pro.SupervisedPositions = plain
+        for (owner, name, _), value in zip(stand_ins, plain, strict=True):
+            setattr(owner, name, value)
 
 
 def predicted_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:

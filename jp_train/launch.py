@@ -25,7 +25,7 @@ from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
 from jp_train.cluster.records import new_launch_id, open_logs, read_records
 from jp_train.cluster.restarts import Progress, Restart, Selection, has_checkpoints, largest_usable, plan_restart, standing
-from jp_train.cluster.running import Run, StopSignals, say
+from jp_train.cluster.running import Run, StopSignals, say, sweep
 from jp_train.cluster.supervision import Supervision
 from jp_train.config import RunConfig, batch_plan, load_config
 from jp_train.errors import ConfigError, LaunchError
@@ -71,10 +71,13 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
     _refuse_second_job(run_dir, options)
     with StopSignals().installed() as stop:
         restart: Restart | None = None
+        everything: Selection = {}
         blamed: Counter[str] = Counter()
+        earlier: list[str] = []
         furthest = standing(run_dir).checkpoint_step or 0
         while True:
             selection = options.selection()
+            everything = everything or selection
             facts = batch_plan(cfg, _world(selection), shrink=has_checkpoints(run_dir)).describe()
             if restart is None:
                 checked.refuse(options, selection)
@@ -94,12 +97,16 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
                 return _final_code(outcome, done)
             say(outcome.cause)
             blamed.update(outcome.blamed)
-            after = _hosts_for_restart(cfg, run_dir, options, selection, checked, blamed)
+            new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now
+            earlier.append(launch_id)
+            silent = dict(outcome.lost) | {host: told.found for name in earlier if new for host, told in sweep(new, name, lost=new).items()}
+            left = {host: slots for host, slots in everything.items() if host not in silent}
+            after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)
             if stop.number is not None:
                 return 128 + stop.number
             if next(iter(selection)) in after:  # rank 0's host has answered that nothing of the old launch is left there
                 release_dead_launch(run_dir, launch_id)
-            restart = plan_restart(done + 1, options.max_restarts, outcome.cause, selection, after, last, began=began)
+            restart = plan_restart(done + 1, options.max_restarts, outcome.cause, everything, selection, after, last, began=began)
             say(restart.describe())
             _event(run_dir, "restart", restart.failed_at_step, **restart.event())
             options = options.restricted(after)
@@ -182,7 +189,7 @@ class _Preflight:
                 "mend them, leave hosts out with --exclude, or pass --skip-preflight"
             )
 
-    def faulty(self, options: LaunchOptions, selection: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    def faulty(self, options: LaunchOptions, selection: Selection) -> dict[str, str]:
         """Hosts with a fault and what it is, before a restart: printed only where there is one."""
         if options.skip_preflight or runs_locally(selection):
             return {}
@@ -198,39 +205,29 @@ class _Preflight:
 
 
 def _hosts_for_restart(
-    cfg: RunConfig, run_dir: Path, options: LaunchOptions, selection: Selection, checked: _Preflight, blamed: Counter[str]
+    cfg: RunConfig, options: LaunchOptions, left: Selection, silent: dict[str, str], checked: _Preflight, blamed: Counter[str]
 ) -> dict[str, tuple[int, ...]]:
-    """The hosts that answer and are without fault, as many as the rows of a step divide among. Raises LaunchError when that leaves none."""
+    """Of the hosts that are `left`, those without fault, as many as the rows of a step divide among. Raises LaunchError when that leaves none.
+
+    `silent`: the others, and why; for the message.
+    """
+    run_dir = Path(cfg.run_dir)
 
     def fits(world: int) -> bool:
         return _divides(cfg, world, shrink=has_checkpoints(run_dir))
 
-    silent = unreachable(selection)
-    left = {host: slots for host, slots in selection.items() if host not in silent}
-    if left and not runs_locally(selection):
-        faults = checked.faulty(options, left)
-        left = {host: slots for host, slots in left.items() if host not in faults}
-        silent |= faults
-    often = {host for host in left if blamed[host] >= BLAMED_TWICE}
-    without = largest_usable({host: slots for host, slots in left.items() if host not in often}, fits)
-    usable = without if often and without else largest_usable(left, fits)
+    faults = checked.faulty(options, left) if left else {}
+    left = {host: slots for host, slots in left.items() if host not in faults}
+    # a host on which ranks were killed again and again is left out, if the run can do without
+    calm = largest_usable({host: slots for host, slots in left.items() if blamed[host] < BLAMED_TWICE}, fits)
+    usable = calm or largest_usable(left, fits)
     if not usable:
-        why = "; ".join(f"{host}: {found}" for host, found in silent.items())
+        why = "; ".join(f"{host}: {found}" for host, found in (silent | faults).items())
         raise LaunchError(
             f"no restart: {_world(left)} ranks on {_describe(left) if left else 'no host'} are left, and no number of whole hosts among them divides the rows of a "
             f"step. {why}. Mend the hosts, or give others in the hostfile, and run the same command again to resume"
         )
     return usable
-
-
-def unreachable(selection: Selection) -> dict[str, str]:
-    """The hosts that do not answer, with the reason."""
-    from jp_train.cluster.remote import run_on_hosts
-
-    if runs_locally(selection):
-        return {}
-    answers = run_on_hosts(selection, ["true"], timeout_s=15.0)
-    return {host: answer.found for host, answer in answers.items() if not answer.ok}
 
 
 def _divides(cfg: RunConfig, world: int, *, shrink: bool) -> bool:

@@ -35,7 +35,8 @@ CONNECT_S = 2.0
 SHARED_WAIT_S = 3.0
 """A network file system may show a new file so many seconds late."""
 PINGS = 3
-LIFETIME_S = 240
+LIFETIME_S = 300
+"""A probe that nobody ends, ends by itself."""
 
 
 def preflight(
@@ -57,6 +58,8 @@ def preflight(
     unknown = [name for name in skip if name not in CHECKS]
     if unknown:
         raise ConfigError(f"there is no check {unknown[0]!r} to skip; there are {', '.join(CHECKS)}")
+    if not 0 < timeout_s < LIFETIME_S / 4:
+        raise ConfigError(f"--timeout {timeout_s:g} is not between 0 and {LIFETIME_S // 4} seconds")
     cfg = None if config is None else load_config(config, overrides)
     question = {"config": None if config is None else str(config), "overrides": list(overrides)}
     return _Examination(options, cfg, question, timeout_s, frozenset(skip), own_launches, os.environ if environ is None else environ).run()
@@ -104,6 +107,12 @@ class _Examination:
             if self._cfg is not None and "data" not in self._skip:
                 with self._progress("the data"):
                     self._data(facts)
+            with_torch = [
+                host for host in self._talk.hosts if may_meet or facts[host]["devices"]
+            ]  # CPU hosts load it for the all-reduce only
+            if with_torch and "versions" not in self._skip:
+                with self._progress("torch"):
+                    self._torch(with_torch, facts)
             if may_meet:
                 with self._progress("an all-reduce"):
                     self._bandwidth(facts)
@@ -135,6 +144,8 @@ class _Examination:
         facts = self._ask(
             dict.fromkeys(self._selection, question), "its versions, disks and processes", CONNECT_TIMEOUT_S + self._timeout_s
         )
+        facts, unknown = checks.settled(facts)
+        self._find(None, unknown)
         here = launched_jobs(self._launches)
         self._find("versions", checks.check_versions(facts))
         self._find("code", checks.check_code(facts, code_digests()))
@@ -151,7 +162,7 @@ class _Examination:
             }  # fmt: skip
             if fact["driver"]:
                 self._hosts[host]["driver"] = fact["driver"]
-            disk = fact["disks"].get("run folder", fact["disks"]["temporary files"])
+            disk = fact["disks"].get("run folder") or fact["disks"].get("temporary files", {})
             self._hosts[host]["free"] = gib(disk["free"]) if "free" in disk else "-"
         if facts and not any(fact["devices"] for fact in facts.values()):
             self._notes.append("no GPU on any host: slots are CPU processes, and were not compared with devices")
@@ -206,7 +217,7 @@ class _Examination:
         if first not in listening:
             return False
         addresses = facts[first]["addresses"]
-        self._address = self._address or ("127.0.0.1" if self._local else next(iter(addresses), "") if isinstance(addresses, list) else "")
+        self._address = self._address or ("127.0.0.1" if self._local else next(iter(addresses), ""))
         doors = {
             host: [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]
             for host, told in listening.items()
@@ -240,6 +251,15 @@ class _Examination:
         questions = {host: {"ask": "data", **self._question, "number": number} for number, host in enumerate(hosts)}
         self._find("data", checks.check_data(self._ask(questions, "the data", 2 * self._timeout_s)))
 
+    def _torch(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
+        failed: dict[str, str] = {}
+        told = self._ask({host: {"ask": "torch"} for host in hosts}, "torch", 2 * self._timeout_s, failed)
+        broken = [
+            Fault(host, "versions", f"torch cannot be loaded: {error}", f"on {host}: install the torch that the others have")
+            for host, error in failed.items()
+        ]
+        self._find("versions", [*broken, *checks.check_torch({host: told[host] for host in hosts if host in told}, facts)])
+
     def _bandwidth(self, facts: Mapping[str, Any]) -> None:
         hosts = self._talk.hosts
         gpu = all(facts[host]["devices"] for host in hosts)
@@ -251,7 +271,7 @@ class _Examination:
         )
         if failed or len(measured) < len(hosts):
             for host, error in failed.items():
-                remedy = f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that torch loads there: {sys.executable} -c 'import torch'"
+                remedy = f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {self._address}:{self._port} is its way to {hosts[0]}"
                 self._findings.append(Fault(host, "bandwidth", f"the all-reduce failed: {error}", remedy))
             return
         rates = host_rates(hosts, measured)
@@ -300,7 +320,7 @@ class _Examination:
     @contextmanager
     def _progress(self, what: str) -> Iterator[None]:
         self._phase += 1
-        phases = 5
+        phases = 6
         print(
             f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, {time.monotonic() - self._began:.1f} s, "
             f"at most {self._timeout_s + CONNECT_TIMEOUT_S:g} s for this)",

@@ -35,6 +35,9 @@ CLOCK_FAULT_S = 5.0
 CLOCK_WARNING_S = 1.0
 LOCK_STALE_S = 300.0
 """No extension of DeepSpeed takes longer to build (100 s on a busy machine were measured)."""
+HARMLESS: dict[str, Any] = {
+    "host_name": "", "python": "unknown", "packages": {}, "driver": "", "devices": 0, "cores": 1 << 20, "addresses": [], "disks": {}, "locks": [], "jobs": [],
+}  # fmt: skip
 LITTLE = {"temporary files": GIB // 4, "shared memory": 64 << 20}
 """Free bytes below which a folder is worth a warning; the caches 1 GiB. 64 MiB is what a container gets as shared memory if nobody asks for more."""
 NEEDED = ("run folder", "temporary files", "shared memory")
@@ -67,11 +70,24 @@ def check_answers(lost: Mapping[str, Answer], python: str, cwd: str) -> Iterator
             yield Fault(host, "answer", f"the probe ended: {answer.found}", remedy)
 
 
+def settled(facts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
+    """The facts with a harmless value where one could not be had, and a warning for each of those. (Code and configuration are needed: see their checks.)"""
+    found, faults = {}, []
+    for host, fact in facts.items():
+        found[host] = dict(fact)
+        for name, harmless in HARMLESS.items():
+            if isinstance(fact[name], Mapping) and "error" in fact[name]:
+                found[host][name] = harmless
+                remedy = f"see why on {host}; what depends on it was not looked at there"
+                faults.append(Fault(host, "answer", f"{name} could not be found out: {fact[name]['error']}", remedy, warning=True))
+    return found, faults
+
+
 def check_versions(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
     """`python`, `driver` and `packages` of each host."""
     found: dict[str, dict[str, str]] = {}
     for host, fact in facts.items():
-        versions = {"python": fact["python"], "driver": fact["driver"], **_known(fact["packages"])}
+        versions = {"python": fact["python"], "driver": fact["driver"], **fact["packages"]}
         for name, version in versions.items():
             found.setdefault(name, {})[host] = str(version)
     for name, versions in found.items():
@@ -84,6 +100,29 @@ def check_versions(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
         if usual == "not installed" and name in ("torch", "deepspeed"):
             for host in facts.keys() - set(odd):
                 yield Fault(host, "versions", f"{name} is not installed", f"on {host}: install jp_train's requirements (setup.cfg)")
+
+
+def check_torch(torch: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
+    """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use."""
+    for name in ("version", "cuda", "nccl"):
+        values = {host: str(told.get(name, "")) for host, told in torch.items()}
+        usual, odd = odd_ones(values)
+        for host in odd:
+            what = "torch" if name == "version" else f"{name} of torch"
+            if name != "version" or values[host] != facts[host]["packages"].get("torch"):  # else its metadata has told it
+                yield Fault(
+                    host,
+                    "versions",
+                    f"{what} runs as {values[host] or 'none'}, on the other hosts as {usual or 'none'}",
+                    f"install the same torch on {host}",
+                )
+    for host, told in torch.items():
+        there = int(facts[host]["devices"])
+        if told["devices"] < there:
+            yield Fault(
+                host, "devices", f"torch {told['version']} (CUDA {told['cuda'] or 'none'}) can use {told['devices']} of {there} GPUs; driver {facts[host]['driver'] or 'unknown'}",
+                f"on {host}: a torch build that fits the driver, a healthy driver (`nvidia-smi`), and no CUDA_VISIBLE_DEVICES in the shell's start-up files",
+            )  # fmt: skip
 
 
 def check_code(facts: Mapping[str, Mapping[str, Any]], here: Mapping[str, str]) -> Iterator[Fault]:
@@ -127,7 +166,7 @@ def check_devices(
     facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, Sequence[int]], slots: Mapping[str, int]
 ) -> Iterator[Fault]:
     """`devices` and `cores` of each host against its `slots` in the hostfile and those of them that are selected."""
-    counts = {host: int(fact["devices"]) for host, fact in facts.items() if isinstance(fact["devices"], int)}
+    counts = {host: int(fact["devices"]) for host, fact in facts.items()}
     with_gpus = [host for host, count in counts.items() if count]
     for host, count in counts.items():
         if count:
@@ -217,11 +256,12 @@ def check_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
             _, odd = odd_ones({host: found["digest"] for host, found in good.items()})
             for host in odd:
                 other.setdefault(host, []).append(label.format(name))
-            indexes = {host: found.get("index", "-") for host, found in good.items() if host not in odd}
+            indexes = {host: found["index"] for host, found in good.items() if host not in odd and "index" in found}
             if indexes and not any(indexes.values()):
                 not_indexed.append(name)
-            for host in odd_ones({host: index for host, index in indexes.items() if index})[1]:
-                planned.setdefault(host, []).append(label.format(name))
+            for which in {which for index in indexes.values() for which in index}:
+                for host in odd_ones({host: index[which] for host, index in indexes.items() if which in index})[1]:
+                    planned.setdefault(host, []).append(label.format(name))
     for host, errors in unread.items():
         first, *more = errors
         text = f"{first}: {errors[first]}{f'; also {_some(more)}' if more else ''}"
@@ -253,10 +293,10 @@ def check_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
 
 def check_jobs(facts: Mapping[str, Mapping[str, Any]], here: Sequence[Mapping[str, Any]], *, local: bool) -> Iterator[Fault]:
     """`jobs` of each host: processes of launches, and whether the runner of each lives anywhere. A run on this host alone (`local`) may share it."""
-    alive = {job["launch"] for jobs in (here, *(_known(fact["jobs"], []) for fact in facts.values())) for job in jobs if job["runner"]}
+    alive = {job["launch"] for jobs in (here, *(fact["jobs"] for fact in facts.values())) for job in jobs if job["runner"]}
     for host, fact in facts.items():
         launches: dict[str, list[Mapping[str, Any]]] = {}
-        for job in _known(fact["jobs"], []):
+        for job in fact["jobs"]:
             launches.setdefault(job["launch"], []).append(job)
         for launch, jobs in launches.items():
             pids = " ".join(str(job["pid"]) for job in jobs)
@@ -273,7 +313,7 @@ def check_jobs(facts: Mapping[str, Mapping[str, Any]], here: Sequence[Mapping[st
 def check_locks(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
     """`locks` of each host."""
     for host, fact in facts.items():
-        for lock in _known(fact["locks"], []):
+        for lock in fact["locks"]:
             stale = lock["age_s"] > LOCK_STALE_S
             yield Fault(
                 host, "locks", f"{lock['path']} is {lock['age_s'] / 60:,.0f} min old: {'its build was killed' if stale else 'something builds, or was killed'}, "
@@ -322,7 +362,7 @@ def check_reach(listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str,
         yield Fault(host, "reach", f"no other host reaches it: {why}", f"open the fabric of {host} for all ports from the other hosts (firewall, cable, switch port)")  # fmt: skip
     told: set[tuple[str, str]] = set()
     for (host, other), why in pairs.items():
-        if other in nobody or (host in nobody and (other, host) not in pairs) or (other, host) in told or {host, other} & unusable:
+        if {host, other} & {*nobody, *unusable} or (other, host) in told:
             continue
         told.add((host, other))
         both = (other, host) in pairs
@@ -374,11 +414,6 @@ def _room(host: str, name: str, found: Mapping[str, Any]) -> str:
         else "clear it, or name another folder by its variable"
     )
     return f"free space at {found['there']} on {host} (`df {found['there']}`): {where}"
-
-
-def _known(fact: Any, otherwise: Any = None) -> Any:
-    """The fact, or `otherwise` ({}) where it could not be had."""
-    return ({} if otherwise is None else otherwise) if isinstance(fact, Mapping) and "error" in fact else fact
 
 
 def _some(names: Sequence[str], what: str = "") -> str:

@@ -5,6 +5,7 @@ A digest is equal on two hosts when they see the same files; times are left out,
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import zipfile
@@ -24,6 +25,7 @@ READ_WHOLE = 32 << 20
 LOOKED_AT = 64
 """Shards of a source whose size and index are looked at, evenly spread; the names of all count."""
 HEADERS_READ = 64
+TABLE = ".jp-tokens-"
 
 
 def data_facts(config: str, overrides: Sequence[str], number: int) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def data_facts(config: str, overrides: Sequence[str], number: int) -> dict[str, 
 
 
 def source_facts(source: SourceConfig, root: str, number: int, reader: ShardReader) -> dict[str, Any]:
-    """Shards of a source by name and size, how many of those looked at are indexed, and the bytes of one sample that was read.
+    """Shards of a source by name and size, their index, and the bytes of one sample that was read.
 
     Raises DataError (missing, unreadable or damaged shard) and ConfigError.
     """
@@ -51,33 +53,39 @@ def source_facts(source: SourceConfig, root: str, number: int, reader: ShardRead
     shards = [reader.stat(path) for path in paths[::step][:LOOKED_AT]]
     names = "\0".join(os.path.basename(path) for path in paths)
     sizes = "\0".join(f"{shard.name} {shard.size}" for shard in shards)
-    indexes = [index_digest(shard) for shard in shards]
     return {
         "shards": len(paths),
         "digest": _digest(names, sizes),
-        "index": _digest(*indexes) if all(indexes) else "",
-        "indexed": sum(map(bool, indexes)),
-        "looked_at": len(shards),
+        "index": index_digests(shards),
         "read": read_sample(shards[number % len(shards)], reader),
     }
 
 
-def index_digest(shard: Shard) -> str:
-    """Of the token tables beside a shard (or in the cache of this host), by their own check sums; empty where there is none."""
-    parts = []
-    suffix = ".jp-tokens-"
-    for place in sidecar_places(shard, suffix):
-        for path in sorted(place.parent.glob(f"{_literal(place.name)}*.npz")) if place.parent.is_dir() else ():
+def index_digests(shards: Sequence[Shard]) -> dict[str, str]:
+    """{which tokenizer and settings: digest of the token tables}, for those that all of `shards` have (beside them, or in the cache of this host).
+
+    Of the tables' own check sums, so that nothing is read.
+    """
+    tables: dict[str, list[str]] = {}
+    for shard in shards:
+        for which, table in _tables(shard).items():
+            tables.setdefault(which, []).append(f"{shard.name} {table}")
+    return {which: _digest(*found) for which, found in tables.items() if len(found) == len(shards)}
+
+
+def _tables(shard: Shard) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for place in reversed(sidecar_places(shard, TABLE)):  # what lies beside the shard is read first
+        for path in sorted(place.parent.glob(f"{glob.escape(place.name)}*.npz")) if place.parent.is_dir() else ():
             try:
                 with zipfile.ZipFile(path) as file:
-                    parts.append(
-                        path.name + "".join(f"{part.filename}{part.CRC:08x}" for part in file.infolist() if part.filename != "meta.npy")
-                    )
+                    sums = [
+                        f"{part.filename} {part.CRC:08x}" for part in file.infolist() if part.filename != "meta.npy"
+                    ]  # it has the shard's time
             except (OSError, zipfile.BadZipFile):
                 continue  # a damaged index is built again
-        if parts:
-            break
-    return _digest(*parts) if parts else ""
+            found[path.name.removeprefix(place.name).removesuffix(".npz")] = " ".join(sums)
+    return found
 
 
 def read_sample(shard: Shard, reader: ShardReader) -> int:
@@ -130,7 +138,3 @@ def _attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,12 +54,12 @@ class LaunchOptions:
         """The slots that the run uses on each host, in rank order. Raises LaunchError (hostfile) and ConfigError (filter)."""
         return select_slots(parse_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
 
-    def restricted(self, selection: dict[str, tuple[int, ...]]) -> LaunchOptions:
+    def restricted(self, selection: Mapping[str, Sequence[int]]) -> LaunchOptions:
         """The same launch on these slots only."""
         return replace(self, include=filter_text(selection), exclude="")
 
 
-def filter_text(selection: dict[str, tuple[int, ...]]) -> str:
+def filter_text(selection: Mapping[str, Sequence[int]]) -> str:
     """The filter that names exactly these slots: `node1:0,1@node2:0`."""
     return "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in selection.items())
 

@@ -7,12 +7,11 @@ launch itself (a host that is lost), the ranks' records (who was killed, who end
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from jp_train import errors
 from jp_train.cluster.records import RankRecord, culprits, how_it_ended
-from jp_train.cluster.remote import Answer
 from jp_train.cluster.restarts import FINAL_CODES
 from jp_train.cluster.running import Ending
 from jp_train.errors import JpTrainError, LaunchError
@@ -29,7 +28,9 @@ class Outcome:
     cause: str = ""
     again: str = "no"
     blamed: tuple[str, ...] = ()
-    """Hosts that are gone, or whose ranks were killed."""
+    """Hosts whose ranks were killed."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Hosts that do not answer, and what was found instead."""
 
 
 def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None, failure: str) -> Outcome:
@@ -44,9 +45,8 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
     if ending.verdict is not None and not lost and not ending.verdict.lost and records and all(record.code == 0 for record in records):
         return Outcome(0)  # only the launcher did not end
     if lost or (ending.verdict is not None and ending.verdict.lost):
-        hosts = tuple(lost) or ending.verdict.lost  # type: ignore[union-attr]
-        told = _told(lost) if lost else ending.verdict.cause  # type: ignore[union-attr]
-        return Outcome(LaunchError.exit_code, f"{told}{_and(first)}", "yes", hosts)
+        gone = {host: answer.found for host, answer in lost.items()} or dict.fromkeys(ending.verdict.lost, ending.verdict.cause)  # type: ignore[union-attr]
+        return Outcome(LaunchError.exit_code, f"{_told(gone)}{_and(first)}", "yes", lost=gone)
     if first is not None and (first.code or 0) < 0 and first.code != -signal.SIGTERM:
         return Outcome(LaunchError.exit_code, first.describe(), "yes", (first.host,))
     if first is not None and first.reason:
@@ -106,9 +106,9 @@ def explain(records: Sequence[RankRecord], world: int) -> list[str]:
     return lines
 
 
-def _told(silent: dict[str, Answer]) -> str:
-    named = [f"host {host} does not answer: {answer.found}" for host, answer in list(silent.items())[:NAMED]]
-    return "; ".join(named) + (f"; and {len(silent) - NAMED} more" if len(silent) > NAMED else "")
+def _told(gone: Mapping[str, str]) -> str:
+    named = [f"host {host} does not answer: {found}" for host, found in list(gone.items())[:NAMED]]
+    return "; ".join(named) + (f"; and {len(gone) - NAMED} more" if len(gone) > NAMED else "")
 
 
 def _and(first: RankRecord | None) -> str:

@@ -102,15 +102,25 @@ class Restart:
 
 
 def plan_restart(
-    number: int, of: int, cause: str, before: Selection, after: Selection, last: Standing, *, began: float, now: float | None = None
+    number: int,
+    of: int,
+    cause: str,
+    everything: Selection,
+    before: Selection,
+    after: Selection,
+    last: Standing,
+    *,
+    began: float,
+    now: float | None = None,
 ) -> Restart:
-    """What a restart costs so far. `last`: the run folder after the failure; `began`: when the failed start began, seconds since 1970."""
+    """What a restart costs so far. `everything`, `before`, `after`: all slots of the launch, those of the failed start and of the next one; `last`: the
+    run folder after the failure; `began`: when the failed start began, seconds since 1970."""
     now = time.time() if now is None else now
     resumes = last.checkpoint_step or 0
     lost = max(0, last.step - resumes)
     fresh = last.updated >= began  # else the failed start never made progress, and all of its time is lost
     return Restart(
-        number, of, cause, [host for host in before if host not in after], list(after), sum(map(len, before.values())), sum(map(len, after.values())),
+        number, of, cause, [host for host in everything if host not in after], list(after), sum(map(len, before.values())), sum(map(len, after.values())),
         last.step, resumes, lost, lost * (last.step_s or 0.0), max(0.0, now - (last.updated if fresh else began)),
     )  # fmt: skip
 

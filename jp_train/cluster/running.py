@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +100,7 @@ class Run:
                 break
             self._notice()
             time.sleep(0.2)
-        silent = self._leave_nothing(killed=self._process.poll() is None)
+        silent = self._leave_nothing(verdict, killed=self._process.poll() is None)
         if self._supervision is not None:
             self._supervision.close()
         return Ending(self._process.wait(), verdict, silent)
@@ -119,7 +119,7 @@ class Run:
             return set()
         return set(send([pid for pid in rank_processes(self._launch_id) if pid not in told], number))
 
-    def _leave_nothing(self, *, killed: bool) -> dict[str, Answer]:
+    def _leave_nothing(self, verdict: Verdict | None, *, killed: bool) -> dict[str, Answer]:
         """End what is left, on this host and the others. Returns the hosts that did not answer, with the reason.
 
         `killed`: at once. Otherwise the launcher has ended; ranks that outlive it here (it was killed) may save first.
@@ -132,7 +132,7 @@ class Run:
             _wait_until(lambda: not launched_processes(self._launch_id), KILL_WAIT_S)
         silent: dict[str, Answer] = {}
         if self._remote and (killed or self._process.returncode != 0) and not self._signal_launcher:
-            silent = sweep(self._remote, self._launch_id)
+            silent = sweep(self._remote, self._launch_id, lost=verdict.lost if verdict else ())
         if killed and self._signal_launcher:
             self._process.send_signal(signal.SIGTERM)  # srun kills every task
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -143,19 +143,25 @@ class Run:
         return silent
 
 
-def sweep(hosts: Sequence[str], launch_id: str) -> dict[str, Answer]:
-    """Kill every process of a launch on these hosts until there is none. Returns the hosts that did not answer, or kept some."""
+def sweep(hosts: Sequence[str], launch_id: str, *, lost: Collection[str] = ()) -> dict[str, Answer]:
+    """Kill every process of a launch on these hosts until there is none. Returns the hosts that did not answer, or kept some.
+
+    Hosts that are known to be `lost` are asked once, the others again.
+    """
     left: dict[str, Answer] = {}
+    gone: dict[str, Answer] = {}
     asked = list(hosts)
     for attempt in range(SWEEPS):
         answers = ask_hosts(asked, launch_id, signal.SIGKILL)
         left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
-        if not left:
+        if not left and not gone:
             return {}
-        asked = list(left)
-        if attempt and all(not answer.ok for answer in left.values()):
+        asked = [host for host, answer in left.items() if answer.ok or (not attempt and host not in lost)]
+        if not asked:
             break
+        gone |= {host: answer for host, answer in left.items() if host not in asked}
         time.sleep(0.3)
+    left |= gone
     say(f"not known to be free of this run: {told_by(left) or ', '.join(left)}; look there for processes of launch {launch_id}")
     return left
 

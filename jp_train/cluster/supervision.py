@@ -41,7 +41,7 @@ class Verdict:
 def ask_hosts(hosts: Sequence[str], launch_id: str, number: int, *, timeout_s: float = ASK_S) -> dict[str, Answer]:
     """Send a signal to the ranks of a launch on these hosts (SIGKILL: to all its processes; 0: to none, count only)."""
     argv = [sys.executable, "-m", "jp_train.cluster.signals", launch_id, str(number)]
-    return run_on_hosts(hosts, argv, timeout_s=timeout_s, cwd=str(ROOT), connect_timeout_s=min(10.0, timeout_s / 2))
+    return run_on_hosts(hosts, argv, timeout_s=timeout_s, cwd=str(ROOT))
 
 
 class Supervision:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,14 +19,14 @@ from jp_train.config.schema import Crop, RunConfig, SourceConfig, TokenIds
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import excluded_samples, with_exclusions
 from jp_train.data.processes import end_with_trainer, kill_workers, signals_deferred, worker_context
-from jp_train.data.samples import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, VQ_EXTENSION, check_field_size, parse_sample, wanted_fields
-from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, expand_shards, read_spans, scan_members
+from jp_train.data.sample_fields import read_fields
+from jp_train.data.samples import parse_sample
+from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
 from jp_train.data.sidecar import FORMAT, ShardTokens, has_members, load_members, load_tokens, store_members, store_tokens
 from jp_train.data.token_ids import RecordSpool
 from jp_train.data.tokenizer import Tokenizer
-from jp_train.data.vq_ids import StoredIds
 from jp_train.errors import DataError, SkipSample
-from jp_train.types import Kind, RawSample, SourceInfo, TextSample
+from jp_train.types import Kind, SourceInfo, TextSample
 
 SMALL_BYTES = 64 << 20
 """Less stale data than this is indexed without starting processes."""
@@ -166,6 +165,7 @@ def index_shard(
     members = shard_members(shard, reader)
     with RecordSpool() if with_ids else nullcontext() as records:
         tokens = _tokens_of(shard, members, name, source, encoder, reader, crop, None if records is None else records.add)
+        tokens = tokens if records is None else replace(tokens, ids_bytes=records.size)
         store_tokens(shard, fingerprint, tokens, records)
     return tokens
 
@@ -229,91 +229,6 @@ def source_fingerprint(encoder: Encoder, source: SourceConfig) -> str:
     """Hex digest of all that decides the token counts of a source's shards besides their bytes."""
     parts = [str(FORMAT), encoder.fingerprint, source.kind.value, source.class_prompt.value, source.class_template]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def read_fields(
-    shard: Shard,
-    members: ShardMembers,
-    number: int,
-    kind: Kind,
-    crop: Crop,
-    reader: ShardReader,
-    source: str,
-    *,
-    pictures: bool = True,
-    stored: StoredIds | None = None,
-    embedded_ids: bool = True,
-    token_ids: bytes | None = None,
-) -> RawSample:
-    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty bytes).
-
-    With `stored` ids of the shard a picture is not read, whether it has ids or is known to be unusable. `embedded_ids=False` leaves
-    `.vq.npy` members alone where there is a picture to encode. With `token_ids`, the sample's stored record, its texts are not read.
-    """
-    first, last = members.member_start[number : number + 2].tolist()
-    spans = zip(members.offset[first:last].tolist(), members.size[first:last].tolist(), strict=True)
-    where = dict(zip([members.extensions[code] for code in members.extension[first:last].tolist()], spans, strict=True))
-    info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
-    return read_located(
-        info,
-        shard,
-        number,
-        where,
-        kind,
-        crop,
-        reader,
-        pictures=pictures,
-        stored=stored,
-        embedded_ids=embedded_ids,
-        token_ids=token_ids,
-    )
-
-
-def read_located(
-    info: SourceInfo,
-    shard: Shard,
-    number: int,
-    located: Mapping[str, tuple[int, int]],
-    kind: Kind,
-    crop: Crop,
-    reader: ShardReader | ShardWindow,
-    *,
-    pictures: bool = True,
-    stored: StoredIds | None = None,
-    embedded_ids: bool = True,
-    token_ids: bytes | None = None,
-) -> RawSample:
-    """As `read_fields`, for a sample whose files are `located`: extension -> (offset, size) in the shard.
-
-    Raises SkipSample for a file that is too large to be read.
-    """
-    ids = None if stored is None else stored.row(number)
-    fault = "" if stored is None or ids is not None else stored.unusable.get(info.key, "")
-    known, texts = ids is not None or bool(fault), token_ids is None
-    wanted, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, pictures, texts)
-    for extension in needed:
-        check_field_size(extension, located[extension][1])
-    found = read_spans(reader, shard, [located[extension] for extension in read])
-    fields = dict.fromkeys(wanted, b"")
-    fields |= zip(read, found, strict=True)
-    return RawSample(info=info, fields=fields, vq_ids=ids, picture_fault=fault, token_ids=token_ids)
-
-
-@lru_cache(maxsize=1024)
-def _fields_to_read(
-    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, pictures: bool, texts: bool
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those that are read.
-
-    `known`: ids, or the fault of its picture, are stored, so the picture is not needed; `texts`: its texts are to be read.
-    """
-    where = list(present)
-    if known or (not embedded_ids and any(extension in where for extension in IMAGE_EXTENSIONS)):
-        where = [extension for extension in where if extension != VQ_EXTENSION]
-    wanted = tuple(wanted_fields(kind, where, crop))
-    needed = tuple(extension for extension in wanted if not (known and extension in IMAGE_EXTENSIONS))
-    unread = (*(() if pictures else IMAGE_EXTENSIONS), *(() if texts else TEXT_EXTENSIONS))
-    return wanted, needed, tuple(extension for extension in needed if extension not in unread)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jp_train.config.schema import Crop
-from jp_train.data.index import SourceLocator, read_fields
+from jp_train.data.index import SourceLocator
+from jp_train.data.sample_fields import read_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
-from jp_train.data.sidecar import ShardTokens, load_members, load_tokens, open_token_ids
+from jp_train.data.sidecar import ShardTokens, load_members, load_tokens, open_tokens
 from jp_train.data.token_ids import StoredTokenIds
 from jp_train.data.vq_ids import StoredIds, open_ids
 from jp_train.errors import DataError
@@ -104,7 +105,8 @@ class SampleReader:
             return table.token_ids.record(entry)
         except DataError:  # another run may have written the same sidecar anew: it says the same, in another file
             source, number = ref.source, bisect_right(self._before[ref.source], ref.sample) - 1
-            self._cached -= len(self._tables.pop((source, number)).members.keys)
+            old = self._tables.pop((source, number), None)
+            self._cached -= 0 if old is None else len(old.members.keys)
             table = self._load(source, number)
             assert table.token_ids is not None
             return table.token_ids.record(entry)
@@ -113,14 +115,11 @@ class SampleReader:
         locator = self._locators[source]
         shard = locator.shards[number]
         members = load_members(shard)
-        tokens = load_tokens(shard, locator.fingerprint, with_ids=locator.token_ids)
-        token_ids = open_token_ids(shard, locator.fingerprint, self._reader) if locator.token_ids else None
-        if (
-            members is None
-            or tokens is None
-            or (len(tokens) and int(tokens.sample.max()) >= len(members.keys))
-            or (locator.token_ids and (token_ids is None or len(token_ids.record_start) != len(tokens) + 1))
-        ):
+        if locator.token_ids:
+            tokens, token_ids = open_tokens(shard, locator.fingerprint, self._reader) or (None, None)
+        else:
+            tokens, token_ids = load_tokens(shard, locator.fingerprint), None
+        if members is None or tokens is None or (len(tokens) and int(tokens.sample.max()) >= len(members.keys)):
             raise DataError(
                 f"the index of shard {shard.path} (source {locator.name!r}) is gone, stale or damaged; start again so that it is rebuilt "
                 f"(if that does not help, delete {shard.name}.jp-members.npz and {shard.name}.jp-tokens-*.npz)"

@@ -27,8 +27,8 @@ from jp_train.data.tar_headers import TarFault, walk
 from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
 
-MAX_OPEN_SHARDS = 64
-"""File descriptors one reader keeps open."""
+MAX_OPEN_SHARDS = 256
+"""File descriptors one reader keeps open, of shards and of the ids beside them."""
 FIRST_BACK_OFF_S = 0.1
 
 _SCAN_BLOCK = 1 << 16

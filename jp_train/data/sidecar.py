@@ -87,29 +87,33 @@ def load_tokens(shard: Shard, fingerprint: str, *, with_ids: bool = False) -> Sh
     """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current, and (`with_ids`) holds token ids."""
 
     def made(meta: dict, arrays: NpzFile) -> ShardTokens:
-        _require(not with_ids or "records" in arrays)
-        return _tokens(meta, arrays)
+        found = _tokens(meta, arrays)
+        _require(not with_ids or found.ids_bytes is not None)
+        return found
 
     return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
 
 
-def open_token_ids(shard: Shard, fingerprint: str, reader: ShardReader) -> StoredTokenIds | None:
-    """The token ids in the tokens sidecar of a shard, None when there is no current one that has them. They are read through `reader`."""
+def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[ShardTokens, StoredTokenIds] | None:
+    """The tokens sidecar of a shard, and its token ids, to be read through `reader`; None when there is no current one that has them."""
 
-    def made(_: dict, arrays: NpzFile) -> StoredTokenIds:
+    def made(meta: dict, arrays: NpzFile) -> tuple[ShardTokens, StoredTokenIds]:
+        tokens = _tokens(meta, arrays)
         assert arrays.zip.fp is not None and arrays.zip.filename is not None
         starts, part, file = arrays["record_start"], arrays.zip.getinfo("records.npy"), arrays.zip.fp
         with arrays.zip.open(part) as content:  # its header says where the bytes begin
             _require(np.lib.format.read_magic(content) == (1, 0))
             shape, _, dtype = np.lib.format.read_array_header_1_0(content)
             header = content.tell()
-        _require(starts.dtype == np.int64 and starts[0] == 0 and (starts[1:] >= starts[:-1]).all())
-        _require(dtype == np.uint8 and shape == (starts[-1],) and part.file_size == header + starts[-1])
+        _require(starts.dtype == np.int64 and starts.shape == (len(tokens) + 1,))
+        _require(starts[0] == 0 and (starts[1:] >= starts[:-1]).all() and starts[-1] == tokens.ids_bytes)
+        _require(dtype == np.uint8 and shape == (tokens.ids_bytes,) and part.file_size == header + tokens.ids_bytes)
         file.seek(part.header_offset + _NAME_LENGTH_AT)
         name, extra = struct.unpack("<HH", file.read(4))
         found = os.fstat(file.fileno())
         here = Shard(path=arrays.zip.filename, size=found.st_size, stamp=str(found.st_mtime_ns))
-        return StoredTokenIds(here, part.header_offset + _NAME_LENGTH_AT + 4 + name + extra + header, starts, reader)
+        first = part.header_offset + _NAME_LENGTH_AT + 4 + name + extra + header
+        return tokens, StoredTokenIds(here, first, starts, reader)
 
     return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
 
@@ -153,7 +157,7 @@ def _tokens(meta: dict, arrays: NpzFile) -> ShardTokens:
         short_dropped_tokens=table[3],
         dialogues=meta["dialogues"],
         bad=_pairs(meta["bad"]),
-        ids_bytes=arrays.zip.getinfo("records.npy").file_size if "records" in arrays else None,
+        ids_bytes=_size(meta["ids_bytes"]) if "records" in arrays else None,
     )
 
 
@@ -172,7 +176,7 @@ def store_members(shard: Shard, members: ShardMembers) -> None:
 
 def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens, records: RecordSpool | None = None) -> None:
     """Write the tokens sidecar, with token ids where `records` has them. Raises DataError when neither place can be written."""
-    meta = _tokens_identity(shard, fingerprint) | {"dialogues": tokens.dialogues, "bad": tokens.bad}
+    meta = _tokens_identity(shard, fingerprint) | {"dialogues": tokens.dialogues, "bad": tokens.bad, "ids_bytes": tokens.ids_bytes}
     table = np.stack([tokens.tokens, tokens.short_tokens, tokens.dropped_tokens, tokens.short_dropped_tokens])
     stored = {} if records is None else records.arrays()
     _write(shard, _tokens_suffix(shard, fingerprint), meta, {"sample": tokens.sample, "table": table, **stored})
@@ -262,6 +266,11 @@ def _require(holds: bool | np.bool_) -> None:
 def _texts(values: object) -> tuple[str, ...]:
     _require(isinstance(values, list) and all(isinstance(one, str) for one in values))
     return tuple(values)
+
+
+def _size(value: object) -> int:
+    _require(type(value) is int and value >= 0)
+    return value
 
 
 def _pairs(values: object) -> tuple[tuple[str, str], ...]:

@@ -103,14 +103,18 @@ class RecordSpool:
             raise _no_room(error) from error
         self._starts.append(self._starts[-1] + len(record))
 
+    @property
+    def size(self) -> int:
+        """Bytes of all records."""
+        return self._starts[-1]
+
     def arrays(self) -> dict[str, np.ndarray]:
         """What the sidecar holds: `record_start` int64 [G + 1], and `records` uint8, mapped from the temporary file."""
         try:
             self._file.flush()
         except OSError as error:
             raise _no_room(error) from error
-        size = self._starts[-1]
-        records = np.memmap(self._file, np.uint8, "r", shape=(size,)) if size else np.zeros(0, np.uint8)
+        records = np.memmap(self._file, np.uint8, "r", shape=(self.size,)) if self.size else np.zeros(0, np.uint8)
         return {"record_start": np.array(self._starts, np.int64), "records": records}
 
 

@@ -15,12 +15,15 @@ from jp_train.forecasting.shapes import MicroBatch, Shapes
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
     """Bytes of one block. `saved`: kept from its forward to its backward pass; `entry`: all that checkpointing keeps instead; `forward` and `backward`:
-    taken while it runs, besides what is saved (at its largest)."""
+    taken while it runs, besides what is saved (at its largest). Backward, the MLP comes first; its share of `saved`, `mlp`, is free when the attention
+    in front of it takes `attention`."""
 
     saved: int
     entry: int
     forward: int
     backward: int
+    mlp: int
+    attention: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,9 @@ def language_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Blo
         forward=3 * b * tokens * hidden + 3 * b * tokens * width,
         # behind the product: gradients of silu(gate), up and the product, while the product itself is already free; and of the block's output
         backward=2 * b * tokens * hidden + 2 * b * tokens * width,
+        mlp=mlp,
+        # the norm's gradient in four fp32 steps, beside the gradients of the block's output and of the norm's
+        attention=16 * tokens * width + 2 * b * tokens * width,
     )
 
 
@@ -66,6 +72,8 @@ def vision_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Block
         entry=b * tokens * width * learns,
         forward=2 * b * tokens * hidden + 2 * b * tokens * width,
         backward=b * tokens * hidden + 2 * b * tokens * width,
+        mlp=2 * b * tokens * hidden * learns,
+        attention=5 * b * tokens * width,
     )
 
 
@@ -99,26 +107,26 @@ class Head:
 def text_head(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Head:
     b, positions = numerics.size, max(1, batch.text_positions)
     taken = b * positions * shapes.width  # the gradient of the positions
-    forward, backward = _logits(min(positions, numerics.chunk), positions, shapes.vocabulary, numerics)
+    forward, backward = _logits(positions, shapes.vocabulary, numerics)
     return Head(saved=b * positions * shapes.width, forward=forward, backward=backward + taken)
 
 
 def image_head(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Head:
     """A hidden layer, whose value is kept before and after GELU, and the logits."""
     b, positions = numerics.size, max(1, batch.image_positions)
-    forward, backward = _logits(min(positions, numerics.chunk), positions, shapes.codebook, numerics)
+    forward, backward = _logits(positions, shapes.codebook, numerics)
     return Head(saved=3 * b * positions * shapes.width, forward=forward, backward=backward + b * positions * shapes.width)
 
 
-def _logits(rows: int, positions: int, classes: int, numerics: Numerics) -> tuple[int, int]:
-    """Of one chunk, forward and backward: fp32 logits twice (the chunk before lives until its name is taken; the log-sum-exp makes a copy), and in
-    the run's dtype once more where that is not fp32."""
-    b = numerics.size
-    several = positions > numerics.chunk
-    narrow = b if b < 4 else 0
-    forward = max(8, (8 if several else 4) + narrow)
-    backward = (8 if several and not narrow else 4) + (narrow * (2 if several else 1))
-    return forward * rows * classes, backward * rows * classes
+def _logits(positions: int, classes: int, numerics: Numerics) -> tuple[int, int]:
+    """Taken by logits at the most, forward and backward. A chunk's are made in the run's dtype and copied to fp32 while those of the chunk before still
+    have their name (forward in fp32, backward in the run's dtype); the log-sum-exp copies them once."""
+    first = min(positions, numerics.chunk)
+    second = min(positions - first, numerics.chunk)
+    narrow = numerics.size if numerics.size < 4 else 0
+    forward = max(8 * first, 4 * first + (4 + narrow) * second)
+    backward = max((4 + narrow) * first, numerics.size * first + (4 + narrow) * second)
+    return forward * classes, backward * classes
 
 
 def final_norm(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:

@@ -2,7 +2,7 @@
 
 Phases: encoding pictures with the VQ tokenizer; forward and backward (activations, gathered parameters, and gradients on their way, followed visit by
 visit); the optimizer's update. The states follow DeepSpeed 0.19.8 (runtime/zero/stage3.py) under our DeepSpeed JSON (engine/config.py): one flat
-buffer of slices in the run's dtype, fp32 master weights (in an fp32 run the same buffer), two moments, fp32 accumulated gradients, and the reduce
+buffer of slices in the run's dtype, fp32 master weights (a copy in an fp32 run too: DeepSpeed compares a device with its name), two moments, fp32 accumulated gradients, and the reduce
 bucket in fp32, allocated once.
 """
 
@@ -49,7 +49,7 @@ class Memory:
     parameters: int
     """Slices in the run's dtype, and small parameters that are kept whole."""
     optimizer: int
-    """fp32 master weights (bf16 runs) and two moments."""
+    """fp32 master weights and two moments."""
     gradients: int
     """Accumulated slices, fp32."""
     reduce_bucket: int
@@ -102,7 +102,7 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
     bucket = setting.reduce_bucket if setting.cuda else min(setting.reduce_bucket, _fullest_bucket(shapes, visits, setting))
     states = {
         "parameters": size * (sum(p.share(world) for p in shapes.parameters) + whole),
-        "optimizer": (12 if size < 4 else 8) * trained,
+        "optimizer": 12 * trained,
         "gradients": 4 * trained,
         "reduce_bucket": 4 * bucket,
         "secondary": size * sum(p.share(setting.hpz) for p in shapes.parameters) if setting.hpz > 1 else 0,

@@ -142,13 +142,14 @@ class _Walk:
                 yield Visit(_join(path, part), ENTERED, self.saved + beside, False)
             for part in parts[: last + 1]:
                 yield Visit(_join(path, part), RECOMPUTE, self.saved + block.saved + beside)
-            level = self.saved + block.saved + block.backward + beside
-            yield Visit(_join(path, parts[last]), CONTINUED, level)
+            kept = self.saved + block.saved + beside
+            yield Visit(_join(path, parts[last]), CONTINUED, kept + block.backward)
             rest = [part for part in reversed(parts[:last]) if part not in _containers_of(parts[last])]
         else:
-            level = self.saved + block.backward + beside
+            kept = self.saved + beside
             rest = ["", *reversed(parts)]
         for part in _containers_first(rest, rest):
+            level = kept + block.backward if part.startswith("mlp") or not part else kept - block.mlp + block.attention
             yield Visit(_join(path, part), BACKWARD, level)
         self.saved -= block.entry if self.checkpointing else block.saved
 

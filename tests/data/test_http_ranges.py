@@ -11,7 +11,7 @@ from range_server import range_server
 
 from jp_train.config.schema import Crop
 from jp_train.data import http_ranges
-from jp_train.data.index import read_fields
+from jp_train.data.sample_fields import read_fields
 from jp_train.data.shards import ShardReader, expand_shards, scan_members
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import Kind

@@ -14,7 +14,8 @@ from jp_train.config.schema import ClassPrompt, SourceConfig, SourceKind, Templa
 from jp_train.data import index as index_module
 from jp_train.data import sidecar
 from jp_train.data.encode import Encoder
-from jp_train.data.index import index_sources, read_fields, source_fingerprint
+from jp_train.data.index import index_sources, source_fingerprint
+from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import parse_sample
 from jp_train.data.shards import ShardReader
 from jp_train.data.tools.index import index_command
@@ -257,4 +258,15 @@ def test_the_index_command_prints_a_table_and_progress(mixed):
     assert [source["name"] for source in summary["sources"]] == ["real", "stored", "und", "text", "validation/held"]
     assert summary["sources"][0]["samples"] == 25 and summary["sources"][0]["shards"] == 2
     assert "s left" in progress.getvalue().splitlines()[-1]
-    assert table.getvalue().splitlines()[0].split() == ["source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB", "id", "bytes/sample"]
+    assert table.getvalue().splitlines()[0].split() == [
+        "source",
+        "kind",
+        "samples",
+        "tokens",
+        "tokens/sample",
+        "bad",
+        "shards",
+        "MiB",
+        "id",
+        "bytes/sample",
+    ]

@@ -13,6 +13,7 @@ from data_samples import generation_samples, text_samples, understanding_samples
 
 from jp_train.cli.main import main
 from jp_train.config.batch import batch_plan
+from jp_train.config.schema import TokenIds
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.plan import Plan, PlanSource
@@ -192,20 +193,27 @@ def test_tokens_images_and_supervised_positions_are_those_of_the_rows_that_the_l
         assert sum(units[name] * getattr(statistics, name) for name in STATISTICS if name != "encoded_images") == pytest.approx(exact)
 
 
-def test_reads_are_the_fields_that_training_reads(tiny) -> None:
+@pytest.mark.parametrize("token_ids", list(TokenIds))
+def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
+    tiny.data.token_ids = token_ids
     found = simulate_stage(tiny, Question(world=1, step_seconds=0.5))
     per_sample = {
         "real": [len(fields["png"]) + len(fields["json"]) for _, fields in generation_samples(13) + generation_samples(12, 13)],
         "und": [len(fields["png"]) + len(fields["json"]) for _, fields in understanding_samples(17)],
         "text": [len(fields["txt"]) for _, fields in text_samples(21)],
     }
+    if token_ids is TokenIds.auto:  # the stored ids are read in place of the texts
+        for name, fields in (("real", generation_samples(25)), ("und", understanding_samples(17)), ("text", text_samples(21))):
+            sidecars = [np.load(path) for path in Path(tiny.data.root).glob(f"{name}*.jp-tokens-*.npz")]
+            ids = sum(len(file["records"]) for file in sidecars) / len(fields)
+            per_sample[name] = [ids + len(files.get("png", b"")) for _, files in fields]
     spans = Counter()
     plan = build_plan(tiny, index_sources(tiny, tok := _tokenizer(tiny)), batch_plan(tiny, 1), tok)
     for _ in range(6):
         for row in plan.next_step():
             spans.update(plan.sources[d.source].name for d in row.documents)
     stored = found["reads"]["per_step"]["bytes_with_pictures"] * 6 - sum(spans[name] * np.mean(sizes) for name, sizes in per_sample.items())
-    ids = 2 * 16 + 128  # of samples without a picture: the ids and their .npy header, and a short JSON
+    ids = 2 * 16 + 128  # of samples without a picture: the ids and their .npy header, and a short JSON or its token ids
     assert ids < stored / spans["stored"] < ids + 120
     assert found["reads"]["per_node_per_second"]["samples"] == pytest.approx(2 * sum(spans.values()) / 6)
     pictures = np.mean([len(fields["png"]) for _, fields in generation_samples(13) + generation_samples(12, 13)])

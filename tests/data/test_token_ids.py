@@ -346,7 +346,7 @@ def test_a_sidecar_whose_records_contradict_it_is_refused_by_name(cfg, tokenizer
     with np.load(path, allow_pickle=False) as file:
         held = {name: file[name] for name in file.files}
     np.savez(path, **held)
-    assert sidecar.open_token_ids(index.shards[0], index.locator.fingerprint, ShardReader()) is not None
+    assert sidecar.open_tokens(index.shards[0], index.locator.fingerprint, ShardReader()) is not None
     np.savez(path, **held | {"record_start": wrong})
     with loader(cfg, tokenizer) as made, pytest.raises(DataError, match=r"a\.tar.*gone, stale or damaged.*delete"):
         next(made)
@@ -382,7 +382,7 @@ def test_the_index_command_says_how_large_the_ids_are(cfg, tokenizer, tmp_path):
     cfg.data.sources["g"] = SourceConfig(kind=SourceKind.generation, shards="g.tar")
     summary = index_command(cfg, 1, table=table, progress=io.StringIO())
     text, generation = summary["sources"]
-    assert text["id_bytes_per_sample"] == pytest.approx(128 / 20 + 4 + 2 * 4 + 2 * text["tokens"] / 20)  # two runs, 16 bits a token
+    assert text["id_bytes_per_sample"] == pytest.approx(4 + 2 * 4 + 2 * text["tokens"] / 20)  # two runs, 16 bits a token
     assert generation["id_bytes_per_sample"] > 16
     assert table.getvalue().splitlines()[0].split("  ")[-1].strip() == "id bytes/sample"
     cfg.data.token_ids = TokenIds.off

@@ -1,4 +1,4 @@
-"""How many bytes training reads for a document, from the members sidecars: only the fields that its kind needs count."""
+"""How many bytes training reads for a document, from the sidecars: only the fields that its kind needs count, or the token ids in place of texts."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceRead
         for extension in set(by_extension) & {*wanted_fields(index.kind, by_extension, data.crop), *IMAGE_EXTENSIONS}:
             what = "pictures" if extension in IMAGE_EXTENSIONS else "ids" if extension == VQ_EXTENSION else "others"
             sums[what] += by_extension[extension]
-    if index.kind is not Kind.GENERATION:
-        with_pictures = (sums["others"] + sums["pictures"] * (index.kind is Kind.UNDERSTANDING)) / max(samples, 1)
-        return SourceReads(with_pictures=with_pictures, with_ids=with_pictures, stored=0.0, samples=len(index))
     others, pictures = sums["others"] / max(samples, 1), sums["pictures"] / max(samples, 1)
+    if index.locator.token_ids:
+        others = index.ids_bytes / max(len(index), 1)
+    if index.kind is not Kind.GENERATION:
+        with_pictures = others + pictures * (index.kind is Kind.UNDERSTANDING)
+        return SourceReads(with_pictures=with_pictures, with_ids=with_pictures, stored=0.0, samples=len(index))
     beside = max(ids_summary(index).values(), default=0) / len(shards)
     stored = 0.0 if data.vq_ids is VqIds.off and pictures else max(beside, embedded / max(samples, 1))
     with_ids = others + 2 * slots + NPY_HEADER * (embedded > 0)

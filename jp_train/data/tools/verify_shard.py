@@ -13,7 +13,7 @@ import numpy as np
 from jp_train.config.schema import BatchUnit, OverLong, RunConfig, SourceConfig, Template, VqIds
 from jp_train.data.encode import Encoder
 from jp_train.data.image import check_header
-from jp_train.data.index import read_located
+from jp_train.data.sample_fields import read_located
 from jp_train.data.samples import IMAGE_EXTENSIONS, Sample, parse_sample
 from jp_train.data.shards import Shard, ShardReader, ShardWindow
 from jp_train.data.tar_headers import TarFault, walk

@@ -26,7 +26,7 @@ from typing import BinaryIO
 import braceexpand
 
 from jp_train.config.schema import Crop
-from jp_train.data.index import read_fields
+from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import VQ_EXTENSION
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, is_url, scan_members
 from jp_train.data.sidecar import load_members, store_members

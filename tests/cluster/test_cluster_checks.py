@@ -1,0 +1,344 @@
+"""Planted facts of all hosts, and the faults that are made of them: one test an idea, each with its counterpart that must stay silent."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from jp_train.cluster import checks
+from jp_train.cluster.bandwidth import host_rates
+from jp_train.cluster.findings import Fault
+from jp_train.cluster.remote import Answer, Cause
+
+HOSTS = ("a1", "b2", "c3")
+GIB = 1 << 30
+
+
+def host(**changed: Any) -> dict[str, Any]:
+    """The facts of a healthy host with 8 GPUs."""
+    room = {"path": "/x", "there": "/x", "free": 100 * GIB, "size": 200 * GIB, "device": 1}
+    return {
+        "host_name": "h", "python": "3.11.7", "driver": "550.1", "devices": 8, "cores": 64, "addresses": ["10.0.0.1"],
+        "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "code": {"train.py": "aa", "loop.py": "bb"}, "config": "seed: 1\nlr: 2\n",
+        "disks": {"run folder": room, "temporary files": room, "shared memory": room, "index cache": room}, "locks": [], "jobs": [], **changed,
+    }  # fmt: skip
+
+
+def cluster(**odd: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: host(**odd.get(name, {})) for name in HOSTS}
+
+
+def told(found: Any) -> list[tuple[str, bool]]:
+    return [(fault.host, fault.warning) for fault in found]
+
+
+def only(found: Any) -> Fault:
+    (fault,) = found
+    return fault
+
+
+# -- who is odd -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_most_hosts_have_is_right_and_a_tie_is_decided_by_the_launching_host() -> None:
+    assert checks.odd_ones({"a": 1, "b": 2, "c": 2}) == (2, ["a"])
+    assert checks.odd_ones({"a": 1, "b": 2}) == (1, ["b"])
+    assert checks.odd_ones({"a": 1, "b": 2}, here=2) == (2, ["a"])
+    assert checks.odd_ones({"a": 1, "b": 2}, here=3) == (1, ["b"])
+    assert checks.odd_ones({}) == (None, [])
+
+
+def test_equal_hosts_have_no_fault() -> None:
+    facts = cluster()
+    selection = dict.fromkeys(HOSTS, range(8))
+    assert list(checks.check_versions(facts)) == []
+    assert list(checks.check_code(facts, host()["code"])) == []
+    assert list(checks.check_config(facts, host()["config"])) == []
+    assert list(checks.check_devices(facts, selection, dict.fromkeys(HOSTS, 8))) == []
+    assert list(checks.check_disks(facts, GIB)) == []
+    assert list(checks.check_jobs(facts, [], local=False)) == list(checks.check_locks(facts)) == []
+
+
+def test_another_version_is_named_with_both_versions() -> None:
+    fault = only(checks.check_versions(cluster(b2={"packages": {"torch": "2.12.0", "deepspeed": "0.19.8"}})))
+    assert (fault.host, fault.check) == ("b2", "versions")
+    assert "torch 2.12.0" in fault.found and "2.13.0 on 2 of 3 hosts" in fault.found and "pip install torch==2.13.0" in fault.remedy
+
+
+def test_a_package_that_one_host_lacks_and_one_that_all_lack_are_faults() -> None:
+    assert "deepspeed not installed" in only(checks.check_versions(cluster(c3={"packages": {"torch": "2.13.0"}}))).found
+    none = {name: {"packages": {"torch": "2.13.0", "deepspeed": "not installed"}} for name in HOSTS}
+    assert sorted(told(checks.check_versions(cluster(**none)))) == [(name, False) for name in HOSTS]
+
+
+def test_a_driver_that_one_host_lacks_is_named() -> None:
+    assert "driver none" in only(checks.check_versions(cluster(a1={"driver": ""}))).found
+
+
+def test_other_code_is_named_by_its_files() -> None:
+    fault = only(checks.check_code(cluster(b2={"code": {"train.py": "aa", "loop.py": "XX", "new.py": "cc"}}), host()["code"]))
+    assert fault.host == "b2" and "files loop.py, new.py differ" in fault.found
+
+
+def test_when_all_hosts_agree_and_the_launching_one_differs_it_is_named() -> None:
+    fault = only(checks.check_code(cluster(), {"train.py": "other", "loop.py": "bb"}))
+    assert fault.host == "(this host)" and "train.py" in fault.found
+
+
+def test_the_configuration_is_compared_with_the_one_that_launch_reads() -> None:
+    fault = only(checks.check_config(cluster(c3={"config": "seed: 1\nlr: 3\n"}), host()["config"]))
+    assert fault.host == "c3" and "lr: 3" in fault.found
+    unreadable = only(checks.check_config(cluster(a1={"config": {"error": "ConfigError: run.yaml is not there"}}), host()["config"]))
+    assert unreadable.host == "a1" and "run.yaml is not there" in unreadable.found
+    assert list(checks.check_config(cluster(), None)) == []
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "slots", "selected", "expected"),
+    [
+        (8, 8, range(8), []),
+        (8, 9, range(9), [("a1", False)]),
+        (8, 9, range(8), []),  # the slot too many is not selected
+        (8, 4, range(4), [("a1", True)]),
+        (0, 2, range(2), []),
+        (0, 9, range(9), [("a1", True)]),
+    ],
+)
+def test_slots_must_be_devices_on_a_gpu_host_and_should_be_cores_elsewhere(
+    devices: int, slots: int, selected: range, expected: list
+) -> None:
+    facts = {"a1": host(devices=devices, cores=4)}
+    assert told(checks.check_devices(facts, {"a1": selected}, {"a1": slots})) == expected
+
+
+def test_a_host_without_gpus_among_hosts_with_gpus_is_a_fault() -> None:
+    fault = only(checks.check_devices(cluster(b2={"devices": 0}), dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8)))
+    assert fault.host == "b2" and "hosts a1, c3 has GPUs" in fault.found
+
+
+def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_nccl() -> None:
+    torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 8} for name in HOSTS}
+    assert list(checks.check_torch(torch, cluster())) == []
+    torch["b2"] = torch["b2"] | {"devices": 0, "nccl": "2.20.0"}
+    found = list(checks.check_torch(torch, cluster()))
+    assert told(found) == [("b2", False)] * 2
+    assert "nccl of torch runs as 2.20.0" in found[0].found and "can use 0 of 8 GPUs" in found[1].found
+
+
+def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> None:
+    torch = {name: {"version": "2.13.0", "cuda": "", "devices": 8} for name in HOSTS} | {
+        "b2": {"version": "2.12.0", "cuda": "", "devices": 8}
+    }
+    assert list(checks.check_torch(torch, cluster(b2={"packages": {"torch": "2.12.0"}}))) == []
+    assert told(checks.check_torch(torch, cluster())) == [("b2", False)]
+
+
+# -- clocks and disks -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_is_compared_with_the_median_so_that_only_the_wrong_one_is_named() -> None:
+    assert list(checks.check_clocks({"a1": (0.2, 0.1), "b2": (-0.3, 0.1)})) == []
+    fault = only(checks.check_clocks({"a1": (0.0, 0.01), "b2": (-90.0, 0.01), "c3": (0.0, 0.01)}))
+    assert fault.host == "b2" and "90.0 s behind" in fault.found and not fault.warning
+    # the launching host itself is wrong: every host looks skewed by the same, and none is
+    assert list(checks.check_clocks({"a1": (50.0, 0.01), "b2": (50.0, 0.01), "c3": (50.1, 0.01)})) == []
+
+
+def test_a_small_skew_is_a_warning_and_a_slow_answer_is_none() -> None:
+    assert only(checks.check_clocks({"a1": (2.0, 0.1), "b2": (0.0, 0.1)})).warning
+    assert list(checks.check_clocks({"a1": (2.0, 1.9), "b2": (0.0, 0.1)})) == []
+
+
+def disks(**changed: Any) -> dict[str, Any]:
+    return {"disks": {**host()["disks"], **changed}}
+
+
+def test_room_for_less_than_one_checkpoint_is_a_fault_and_little_room_for_caches_a_warning() -> None:
+    little = {"path": "/r", "there": "/r", "free": 2 * GIB, "size": 9 * GIB, "device": 2}
+    assert told(checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, 3 * GIB)) == [("a1", False)]
+    assert told(checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, GIB)) == []
+    assert told(checks.check_disks({"a1": host(**disks(**{"index cache": little | {"free": GIB // 2}}))}, 0)) == [("a1", True)]
+
+
+def test_what_cannot_be_written_on_one_disk_is_one_fault_with_all_its_folders() -> None:
+    full = {"path": "/r", "there": "/r", "device": 3, "error": "No space left on device", "errno": errno.ENOSPC}
+    fault = only(checks.check_disks({"a1": host(**disks(**{"run folder": full, "temporary files": full}))}, 0))
+    assert "run folder (/r), temporary files (/r) cannot be written" in fault.found and "free space" in fault.remedy and not fault.warning
+    only_cache = only(
+        checks.check_disks({"a1": host(**disks(**{"index cache": full | {"error": "Permission denied", "errno": errno.EACCES}}))}, 0)
+    )
+    assert only_cache.warning and "make /r writable on a1" in only_cache.remedy
+
+
+def test_a_fact_that_could_not_be_had_is_a_warning_and_breaks_nothing() -> None:
+    broken = {name: {"error": "OSError: no"} for name in checks.HARMLESS}
+    facts, faults = checks.settled(cluster(b2=broken))
+    assert {fault.host for fault in faults} == {"b2"} and len(faults) == len(checks.HARMLESS) and all(fault.warning for fault in faults)
+    for found in (checks.check_disks(facts, 1), checks.check_jobs(facts, [], local=False), checks.check_locks(facts)):
+        assert list(found) == []
+    list(checks.check_versions(facts))
+    list(checks.check_devices(facts, dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8)))
+
+
+# -- data -------------------------------------------------------------------------------------------------------------------------------
+
+
+def data(**changed: Any) -> dict[str, Any]:
+    source = {"shards": 2, "digest": "d", "index": {"print": "i"}, "read": 10}
+    return {"sources": {"text": source, "pictures": source, **changed.get("sources", {})}, "files": {"tokenizer.path": {"path": "/t", "files": 1, "digest": "t"}, **changed.get("files", {})}}  # fmt: skip
+
+
+def test_equal_data_has_no_fault_and_other_data_is_one_fault_a_host() -> None:
+    assert list(checks.check_data({name: data() for name in HOSTS})) == []
+    other = data(
+        sources={"text": {"shards": 2, "digest": "X", "index": {}, "read": 1}},
+        files={"tokenizer.path": {"path": "/t", "files": 1, "digest": "X"}},
+    )
+    fault = only(checks.check_data({name: data() if name != "c3" else other for name in HOSTS}))
+    assert fault.host == "c3" and "source text, tokenizer.path: names, sizes or contents" in fault.found
+
+
+def test_data_that_cannot_be_read_is_one_fault_a_host_with_the_first_reason() -> None:
+    broken = data(sources={name: {"error": f"{name} is not there"} for name in ("text", "pictures")})
+    fault = only(checks.check_data({name: data() if name != "a1" else broken for name in HOSTS}))
+    assert "source text: text is not there; also source pictures" in fault.found and "mount or copy the data on a1" in fault.remedy
+    everywhere = list(checks.check_data(dict.fromkeys(HOSTS, broken)))
+    assert [fault.remedy for fault in everywhere] == ["correct data.root and the paths in the configuration"] * 3
+
+
+def test_another_index_is_a_fault_and_none_at_all_a_warning() -> None:
+    other = data(sources={"text": {"shards": 2, "digest": "d", "index": {"print": "X", "another stage": "y"}, "read": 1}})
+    fault = only(checks.check_data({name: data() if name != "b2" else other for name in HOSTS}))
+    assert fault.host == "b2" and "source text: the index differs" in fault.found and not fault.warning
+    missing = only(checks.check_data(dict.fromkeys(HOSTS, data(sources={"text": {"shards": 2, "digest": "d", "index": {}, "read": 1}}))))
+    assert missing.warning and "not indexed yet: source text" in missing.found
+
+
+# -- what is left, ports, reach ---------------------------------------------------------------------------------------------------------
+
+
+def job(launch: str, *, runner: bool = False) -> dict[str, Any]:
+    return {"launch": launch, "pid": 7, "command": "python -u train", "runner": runner}
+
+
+def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warning_while_it_lives() -> None:
+    dead = cluster(b2={"jobs": [job("L1")]})
+    fault = only(checks.check_jobs(dead, [], local=False))
+    assert fault.host == "b2" and "whose launcher is gone" in fault.found and "ssh b2 kill -9 7" in fault.remedy and not fault.warning
+    assert told(checks.check_jobs(dead, [job("L1", runner=True)], local=False)) == [("b2", True)]
+    alive = cluster(b2={"jobs": [job("L1")]}, a1={"jobs": [job("L1", runner=True)]})
+    assert told(checks.check_jobs(alive, [], local=False)) == [("a1", True), ("b2", True)]
+    assert told(checks.check_jobs(dead, [], local=True)) == [("b2", True)]
+
+
+def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
+    facts = cluster(a1={"locks": [{"path": "/e/lock", "age_s": 4000.0}]}, c3={"locks": [{"path": "/e/lock", "age_s": 20.0}]})
+    assert told(checks.check_locks(facts)) == [("a1", False), ("c3", True)]
+
+
+def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reaches_it() -> None:
+    busy = {"error": "Address already in use", "holder": "pid 12 (python x)"}
+    fault = only(checks.check_port("a1", "10.0.0.1", 29500, busy, {"b2": "refused"}))
+    assert fault.host == "a1" and "held by pid 12" in fault.found
+    assert told(checks.check_port("a1", "10.0.0.1", 29500, {}, {"b2": "refused"})) == [("b2", False)]
+
+
+def fabric(**changed: Any) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"fabric": changed.get(name, {"address": f"10.0.0.{n}", "interface": "eth0", "chosen_by": "test", "port": 1})}
+        for n, name in enumerate(HOSTS, 1)
+    }
+
+
+def test_a_pair_is_told_once_with_its_direction() -> None:
+    assert list(checks.check_reach(fabric(), {}, alone=False)) == []
+    both = only(checks.check_reach(fabric(), {"a1": {"b2": "no answer"}, "b2": {"a1": "no answer"}}, alone=False))
+    assert "a1 and b2 do not reach each other" in both.found
+    one = only(checks.check_reach(fabric(), {"b2": {"a1": "no answer"}}, alone=False))
+    assert (one.host, one.found[:21]) == ("b2", "b2 does not reach a1:")
+
+
+def test_a_host_that_nobody_reaches_is_one_fault_and_not_one_a_pair() -> None:
+    failed = {"a1": {"c3": "no answer"}, "b2": {"c3": "no answer"}, "c3": {"a1": "no answer", "b2": "no answer"}}
+    fault = only(checks.check_reach(fabric(), failed, alone=False))
+    assert fault.host == "c3" and "no other host reaches it" in fault.found
+
+
+def test_a_loopback_address_is_a_fault_only_among_several_hosts() -> None:
+    loop = fabric(b2={"address": "127.0.1.1", "interface": "", "chosen_by": "the name", "port": 1})
+    assert told(checks.check_reach(loop, {}, alone=False)) == [("b2", False)]
+    assert list(checks.check_reach({"b2": loop["b2"]}, {}, alone=True)) == []
+    unusable = fabric(c3={"error": "no interface eth9", "variable": "NCCL_SOCKET_IFNAME"})
+    assert "export NCCL_SOCKET_IFNAME" in only(checks.check_reach(unusable, {}, alone=False)).remedy
+
+
+# -- bandwidth --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_host_is_as_fast_as_its_better_neighbour_so_that_one_slow_host_does_not_blame_others() -> None:
+    hosts = ["a1", "b2", "c3", "d4"]
+    speed = {"a1": 900.0, "b2": 900.0, "c3": 10.0, "d4": 900.0}
+    measured = {
+        name: {"receives": {str((rank - shift) % 4): min(speed[name], speed[hosts[(rank - shift) % 4]]) for shift in (1, 2)}}
+        for rank, name in enumerate(hosts)
+    }
+    rates = host_rates(hosts, measured)
+    assert {name: min(ways.values()) for name, ways in rates.items()} == speed
+
+
+def test_a_host_that_only_sends_slowly_is_found_by_what_the_others_receive() -> None:
+    hosts = ["a1", "b2", "c3"]
+    measured = {
+        "a1": {"receives": {"2": 500.0, "1": 5.0}},
+        "b2": {"receives": {"0": 500.0, "2": 500.0}},
+        "c3": {"receives": {"1": 5.0, "0": 500.0}},
+    }
+    rates = host_rates(hosts, measured)
+    assert rates["b2"] == {"sends": 5.0, "receives": 500.0} and min(min(rates[name].values()) for name in ("a1", "c3")) == 500.0
+
+
+@pytest.mark.parametrize(
+    ("rate", "backend", "expected"),
+    [
+        (9e9, "nccl", []), (3e9, "nccl", [("b2", False)]), (5e9, "gloo", []), (2e9, "gloo", [("b2", True)]), (1e8, "gloo", [("b2", False)]),
+    ],
+)  # fmt: skip
+def test_a_host_far_below_the_median_is_slow(rate: float, backend: str, expected: list) -> None:
+    rates = {name: {"sends": 1e10, "receives": 1e10} for name in HOSTS} | {"b2": {"sends": rate, "receives": 1e10}}
+    assert told(checks.check_bandwidth(rates, backend)) == expected
+
+
+def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_two() -> None:
+    crawling = {name: {"sends": 1e7, "receives": 1e7} for name in HOSTS}
+    assert told(checks.check_bandwidth(crawling, "gloo")) == [(name, False) for name in HOSTS]
+    pair = {name: crawling[name] for name in ("a1", "b2")}
+    assert "of two hosts nobody can tell" in only(checks.check_bandwidth(pair, "gloo")).found
+
+
+# -- hosts that did not answer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "check", "found", "remedy"),
+    [
+        (Answer("a1", 255, "", "ssh: connect: Connection refused", 0.1, Cause.REFUSED), "ssh", "connection refused", "systemctl start ssh"),
+        (
+            Answer("a1", None, "", "no answer within 10 s when asked for the data", 9.0, Cause.TIMEOUT),
+            "answer",
+            "asked for the data",
+            "log in to a1",
+        ),
+        (Answer("a1", 127, "", "env: '/v/python': No such file or directory", 0.1), "code", "/v/python", "at the same path"),
+        (Answer("a1", 1, "", "sh: 1: cd: can't cd to /w", 0.1), "code", "can't cd", "a1 needs /v/python and /w"),
+        (Answer("a1", 1, "", "/v/python: No module named jp_train.cluster.probe", 0.1), "code", "No module named", "the same jp_train"),
+        (Answer("a1", 1, "", "SyntaxError: invalid syntax", 0.1), "answer", "SyntaxError", "run it by hand"),
+    ],
+)
+def test_a_host_that_did_not_answer_gets_the_cause_and_its_own_remedy(answer: Answer, check: str, found: str, remedy: str) -> None:
+    fault = only(checks.check_answers({"a1": answer}, "/v/python", "/w"))
+    assert (fault.check, found in fault.found, remedy in fault.remedy) == (check, True, True), fault

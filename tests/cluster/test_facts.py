@@ -1,0 +1,157 @@
+"""Facts of a host, from planted files and from this very machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from jp_train.cluster import facts
+from jp_train.cluster.signals import LAUNCH_ID
+
+
+def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None:
+    code = (
+        "import json, sys; from jp_train.cluster.facts import host_facts; print(json.dumps(host_facts({}))); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told, loaded = done.stdout.splitlines()
+    assert loaded == "False" and '"error"' not in told.replace('"jobs": [{', "")
+
+
+def test_versions_are_those_that_are_installed() -> None:
+    assert facts.packages()["torch"] == metadata.version("torch")
+    found = facts.host_facts({})
+    assert found["python"] == platform.python_version() and found["host_name"] == socket.gethostname()
+
+
+def test_one_fact_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
+    found = facts.host_facts({}, proc=tmp_path / "nothing", devices=tmp_path / "nothing")
+    assert "FileNotFoundError" in found["devices"]["error"] and found["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (("null", "nvidiactl", "nvidia-uvm"), 0),
+        (("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-modeset"), 3),
+        (("kfd", "dri/renderD128", "dri/renderD129", "dri/card0"), 2),
+        (("dri/renderD128",), 0),
+    ],
+)
+def test_gpus_are_counted_by_the_drivers_device_files(tmp_path: Path, names: tuple[str, ...], count: int) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert facts.device_count(tmp_path) == count
+
+
+def test_the_driver_version_is_read_from_the_kernels_own_line(tmp_path: Path) -> None:
+    assert facts.driver_version(tmp_path) == ""
+    (tmp_path / "driver/nvidia").mkdir(parents=True)
+    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.90.07  Release Build  (x@y)  Fri May 31\nGCC version: 12\n"
+    (tmp_path / "driver/nvidia/version").write_text(line)
+    assert facts.driver_version(tmp_path) == "550.90.07"
+
+
+def test_code_digests_change_with_a_file_and_with_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a/__pycache__").mkdir(parents=True)
+    (tmp_path / "a/b.py").write_text("x = 1")
+    (tmp_path / "c.yaml").write_text("k: 1")
+    before = facts.code_digests(tmp_path)
+    assert set(before) == {"a/b.py", "c.yaml"}
+    (tmp_path / "a/__pycache__/b.py").write_text("x")
+    (tmp_path / "notes.txt").write_text("x")
+    os.utime(tmp_path / "a/b.py", (1, 1))
+    assert facts.code_digests(tmp_path) == before
+    (tmp_path / "a/b.py").write_text("x = 2")
+    assert {name for name, digest in facts.code_digests(tmp_path).items() if digest != before[name]} == {"a/b.py"}
+    assert "cluster/facts.py" in facts.code_digests()
+
+
+def test_caches_lie_where_the_libraries_look_for_them() -> None:
+    found = facts.cache_folders({"XDG_CACHE_HOME": "/c", "HF_HOME": "/hf"})
+    assert (found["torch extensions"], found["Hugging Face cache"], found["index cache"]) == ("/c/torch_extensions", "/hf", "/c/jp_train")
+    assert facts.cache_folders({"TORCH_EXTENSIONS_DIR": "/e"})["torch extensions"] == "/e"
+
+
+def test_a_folder_that_will_be_made_counts_as_the_disk_it_will_lie_on(tmp_path: Path) -> None:
+    found = facts.disk(tmp_path / "not/yet/there")
+    assert found["there"] == str(tmp_path) and "error" not in found and found["free"] <= shutil.disk_usage(tmp_path).free * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_file_is_told_with_the_reason() -> None:
+    assert facts.disk(Path("/proc/self"))["errno"] in (errno.ENOENT, errno.EACCES, errno.EPERM)
+
+
+def test_locks_of_both_layouts_are_found_with_their_age(tmp_path: Path) -> None:
+    for name in ("fused_adam/lock", "py311_cpu/async_io/lock", "py311_cpu/async_io/build.ninja"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "fused_adam/lock", (time.time() - 100,) * 2)
+    locks = facts.build_locks(tmp_path)
+    assert [Path(lock["path"]).parent.name for lock in locks] == ["fused_adam", "async_io"]
+    assert 99 < locks[0]["age_s"] < 200 and locks[1]["age_s"] < 50
+    assert facts.build_locks(tmp_path / "nothing") == []
+
+
+def test_jobs_are_found_by_the_mark_of_their_launch_and_our_own_are_left_out() -> None:
+    mark = f"test{os.getpid()}"
+    job = subprocess.Popen(["sleep", "60"], env={**os.environ, LAUNCH_ID: mark})
+    runner = subprocess.Popen(
+        [sys.executable, "-c", "input()", "deepspeed.launcher.runner"], env={**os.environ, LAUNCH_ID: mark}, stdin=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 10
+        while len(found := [j for j in facts.launched_jobs([]) if j["launch"] == mark]) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [(j["pid"], j["runner"]) for j in found] == sorted([(job.pid, False), (runner.pid, True)])
+        assert found[0]["command"] == "sleep 60"
+        assert not [j for j in facts.launched_jobs([mark]) if j["launch"] == mark]
+    finally:
+        for process in (job, runner):
+            process.kill()
+            process.wait()
+        assert runner.stdin is not None
+        runner.stdin.close()
+
+
+def test_the_holder_of_a_port_is_found_by_its_socket() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        assert facts.port_holder(held.getsockname()[1]).startswith(f"pid {os.getpid()} (")
+        free = held.getsockname()[1]
+    assert facts.port_holder(free) == ""
+
+
+def test_a_placed_file_is_seen_and_taken_away_with_the_folders_that_were_made(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/one"
+    made = facts.place(folder, "nonce", "word")
+    assert made == [str(tmp_path / "runs"), str(folder)]
+    assert facts.seen(folder, "nonce", "word", wait_s=0) and not facts.seen(folder, "nonce", "another", wait_s=0)
+    assert not facts.seen(tmp_path, "nonce", "word", wait_s=0)
+    facts.take_away(folder, "nonce", made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_somebody_uses_meanwhile_is_not_taken_away(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/one"
+    made = facts.place(folder, "nonce", "word")
+    (folder / "config.yaml").touch()
+    facts.take_away(folder, "nonce", made)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_file_that_appears_late_is_waited_for(tmp_path: Path) -> None:
+    late = subprocess.Popen(["sh", "-c", f"sleep 0.6; printf word > '{tmp_path}/nonce'"])
+    assert facts.seen(tmp_path, "nonce", "word", wait_s=20)
+    late.wait()
