@@ -23,7 +23,7 @@ import numpy as np
 
 from jp_train.config.schema import DataConfig
 from jp_train.data.plan import Plan, PlanSource
-from jp_train.data.sequence import Pending
+from jp_train.data.sequence import COLUMNS
 from jp_train.types import KINDS, Kind
 
 MIXTURES = {"1:0:3": (1, 0, 3), "2:3:5": (2, 3, 5), "5:1:4": (5, 1, 4), "1:0:1": (1, 0, 1), "7:3:10": (7, 3, 10)}
@@ -62,7 +62,7 @@ def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **se
     one_rank = make_plan(sources, name, rows, **settings)
     shares = np.array(MIXTURES[name]) / sum(MIXTURES[name])
     kinds = np.array([KINDS.index(source.kind) for source in sources])
-    column = {field: number for number, field in enumerate(Pending._fields)}
+    column = {field: number for number, field in enumerate(COLUMNS)}
     tokens = spans = documents = 0
     errors, own, every = [], [], []
     for _ in range(steps):

@@ -82,6 +82,9 @@ class RunLock:
         with contextlib.suppress(OSError), _guarded(self.path.parent):
             if self._is_mine():
                 self.path.unlink()
+        self._thread.join(1.0)
+        if not self._thread.is_alive():  # a renewal that hangs would else write into whatever file gets this number next
+            os.close(self._descriptor)
 
     def abandon(self, within_s: float = 2.0) -> None:
         """`release` for a process that is about to end whatever happens: waits no longer for a file system that hangs."""

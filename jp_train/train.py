@@ -55,9 +55,7 @@ def train(cfg: RunConfig) -> int:
     """
     ranks = init_process_group(cfg)
     with folder_to_itself(cfg, ranks) as give_back:
-        stop = train_with(cfg, ranks, give_back)
-    leave_process_group(stop.exit_code)
-    return stop.exit_code
+        return train_with(cfg, ranks, give_back)
 
 
 @contextmanager
@@ -82,8 +80,8 @@ def locked(cfg: RunConfig) -> RunLock:
         raise unwritable(cfg, error) from error
 
 
-def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> Stop:
-    """`train` between the lock of the run folder and the end of the process group; `give_back` is called before an end by force."""
+def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> int:
+    """`train` in a run folder of its own; `give_back` is called before an end by force."""
     log = RunLog(cfg, active=ranks.is_main, dp_world_size=ranks.dp_world_size)
 
     def last_words(code: int) -> None:
@@ -125,7 +123,7 @@ def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> S
                     if not (is_collective_failure(error) and flag.arrives()):
                         raise
                     log.stopped_by_force(128 + flag.number)
-                    return Stop("a signal before the first step", "stopped_by_signal", 128 + flag.number)
+                    return 128 + flag.number
                 stop = trainer.run()
                 watchdog.guard.enter("the end of the run", pace=Pace.SLOW)  # wandb may take its time
                 log.finish(stop, trainer.state.step)
@@ -134,7 +132,8 @@ def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> S
     except BaseException as error:
         log.fail(error)
         raise
-    return stop
+    leave_process_group(stop.exit_code)
+    return stop.exit_code
 
 
 def finished_before(cfg: RunConfig, checkpoint: Checkpoint | None) -> Stop | None:

@@ -11,6 +11,7 @@ SCENARIOS[kind](**arguments) on every rank, whose result goes to FOLDER/NAME.ran
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import queue
@@ -112,7 +113,7 @@ class Nursery:
             json.dumps({"folder": str(folder), "world": world, "port": _free_port(), "scenarios": list(scenarios)}) + "\n"
         )
         self._process.stdin.flush()
-        started = self._answer(120.0)
+        started = self._answer(300.0)
         assert started is not None, "the nursery did not start the ranks"
         pids: list[int] = started["pids"]
         codes: dict[int, int] = {}
@@ -139,8 +140,19 @@ class Nursery:
         return Launch(folder, [codes[rank] for rank in range(world)], logs)
 
 
+LATE_IMPORTS = (
+    "torch._inductor.compile_fx", "functorch.compile", "torch._subclasses.schema_check_mode", "torch.profiler._cupti_monitor",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "PIL.PngImagePlugin", "PIL.JpegImagePlugin",
+)  # fmt: skip
+"""What torch and DeepSpeed import during a first step: 2 s of CPU that every forked rank would spend again."""
+
+
 def serve(run: Callable[[Path, list[dict[str, Any]]], int]) -> None:
     """The nursery's side: read launches from stdin, fork ranks that call `run(folder, scenarios)`, report how they end."""
+    for name in LATE_IMPORTS:
+        with contextlib.suppress(ImportError):  # another version: slower, no less right
+            importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
 

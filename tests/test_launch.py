@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from jp_train.cluster.rank import rank_environment
 from jp_train.errors import ConfigError, LaunchError
 from jp_train.launch import (
     Host,
+    LaunchOptions,
     exit_code,
     launch,
     launch_command,
     parse_hostfile,
     passed_environment,
+    ranks_command,
     remote_argument,
     runner_environment,
     select_slots,
@@ -49,7 +52,13 @@ for _ in range(600):
         raise SystemExit(143)
 raise SystemExit(9)
 """
-DRIVER = "import json, sys; from jp_train.launch import launch; raise SystemExit(launch(sys.argv[1], json.loads(sys.argv[3]), sys.argv[2], master_port=int(sys.argv[4])))"
+DRIVER = """
+import json, sys
+from pathlib import Path
+from jp_train.launch import LaunchOptions, launch
+options = LaunchOptions(hostfile=Path(sys.argv[2]), master_port=int(sys.argv[4]), skip_preflight=True)
+raise SystemExit(launch(sys.argv[1], json.loads(sys.argv[3]), options))
+"""
 PDSH = """#!{python}
 import re, subprocess, sys
 rest = sys.argv[1:]
@@ -124,17 +133,18 @@ def test_a_filter_that_means_nothing_is_refused(include: str, exclude: str) -> N
 
 def test_the_command_of_a_local_run_needs_no_ssh(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path, "localhost slots=2\n")
-    assert launch_command("run.yaml", ["seed=3", "a=b c{1,2}"], hostfile, master_port=29501) == [
+    assert launch_command("run.yaml", ["seed=3", "a=b c{1,2}"], LaunchOptions(hostfile=hostfile, master_port=29501)) == [
         *RUNNER, "--hostfile", str(hostfile), "--master_port", "29501", "--no_ssh_check", "--master_addr", "127.0.0.1",
-        "--no_local_rank", "--module", "jp_train", "train", "run.yaml", "seed=3", "a=b c{1,2}",
+        "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml", "seed=3", "a=b c{1,2}",
     ]  # fmt: skip
 
 
 def test_the_command_of_a_remote_run_forces_the_remote_launcher_even_for_one_host(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
-    assert launch_command("run.yaml", ["data.sources.x.shards=s-{0..9}.tar"], hostfile, include="node2:1") == [
+    options = LaunchOptions(hostfile=hostfile, include="node2:1")
+    assert launch_command("run.yaml", ["data.sources.x.shards=s-{0..9}.tar"], options) == [
         *RUNNER, "--hostfile", str(hostfile), "--master_port", "29500", "--include", "node2:1", "--launcher", "pdsh", "--force_multi",
-        "--no_local_rank", "--module", "jp_train", "train", "run.yaml", "'data.sources.x.shards=s-{0..9}.tar'",
+        "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml", "'data.sources.x.shards=s-{0..9}.tar'",
     ]  # fmt: skip
 
 
@@ -142,8 +152,8 @@ def test_deepspeeds_own_parser_reads_the_command_as_meant(tmp_path: Path) -> Non
     from deepspeed.launcher.runner import parse_args
 
     hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
-    parsed = parse_args(launch_command("run.yaml", ["seed=3"], hostfile, exclude="node1:0")[3:])
-    assert (parsed.user_script, parsed.user_args) == ("jp_train", ["train", "run.yaml", "seed=3"])
+    parsed = parse_args(launch_command("run.yaml", ["seed=3"], LaunchOptions(hostfile=hostfile, exclude="node1:0"))[3:])
+    assert (parsed.user_script, parsed.user_args) == ("jp_train.cluster.rank", ["train", "run.yaml", "seed=3"])
     assert parsed.module and parsed.force_multi and parsed.no_local_rank and parsed.exclude == "node1:0" and parsed.launcher == "pdsh"
 
 
@@ -153,10 +163,60 @@ def test_an_argument_that_the_remote_shell_would_change_is_refused() -> None:
             remote_argument(argument)
 
 
-def test_launchers_that_would_start_independent_copies_are_refused(tmp_path: Path) -> None:
-    for launcher in ("openmpi", "slurm"):
-        with pytest.raises(ConfigError, match="pdsh"):
-            launch_command("run.yaml", [], write_hostfile(tmp_path, "node1 slots=2\n"), launcher=launcher)
+def test_mpirun_gets_the_hosts_in_order_and_the_names_of_variables_but_no_value(tmp_path: Path) -> None:
+    hostfile = write_hostfile(tmp_path, "node2 slots=2\nnode1 slots=4\n")
+    options = LaunchOptions(hostfile=hostfile, exclude="node1:0", launcher="openmpi", launcher_args="--mca btl_tcp_if_include 'ib 0'")
+    passed = passed_environment({"NCCL_DEBUG": "INFO", "HF_TOKEN": "s3cret"})
+    command = ranks_command(["train", "run.yaml", "a=b c"], options, passed)
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    assert command == [
+        "mpirun", "-n", "5", "--host", "node2:2,node1:3", "--map-by", "slot", "--bind-to", "none", "--wdir", os.getcwd(), *root,
+        "-x", "NCCL_DEBUG", "--mca", "btl_tcp_if_include", "ib 0",
+        sys.executable, "-u", "-m", "jp_train.cluster.rank", "train", "run.yaml", "a=b c",
+    ]  # fmt: skip
+
+
+def test_srun_gets_one_task_a_slot_in_blocks_and_refuses_unequal_hosts(tmp_path: Path) -> None:
+    hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
+    command = launch_command("run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", launcher_args="--mpi=none"))
+    assert command == [
+        "srun", "--nodes", "2", "--ntasks", "4", "--ntasks-per-node", "2", "--nodelist", "node1,node2", "--distribution", "block",
+        "--kill-on-bad-exit=1", "--unbuffered", "--export", "ALL", "--chdir", os.getcwd(), "--mpi=none",
+        sys.executable, "-u", "-m", "jp_train.cluster.rank", "train", "run.yaml",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="node1 1, node2 2"):
+        launch_command("run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", exclude="node1:0"))
+
+
+@pytest.mark.parametrize("wrong", [{"launcher": "mpich"}, {"master_port": 80}, {"master_addr": "-oProxyCommand=x"}, {"max_restarts": -1}])
+def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        LaunchOptions(hostfile=tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+        {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURMD_NODENAME": "node1"},
+    ],
+)
+def test_a_rank_learns_its_number_from_open_mpi_or_slurm(told: dict[str, str]) -> None:
+    ours = {"JP_TRAIN_WORLD": "node2:1,3@node1:0,1", "JP_TRAIN_MASTER_ADDR": "node2", "JP_TRAIN_MASTER_PORT": "29501"}
+    env = rank_environment(told | ours)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    assert [env[name] for name in names] == ["2", "0", "4", "node2", "29501", "0,1"]
+    assert rank_environment(told | ours | {"CUDA_VISIBLE_DEVICES": "5"})["CUDA_VISIBLE_DEVICES"] == "5", "what Slurm has chosen stays"
+
+
+def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_refused() -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURMD_NODENAME": "node1", "JP_TRAIN_WORLD": "node2:0@node1:0"}
+    with pytest.raises(LaunchError, match="scontrol show hostnames"):
+        rank_environment(env)
+    with pytest.raises(LaunchError, match="3, but the hostfile has 2"):
+        rank_environment(env | {"SLURM_NTASKS": "3"})
+    with pytest.raises(LaunchError, match="jp-train launch"):
+        rank_environment({"JP_TRAIN_WORLD": "node2:0"})
 
 
 def test_secrets_and_unsafe_values_never_leave_the_launching_host() -> None:
@@ -184,12 +244,12 @@ def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     config = ROOT / "launch" / "janus_pro_1b_stage2.yaml"
-    assert launch(config, ["seed=3"], ROOT / "hostfiles" / "a100_16x8", dry_run=True) == 0
+    assert launch(config, ["seed=3"], LaunchOptions(hostfile=ROOT / "hostfiles" / "a100_16x8", dry_run=True)) == 0
     text = capsys.readouterr().out
     assert "128 ranks on 16 hosts" in text and "512 rows a step = 1 micro-batch rows x 4 accumulation x 128 ranks" in text
     assert "deepspeed.launcher.runner" in text and "seed=3" in text
     with pytest.raises(ConfigError, match="100"):
-        launch(config, [], write_hostfile(tmp_path, "node1 slots=100\n"), dry_run=True)
+        launch(config, [], LaunchOptions(hostfile=write_hostfile(tmp_path, "node1 slots=100\n"), dry_run=True))
 
 
 def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
@@ -197,16 +257,17 @@ def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         with pytest.raises(LaunchError, match="--master-port"):
-            launch(ROOT / "launch" / "smoke_stage1.yaml", [], ROOT / "hostfiles" / "local", master_port=busy.getsockname()[1])
+            options = LaunchOptions(hostfile=ROOT / "hostfiles" / "local", master_port=busy.getsockname()[1])
+            launch(ROOT / "launch" / "smoke_stage1.yaml", [f"run_dir={tmp_path / 'run'}"], options)
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
     """A folder whose `jp_train` is the stand-in trainer: it comes first on the ranks' path because they start there."""
     (tmp_path / "jp_train").mkdir()
-    (tmp_path / "jp_train" / "__init__.py").write_text("")
+    (tmp_path / "jp_train" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'jp_train')!r})\n")
     (tmp_path / "jp_train" / "__main__.py").write_text(TRAINER)
-    (tmp_path / "run.yaml").write_text("preset: tiny/stage1\n")
+    (tmp_path / "run.yaml").write_text(f"preset: tiny/stage1\nrun_dir: {tmp_path / 'run'}\n")
     (tmp_path / "mode").write_text("train")
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive" / "driver.py").write_text(DRIVER)
@@ -263,7 +324,8 @@ def test_a_failing_rank_ends_the_run_with_its_code_and_leaves_the_handlers_as_th
     (stand_in / "mode").write_text("fail")
     monkeypatch.chdir(stand_in)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    assert launch(stand_in / "run.yaml", [], write_hostfile(stand_in, "localhost slots=2\n"), master_port=free_port()) == 3
+    options = LaunchOptions(hostfile=write_hostfile(stand_in, "localhost slots=2\n"), master_port=free_port())
+    assert launch(stand_in / "run.yaml", [], options) == 3
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -285,6 +347,7 @@ def test_remote_ranks_get_their_arguments_unchanged_and_one_stop_signal(stand_in
     assert [rank["argv"][2:] for rank in ranks] == [overrides] * 2
     assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"]) for r in ranks] == [("0", "0"), ("1", "0")]
     assert all(
-        rank["env"]["JP_TRAIN_NOTE"] == "two words" and re.fullmatch("[0-9a-f]{16}", rank["env"]["JP_TRAIN_LAUNCH_ID"]) for rank in ranks
+        rank["env"]["JP_TRAIN_NOTE"] == "two words" and re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", rank["env"]["JP_TRAIN_LAUNCH_ID"])
+        for rank in ranks
     )
     check_stop(stand_in, running, ranks)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jp_train.config import RunConfig, load_config
+from jp_train.cluster.facts import loaded_config
+from jp_train.config import RunConfig
 from jp_train.config.schema import SourceConfig
 from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, is_url
 from jp_train.data.sidecar import sidecar_places
@@ -31,7 +32,7 @@ TABLE = ".jp-tokens-"
 def data_facts(config: str, overrides: Sequence[str], number: int) -> dict[str, Any]:
     """`sources`: {name: facts} and `files`: {config key: facts}, each with `digest`, or `error`. Host `number` reads a sample of another shard than its
     neighbours. Raises ConfigError."""
-    cfg = load_config(config, overrides)
+    cfg = loaded_config(config, tuple(overrides))
     sources = {**cfg.data.sources, **{f"{name} (held out)": source for name, source in cfg.validation.sources.items()}}
     reader = ShardReader(1)  # a source that answers only now and then is worth knowing beforehand
     try:

@@ -6,6 +6,7 @@ Facts only: what is wrong with them is decided in `checks.py`, where those of al
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -15,11 +16,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jp_train.cluster.signals import LAUNCH_ID
+
+if TYPE_CHECKING:
+    from jp_train.config import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 RUNNERS = (b"deepspeed.launcher.runner", b"mpirun", b"srun")
@@ -105,9 +110,17 @@ def config_text(config: str | None, overrides: Sequence[str]) -> str | None:
     """The resolved configuration as this host reads it; None when none was asked for. Raises ConfigError."""
     if config is None:
         return None
-    from jp_train.config import dump_config, load_config
+    from jp_train.config import dump_config
 
-    return dump_config(load_config(config, overrides))
+    return dump_config(loaded_config(config, tuple(overrides)))
+
+
+@lru_cache(maxsize=1)
+def loaded_config(config: str, overrides: tuple[str, ...]) -> RunConfig:
+    """The configuration, read once for all questions: resolving it takes longer than most of them. Raises ConfigError."""
+    from jp_train.config import load_config
+
+    return load_config(config, overrides)
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
@@ -174,15 +187,20 @@ def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
             if len(fields) > 9 and fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
                 inodes.add(f"socket:[{fields[9]}]")
     for entry in proc.iterdir():
-        if entry.name.isdigit():
-            try:
-                held = {os.readlink(link) for link in (entry / "fd").iterdir()}
-            except OSError:
-                continue
-            if held & inodes:
-                command = _read(entry / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
-                return f"pid {entry.name} ({command[:120]})"
+        if entry.name.isdigit() and inodes & _open_files(entry):
+            command = _read(entry / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            return f"pid {entry.name} ({command[:120]})"
     return ""
+
+
+def _open_files(process: Path) -> set[str]:
+    """What a process of /proc has open; empty for somebody else's."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for link in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.add(os.readlink(link))
+    return found
 
 
 def place(folder: Path, name: str, text: str) -> list[str]:

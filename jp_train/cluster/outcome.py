@@ -46,7 +46,7 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
         return Outcome(0)  # only the launcher did not end
     if lost or (ending.verdict is not None and ending.verdict.lost):
         gone = {host: answer.found for host, answer in lost.items()} or dict.fromkeys(ending.verdict.lost, ending.verdict.cause)  # type: ignore[union-attr]
-        return Outcome(LaunchError.exit_code, f"{_told(gone)}{_and(first)}", "yes", lost=gone)
+        return Outcome(LaunchError.exit_code, _told(gone), "yes", lost=gone)
     if first is not None and (first.code or 0) < 0 and first.code != -signal.SIGTERM:
         return Outcome(LaunchError.exit_code, first.describe(), "yes", (first.host,))
     if first is not None and first.reason:
@@ -109,7 +109,3 @@ def explain(records: Sequence[RankRecord], world: int) -> list[str]:
 def _told(gone: Mapping[str, str]) -> str:
     named = [f"host {host} does not answer: {found}" for host, found in list(gone.items())[:NAMED]]
     return "; ".join(named) + (f"; and {len(gone) - NAMED} more" if len(gone) > NAMED else "")
-
-
-def _and(first: RankRecord | None) -> str:
-    return f"; then {first.describe()}" if first is not None else ""

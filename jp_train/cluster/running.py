@@ -143,27 +143,27 @@ class Run:
         return silent
 
 
-def sweep(hosts: Sequence[str], launch_id: str, *, lost: Collection[str] = ()) -> dict[str, Answer]:
-    """Kill every process of a launch on these hosts until there is none. Returns the hosts that did not answer, or kept some.
+def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) -> dict[str, Answer]:
+    """Kill every process of these launches on these hosts until there is none. Returns the hosts that did not answer, or kept some.
 
-    Hosts that are known to be `lost` are asked once, the others again.
+    Hosts that may be `lost` are asked once, the others again.
     """
-    left: dict[str, Answer] = {}
-    gone: dict[str, Answer] = {}
-    asked = list(hosts)
-    for attempt in range(SWEEPS):
-        answers = ask_hosts(asked, launch_id, signal.SIGKILL)
-        left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
-        if not left and not gone:
-            return {}
-        asked = [host for host, answer in left.items() if answer.ok or (not attempt and host not in lost)]
-        if not asked:
-            break
-        gone |= {host: answer for host, answer in left.items() if host not in asked}
-        time.sleep(0.3)
-    left |= gone
-    say(f"not known to be free of this run: {told_by(left) or ', '.join(left)}; look there for processes of launch {launch_id}")
-    return left
+    silent: dict[str, Answer] = {}
+    for launch_id in launch_ids:
+        asked = [host for host in hosts if host not in silent]
+        for attempt in range(SWEEPS):
+            answers = ask_hosts(asked, launch_id, signal.SIGKILL)
+            left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
+            asked = [host for host, answer in left.items() if answer.ok or (not attempt and host not in lost)]
+            silent |= {host: answer for host, answer in left.items() if host not in asked or attempt + 1 == SWEEPS}
+            if not asked:
+                break
+            time.sleep(0.3)
+    if silent:
+        say(
+            f"not known to be free of this run: {told_by(silent) or ', '.join(silent)}; look there for processes of launch {', '.join(launch_ids)}"
+        )
+    return silent
 
 
 def say(text: str) -> None:

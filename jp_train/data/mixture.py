@@ -12,13 +12,14 @@ at step 120000 is not owed the documents of the steps before.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from math import gcd, lcm
 from operator import add
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from jp_train.data.permute import document_uniform_many
 from jp_train.errors import ConfigError
 from jp_train.types import KINDS, Kind, RowSpec
 
-T = TypeVar("T")
 Deficits = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 
@@ -148,7 +148,7 @@ class CarrySchedule:
     """Even dealing: the next document is of the kind, and from the source within it, with the largest deficit.
 
     A deficit is share x (all documents dealt) - (its own), times the sum of shares so that it stays an integer; documents are counted
-    by `cost`. What is dealt is either in a row or in the pool, so rows are charged what they hold and the pool what it will put there.
+    by what they cost. What is dealt is either in a row or in the pool, so rows are charged what they hold and the pool what it will put there.
     Where every document counts 1, the turns do not depend on lengths, and recipes repeat themselves soon: turns are made in blocks and
     remembered by the deficits that they start from. That is for speed only.
     """
@@ -177,24 +177,23 @@ class CarrySchedule:
         self._remembered.clear()
         self._set(kinds, [(0,) * len(members) for members in self._phase.members])
 
-    def deal(self, count: int, draw: Mapping[int, Callable[[], T]], cost: Callable[[T], int] | None) -> list[T]:
-        """The next `count` documents: `draw[source]()` fetches one, `cost(document)` says what it counts (None: every one counts 1)."""
-        if cost is None:
-            dealt = []
+    def deal(self, count: int, costs: Mapping[int, Callable[[], int]] | None = None) -> list[int]:
+        """The sources of the next `count` documents. `costs[source]()`: what the source's next document counts (None: every one counts 1)."""
+        dealt: list[int] = []
+        if costs is None:
             while len(dealt) < count:
                 if self._taken == len(self._block):
                     self._next_block()
                 turns = self._block[self._taken : self._taken + count - len(dealt)]
                 self._taken += len(turns)
-                dealt += [draw[source]() for source in turns]
+                dealt += turns
             return dealt
         turns = _Turns(self._mixture.shares, self._phase, *self._now())
-        members, dealt = self._phase.members, []
         for _ in range(count):
             kind, within = turns.next()
-            document = draw[members[kind][within]]()
-            dealt.append(document)
-            turns.charge(kind, within, cost(document))
+            source = self._phase.members[kind][within]
+            dealt.append(source)
+            turns.charge(kind, within, costs[source]())
         self._set(*turns.deficits())
         return dealt
 
@@ -208,22 +207,28 @@ class CarrySchedule:
         self._deficits, self._taken = start, 0
         self._block, self._after = self._remembered[start]
 
+    def charge(self, amounts: Mapping[int, int]) -> None:
+        """Count documents of another schedule's dealing: `amounts[source]` is what its documents count together."""
+        self._set(*self._charged(self._now(), amounts))
+
     def _now(self) -> Deficits:
         """The deficits after the turns taken so far."""
-        if not self._taken:
-            return self._deficits
-        turns = _Turns(self._mixture.shares, self._phase, *self._deficits)
-        for _ in range(self._taken):
-            turns.take()
-        return turns.deficits()
+        return self._charged(self._deficits, Counter(self._block[: self._taken])) if self._taken else self._deficits
+
+    def _charged(self, before: Deficits, amounts: Mapping[int, int]) -> Deficits:
+        """The deficits after documents that count `amounts`, in whatever order they came."""
+        kinds, sources = before
+        had, within = [], []
+        for members, weights, deficits in zip(self._phase.members, self._phase.weights, sources, strict=True):
+            own = [amounts.get(source, 0) for source in members]
+            within.append(_owed(deficits, weights, own))
+            had.append(sum(own))
+        return _owed(kinds, self._mixture.shares, had), tuple(within)
 
     def refund(self, kind: int, amount: int) -> None:
         """Take back the charge of a document that was dealt and will never be placed."""
         kinds, sources = self._now()
-        shares = self._mixture.shares
-        refunded = [deficit - share * amount for deficit, share in zip(kinds, shares, strict=True)]
-        refunded[kind] += sum(shares) * amount
-        self._set(refunded, sources)
+        self._set(_owed(kinds, self._mixture.shares, [-amount if index == kind else 0 for index in range(len(KINDS))]), sources)
 
     def state(self) -> list[Any]:
         """The deficits: one integer per kind, one per active source."""
@@ -233,6 +238,12 @@ class CarrySchedule:
     def restore(self, state: list[Any]) -> None:
         """Continue from `state()` of the same phase."""
         self._set(*state)
+
+
+def _owed(deficits: Sequence[int], weights: Sequence[int], had: Sequence[int]) -> tuple[int, ...]:
+    """The deficits of those who share by `weights`, after each has had that much more."""
+    total, given = sum(weights), sum(had)
+    return tuple(deficit + weight * given - total * own for deficit, weight, own in zip(deficits, weights, had, strict=True))
 
 
 class _Turns:
@@ -300,8 +311,8 @@ class SampledSchedule:
         # The division of Fractions is exact, and float() rounds it correctly: the same thresholds everywhere.
         self._thresholds = [float(upper / total) for upper in accumulate(masses.values())]
 
-    def deal(self, count: int, draw: Mapping[int, Callable[[], T]], cost: Callable[[T], int] | None) -> list[T]:
-        """The next `count` documents, as `CarrySchedule.deal`; `cost` does not matter to independent draws."""
+    def deal(self, count: int, costs: Mapping[int, Callable[[], int]] | None = None) -> list[int]:
+        """The sources of the next `count` documents, as `CarrySchedule.deal`; `costs` do not matter to independent draws."""
         dealt = []
         for number in range(self._dealt, self._dealt + count):
             offset = number % self._BLOCK
@@ -309,9 +320,13 @@ class SampledSchedule:
                 self._block_start = number - offset
                 numbers = np.arange(self._block_start, self._block_start + self._BLOCK)
                 self._uniforms = document_uniform_many(self._seed, "", np.zeros_like(numbers), numbers, "mixture").tolist()
-            dealt.append(draw[self._sources[bisect_right(self._thresholds, self._uniforms[offset])]]())
+            dealt.append(self._sources[bisect_right(self._thresholds, self._uniforms[offset])])
         self._dealt += count
         return dealt
+
+    def charge(self, amounts: Mapping[int, int]) -> None:
+        """Count documents of another schedule's dealing: `amounts[source]` of each source."""
+        self._dealt += sum(amounts.values())
 
     def refund(self, kind: int, amount: int) -> None:
         """Nothing to take back: draws have no memory."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +28,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
 _U64 = np.uint64
+_MOST_TABLED, _MOST_EPOCHS = 4096, 4
+"""Rounds are tabled for grids up to this side (16 million samples), where the numbers asked for are of few epochs."""
 
 
 def mix64(value: int) -> int:
@@ -100,26 +103,73 @@ def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.nda
 
     Element i equals `permute((*key, numbers[i] // size), numbers[i] % size, size)`. `numbers`: int64 [N], not negative; returns int64 [N].
     """
-    epochs, indices = np.divmod(numbers, size)
-    keys = _absorb_many(_fold_prefix(key, len(key) + 1), epochs)
-    rows, columns = (_U64(side) for side in _grid(size))
     result = np.empty(len(numbers), np.int64)
-    pending, values = np.arange(len(numbers)), indices.astype(_U64)
-    while len(pending):
-        row, column = np.divmod(values, columns)
-        round_keys = keys.copy()
-        for round_number in range(_rounds(size)):
-            round_keys += _U64(_GOLDEN)
-            if round_number % 2:
-                column = _remainder(column + (_mix64_many(row ^ round_keys) >> _U64(32)), columns)
-            else:
-                row = _remainder(row + (_mix64_many(column ^ round_keys) >> _U64(32)), rows)
-        values = row * columns + column
-        inside = values < _U64(size)
-        result[pending[inside]] = values[inside]
-        outside = ~inside
-        pending, values, keys = pending[outside], values[outside], keys[outside]
+    rows, columns = _grid(size)
+    if not len(numbers):
+        return result
+    epochs = range(int(numbers.min()) // size, int(numbers.max()) // size + 1)
+    if max(rows, columns) > _MOST_TABLED or len(epochs) > _MOST_EPOCHS:
+        of_number, indices = np.divmod(numbers, size)
+        keys = _absorb_many(_fold_prefix(key, len(key) + 1), of_number)
+        _walk(result, indices, size, lambda values, pending: _feistel(values, keys[pending], rows, columns, _rounds(size)))
+        return result
+    for epoch in epochs:
+        indices, tables = numbers - epoch * size, _round_tables(fold_key((*key, epoch)), size)
+        here = slice(None) if len(epochs) == 1 else (indices >= 0) & (indices < size)
+        found = np.empty(len(indices[here]), np.int64)
+        _walk(found, indices[here], size, lambda values, _, tables=tables: _feistel_by_tables(values, tables, rows, columns))
+        result[here] = found
     return result
+
+
+def _walk(result: np.ndarray, indices: np.ndarray, size: int, permuted: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """Fill `result`, int64 [N], with the permuted `indices`; cycle walking as in `permute`. `permuted(values, pending)`: values that belong to
+    the positions `pending` of the result."""
+    pending, values = np.arange(len(indices)), indices
+    while len(pending):
+        values = permuted(values, pending)
+        inside = values < size
+        if inside.all():
+            result[pending] = values
+            return
+        result[pending[inside]] = values[inside]
+        pending, values = pending[~inside], values[~inside]
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, rows: int, columns: int, rounds: int) -> np.ndarray:
+    """One pass over the grid for values int64 [N] with keys uint64 [N]."""
+    row, column = np.divmod(values.astype(_U64), _U64(columns))
+    for round_number in range(rounds):
+        keys = keys + _U64(_GOLDEN)
+        if round_number % 2:
+            column = _remainder(column + (_mix64_many(row ^ keys) >> _U64(32)), _U64(columns))
+        else:
+            row = _remainder(row + (_mix64_many(column ^ keys) >> _U64(32)), _U64(rows))
+    return (row * _U64(columns) + column).astype(np.int64)
+
+
+def _feistel_by_tables(values: np.ndarray, tables: tuple[np.ndarray, ...], rows: int, columns: int) -> np.ndarray:
+    """`_feistel` for one key, whose rounds were tabled."""
+    row = values // columns
+    column = values - row * columns
+    for round_number, table in enumerate(tables):
+        changed, other, side = (column, row, columns) if round_number % 2 else (row, column, rows)
+        changed += table[other]
+        changed += (changed >> 63) & side  # the remainder: tables hold what is added, less the side
+    return row * columns + column
+
+
+@lru_cache(maxsize=64)
+def _round_tables(folded: int, size: int) -> tuple[np.ndarray, ...]:
+    """What each round adds to one coordinate, less that side of the grid, for every value of the other, int64: a round depends on nothing else, and a side of the grid is
+    only the root of the size. At most 6 tables of `_MOST_TABLED` numbers each (200 KB), or 24 of a small one."""
+    rows, columns = _grid(size)
+    tables = []
+    for round_number in range(_rounds(size)):
+        other, side = (rows, columns) if round_number % 2 else (columns, rows)
+        keys = _U64((folded + (round_number + 1) * _GOLDEN) & MASK64)
+        tables.append(((_mix64_many(np.arange(other, dtype=_U64) ^ keys) >> _U64(32)) % _U64(side)).astype(np.int64) - side)
+    return tuple(tables)
 
 
 def _rounds(size: int) -> int:

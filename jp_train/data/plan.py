@@ -13,16 +13,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import chain
-from operator import itemgetter
-from typing import Any
+from functools import partial
+from itertools import chain, compress
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jp_train.config.schema import Mix, OverLong, RatioUnit
 from jp_train.data.mixture import CarrySchedule, Mixture, SampledSchedule
 from jp_train.data.packing import Layout, pack_samples, pack_tokens
-from jp_train.data.sequence import DocumentRules, Pending, PlanSource, SourceSequence, row_specs
+from jp_train.data.sequence import LENGTH, NUMBER, SOURCE, START, DocumentRules, PlanSource, SourceSequence, row_specs
+from jp_train.data.stream import DocumentStream
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import KINDS, RowSpec
 
@@ -153,7 +154,7 @@ class Plan:
     @property
     def dropped(self) -> dict[str, int]:
         """Documents passed over so far by `over_long`, per source in use, including those looked at for the pool."""
-        return {self.sources[index].name: sequence.dropped for index, sequence in self._fold.sequences.items()}
+        return {self.sources[index].name: dropped for index, dropped in self._fold.stream.dropped().items()}
 
     def next_step(self, first: int = 0, last: int | None = None) -> list[RowSpec]:
         """The `rows_per_step` rows of step `step`, and go on to the next. `first`, `last`: only rows [first, last) are returned, which spares
@@ -163,19 +164,15 @@ class Plan:
             ConfigError: if no `samples_per_row` documents of the pool fit a row, or a kind runs out of sources (`training_steps` not given).
         """
         step, rows = self.step, self._advance()
-        return row_specs(step, first, rows[first:last])
+        return row_specs(step, first, *self._fold.documents(rows[first:last]))
 
     def next_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The step that `next_step` would return, as numbers: (documents int64 [D, 8], columns as the fields of `sequence.Pending`; the
+        """The step that `next_step` would return, as numbers: (documents int64 [D, 8], columns as `sequence.COLUMNS`; the
         row of each, int64 [D]). For statistics over many steps."""
-        rows = self._advance()
-        counts = np.array([len(row) for row in rows])
-        numbers = chain.from_iterable(chain.from_iterable(rows))
-        width = len(Pending._fields)
-        table = np.fromiter(numbers, np.int64, int(counts.sum()) * width).reshape(-1, width)
-        return table, np.repeat(np.arange(len(rows)), counts)
+        documents, counts = self._fold.documents(self._advance())
+        return documents.T, np.repeat(np.arange(len(counts)), counts)
 
-    def _advance(self) -> list[list[Pending]]:
+    def _advance(self) -> list[_Taken]:
         rows = self._fold.advance()
         if self._fold.step % self.snapshot_steps == 0:
             self._snapshots[self._fold.step] = self._fold.state()
@@ -205,7 +202,7 @@ class Plan:
                 self._snapshots.setdefault(fold.step, fold.state())
         rows = fold.advance()
         self._replay = fold
-        return row_specs(step, 0, rows)
+        return row_specs(step, 0, *fold.documents(rows))
 
     def state(self) -> dict[str, Any]:
         """All that is needed to continue at step `step`, JSON-able, a few kilobytes: what a checkpoint stores."""
@@ -223,7 +220,7 @@ class Plan:
         schedule = (
             [0] if self.mix is Mix.sampled else [[0] * len(KINDS), [[0] * len(of_kind) for of_kind in self.mixture.phases[phase].members]]
         )
-        numbers = [positions.get(source.name, 0) if index in fold.sequences else -1 for index, source in enumerate(self.sources)]
+        numbers = [positions.get(source.name, 0) if source.name not in self.unused else -1 for source in self.sources]
         header = {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe()}
         return {**header, **state, "phase": phase, "schedule": schedule, "positions": numbers}
 
@@ -306,42 +303,69 @@ class Plan:
         )
 
 
+class _Taken(NamedTuple):
+    """The documents of a row, by their numbers in the stream: of the first, `start` tokens are in rows before; of the last, only `cut_length`
+    tokens are taken (0: all)."""
+
+    numbers: list[int]
+    start: int
+    cut_length: int
+
+
+_taken = partial(tuple.__new__, _Taken)  # its constructor takes four times as long, once a row
+
+
 class _Fold:
     """The running state of a plan: everything that changes from step to step."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.step = 0
-        self.sequences = plan._sequences()
-        self._cost = _length_of if plan.ratio_unit is RatioUnit.tokens else None
-        if plan.mix is Mix.carry:
-            self._schedule: CarrySchedule | SampledSchedule = CarrySchedule(plan.mixture)
-        else:
-            self._schedule = SampledSchedule(plan.mixture, plan.seed, plan._mean_costs)
-        self._cuttable_sources = {index for index in self.sequences if plan.sources[index].cuttable and plan.samples_per_row is None}
+        sequences = plan._sequences()
+        carry = plan.mix is Mix.carry
+        self.stream = DocumentStream(
+            sequences,
+            lambda: CarrySchedule(plan.mixture) if carry else SampledSchedule(plan.mixture, plan.seed, plan._mean_costs),
+            by_tokens=carry and plan.ratio_unit is RatioUnit.tokens,
+        )
+        self._cuttable_sources = {index for index in sequences if plan.sources[index].cuttable and plan.samples_per_row is None}
         self._phase = 0
-        self._pool: list[Pending] = []  # oldest first, after the tail of a cut text, if there is one
+        self._pool: list[int] = []  # numbers in the stream, oldest first, after the tail of a cut text, if there is one
         self._lengths: list[int] = []  # of the pool, what is still to be placed
         self._cut = 0  # tokens of pool[0] that earlier rows hold; 0 if it is whole
-        self._bind()
 
-    def _bind(self) -> None:
-        self._draw = {index: sequence.draw for index, sequence in self.sequences.items()}
-
-    def advance(self) -> list[list[Pending]]:
-        """Plan one step; returns the documents of its rows."""
+    def advance(self) -> list[_Taken]:
+        """Plan one step; what its rows take, for `documents`, which may be asked until the next step."""
         self._enter_phase()
-        pool_size, pool, lengths, deal = self._plan.pool_size, self._pool, self._lengths, self._schedule.deal
-        rows = []
-        for _ in range(self._plan.rows_per_step):
+        stream = self.stream
+        stream.forget(min(self._pool, default=stream.taken))
+        plan, pool, lengths, take = self._plan, self._pool, self._lengths, self._take
+        pool_size, seq_len, cuttable, packed = plan.pool_size, plan.seq_len, self._is_cuttable, plan.samples_per_row is None
+        given, rows = stream.taken, []
+        for _ in range(plan.rows_per_step):
             missing = pool_size - len(pool)
             if missing > 0:
-                documents = deal(missing, self._draw, self._cost)
-                pool += documents
-                lengths += map(_length_of, documents)
-            rows.append(self._take(self._layout()))
+                lengths += stream.take(missing)
+                pool += range(given, given + missing)
+                given += missing
+            layout = pack_tokens(lengths, cuttable, seq_len, tail=self._cut > 0) if packed else self._samples_layout()
+            rows.append(take(layout))
         self.step += 1
         return rows
+
+    def documents(self, rows: Sequence[_Taken]) -> tuple[np.ndarray, list[int]]:
+        """The documents of rows of the last step, int64 [8, D] as `sequence.COLUMNS`, and how many each row has."""
+        counts = [len(row.numbers) for row in rows]
+        documents = self.stream.table(list(chain.from_iterable(row.numbers for row in rows)))
+        first = 0
+        for row, count in zip(rows, counts, strict=True):
+            if row.start:
+                documents[START, first] = row.start
+                documents[LENGTH, first] -= row.start
+            first += count
+            if row.cut_length:
+                documents[LENGTH, first - 1] = row.cut_length
+        return documents, counts
 
     def _enter_phase(self) -> None:
         """At a step where sources join or leave: documents of a source that left are taken out of the pool (a text already begun is not)."""
@@ -351,29 +375,18 @@ class _Fold:
         self._plan.mixture.check_phase(phase)
         self._phase = phase
         active = {source for members in self._plan.mixture.phases[phase].members for source in members}
-        staying, cut = [], self._cut
-        for position, pending in enumerate(self._pool):
-            if pending.source in active or (position == 0 and cut):
-                staying.append(pending)
-            else:
-                kind = KINDS.index(self._plan.sources[pending.source].kind)
-                self._schedule.refund(kind, self._cost(pending) if self._cost else 1)
-        self._fill_pool(staying)
-        self._schedule.enter(phase)
-
-    def _fill_pool(self, documents: list[Pending]) -> None:
-        self._pool = documents
-        self._lengths = [pending.length for pending in documents]
-        if self._cut:
-            self._lengths[0] -= self._cut
+        owners = [self.stream.source(number) for number in self._pool]
+        stays = [owner in active or (position == 0 and self._cut > 0) for position, owner in enumerate(owners)]
+        leaving = [number for number, stay in zip(self._pool, stays, strict=True) if not stay]
+        kinds = [KINDS.index(self._plan.sources[owner].kind) for owner, stay in zip(owners, stays, strict=True) if not stay]
+        self.stream.enter_phase(phase, self.stream.table(leaving), kinds)
+        self._pool, self._lengths = list(compress(self._pool, stays)), list(compress(self._lengths, stays))
 
     def _is_cuttable(self, position: int) -> bool:
-        return self._pool[position].source in self._cuttable_sources
+        return bool(self._cuttable_sources) and self.stream.source(self._pool[position]) in self._cuttable_sources
 
-    def _layout(self) -> Layout:
+    def _samples_layout(self) -> Layout:
         plan = self._plan
-        if plan.samples_per_row is None:
-            return pack_tokens(self._lengths, self._is_cuttable, plan.seq_len, tail=self._cut > 0)
         layout = pack_samples(self._lengths, plan.seq_len, plan.samples_per_row)
         if layout is None:
             raise ConfigError(
@@ -383,54 +396,41 @@ class _Fold:
             )
         return layout
 
-    def _take(self, layout: Layout) -> list[Pending]:
+    def _take(self, layout: Layout) -> _Taken:
         """Remove a row's documents from the pool; the tail of a cut text goes to its front."""
         pool, lengths = self._pool, self._lengths
         whole, cut, cut_length = layout
-        documents = [pool[position] for position in whole]
-        cut_before, self._cut = self._cut, 0
-        if cut_before and whole:
-            documents[0] = documents[0]._replace(start=cut_before, length=lengths[0])
-        if cut < 0:
-            for position in reversed(whole):
-                del pool[position], lengths[position]
-            return documents
-        tail = pool[cut]
-        start = cut_before if cut == 0 else 0
-        documents.append(tail._replace(start=start, length=cut_length))
-        for position in sorted((*whole, cut), reverse=True):
-            del pool[position], lengths[position]
-        self._cut = start + cut_length
-        pool.insert(0, tail)
-        lengths.insert(0, tail.length - self._cut)
-        return documents
+        numbers = []
+        for position in reversed(whole):
+            numbers.append(pool.pop(position))
+            del lengths[position]
+        numbers.reverse()
+        start, self._cut = self._cut, 0
+        if cut >= 0:
+            cut -= sum(position < cut for position in whole)
+            number, length = pool.pop(cut), lengths.pop(cut)
+            numbers.append(number)
+            self._cut = cut_length if whole else start + cut_length
+            pool.insert(0, number)
+            lengths.insert(0, length - cut_length)
+        return _taken((numbers, start, cut_length))
 
     def state(self) -> dict[str, Any]:
         """JSON-able; lists are indexed as the recipe's sources (-1 position for one that is not in use)."""
-        indices = range(len(self._plan.sources))
+        pool = self.stream.table(self._pool)
         return {
             "step": self.step,
             "phase": self._phase,
-            "positions": [self.sequences[index].position if index in self.sequences else -1 for index in indices],
-            "dropped": [self.sequences[index].dropped if index in self.sequences else 0 for index in indices],
-            "schedule": self._schedule.state(),
-            "pool": [[pending.source, pending.number] for pending in self._pool],
+            **self.stream.state(len(self._plan.sources)),
+            "pool": pool[[SOURCE, NUMBER]].T.tolist(),
             "cut": self._cut,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state()`."""
         self.step, self._phase, self._cut = state["step"], state["phase"], state["cut"]
-        for index, sequence in self.sequences.items():
-            sequence.restore(state["positions"][index], state["dropped"][index])
-        self._schedule.enter(self._phase)
-        self._schedule.restore(state["schedule"])
-        self._bind()
-        found: dict[tuple[int, int], Pending] = {}
-        for source in {source for source, _ in state["pool"]}:
-            numbers = np.array([number for owner, number in state["pool"] if owner == source])
-            found.update({(source, pending.number): pending for pending in self.sequences[source].documents(numbers)})
-        self._fill_pool([found[source, number] for source, number in state["pool"]])
-
-
-_length_of = itemgetter(Pending._fields.index("length"))
+        self.stream.restore(state, self._phase, state["pool"])
+        self._pool = list(range(len(state["pool"])))
+        self._lengths = self.stream.table(self._pool)[LENGTH].tolist()
+        if self._cut:
+            self._lengths[0] -= self._cut

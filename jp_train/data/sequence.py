@@ -1,19 +1,18 @@
 """The endless sequence of one source: which sample comes n-th, how long it is as a document, and what was drawn for it.
 
 Epoch e visits the samples in a permutation of its own (permute.py), so the whole state is the number of the next draw. Everything
-here is computed from lengths in blocks of numpy arrays; nothing reads a sample. A document in planning is a plain tuple (`Pending`);
-the RowSpecs that leave the plan are made of them in bulk, and only for the rows that are asked for.
+here is computed from lengths in blocks of numpy arrays; nothing reads a sample. A document in planning is a column of numbers
+(`COLUMNS`); the RowSpecs that leave the plan are made of them in bulk, and only for the rows that are asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
-from operator import length_hint
-from typing import Any, NamedTuple
+from itertools import islice, repeat
+from typing import Any
 
 import numpy as np
 
@@ -95,27 +94,16 @@ class DocumentRules:
     pad_dropout: float
 
 
-class Pending(NamedTuple):
-    """The `number`-th draw of source number `source`: a whole document in the pool (`start` 0), or the span of one that a row takes.
-
-    The other fields are those of DocumentRef.
-    """
-
-    length: int
-    number: int
-    source: int
-    epoch: int
-    sample: int
-    start: int
-    short_caption: bool
-    truncated: int
+LENGTH, NUMBER, SOURCE, EPOCH, SAMPLE, START, SHORT_CAPTION, TRUNCATED = range(8)
+COLUMNS = ("length", "number", "source", "epoch", "sample", "start", "short_caption", "truncated")
+"""Documents in planning are columns of an int64 table [8, N], with these rows: the `number`-th draw of source number `source`, as a whole (`start`
+0) or as the span of it that a row takes. The other fields are those of DocumentRef."""
 
 
 class SourceSequence:
     """The endless sequence of one source's usable documents; `index` is the source's place in the recipe.
 
-    Draws are made in blocks, for speed only: document `number` does not depend on where a block begins. `draw` returns the next usable
-    document; it is an iterator's own method, because a planner calls it some thousand times a step. `restore` makes a new one.
+    Draws are made in blocks, for speed only: document `number` does not depend on where a block begins.
 
     Raises:
         DataError: if no sample of the source can be used within `rules.limit`.
@@ -123,53 +111,46 @@ class SourceSequence:
 
     _BLOCK = 2048
 
-    draw: Callable[[], Pending]
-
     def __init__(self, source: PlanSource, index: int, rules: DocumentRules) -> None:
         self._source, self._index, self._rules = source, index, rules
         self._key = (rules.seed, name_key(source.name))
         self._short = source.short_tokens is not None and rules.first_sentence > 0
         self._dropout = source.dropped_tokens is not None and rules.pad_dropout > 0
         self._uncut = rules.cut_texts and source.cuttable
-        self.restore(0, 0)
+        self.restore(0)
 
-    def restore(self, position: int, dropped: int) -> None:
-        """Continue with draw number `position`; `dropped` documents were passed over before it."""
-        self._begin([], position, dropped)
-        self.draw = chain.from_iterable(self._blocks()).__next__
+    def restore(self, position: int) -> None:
+        """Continue with draw number `position`."""
+        self._drawn, self._next = np.empty((len(COLUMNS), 0), np.int64), position
 
-    def _begin(self, block: list[Pending], start: int, dropped_before: int) -> Iterator[Pending]:
-        self._block, self._start, self._dropped_before = block, start, dropped_before
-        self._rest = iter(block)
-        return self._rest
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` usable documents, int64 [8, count]."""
+        while self._drawn.shape[1] < count:
+            self._draw_block()
+        taken, self._drawn = self._drawn[:, :count], self._drawn[:, count:]
+        return taken
 
-    def _blocks(self) -> Iterator[Iterator[Pending]]:
+    def lengths(self) -> Iterator[int]:
+        """The lengths of the documents that `take` returns next, endless. Ends its validity with the next `take`."""
+        seen = 0
         while True:
-            start, dropped = self.position, self.dropped
-            while not (block := self.documents(np.arange(start, start + self._BLOCK))):
-                start, dropped = start + self._BLOCK, dropped + self._BLOCK
-            yield self._begin(block, start, dropped)
+            while self._drawn.shape[1] == seen:
+                self._draw_block()
+            yield from self._drawn[LENGTH, seen:].tolist()
+            seen = self._drawn.shape[1]
 
-    @property
-    def _taken(self) -> int:
-        return len(self._block) - length_hint(self._rest)
+    def _draw_block(self) -> None:
+        block = self.documents(np.arange(self._next, self._next + self._BLOCK))
+        self._next += self._BLOCK
+        self._drawn = np.concatenate((self._drawn, block), axis=1)
 
-    @property
-    def position(self) -> int:
-        """The number of the next draw."""
-        taken = self._taken
-        return self._block[taken - 1].number + 1 if taken else self._start
-
-    @property
-    def dropped(self) -> int:
-        """Documents passed over so far because they are too long."""
-        return self._dropped_before + (self.position - self._start) - self._taken
-
-    def documents(self, numbers: np.ndarray) -> list[Pending]:
-        """The usable documents among the draws `numbers`, int64 [N]."""
-        lengths, numbers, epochs, samples, short, truncated = (array.tolist() for array in self.columns(numbers))
-        columns = (lengths, numbers, repeat(self._index), epochs, samples, repeat(0), short, truncated)
-        return list(map(tuple.__new__, repeat(Pending), zip(*columns, strict=False)))  # repeat() has no end
+    def documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The usable documents among the draws `numbers`, int64 [N], as int64 [8, U]."""
+        lengths, numbers, epochs, samples, short, truncated = self.columns(numbers)
+        table = np.zeros((len(COLUMNS), len(lengths)), np.int64)
+        table[LENGTH], table[NUMBER], table[SOURCE], table[EPOCH], table[SAMPLE] = lengths, numbers, self._index, epochs, samples
+        table[SHORT_CAPTION], table[TRUNCATED] = short, truncated
+        return table
 
     def columns(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
         """The usable documents among the draws `numbers`, int64 [N], as arrays [U]: lengths in rows, numbers, epochs, samples, whether the
@@ -221,25 +202,24 @@ class SourceSequence:
 
 
 _new = object.__new__
-_REF_SETTERS = [getattr(DocumentRef, name).__set__ if name != "number" else None for name in Pending._fields]
+_REF_SETTERS = {row: getattr(DocumentRef, name).__set__ for row, name in enumerate(COLUMNS) if name != "number"}
 _set_step, _set_row, _set_documents = (getattr(RowSpec, name).__set__ for name in ("step", "row", "documents"))
 
 
-def row_specs(step: int, first: int, rows: Sequence[Sequence[Pending]]) -> list[RowSpec]:
-    """The documents of rows `first`, `first` + 1, ... of a step as RowSpecs.
+def row_specs(step: int, first: int, documents: np.ndarray, counts: Sequence[int]) -> list[RowSpec]:
+    """Rows `first`, `first` + 1, ... of a step as RowSpecs: `documents` int64 [8, D] are those of all of them in order, `counts` how many each has.
 
     Filled column by column: the constructor of a frozen dataclass takes 1.8 us a call, more than all other planning of a document.
     """
-    documents = list(chain.from_iterable(rows))
-    refs = list(map(_new, repeat(DocumentRef, len(documents))))
-    for set_field, column in zip(_REF_SETTERS, zip(*documents, strict=True), strict=False):  # no column where there is no document
-        if set_field is not None:
-            _run(map(set_field, refs, column))
-    specs = list(map(_new, repeat(RowSpec, len(rows))))
+    refs = list(map(_new, repeat(DocumentRef, documents.shape[1])))
+    for row, set_field in _REF_SETTERS.items():
+        column = documents[row].astype(bool) if row == SHORT_CAPTION else documents[row]
+        _run(map(set_field, refs, column.tolist()))
+    specs = list(map(_new, repeat(RowSpec, len(counts))))
     rest = iter(refs)
     _run(map(_set_step, specs, repeat(step)))
-    _run(map(_set_row, specs, range(first, first + len(rows))))
-    _run(map(_set_documents, specs, [tuple(islice(rest, len(row))) for row in rows]))
+    _run(map(_set_row, specs, range(first, first + len(counts))))
+    _run(map(_set_documents, specs, [tuple(islice(rest, count)) for count in counts]))
     return specs
 
 

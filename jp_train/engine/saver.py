@@ -51,6 +51,7 @@ class Saver:
         self._store = store
         self._engine = engine
         self._log = log
+        self._identity, self._config_text = identity(cfg), dump_config(cfg)
         self._reported = True
         self._failures_in_a_row = 0
         self._failures = 0
@@ -114,8 +115,8 @@ class Saver:
             with_frozen=with_frozen,
             vq=[(f"model.{name}", tensor) for name, tensor in self._engine.vq.state_dict().items()] if with_frozen else (),
             state=state,
-            identity=identity(self._cfg),
-            config_text=dump_config(self._cfg),
+            identity=self._identity,
+            config_text=self._config_text,
             about=about,
             logs=[Path(self._cfg.run_dir) / name for name in LOGS],
         )

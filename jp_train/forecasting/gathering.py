@@ -32,14 +32,12 @@ class GatherRules:
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Elements gathered and collectives made, by phase of the pass."""
+    """Elements gathered and collectives made in one phase of the pass. `fresh`: of trained parameters that the pass had not gathered before, which
+    hpZ has no copy of yet in the first micro-batch of a step."""
 
     elements: int = 0
+    fresh: int = 0
     calls: int = 0
-
-    def add(self, elements: int) -> None:
-        self.elements += elements
-        self.calls += 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +47,6 @@ class Replay:
     levels: list[int]
     forward: Traffic
     backward: Traffic
-
-    @property
-    def calls(self) -> int:
-        return self.forward.calls + self.backward.calls
 
 
 @dataclass(slots=True)
@@ -76,6 +70,7 @@ class _Coordinator:
     status: dict[str, str] = field(default_factory=dict)
     fetched_for: dict[str, int] = field(default_factory=dict)
     inflight: dict[str, _Gather] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
     held: int = 0
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -88,7 +83,10 @@ class _Coordinator:
             return
         size = sum(p.numel for p in wanted)
         self.available += size
-        self.traffic.add(size)
+        self.traffic.elements += size
+        self.traffic.fresh += sum(p.numel for p in wanted if p.trained and p.name not in self.seen)
+        self.traffic.calls += 1
+        self.seen.update(p.name for p in wanted)
         gather = _Gather(buffer=size, waiting={p.name for p in wanted})
         self.held += size
         for p in wanted:

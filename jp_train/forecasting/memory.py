@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from jp_train.forecasting import activations
 from jp_train.forecasting.activations import Numerics
 from jp_train.forecasting.gathering import GatherRules, Replay, replay
 from jp_train.forecasting.hardware import GIB
-from jp_train.forecasting.shapes import MicroBatch, Shapes
+from jp_train.forecasting.shapes import MicroBatch, Parameter, Shapes
 from jp_train.forecasting.walk import BACKWARD, CONTINUED, ENTERED, Visit, walk
 
 
@@ -96,7 +97,7 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
     rules = GatherRules(
         world=world, prefetch=setting.prefetch, max_live=setting.max_live, max_reuse=setting.max_reuse, persistent=setting.persistent
     )
-    gathers = replay(shapes.parameters, visits, rules)
+    gathers = _replayed(shapes.parameters, tuple((visit.path, visit.phase, visit.released) for visit in visits), rules)
     trained = sum(p.share(world) for p in shapes.parameters if p.trained)
     whole = sum(p.numel for p in shapes.parameters if p.numel <= setting.persistent) if world > 1 else 0
     bucket = setting.reduce_bucket if setting.cuda else min(setting.reduce_bucket, _fullest_bucket(shapes, visits, setting))
@@ -125,6 +126,12 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
         phases={name: fixed + sum(parts) for name, parts in moments.items()},
     )
     return Forecast(memory=memory, visits=visits, replay=gathers)
+
+
+@cache
+def _replayed(parameters: tuple[Parameter, ...], order: tuple[tuple[str, str, bool], ...], rules: GatherRules) -> Replay:
+    """What is gathered does not depend on what a micro-batch holds: candidates share it."""
+    return replay(parameters, [Visit(path, phase, 0, released) for path, phase, released in order], rules)
 
 
 def _passes(shapes: Shapes, visits: Sequence[Visit], gathers: Replay, setting: Setting) -> dict[str, tuple[int, int, int]]:

@@ -5,7 +5,7 @@
 The smoke model is trained by real ZeRO-3 ranks (gloo) in short runs. Every launch of them is disturbed in one way, then the same command is given again.
 At the end of each run its metrics and ledger are compared with an undisturbed run's. Exit status 1 if anything did not hold.
 
-The faults of a full disk need a small file system: as root one of 96 MiB is mounted, in a mount namespace that ends with this command.
+The faults of a full disk need a small file system: as root one of 160 MiB is mounted, in a mount namespace that ends with this command.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -97,13 +96,14 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
 
 def small_disk(folder: Path, say) -> Path | None:
     """A file system of SMALL_DISK at `folder`, None where it cannot be mounted."""
+    from small_disk import mount
+
     folder.mkdir(parents=True, exist_ok=True)
     if _INSIDE not in os.environ:
         say("chaos: not root, so no small file system: faults of the disk are left out")
         return None
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        say(f"chaos: no small file system ({done.stderr.strip()}): faults of the disk are left out")
+    if problem := mount(folder, SMALL_DISK):
+        say(f"chaos: no small file system ({problem}): faults of the disk are left out")
         return None
     return folder
 

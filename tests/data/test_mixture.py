@@ -34,9 +34,16 @@ def three_kinds(*weights: float) -> list[Source]:
 def deal(schedule: CarrySchedule | SampledSchedule, count: int, sources: int, costs: dict[int, object] | None = None) -> list:
     """Source indices in the order dealt; with `costs`, pairs (source, cost)."""
     if costs is None:
-        return schedule.deal(count, {index: lambda index=index: index for index in range(sources)}, None)
-    draw = {index: lambda index=index: (index, next(costs[index])) for index in range(sources)}
-    return schedule.deal(count, draw, lambda document: document[1])
+        return schedule.deal(count)
+    paid: dict[int, list] = {index: [] for index in range(sources)}
+
+    def pay(index: int) -> int:
+        paid[index].append(next(costs[index]))
+        return paid[index][-1]
+
+    order = schedule.deal(count, {index: lambda index=index: pay(index) for index in range(sources)})
+    rest = {index: iter(amounts) for index, amounts in paid.items()}
+    return [(index, next(rest[index])) for index in order]
 
 
 @pytest.mark.parametrize("shares", [(1, 0, 3), (2, 3, 5), (5, 1, 4), (1, 0, 1), (7, 3, 10), (0.3, 0.33, 0.37)])
@@ -74,6 +81,21 @@ def test_turns_made_in_remembered_blocks_equal_turns_made_one_at_a_time_with_res
         schedule = CarrySchedule(mixture)
         schedule.restore(state)
     assert dealt[:2000] == whole
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_charging_what_another_schedule_dealt_gives_its_state_in_any_order(by_tokens: bool) -> None:
+    mixture, draw = Mixture(three_kinds(0.7, 0.2, 0.1), (2, 3, 5)), random.Random(4)
+    dealing, charged = CarrySchedule(mixture), CarrySchedule(mixture)
+    costs = {index: iter(lambda: draw.randrange(1, 900), None) for index in range(5)} if by_tokens else None
+    for count in (1, 63, 64, 65, 500):
+        amounts = Counter()
+        for item in deal(dealing, count, 5, costs):
+            source, cost = item if by_tokens else (item, 1)
+            amounts[source] += cost
+        charged.charge(amounts)
+        assert charged.state() == dealing.state()
+    assert deal(charged, 100, 5) == deal(dealing, 100, 5)
 
 
 def test_with_ratio_unit_tokens_the_tokens_are_within_one_document_of_the_shares() -> None:

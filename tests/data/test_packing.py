@@ -31,6 +31,7 @@ def test_the_best_subset_equals_brute_force_and_breaks_ties_by_the_earliest_last
         best = max(sum(lengths[position] for position in subset) for subset in feasible)
         assert sum(lengths[position] for position in chosen) == best == capacity - gap
         assert chosen == sorted(set(chosen))
+        assert best_subset([7, 1, *lengths], capacity, 2) == ([position + 2 for position in chosen], gap)
         ties = [subset for subset in feasible if sum(lengths[position] for position in subset) == best]
         assert max(chosen, default=-1) == min(max(subset, default=-1) for subset in ties)
 

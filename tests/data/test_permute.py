@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -24,11 +24,13 @@ def test_every_size_is_permuted_completely(size: int) -> None:
 
 def test_the_batch_form_equals_the_scalar_form_across_epochs() -> None:
     draw = random.Random(0)
-    for size in (1, 2, 3, 10, 1000, 72_000_000, 10**12 + 7):
-        numbers = np.array([draw.randrange(5 * size) for _ in range(200)])
+    for size, epochs in product((1, 2, 3, 10, 1000, 4099, 16_000_000, 72_000_000, 10**12 + 7), (1, 3, 9)):  # few epochs are tabled
+        first = draw.randrange(1000)
+        numbers = np.array([draw.randrange(first * size, (first + epochs) * size) for _ in range(200)])
         key = (draw.getrandbits(80), -draw.getrandbits(30))
         expected = [permute((*key, int(number) // size), int(number) % size, size) for number in numbers]
         assert permute_many(key, numbers, size).tolist() == expected
+    assert permute_many((1,), np.arange(0), 5).tolist() == []
 
 
 def test_each_epoch_of_the_endless_sequence_visits_every_sample_once_in_another_order() -> None:

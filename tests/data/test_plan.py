@@ -18,7 +18,7 @@ from jp_train.config.schema import DataConfig
 from jp_train.data.mixture import realised_shares
 from jp_train.data.permute import document_uniform, name_key, permute
 from jp_train.data.plan import Plan, PlanSource
-from jp_train.data.sequence import DocumentRules, SourceSequence, row_specs
+from jp_train.data.sequence import LENGTH, NUMBER, DocumentRules, SourceSequence, row_specs
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import KINDS, DocumentRef, Kind, RowSpec
 
@@ -248,15 +248,15 @@ def test_bulk_references_equal_constructed_ones() -> None:
     rules = DocumentRules(seed=5, limit=4096, cut_texts=True, drop=False, first_sentence=0.5, pad_dropout=0.0)
     captions = source(G, short_tokens=np.full(2000, 590, np.int32))
     drawn = SourceSequence(captions, 3, rules).documents(np.arange(3000))
-    (row,) = row_specs(2, 9, [drawn])
+    (row,) = row_specs(2, 9, drawn, [3000])
     assert (row.step, row.row) == (2, 9)
-    for pending, ref in zip(drawn, row.documents, strict=True):
-        epoch, place = divmod(pending.number, 2000)
+    for number, length, ref in zip(drawn[NUMBER].tolist(), drawn[LENGTH].tolist(), row.documents, strict=True):
+        epoch, place = divmod(number, 2000)
         sample = permute((5, name_key("generation"), epoch), place, 2000)
         short = document_uniform(5, "generation", epoch, sample, "first_sentence") < 0.5
-        length = 590 if short else int(captions.tokens[sample])
+        expected_length = 590 if short else int(captions.tokens[sample])
         expected = DocumentRef(source=3, epoch=epoch, sample=sample, start=0, length=length, short_caption=short, truncated=0)
-        assert ref == expected and hash(ref) == hash(expected) and pending.length == length
+        assert ref == expected and hash(ref) == hash(expected) and length == expected_length and type(ref.short_caption) is bool
 
 
 def test_adding_a_source_reshuffles_no_other() -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_disk import fill, mounted
 from test_checkpoint import content, loaded, save, store, values
 
 import jp_train.engine.checkpoint as checkpoint_module
 from jp_train.config import RunConfig
 from jp_train.config.schema import SaveErrorAction
 from jp_train.engine.checkpoint import CheckpointStore
-from jp_train.engine.disk import free_bytes
 from jp_train.engine.saver import Saver
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import write_shard
@@ -28,19 +28,10 @@ from jp_train.sinks import Events, MetricsFile, StatusFile
 @pytest.fixture
 def small(tmp_path):
     """A run folder on a real file system of 8 MiB (a checkpoint of these tests has 2.4)."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(place: Path, leave: int) -> Path:
-    filler = place / "filler"
-    filler.write_bytes(b"\0" * max(0, free_bytes(place) - leave))
-    return filler
+    with mounted(tmp_path / "small", "8m") as problem:
+        if problem:
+            pytest.skip(f"mounting a small file system needs root: {problem}")
+        yield tmp_path / "small"
 
 
 def assert_untouched(made: CheckpointStore, step: int) -> None:

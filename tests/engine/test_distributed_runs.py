@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from distributed import Launch, Nursery, wait_for
-from tiny_run import tiny_run, write_data
+from tiny_run import tiny_run
 
 from jp_train.config import RunConfig, batch_plan
 from jp_train.data.index import index_sources
@@ -42,16 +42,6 @@ RESUMED = {
     "model.vision.layers": 1,
     "model.language.layers": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +244,7 @@ def test_rows_are_the_same_for_one_and_two_ranks(one_rank, two_ranks, data, tmp_
 def test_every_presence_of_kinds_on_two_ranks_gives_the_gradients_of_one_process(stage, two_ranks):
     for rank in (0, 1):
         result = two_ranks.result(f"presence{stage}", rank)
-        assert result["pairs"] == 64
+        assert result["pairs"] == (64 if stage == 3 else 36)
         assert result["loss"] < 1e-5 and result["grad"] < 1e-4, result
 
 

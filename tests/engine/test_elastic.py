@@ -7,7 +7,6 @@ Real ZeRO-3 ranks (gloo). Three chains of launches, each a plain resume with the
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -20,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from distributed import Launch, Nursery
-from tiny_run import tiny_run, write_data
+from small_disk import fill as fill_disk
+from tiny_run import tiny_run
 
 from jp_train.config import batch_plan
 from jp_train.convert import convert
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.tokenizer import load_tokenizer
-from jp_train.engine.disk import free_bytes
 from jp_train.model.pretrained import open_weights
 
 WORKER = Path(__file__).resolve().parent / "elastic_worker.py"
@@ -48,29 +47,7 @@ CHAINS = {
 }
 A = {"stage": 2}
 B = {"stage": 3, "precision": "bf16", "engine.micro_batch_rows": 3}
-C = {"stage": 1, "engine.persistence_threshold": 100_000}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def small_disk(tmp_path_factory):
-    """A real file system of 8 MiB; None where this process may not mount one."""
-    place = tmp_path_factory.mktemp("small_disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, check=False)
-    if mounted.returncode:
-        yield None
-        return
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+C = {"stage": 1, "engine.persistence_threshold": 100_000, "engine.micro_batch_rows": 6}
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +75,14 @@ def launches(data, runs, small_disk) -> dict[str, Launch]:
                     name,
                     steps=5,
                     **{"checkpoint.every_steps": 2, "checkpoint.on_error": "continue", "checkpoint.export_at_end": False},
+                    **{"engine.micro_batch_rows": 6},
                     **changes,
                 )
             )
 
     def fill(_: list[int]) -> None:
         if small_disk is not None:
-            (small_disk / "filler").write_bytes(b"\0" * (free_bytes(small_disk) - 300_000))
+            fill_disk(small_disk, 300_000)
 
     plans = {
         "two": (

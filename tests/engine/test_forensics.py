@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
 
 from distributed import Launch, Nursery
 from janus_tiny import pack, random_docs
-from tiny_run import tiny_run, write_data
+from tiny_run import tiny_run
 
 from jp_train.data.tools.explain import load_batch
 from jp_train.engine.forensics import Forensics, block_of
@@ -31,10 +31,9 @@ JUDGED = {"guard.outlier_window": 8, "guard.outlier_action": "skip", **SMALL}
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory) -> tuple[Launch, Path]:
+def launch(data, tmp_path_factory) -> tuple[Launch, Path]:
     """All scenarios of this file in one launch of two ranks."""
     folder = tmp_path_factory.mktemp("bad-steps")
-    data = write_data(folder / "data")
     scenarios = [
         {"name": "with", "kind": "gate", "steps": ["1", "2", "nan", "loud", "3", "4"]},
         {"name": "without", "kind": "gate", "steps": ["1", "2", "3", "4"]},
@@ -179,8 +178,10 @@ def test_an_optimizer_that_also_holds_a_frozen_weight_stops_the_run_before_step_
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_rank_without_pictures_for_100_steps_has_the_gradients_of_one_process(launch, stage):
-    """Rank 0 has three pictures in each of them; real updates; every partition of every gradient, and the norm, in every step."""
+    """Rank 0 has three pictures in each of them; real updates; every partition of every gradient, and the norm, in 16 of the steps."""
     for rank in (0, 1):
         result = launch[0].result(f"lopsided{stage}", rank)
-        print(f"stage {stage}, rank {rank}: worst of 100 steps: gradient {result['grad']:.1e}, norm {result['norm']:.1e}")
-        assert result["steps"] == 100 and result["grad"] < 1e-3 and result["norm"] < 1e-4, result
+        print(
+            f"stage {stage}, rank {rank}: worst of {result['compared']} of 100 steps: gradient {result['grad']:.1e}, norm {result['norm']:.1e}"
+        )
+        assert (result["steps"], result["compared"]) == (100, 16) and result["grad"] < 1e-3 and result["norm"] < 1e-4, result

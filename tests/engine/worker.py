@@ -173,7 +173,8 @@ def leak(what: str, **changes: Any) -> dict:
 
 
 def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> dict:
-    """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks: losses and gradients against one plain process."""
+    """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks (stages 1 and 2: in one of its two orders): losses and gradients against one plain
+    process."""
     from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
 
     import jp_train.model.janus_pro as model_code
@@ -228,7 +229,7 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
         for group in engine.deepspeed.optimizer.param_groups:
             group["lr"] = 0.0
         worst_loss = worst_grad = 0.0
-        pairs = [(a, b) for a in range(8) for b in range(8)] if not negative else [(1, 2)]
+        pairs = [(a, b) for a in range(8) for b in range(8) if stage == 3 or a <= b] if not negative else [(1, 2)]
         for pair in pairs:
             counts = [count_supervised([batches[r][number]]) for r, number in enumerate(pair)]
             totals = SupervisedTotals(

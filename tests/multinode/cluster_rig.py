@@ -7,6 +7,8 @@ the run folder of a cluster is shared; /run and /dev/shm are each host's own, an
 
     with Cluster(tmp_path, hosts=2) as cluster:
         done = cluster.run("node1", [sys.executable, "-m", "jp_train", "launch", ..., "--hostfile", str(cluster.hostfile)], timeout=60)
+        process = cluster.popen("node1", ["sleep", "100"])
+        cluster.send(process, signal.SIGTERM)
         cluster.link("node2", "down")
         assert cluster.processes("node2") == []
 """
@@ -150,6 +152,11 @@ class Cluster:
             out, err = process.communicate()
             raise subprocess.TimeoutExpired(list(argv), timeout, out, err) from None
         return subprocess.CompletedProcess(list(argv), process.returncode, out, err)
+
+    def send(self, process: subprocess.Popen[Any], number: int) -> None:
+        """Signal what `popen` started (its own process is the one that entered the host)."""
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), number)
 
     def processes(self, host: str) -> list[tuple[int, str]]:
         """What runs on a host but its sshd: (process id of this machine, command line). A host that is off has none; zombies do not count."""

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from jp_train.model.pretrained import open_weights
-from jp_train.smoke.run import STAGES, Options, main, stage_overrides
+from jp_train.smoke.run import STAGES, Options, main, run_steps, stage_overrides
 
 
 def free_port() -> int:
@@ -29,12 +29,20 @@ def test_a_stage_alone_makes_what_it_needs_and_a_second_call_keeps_it(tmp_path, 
     capsys.readouterr()
     assert main([*arguments, "--seed", "1"]) == 2
     assert "--fresh" in capsys.readouterr().err
-    made = (out / "init" / "model.safetensors").stat().st_mtime_ns
-    (out / "stage1" / "export" / "config.json").unlink()
-    assert main(arguments) == 0
-    assert (out / "init" / "model.safetensors").stat().st_mtime_ns == made
-    assert (out / "stage1" / "export" / "config.json").exists()
-    assert "kept" in capsys.readouterr().err
+    again: list[str] = []
+
+    def never() -> int:
+        raise AssertionError("made before, and made again")
+
+    steps = [("data", never), ("tokenizer", never), ("parts", never), ("stage1", lambda: again.append("stage1") or 0)]
+    assert (
+        run_steps(
+            Options(out=out, tiny=True, overrides=("logging.wandb.mode=disabled",)), steps, dict.fromkeys(dict(steps), 1.0), only_stage=1
+        )
+        == 0
+    )
+    assert again == ["stage1"] and not (out / "stage1").exists(), "the stage that was asked for is trained anew"
+    assert capsys.readouterr().err.count("kept") == 3
 
 
 def test_starting_afresh_never_removes_a_folder_that_the_smoke_run_did_not_make(tmp_path, capsys):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from jp_train.data.plan import Plan
-from jp_train.data.sequence import Pending
+from jp_train.data.sequence import COLUMNS
 from jp_train.types import KINDS
 
 MEAN_DRAWS = 200_000
 """Draws of a source over which its mean length is taken: all of a smaller source's samples once."""
-_COLUMN = {name: number for number, name in enumerate(Pending._fields)}
+_COLUMN = {name: number for number, name in enumerate(COLUMNS)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

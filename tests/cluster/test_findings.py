@@ -1,0 +1,61 @@
+"""The report: faults first, alike ones together, JSON with everything, an exit code, and nothing that steers a terminal."""
+
+from __future__ import annotations
+
+import json
+
+from jp_train.cluster.findings import Fault, Report, gib, rate_text
+
+
+def report(faults: list[Fault], warnings: list[Fault] | None = None, hosts: int = 12) -> Report:
+    names = [f"node{number:02}" for number in range(1, hosts + 1)]
+    return Report(
+        faults=faults,
+        warnings=warnings or [],
+        hosts={names[0]: {"slots": 8, "torch": "2.13.0"}},
+        notes=["a note"],
+        seconds=3.21,
+        asked=names,
+    )
+
+
+def test_faults_come_before_warnings_and_each_has_its_remedy_below() -> None:
+    lines = (
+        report([Fault("node02", "disk", "full", "clear it")], [Fault("node01", "clock", "late", "set it", warning=True)])
+        .table()
+        .splitlines()
+    )
+    assert lines[:4] == ["FAULT  node02  disk: full", "       -> clear it", "warning  node01  clock: late", "         -> set it"]
+    assert lines[-2:] == ["a note", "1 fault, 1 warning: 12 hosts in 3.2 s"]
+
+
+def test_the_same_fault_of_many_hosts_is_one_entry_of_the_table_and_many_of_the_json() -> None:
+    faults = [Fault(f"node{n:02}", "data", f"no data on node{n:02}", f"copy it to node{n:02}") for n in range(1, 11)]
+    told = report(faults)
+    assert told.table().count("FAULT") == 1 and "node01, node02, node03, node04 and 6 more (10 hosts" in told.table()
+    assert len(told.as_json()["faults"]) == 10 and told.hosts_with_faults() == [f"node{n:02}" for n in range(1, 11)]
+    other = [*faults, Fault("node11", "data", "no data on node10", "copy it to node11")]
+    assert report(other).table().count("FAULT") == 2
+
+
+def test_only_faults_decide_the_exit_code() -> None:
+    warned = report([], [Fault("node01", "clock", "late", "set it", warning=True)])
+    assert (warned.ok, warned.exit_code) == (True, 0)
+    faulty = report([Fault("node01", "clock", "late", "set it")])
+    assert (faulty.ok, faulty.exit_code) == (False, 5)
+
+
+def test_the_json_is_json_with_host_check_found_and_remedy() -> None:
+    told = json.loads(json.dumps(report([Fault("node01", "ssh", "x", "y")]).as_json()))
+    assert told["faults"] == [{"host": "node01", "check": "ssh", "found": "x", "remedy": "y"}]
+    assert told["ok"] is False and told["hosts"]["node01"]["torch"] == "2.13.0"
+
+
+def test_what_a_host_says_cannot_steer_the_terminal() -> None:
+    table = report([Fault("node01", "ssh", "bad \x1b[2J\nFAULT node02", "do \r this")]).table()
+    assert "\x1b" not in table and "\r" not in table and table.count("\n") == report([Fault("node01", "ssh", "x", "y")]).table().count("\n")
+
+
+def test_sizes_and_rates_read_as_people_write_them() -> None:
+    assert (gib(3 << 30), gib(5 << 20)) == ("3.00 GiB", "5.0 MiB")
+    assert (rate_text(2.5e9), rate_text(1.25e6)) == ("2.50 GB/s", "1.2 MB/s")
