@@ -69,7 +69,7 @@ def forecast_stage(path: Path, overrides: Sequence[str], question: Question) -> 
         "steps": steps,
         "days": _days(now, steps),
         "training": _whole_training(path, cfg, cluster, given),
-        "advice": [asdict(one) for one in advice(cfg, cluster, given, now, shapes)],
+        "advice": [asdict(one) for one in advice(cfg, cluster, given, found, shapes)],
     }
 
 

@@ -7,6 +7,7 @@ host afterwards: the probes end with their ssh, a hung one is killed, and each h
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import uuid
@@ -35,6 +36,9 @@ CONNECT_S = 2.0
 SHARED_WAIT_S = 3.0
 """A network file system may show a new file so many seconds late."""
 PINGS = 3
+WAITED = re.compile("timed? ?out|Connection closed by peer|Connection reset", re.IGNORECASE)
+MARGIN_S = 3.0
+"""An all-reduce that times out is told so many seconds later at most."""
 LIFETIME_S = 300
 """A probe that nobody ends, ends by itself."""
 
@@ -101,21 +105,19 @@ class _Examination:
                 facts = self._facts()
             with self._progress("clocks and the run folder"):
                 self._clocks(facts)
-                self._shared()
+                self._shared(self._present(facts))
             with self._progress("who reaches whom"):
                 may_meet = self._reach(facts)
             if self._cfg is not None and "data" not in self._skip:
                 with self._progress("the data"):
                     self._data(facts)
-            with_torch = [
-                host for host in self._talk.hosts if may_meet or facts[host]["devices"]
-            ]  # CPU hosts load it for the all-reduce only
-            if with_torch and "versions" not in self._skip:
+            # CPU hosts load torch for the all-reduce only
+            if with_torch := [host for host in self._present(facts) if may_meet or facts[host]["devices"]]:
                 with self._progress("torch"):
-                    self._torch(with_torch, facts)
-            if may_meet:
+                    with_torch = self._torch(with_torch, facts)
+            if may_meet and len(with_torch) > 1:
                 with self._progress("an all-reduce"):
-                    self._bandwidth(facts)
+                    self._bandwidth(with_torch, facts)
             lost = self._talk.lost
         self._find(None, checks.check_answers(lost, sys.executable, os.getcwd()))
         self._end_hung([host for host, answer in lost.items() if answer.cause is Cause.TIMEOUT])
@@ -184,8 +186,7 @@ class _Examination:
             self._hosts[host]["clock"] = f"{offset:+.2f} s" if abs(offset) > uncertainty else "0 s"
         self._find("clock", checks.check_clocks(best))
 
-    def _shared(self) -> None:
-        hosts = self._talk.hosts
+    def _shared(self, hosts: Sequence[str]) -> None:
         if self._cfg is None or "shared" in self._skip or len(hosts) < 2:
             return
         first, *others = hosts
@@ -209,9 +210,10 @@ class _Examination:
 
     def _reach(self, facts: Mapping[str, Any]) -> bool:
         """Ports and pairs. Returns whether all hosts that answer can meet for an all-reduce."""
-        first, *_ = hosts = self._talk.hosts or [""]
-        if not first or ("port" in self._skip and "reach" in self._skip and "bandwidth" in self._skip):
+        hosts = self._present(facts)
+        if not hosts or ("port" in self._skip and "reach" in self._skip and "bandwidth" in self._skip):
             return False
+        first = hosts[0]
         questions = {host: {"ask": "listen", "master_port": self._port if host == first else None} for host in hosts}
         listening = self._ask(questions, "its network addresses", self._timeout_s)
         if first not in listening:
@@ -247,30 +249,32 @@ class _Examination:
         return not blocked
 
     def _data(self, facts: Mapping[str, Any]) -> None:
-        hosts = [host for host in self._talk.hosts if not isinstance(facts[host]["config"], dict)]
+        hosts = [host for host in self._present(facts) if not isinstance(facts[host]["config"], dict)]
         questions = {host: {"ask": "data", **self._question, "number": number} for number, host in enumerate(hosts)}
         self._find("data", checks.check_data(self._ask(questions, "the data", 2 * self._timeout_s)))
 
-    def _torch(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
+    def _torch(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> list[str]:
+        """Returns the hosts where it can be loaded."""
         failed: dict[str, str] = {}
         told = self._ask({host: {"ask": "torch"} for host in hosts}, "torch", 2 * self._timeout_s, failed)
         broken = [
             Fault(host, "versions", f"torch cannot be loaded: {error}", f"on {host}: install the torch that the others have")
             for host, error in failed.items()
         ]
-        self._find("versions", [*broken, *checks.check_torch({host: told[host] for host in hosts if host in told}, facts)])
+        self._find("versions", [*broken, *checks.check_torch(told, facts)])
+        return list(told)
 
-    def _bandwidth(self, facts: Mapping[str, Any]) -> None:
-        hosts = self._talk.hosts
+    def _bandwidth(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
         gpu = all(facts[host]["devices"] for host in hosts)
-        limit = 2 * self._timeout_s
+        limit = self._timeout_s
         common = {"ask": "bandwidth", "world": len(hosts), "address": self._address, "port": self._port, "timeout_s": limit, "gpu": gpu}
         failed: dict[str, str] = {}
-        measured = self._ask(
-            {host: {**common, "rank": rank} for rank, host in enumerate(hosts)}, "an all-reduce", limit + self._timeout_s, failed
-        )
-        if failed or len(measured) < len(hosts):
-            for host, error in failed.items():
+        measured = self._ask({host: {**common, "rank": rank} for rank, host in enumerate(hosts)}, "an all-reduce", limit + MARGIN_S, failed)
+        if len(measured) < len(hosts):
+            silent = [host for host in hosts if host in self._talk.lost]  # they made it fail for the others, who are well
+            self._notes.append(f"the all-reduce failed{': ' + ', '.join(silent) + ' stopped answering' if silent else ''}")
+            own = {host: error for host, error in failed.items() if not WAITED.search(error)}  # the others only waited for these
+            for host, error in (own or failed).items() if not silent else ():
                 remedy = f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {self._address}:{self._port} is its way to {hosts[0]}"
                 self._findings.append(Fault(host, "bandwidth", f"the all-reduce failed: {error}", remedy))
             return
@@ -302,6 +306,10 @@ class _Examination:
                 remedy = f"see that {host} has the same jp_train and packages as this host"
                 self._findings.append(Fault(host, "answer", f"could not tell {what}: {said.get('error')}", remedy))
         return {host: answers[host] for host in questions if host in answers}
+
+    def _present(self, facts: Mapping[str, Any]) -> list[str]:
+        """Hosts whose facts are known, and that still answer."""
+        return [host for host in self._talk.hosts if host in facts]
 
     def _find(self, check: str | None, found: Iterable[Fault]) -> None:
         if check is None or check not in self._skip:

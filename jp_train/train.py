@@ -35,7 +35,7 @@ from jp_train.engine.proof import FreezeWatch, refuse_leaks
 from jp_train.engine.state import TrainState
 from jp_train.engine.stop import SignalFlag, Stop, decide
 from jp_train.engine.watchdog import Watchdog
-from jp_train.errors import DataError, JpTrainError
+from jp_train.errors import DataError, JpTrainError, LaunchError
 from jp_train.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.model.flops import BatchStatistics, step_flops
 from jp_train.model.freeze import module_of
@@ -64,11 +64,19 @@ def folder_to_itself(cfg: RunConfig, ranks: Ranks) -> Iterator[Callable[[], None
 
     Raises LaunchError on every rank when another job trains there, ConfigError when the folder cannot be written.
     """
-    lock = main_first(ranks, lambda: locked(cfg) if ranks.is_main else None)
+    held: list[RunLock] = []
     try:
-        yield lock.abandon if lock else lambda: None
+        try:
+            main_first(ranks, lambda: held.append(locked(cfg)) if ranks.is_main else None)
+        except RuntimeError as error:
+            if not is_collective_failure(error):
+                raise
+            raise LaunchError(
+                f"rank {ranks.dp_rank}: another rank ended before training began; its own output is the cause: {error}"
+            ) from error
+        yield held[0].abandon if held else lambda: None
     finally:
-        if lock:
+        for lock in held:
             lock.release()
 
 

@@ -150,6 +150,7 @@ LATE_IMPORTS = (
 
 def serve(run: Callable[[Path, list[dict[str, Any]]], int]) -> None:
     """The nursery's side: read launches from stdin, fork ranks that call `run(folder, scenarios)`, report how they end."""
+    del sys.modules["__main__"].__file__  # else every loader worker of a rank imports the script again, with DeepSpeed and all
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):  # another version: slower, no less right
             importlib.import_module(name)

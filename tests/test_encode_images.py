@@ -307,7 +307,7 @@ def trained(plain, encoded, tmp_path_factory) -> tuple[Launch, Path]:
         {"name": "other", **small, "data": str(encoded), "run_dir": str(runs / "other"), "seed": 8},
     ]
     with Nursery(ROOT / "tests" / "engine" / "worker.py") as nursery:
-        return nursery.run(runs / "launch", scenarios, world=2, timeout_s=300), runs
+        return nursery.run(runs / "launch", scenarios, world=2, timeout_s=900), runs
 
 
 def test_two_zero3_ranks_train_to_the_same_losses_with_stored_ids(trained) -> None:

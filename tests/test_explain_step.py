@@ -70,7 +70,7 @@ def trained(tmp_path_factory) -> Trained:
             root / "launch",
             [{"name": "first", **attempt, "steps": 5}, {"name": "second", **attempt, "steps": STEPS}],
             world=WORLD,
-            timeout_s=300,
+            timeout_s=900,
         )
     hashes: list[dict[int, str]] = []
     for rank in range(WORLD):

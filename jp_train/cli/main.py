@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jp_train import __version__
 from jp_train.errors import JpTrainError
 
-COMMANDS = ("train", "launch", "preflight", "check", "data", "import", "export", "generate", "ask", "report", "status")
+COMMANDS = ("train", "launch", "preflight", "check", "forecast", "data", "import", "export", "generate", "ask", "report", "status")
 
 EPILOG = """\
 the way through:

@@ -71,15 +71,19 @@ def check_answers(lost: Mapping[str, Answer], python: str, cwd: str) -> Iterator
 
 
 def settled(facts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """The facts with a harmless value where one could not be had, and a warning for each of those. (Code and configuration are needed: see their checks.)"""
+    """The facts with a harmless value where one could not be had, and a warning for each of those.
+
+    Code and configuration stay errors, for their checks. A fact that a host does not tell at all belongs to another version of the code.
+    """
     found, faults = {}, []
     for host, fact in facts.items():
-        found[host] = dict(fact)
+        untold = {"error": f"{host} does not tell it: another version of jp_train"}
+        found[host] = {name: fact.get(name, untold) for name in (*HARMLESS, "code", "config")}
         for name, harmless in HARMLESS.items():
-            if isinstance(fact[name], Mapping) and "error" in fact[name]:
-                found[host][name] = harmless
+            if isinstance(found[host][name], Mapping) and "error" in found[host][name]:
                 remedy = f"see why on {host}; what depends on it was not looked at there"
-                faults.append(Fault(host, "answer", f"{name} could not be found out: {fact[name]['error']}", remedy, warning=True))
+                faults.append(Fault(host, "answer", f"{name} could not be found out: {found[host][name]['error']}", remedy, warning=True))
+                found[host][name] = harmless
     return found, faults
 
 

@@ -197,7 +197,7 @@ class Supervisor:
                     lines.append(parts[key.data])
                     parts[key.data] = b""
                 for line in filter(None, lines):
-                    self._keep(line, key.data, terminal)
+                    self._keep(line if data or line.endswith(b"\n") else line + b"\n", key.data, terminal)
                 if not data:
                     selector.unregister(key.fileobj)
             if not selector.get_map():

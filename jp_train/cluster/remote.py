@@ -44,7 +44,7 @@ class Cause(str, Enum):
     KEY_CHANGED = "host key changed"
     KEY_UNKNOWN = "host key unknown"
     LOGIN = "login refused"
-    LOST = "connection lost"
+    LOST = "broke off"
     TIMEOUT = "time-out"
     NO_SSH = "no ssh here"
 
@@ -63,7 +63,7 @@ REMEDIES = {
     ),
     Cause.KEY_UNKNOWN: "log in once by hand (`ssh {host} true`) and confirm the key, or add it to known_hosts",
     Cause.LOGIN: "let this user log in by key: `ssh-copy-id {host}`, until `ssh -o BatchMode=yes {host} true` asks for nothing",
-    Cause.LOST: "look into the ssh server's log on {host} (connection limit, restart, out of memory)",
+    Cause.LOST: "the connection ended, or the program was killed: look at {host} for its out-of-memory killer (`dmesg`) and into its ssh server's log",
     Cause.TIMEOUT: "log in to {host} and see what hangs (`ps`, a dead file server), or give more time",
     Cause.NO_SSH: "install the ssh client on this host (Debian: apt-get install openssh-client)",
 }

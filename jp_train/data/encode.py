@@ -192,11 +192,15 @@ class Encoder:
             runs, ids = unpack(sample.token_ids, self._planes)
             if len(ids) and ids.max() >= self.tokenizer.vocab_size:
                 raise ValueError(f"id {ids.max()} of {self.tokenizer.vocab_size}")
+            if (ids == self.tokenizer.special.image_placeholder).any():
+                raise ValueError("an image slot among the ids of a text")
             if isinstance(sample, GenerationSample):
                 (both, _), (whole, _), _ = runs
                 condition = np.concatenate([ids[:both], ids[both + whole :]]) if short else ids[: both + whole]
                 parts: list[Part] = [(condition, READ)]
                 return layouts.generation(layouts.dropped(parts) if drop else parts)
+            if [role for _, role in runs].count(IMAGE) != isinstance(sample, UnderstandingSample):
+                raise ValueError("another number of images")
         except (ValueError, struct.error) as error:
             raise DataError(
                 f"the stored token ids of {sample.info} are damaged ({error}); delete the shard's .jp-tokens sidecar, or set "

@@ -29,7 +29,7 @@ from jp_train.data.shards import Shard, ShardReader
 from jp_train.errors import DataError
 
 IMAGE = 3
-"""The role of a picture's place; the others of such a document are those of layouts.py."""
+"""The role of a picture's place; the others of such a document are those of layouts.py (PAD is drawn, never stored)."""
 BOTH, WHOLE, SHORT = 0, 1, 2
 
 _LOW_BITS = 16

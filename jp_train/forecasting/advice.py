@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jp_train.config import RunConfig
 from jp_train.config.schema import VqIds
 from jp_train.errors import ConfigError
-from jp_train.forecasting.candidates import Candidate, Cluster, best, candidates, evaluate
+from jp_train.forecasting.candidates import Candidate, Cluster, best, candidates, evaluate, is_own
 from jp_train.forecasting.hardware import Hardware
-from jp_train.forecasting.shapes import Shapes, shapes_of
+from jp_train.forecasting.shapes import Shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +32,11 @@ class Advice:
 LEAST_GAIN = 0.01
 
 
-def advice(cfg: RunConfig, cluster: Cluster, hardware: Hardware, now: Candidate, shapes: Shapes | None = None) -> list[Advice]:
-    """Variants that save at least LEAST_GAIN of a step and fit, the largest gain first; `now` is the configuration's own forecast."""
+def advice(cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes) -> list[Advice]:
+    """Variants that save at least LEAST_GAIN of a step and fit, the largest gain first; `own` are the candidates of this run."""
+    now = next(one for one in own if is_own(cfg, one))
     found = []
-    for change, kind, one, world in _variants(cfg, cluster, hardware, shapes or shapes_of(cfg)):
+    for change, kind, one, world in _variants(cfg, cluster, hardware, own, shapes):
         gain = 1 - one.seconds / now.seconds
         if gain >= LEAST_GAIN and one.fits:
             found.append(
@@ -53,9 +54,10 @@ def advice(cfg: RunConfig, cluster: Cluster, hardware: Hardware, now: Candidate,
     return sorted(found, key=lambda one: -one.gain)
 
 
-def _variants(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shapes) -> Iterator[tuple[str, str, Candidate, int]]:
+def _variants(
+    cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes
+) -> Iterator[tuple[str, str, Candidate, int]]:
     """What changes, whether it is a setting or hardware, its forecast, and its ranks. Variants that are impossible are left out."""
-    own = candidates(cfg, cluster, hardware, shapes)
     choice = best(own)
     if choice is not None:
         yield choice.describe(), "setting", choice, cluster.world

@@ -185,6 +185,15 @@ def test_a_fact_that_could_not_be_had_is_a_warning_and_breaks_nothing() -> None:
     list(checks.check_devices(facts, dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8)))
 
 
+def test_a_host_with_an_older_jp_train_that_tells_less_is_a_warning_and_its_code_a_fault() -> None:
+    older = {name: value for name, value in host().items() if name not in ("locks", "cores")} | {"code": {"train.py": "old"}}
+    facts, faults = checks.settled({**cluster(), "b2": older})
+    assert [fault.found for fault in faults] == [
+        f"{name} could not be found out: b2 does not tell it: another version of jp_train" for name in ("cores", "locks")
+    ]
+    assert only(checks.check_code(facts, host()["code"])).host == "b2"
+
+
 # -- data -------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -312,7 +312,16 @@ def test_damaged_records_stop_the_run_with_sample_and_remedy(cfg, tokenizer, tmp
         for start in starts[:-1]:
             data[start + 8 : start + 12] = b"\x05\0\0\0"
 
-    for change, found in ((large_ids, "id 65535 of 500"), (many_runs, "runs"), (shorter, "bytes for")):
+    def image_slots(data, starts):
+        for start in starts[:-1]:
+            data[start + 12 : start + 14] = tokenizer.special.image_placeholder.to_bytes(2, "little")
+
+    def images(data, starts):
+        for start in starts[:-1]:
+            data[start + 4] |= 3
+
+    cases = {large_ids: "id 65535 of 500", many_runs: "runs", shorter: "bytes for", image_slots: "image slot", images: "number of images"}
+    for change, found in cases.items():
         message = damage(text_source(cfg, tmp_path), tokenizer, change)
         assert "the stored token ids of source 's'" in message and found in message and "data.token_ids=off" in message
         for path in tmp_path.glob("*.npz"):
@@ -332,6 +341,8 @@ def test_no_damage_of_a_record_ends_in_another_error(cfg, tokenizer):
             draft = encoder.draft(without_text(sample, record))
             tokens = encoder.written(draft)
             assert tokens[0].min() >= 0 and tokens[0].max() < tokenizer.vocab_size
+            slots = 16 * (not isinstance(sample, TextSample))
+            assert (tokens[0] == tokenizer.special.image_placeholder).sum() == slots
             outcomes.add("another text")
         except DataError as error:
             assert "delete the shard's .jp-tokens sidecar" in str(error)

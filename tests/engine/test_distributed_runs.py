@@ -54,13 +54,13 @@ def launch(nursery: Nursery, runs: Path, data: Path, name: str, scenarios: list[
     for scenario in scenarios:
         scenario.setdefault("run_dir", str(runs / scenario["name"]))
         scenario["data"] = str(data)
-    return nursery.run(runs / f"launch-{name}", scenarios, world=world, timeout_s=420, **options)
+    return nursery.run(runs / f"launch-{name}", scenarios, world=world, timeout_s=900, **options)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(nursery, data, runs) -> Launch:
     def stop_rank_0(pids):
-        wait_for(lambda: (runs / "stopped" / "waiting").exists(), timeout_s=400)
+        wait_for(lambda: (runs / "stopped" / "waiting").exists(), timeout_s=800)
         os.kill(pids[0], signal.SIGTERM)  # the launcher signals one rank after the other: the flag must reach rank 1 by itself
 
     curve = {"kind": "train", "steps": STEPS, "held_out": True, "validation.every_steps": 7, **SMALL}

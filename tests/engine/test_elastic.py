@@ -134,7 +134,7 @@ def launches(data, runs, small_disk) -> dict[str, Launch]:
                     fill([])
                 made |= dict.fromkeys(
                     [scenario["name"] for scenario in scenarios],
-                    nursery.run(runs / f"launch-{name}", scenarios, world=world, timeout_s=420),
+                    nursery.run(runs / f"launch-{name}", scenarios, world=world, timeout_s=900),
                 )
     return made
 

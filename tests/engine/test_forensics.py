@@ -47,7 +47,7 @@ def launch(data, tmp_path_factory) -> tuple[Launch, Path]:
     for scenario in scenarios:
         scenario |= {"run_dir": str(folder / scenario["name"]), "data": str(data)}
     with Nursery(Path(__file__).resolve().parent / "guard_worker.py") as nursery:
-        return nursery.run(folder / "launch", scenarios, world=2, timeout_s=560), folder
+        return nursery.run(folder / "launch", scenarios, world=2, timeout_s=900), folder
 
 
 def events(run: Path, name: str) -> list[dict]:

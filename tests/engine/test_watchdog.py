@@ -47,7 +47,7 @@ def launch(nursery: Nursery, folder: Path, scenarios: list[dict], **options) -> 
     for scenario in scenarios:
         changes = {} if scenario["kind"] == "turns" else {**SMALL, "engine.stall_timeout_s": STALL_S}
         scenario |= {"run_dir": str(folder / scenario["name"]), "data": str(folder / "data"), **changes}
-    return nursery.run(folder / f"launch-{scenarios[0]['name']}", scenarios, world=2, timeout_s=300, **options)
+    return nursery.run(folder / f"launch-{scenarios[0]['name']}", scenarios, world=2, timeout_s=900, **options)
 
 
 def events(run: Path, name: str) -> list[dict]:
@@ -135,7 +135,7 @@ def calm(nursery, folder) -> Launch:
 
     def while_running(pids: list[int]) -> None:
         def at(name: str, phase: str) -> None:
-            wait_for(lambda: all((folder / name / f"at-{phase}.{rank}").exists() for rank in (0, 1)), timeout_s=200)
+            wait_for(lambda: all((folder / name / f"at-{phase}.{rank}").exists() for rank in (0, 1)), timeout_s=600)
 
         at("suspended", "save")
         for number in (signal.SIGSTOP, signal.SIGCONT):
@@ -150,7 +150,7 @@ def calm(nursery, folder) -> Launch:
         at("in-export", "export")
         for pid in pids:
             os.kill(pid, signal.SIGINT)
-        wait_for(lambda: (folder / "in-indexing" / "at-indexing.0").exists(), timeout_s=200)  # rank 1 waits for rank 0 in a collective
+        wait_for(lambda: (folder / "in-indexing" / "at-indexing.0").exists(), timeout_s=600)  # rank 1 waits for rank 0 in a collective
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
 

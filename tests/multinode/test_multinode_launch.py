@@ -86,6 +86,11 @@ class Run:
         return max((line["step"] for line in self.lines("metrics.jsonl") if "loss/total" in line), default=0)
 
     @property
+    def saved(self) -> int:
+        """The step of the newest complete checkpoint."""
+        return max((int(path.name.removeprefix("step_")) for path in self.folder.glob("checkpoints/step_*")), default=0)
+
+    @property
     def steps(self) -> dict[int, tuple[int, float]]:
         """Digest of the rows and loss of each step; of one that was trained again, the last."""
         return {
@@ -133,7 +138,7 @@ def test_four_hosts_train_the_rows_of_one_and_two_go_on_when_the_others_die(clus
     hostfile = cluster.folder / "four"
     shutil.copy(cluster.hostfile, hostfile)
     run = start(cluster, "node4", config, hostfile, "--max-restarts", "1", "--skip-preflight")
-    run.wait_for(lambda: run.step >= 3)
+    run.wait_for(lambda: run.step >= 3 and run.saved >= 2)
     cluster.stop_host("node1")  # rank 0's host loses its power
     cluster.link("node2", "down")  # and another one its cable: what runs there must end by itself
     alone = request.getfixturevalue("alone")
@@ -165,7 +170,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_until_a_stop_signal_saves_it
     # mpirun starts a rank without DeepSpeed's own launcher; where it is not installed, pdsh does
     launcher = ["--launcher", "openmpi"] if shutil.which("mpirun") else []
     run = start(cluster, "node1", config, hostfile, "--max-restarts", "1", "--skip-preflight", "stage.training_steps=400", *launcher)
-    run.wait_for(lambda: run.step >= 3)
+    run.wait_for(lambda: run.step >= 3 and run.saved >= 2)
     (rank,) = [pid for pid, line in cluster.processes("node2") if "-m jp_train train" in line]
     os.kill(rank, signal.SIGKILL)
     run.wait_for(lambda: len(run.events("restarted")) == 1)
