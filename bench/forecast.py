@@ -41,7 +41,9 @@ STAGES = {
 }
 
 
-def configuration(size: str, *, stage: int = 3, rows: int = 2, checkpointing: bool = True, precision: str = "fp32", hpz: int = 1, world: int = 2):
+def configuration(
+    size: str, *, stage: int = 3, rows: int = 2, checkpointing: bool = True, precision: str = "fp32", hpz: int = 1, world: int = 2
+):
     """A Janus-Pro of about `size` parameters; 36 tokens a picture, rows of 512 tokens."""
     from jp_train.config import RunConfig
     from jp_train.config.schema import BatchUnit, LanguageConfig, MixtureConfig, Precision, VisionConfig, VQConfig
@@ -372,7 +374,9 @@ def predicted_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, 
         if p.trained:
             gradient[p.path] = max(gradient.get(p.path, 0), 2 * p.numel)
     forward = max(v.activation for v in visits if v.phase == FORWARD)
-    backward = max(v.activation + (gradient.get(v.path, 0) if v.phase in ("backward", "continued") else 0) for v in visits if v.phase != FORWARD)
+    backward = max(
+        v.activation + (gradient.get(v.path, 0) if v.phase in ("backward", "continued") else 0) for v in visits if v.phase != FORWARD
+    )
     return {"forward": forward, "backward": backward}
 
 
@@ -386,9 +390,66 @@ def true_shape(model: str, stage: int):
         return load_config(path)
 
 
+def compare_shapes(model: str, stage: int, checkpointing: bool) -> dict[str, Any]:
+    """One line of the table of the true shapes: bytes at the peak of a backward pass, predicted and followed."""
+    cfg = true_shape(model, stage)
+    batch = synthetic_batch(cfg, 1)
+    followed = fake_passes(cfg, batch, checkpointing=checkpointing)["backward"]
+    predicted = predicted_passes(cfg, batch, checkpointing=checkpointing)["backward"]
+    return {
+        "model": model,
+        "stage": stage,
+        "checkpointing": checkpointing,
+        "measured": followed,
+        "predicted": predicted,
+        "error": predicted / followed - 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=[name for name in SIZES if name != "tiny"], default=["10M", "40M", "100M"])
+    parser.add_argument("--worlds", nargs="+", type=int, default=[2, 4], help="numbers of ranks (default 2 4)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of 512 tokens a micro-batch (default 1)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--no-shapes", action="store_true", help="leave out the true 1B and 7B shapes")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        arguments.out.write_text(json.dumps(as_rank(json.loads(arguments.rank))))
+        return
+    sys.path.insert(0, str(ROOT))
+    runs = []
+    for size in arguments.sizes:
+        for world in arguments.worlds:
+            spec = {"size": size, "world": world, "rows": arguments.rows, "precision": arguments.precision}
+            print(f"real run: {size} on {world} ranks", file=sys.stderr, flush=True)
+            runs.append(compare(spec))
+    shapes = []
+    for model in () if arguments.no_shapes else ("1b", "7b"):
+        for stage in (1, 2, 3):
+            for checkpointing in (True, False):
+                print(f"fake tensors: {model} stage {stage}, checkpointing {checkpointing}", file=sys.stderr, flush=True)
+                shapes.append(compare_shapes(model, stage, checkpointing))
+    figures = {"runs": runs, "shapes": shapes}
+    if arguments.save:
+        arguments.save.write_text(json.dumps(figures))
+    if arguments.json:
+        print(json.dumps(figures))
+        return
+    print(f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}  peak in")
+    for one in runs:
+        print(
+            f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}{one['error']:>+8.1%}  {one['phase']}"
+        )
+    print(f"\n{'true shape':<24}{'followed MiB':>14}{'predicted':>11}{'error':>8}")
+    for one in shapes:
+        name = f"{one['model']} stage {one['stage']}{', checkpointing' if one['checkpointing'] else ''}"
+        print(f"{name:<24}{one['measured'] / MIB:>14.0f}{one['predicted'] / MIB:>11.0f}{one['error']:>+8.1%}")
+
+
 if __name__ == "__main__":
-    if "--rank" in sys.argv:
-        at = sys.argv.index("--rank")
-        Path(sys.argv[at + 3]).write_text(json.dumps(as_rank(json.loads(sys.argv[at + 1]))))
-    else:
-        raise SystemExit("not yet")
+    main()

@@ -18,7 +18,7 @@ from jp_train.errors import ConfigError
 from jp_train.forecasting.advice import advice
 from jp_train.forecasting.candidates import Candidate, Cluster, best, candidates, is_own
 from jp_train.forecasting.hardware import GIB, Hardware, hardware
-from jp_train.forecasting.shapes import Shapes, shapes_of, worst_micro_batch
+from jp_train.forecasting.shapes import shapes_of, worst_micro_batch
 from jp_train.forecasting.workload import average_row
 
 DAY = 86_400
@@ -135,7 +135,11 @@ def _details(now: Candidate, cluster: Cluster) -> dict[str, Any]:
             "rank": now.work.model / cluster.world,
         },
         "micro_batch_communication": legs,
-        "step_communication": {"micro_batches": sent.micro_batches, "between_nodes_gib": sent.between / GIB, "inside_node_gib": sent.inside / GIB},
+        "step_communication": {
+            "micro_batches": sent.micro_batches,
+            "between_nodes_gib": sent.between / GIB,
+            "inside_node_gib": sent.inside / GIB,
+        },
         "time": {
             "overlapped_s": now.time.overlapped,
             "serial_s": now.time.serial,

@@ -218,8 +218,8 @@ class _Examination:
         listening = self._ask(questions, "its network addresses", self._timeout_s)
         if first not in listening:
             return False
-        addresses = facts[first]["addresses"]
-        self._address = self._address or ("127.0.0.1" if self._local else next(iter(addresses), ""))
+        told_first = [*facts[first]["addresses"], listening[first]["fabric"].get("address", "")]
+        self._address = self._address or ("127.0.0.1" if self._local else told_first[0])
         doors = {
             host: [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]
             for host, told in listening.items()
@@ -266,7 +266,7 @@ class _Examination:
 
     def _bandwidth(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
         gpu = all(facts[host]["devices"] for host in hosts)
-        limit = self._timeout_s
+        limit = (3 if gpu else 1) * self._timeout_s  # NCCL takes seconds to make its connections
         common = {"ask": "bandwidth", "world": len(hosts), "address": self._address, "port": self._port, "timeout_s": limit, "gpu": gpu}
         failed: dict[str, str] = {}
         measured = self._ask({host: {**common, "rank": rank} for rank, host in enumerate(hosts)}, "an all-reduce", limit + MARGIN_S, failed)

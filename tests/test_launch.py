@@ -64,10 +64,16 @@ import re, subprocess, sys
 rest = sys.argv[1:]
 hosts = rest[rest.index("-w") + 1].split(",")
 command = " ".join(rest[rest.index("-w") + 2 :])
-if "cluster.signals" in command:
-    hosts = hosts[:1]  # the stand-in hosts share one process table
 running = [subprocess.Popen(["sh", "-c", command.replace("%n", str(i)).replace("%h", host)]) for i, host in enumerate(hosts)]
 raise SystemExit(max(process.wait() for process in running))
+"""
+
+SSH = """#!/bin/sh
+for last; do :; done
+case "$last" in
+    *cluster.signals*) case "$*" in *" beta "*) echo "jp_train: reached 0 processes" ;; *) exec sh -c "$last" ;; esac ;;  # one process table
+    *) echo 127.0.0.1 ;;
+esac
 """
 
 
@@ -332,7 +338,7 @@ def test_a_failing_rank_ends_the_run_with_its_code_and_leaves_the_handlers_as_th
 def test_remote_ranks_get_their_arguments_unchanged_and_one_stop_signal(stand_in: Path) -> None:
     programs = stand_in / "bin"
     programs.mkdir()
-    for name, text in (("pdsh", PDSH.format(python=sys.executable)), ("ssh", "#!/bin/sh\necho 127.0.0.1\n")):
+    for name, text in (("pdsh", PDSH.format(python=sys.executable)), ("ssh", SSH)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     overrides = ["data.root=a {b,c} \"d\" 'e' * ~", "data.system_prompt=$(id)`id`;&|<>*{1..3}[x]\"'!#", "seed=3"]

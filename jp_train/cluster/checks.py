@@ -185,7 +185,7 @@ def check_devices(
                 )
         elif with_gpus:
             yield Fault(
-                host, "devices", f"no GPU device file in /dev, while {_some(with_gpus, 'host')} has GPUs",
+                host, "devices", f"no GPU device file in /dev, while {_some(with_gpus, 'host')} {'has' if len(with_gpus) == 1 else 'have'} GPUs",
                 f"load the driver on {host} (`modprobe nvidia`), give its container the devices, or leave it out with --exclude {host}",
             )  # fmt: skip
         elif len(selection[host]) > int(facts[host]["cores"]):
@@ -337,7 +337,7 @@ def check_port(first: str, address: str, port: int, listening: Mapping[str, Any]
     for host, why in unreached.items():
         yield Fault(
             host, "port", f"does not reach the rendezvous on {first}: {why}",
-            f"open port {port} of {first} for {host} (firewall), and see that {address}, the first of `hostname -I` on {first}, is its cluster address",
+            f"open port {port} of {first} for {host} (firewall), and see that {address}, the first of `hostname -I` on {first}, is its cluster address (else --master-addr)",
         )  # fmt: skip
 
 

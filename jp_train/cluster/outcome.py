@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jp_train import errors
-from jp_train.cluster.records import RankRecord, culprits, how_it_ended
+from jp_train.cluster.records import STOPPED, RankRecord, culprits, how_it_ended
 from jp_train.cluster.restarts import FINAL_CODES
 from jp_train.cluster.running import Ending
 from jp_train.errors import JpTrainError, LaunchError
 
-STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 NAMED = 4
 
 

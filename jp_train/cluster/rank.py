@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from jp_train.cluster.command import LOGS, WORLD
 from jp_train.cluster.options import ranks_of
-from jp_train.cluster.records import LOG_BYTES, TAIL_LINES, RankRecord, log_path
+from jp_train.cluster.records import LOG_BYTES, STOPPED, TAIL_LINES, RankRecord, log_path, ranks_over
 from jp_train.errors import LaunchError
 
 NUMBERINGS = (
@@ -40,6 +40,8 @@ PR_SET_PDEATHSIG = 1
 LOOK_S = 0.5
 DRAIN_S = 5.0
 """Seconds after the rank's end that its children may still hold its output open, and that a slow terminal is waited for."""
+OTHERS_S = 120.0
+"""Seconds that a rank which has obeyed a stop signal waits for the others: they save together, so it takes a moment."""
 WAITING_LINES = 10_000
 """Lines that a slow terminal may be behind; more are left out there (the log has them)."""
 
@@ -178,7 +180,16 @@ class Supervisor:
             terminal.close()
         if self._log:
             self._log.close()
+        if code in STOPPED:
+            self._wait_for_others()
         return code
+
+    def _wait_for_others(self) -> None:
+        """Stay until the other ranks have saved too: every launcher kills them as soon as it sees one end with a code other than 0."""
+        until = time.monotonic() + OTHERS_S
+        world = int(self._env["WORLD_SIZE"])
+        while self._logs is not None and 0 < ranks_over(self._logs) < world and time.monotonic() < until:
+            time.sleep(LOOK_S)
 
     def _follow(self, child: subprocess.Popen[bytes], parent: int, terminal: Terminal | None) -> None:
         """Copy the rank's output until it has ended and nothing more comes."""

@@ -22,6 +22,10 @@ from pathlib import Path
 FOLDER = "logs"
 KEPT_LAUNCHES = 20
 LOG_BYTES = 32 << 20
+OVER = ".over_rank"
+"""Empty files that say, by their names alone, which ranks have ended."""
+STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+"""Exit codes of a rank that has obeyed a stop signal."""
 TAIL_LINES = 15
 """Last lines of stderr that a record keeps."""
 _LAUNCH = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
@@ -72,15 +76,25 @@ class RankRecord:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+        if self.code is not None:
+            (folder / f"{OVER}{self.rank}").touch()
 
     @property
     def failed(self) -> bool:
         """It ended, neither as planned nor by a stop signal that it obeyed."""
-        return self.code is not None and self.code not in (0, *(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)))
+        return self.code is not None and self.code not in (0, *STOPPED)
 
     def describe(self) -> str:
         """`rank 9 on node2 (process 4711): killed by SIGKILL`."""
         return f"rank {self.rank} on {self.host} (process {self.pid}): {how_it_ended(self.code)}{f'; {self.reason}' if self.reason else ''}"
+
+
+def ranks_over(folder: Path) -> int:
+    """How many ranks of a launch have ended: one look at the folder, cheap enough for all ranks at the same time. 0 where it cannot be read."""
+    try:
+        return sum(name.startswith(OVER) for name in os.listdir(folder))
+    except OSError:
+        return 0
 
 
 def how_it_ended(code: int | None) -> str:

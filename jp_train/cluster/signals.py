@@ -15,7 +15,8 @@ from pathlib import Path
 
 LAUNCH_ID = "JP_TRAIN_LAUNCH_ID"
 REACHED = "jp_train: reached"
-RANK_PARENT = b"jp_train.cluster.rank"
+SUPERVISOR = [b"-u", b"-m", b"jp_train.cluster.rank"]
+"""First arguments of the process that has a rank for its child. Launchers have the same words further back in theirs."""
 
 
 def launched_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[int]:
@@ -33,8 +34,7 @@ def rank_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[int]:
     ranks = []
     for pid in launched_processes(launch_id, proc=proc):
         parent = re.search(rb"^PPid:\s+(\d+)", _read(proc / str(pid) / "status"), re.MULTILINE)
-        # as an argument of its own: the remote shell's command line has the same words in one string, and its child is the launcher
-        if parent and RANK_PARENT in _read(proc / parent[1].decode() / "cmdline").split(b"\0"):
+        if parent and _read(proc / parent[1].decode() / "cmdline").split(b"\0")[1:4] == SUPERVISOR:
             ranks.append(pid)
     return ranks
 

@@ -29,6 +29,7 @@ def _positive(config: RunConfig) -> None:
         "stage.samples_per_row": config.stage.samples_per_row,
         "data.seq_len": config.data.seq_len,
         "data.pool_size": config.data.pool_size,
+        "data.image_threads": config.data.image_threads,
         "data.prefetch_rows": config.data.prefetch_rows,
         "data.snapshot_steps": config.data.snapshot_steps,
         "data.max_image_pixels": config.data.max_image_pixels,

@@ -14,6 +14,7 @@ import torch
 
 from jp_train.config.schema import PadDropoutForm, RunConfig
 from jp_train.data.encode import Draft, Encoder, check_length
+from jp_train.data.image_threads import ImageThreads
 from jp_train.data.index import SourceLocator
 from jp_train.data.sample_reader import SampleReader, ShardTable
 from jp_train.data.samples import Sample, parse_sample
@@ -44,6 +45,7 @@ class RowBuilder:
         self._held_out, self._shared = held_out, shared_pictures
         self._encoder = Encoder(cfg, tokenizer)
         self._samples = SampleReader(self._locators, cfg.data.crop, cfg.data.io_retries)
+        self._threads = ImageThreads(cfg.data.image_threads)
         size = self._encoder.image_size
         self._no_pictures = torch.zeros((0, 3, size, size), dtype=torch.uint8)
         self._length_may_change = not held_out and cfg.data.pad_dropout_form is not PadDropoutForm.every_token
@@ -90,7 +92,8 @@ class RowBuilder:
         return self._samples.describe(ref)
 
     def close(self) -> None:
-        """Close the shards."""
+        """Close the shards, end the threads."""
+        self._threads.close()
         self._samples.close()
 
     def _drafted(self, spec: RowSpec, skipped: dict[int, SkippedDocument]) -> list[_Document]:
@@ -157,11 +160,11 @@ class RowBuilder:
             return self._no_pictures
         pictures = _uint8((len(wanted), 3, size, size), shared=self._shared)
         pixels = pictures.numpy()
-        done = 0
-        for document in wanted:
-            ref = document.ref
+
+        def decode(place: int) -> SkipSample | None:
+            document, ref = wanted[place], wanted[place].ref
             try:
-                pixels[done] = self._encoder.picture(
+                pixels[place] = self._encoder.picture(
                     document.sample,
                     source=document.sample.info.source,
                     epoch=ref.epoch,
@@ -169,8 +172,16 @@ class RowBuilder:
                     held_out=self._held_out,
                 )
             except SkipSample as reason:
-                skipped[document.place] = document.skip(reason)
+                return reason
+            return None
+
+        done = 0
+        for place, fault in enumerate(self._threads.map(decode, range(len(wanted)))):
+            if fault is not None:
+                skipped[wanted[place].place] = wanted[place].skip(fault)
                 continue
+            if done < place:  # close the gap that an undecodable one left; those before `place` are finished
+                pixels[done] = pixels[place]
             done += 1
         return pictures[:done]
 

@@ -38,6 +38,7 @@ FREE_KEYS = (
     "guard.max_dumps",
     "guard.dump_tensors",
     "data.workers",
+    "data.image_threads",
     "data.prefetch_rows",
     "data.io_retries",
     "data.skip_budget",

@@ -63,8 +63,11 @@ def _variants(
         yield choice.describe(), "setting", choice, cluster.world
     if cfg.data.vq_ids is not VqIds.require and cfg.stage.mixture.generation > 0:
         stored = replace(cfg, data=replace(cfg.data, vq_ids=VqIds.require))
-        yield "VQ ids stored once (jp-train data encode-images; data.vq_ids=require)", "setting", evaluate(stored, cluster, hardware, shapes), (
-            cluster.world
+        yield (
+            "VQ ids stored once (jp-train data encode-images; data.vq_ids=require)",
+            "setting",
+            evaluate(stored, cluster, hardware, shapes),
+            (cluster.world),
         )
     for name, value, why in (
         ("reduce_bucket_size", 100_000_000, "frees memory"),

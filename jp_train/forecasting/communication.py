@@ -64,4 +64,3 @@ def communication(shapes: Shapes, replayed: Replay, setting: Setting, *, nodes: 
         between=total.over_all * (nodes - 1) / nodes,
         inside=total.over_all * (world - 1) / world + total.in_node * (1 - 1 / max(1, setting.hpz)),
     )
-

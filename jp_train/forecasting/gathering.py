@@ -98,7 +98,7 @@ class _Coordinator:
             gather = self.inflight.pop(p.name, None)
             if gather is None:
                 continue
-            shared = gather.buffer and len(gather.waiting) > 1 or gather.done
+            shared = (gather.buffer and len(gather.waiting) > 1) or gather.done
             if not gather.done:
                 gather.done = True
                 for name in gather.waiting:

@@ -59,8 +59,12 @@ PRESETS: dict[str, Hardware] = {
     "a100-40gb": Hardware(gpu="a100-40gb", memory_gib=39.4, peak_tflops=312.0),
     "a100-80gb": Hardware(gpu="a100-80gb", memory_gib=79.2, peak_tflops=312.0, hbm_gbs=2039.0),
     "a100-40gb-pcie": Hardware(gpu="a100-40gb-pcie", memory_gib=39.4, peak_tflops=312.0, intra_gbs=16.0, inter_gbs=25.0),
-    "h100": Hardware(gpu="h100", memory_gib=79.1, peak_tflops=989.4, fp32_tflops=67.0, achievable=0.5, hbm_gbs=3350.0, intra_gbs=450.0, inter_gbs=400.0),
-    "h200": Hardware(gpu="h200", memory_gib=139.8, peak_tflops=989.4, fp32_tflops=67.0, achievable=0.5, hbm_gbs=4800.0, intra_gbs=450.0, inter_gbs=400.0),
+    "h100": Hardware(
+        gpu="h100", memory_gib=79.1, peak_tflops=989.4, fp32_tflops=67.0, achievable=0.5, hbm_gbs=3350.0, intra_gbs=450.0, inter_gbs=400.0
+    ),
+    "h200": Hardware(
+        gpu="h200", memory_gib=139.8, peak_tflops=989.4, fp32_tflops=67.0, achievable=0.5, hbm_gbs=4800.0, intra_gbs=450.0, inter_gbs=400.0
+    ),
 }
 """Data sheets: A100 (312 TFLOP/s, 19.5 in fp32, 1555 and 2039 GB/s, NVLink 3 with 600 GB/s both ways), H100 SXM (989.4, 67, 3350, NVLink 4 with 900), H200 (4800).
 Links: DGX A100 has 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s. `a100-40gb-pcie` is a node of Fire-Flyer 2 (An et al. 2024, the cluster of the lab

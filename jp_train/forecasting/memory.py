@@ -93,7 +93,9 @@ class Forecast:
 def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Forecast:
     """The largest sum over a micro-batch and the update that follows the last one."""
     size, world = setting.size, setting.world
-    visits = walk(shapes, batch, Numerics(size=size, fused_attention=setting.cuda, chunk=setting.chunk), checkpointing=setting.checkpointing)
+    visits = walk(
+        shapes, batch, Numerics(size=size, fused_attention=setting.cuda, chunk=setting.chunk), checkpointing=setting.checkpointing
+    )
     rules = GatherRules(
         world=world, prefetch=setting.prefetch, max_live=setting.max_live, max_reuse=setting.max_reuse, persistent=setting.persistent
     )

@@ -72,14 +72,14 @@ def draw_memory(found: dict[str, Any], path: Path) -> None:
         mark = "fits" if one["roomy"] else "barely fits" if one["fits"] else "does not fit"
         axes.text(left + end / 150, at, f"{left:.1f}   {mark}", va="center", fontsize=9, color=INK if one["fits"] else "#b3261e")
     axes.axvline(limit, color="#b3261e", linewidth=1.6)
-    axes.text(limit, -0.72, f"{found['cluster']['gpu']}: {limit:g} GiB", color="#b3261e", fontsize=9, ha="center", va="bottom")
+    axes.text(limit - end / 200, -0.72, f"{found['cluster']['gpu']}: {limit:g} GiB", color="#b3261e", fontsize=9, ha="right", va="bottom")
     axes.set_yticks(range(len(rows)), [_name(one) for one in rows])
     for label, one in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if one["own"] else "normal")
         label.set_color(INK)
     axes.set_ylim(len(rows) - 0.45, -0.95)
     axes.set_xlim(0, end)
-    axes.set_xlabel("GiB at the peak of the fullest micro-batch", fontsize=9, color=MUTED)
+    axes.set_xlabel("GiB at the peak of the fullest micro-batch", fontsize=9, color=MUTED, loc="left")
     _legend(figure, [(LABELS[name], colour) for name, colour in zip([name for name, _ in PARTS] + ["overhead"], COLOURS, strict=True)])
     figure.savefig(path)
 
@@ -97,14 +97,17 @@ def draw_time(found: dict[str, Any], path: Path) -> None:
             axes.text(left + value / 2, 0, f"{value:.2f}", ha="center", va="center", color="white", fontsize=9)
         left += value
     axes.axvline(time["overlapped_s"], color=INK, linewidth=1.2, linestyle=":")
-    axes.text(time["overlapped_s"], -0.42, f"overlapped: {time['overlapped_s']:.2f} s", fontsize=9, color=INK, ha="center", va="bottom")
+    axes.text(time["overlapped_s"], -0.42, f"overlapped: {time['overlapped_s']:.2f} s  ", fontsize=9, color=INK, ha="right", va="bottom")
     axes.set_yticks([0], ["one after\nthe other"])
     axes.set_ylim(0.45, -0.75)
     axes.set_xlim(0, 1.04 * left)
     axes.set_title(
-        f"This configuration: MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %, bound by {time['bound']}", fontsize=10, loc="left", color=INK
+        f"This configuration: MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %, bound by {time['bound']}",
+        fontsize=10,
+        loc="left",
+        color=INK,
     )
-    axes.set_xlabel("seconds", fontsize=9, color=MUTED)
+    axes.set_xlabel("seconds", fontsize=9, color=MUTED, loc="left")
     for at, one in enumerate(rows):
         colour = "#0072B2" if one["fits"] else "#c5ccd3"
         second.plot((one["step_s"], one["serial_step_s"]), (at, at), color=colour, linewidth=5, solid_capstyle="round")
@@ -117,7 +120,7 @@ def draw_time(found: dict[str, Any], path: Path) -> None:
     second.set_ylim(len(rows) - 0.5, -0.6)
     second.set_xlim(0, 1.3 * max(one["serial_step_s"] for one in rows))
     second.set_title("Every candidate: from full overlap to none", fontsize=10, loc="left", color=INK)
-    second.set_xlabel("seconds a step", fontsize=9, color=MUTED)
+    second.set_xlabel("seconds a step", fontsize=9, color=MUTED, loc="left")
     _legend(figure, [(label, colour) for _, label, colour in WORK])
     figure.savefig(path)
 

@@ -45,7 +45,23 @@ def format_forecast(found: dict[str, Any]) -> str:
 
 
 def _candidates(found: dict[str, Any]) -> list[str]:
-    rows = [["", "rows", "accum", "ckpt", "hpZ", *(short for _, short in PARTS), "overhead", "total", "fits", "step s", "MFU", "between", "bound by"]]
+    rows = [
+        [
+            "",
+            "rows",
+            "accum",
+            "ckpt",
+            "hpZ",
+            *(short for _, short in PARTS),
+            "overhead",
+            "total",
+            "fits",
+            "step s",
+            "MFU",
+            "between",
+            "bound by",
+        ]
+    ]
     for one in found["candidates"]:
         memory = one["memory_gib"]
         rows.append(
@@ -72,7 +88,9 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     own = next(one for one in found["candidates"] if one["own"])
     lines = ["(> this configuration, * the best that fits; between: GiB a node receives from the others in a step)"]
     if found["best"] is None:
-        lines.append("NOTHING FITS: use more GPUs, GPUs with more memory, or a smaller engine.deepspeed.zero_optimization.reduce_bucket_size")
+        lines.append(
+            "NOTHING FITS: use more GPUs, GPUs with more memory, or a smaller engine.deepspeed.zero_optimization.reduce_bucket_size"
+        )
     elif not own["fits"]:
         lines.append(f"THIS CONFIGURATION DOES NOT FIT; the best that does: {found['best']}")
     elif found["best_is_own"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jp_train.cluster import conversation as conversation_module
 from jp_train.cluster.conversation import MARK, Conversation
 from jp_train.cluster.remote import Cause
 
@@ -44,7 +45,7 @@ def test_a_silent_host_is_lost_and_the_others_go_on() -> None:
         "    asked = json.loads(line)\n", "    asked = json.loads(line)\n    if asked['word'] == 'hang': __import__('time').sleep(60)\n"
     )
     with talk([sys.executable, "-c", code]) as conversation:
-        answers = conversation.ask({"a": {"word": "hang"}, "b": {"word": "B"}}, timeout_s=1.0, what="the weather")
+        answers = conversation.ask({"a": {"word": "hang"}, "b": {"word": "B"}}, timeout_s=3.0, what="the weather")
         assert set(answers) == {"b"} and conversation.hosts == ["b"]
         assert conversation.lost["a"].cause is Cause.TIMEOUT and "asked for the weather" in conversation.lost["a"].found
         assert set(conversation.ask({"a": {"word": "A"}, "b": {"word": "B"}}, timeout_s=20, what="x")) == {"b"}
@@ -63,11 +64,10 @@ def test_a_python_that_is_not_there_is_told() -> None:
         assert conversation.lost["a"].returncode == 127 and "/no/such/python" in conversation.lost["a"].stderr
 
 
-def test_the_end_of_the_conversation_ends_programs_that_do_not_listen() -> None:
-    began = time.monotonic()
+def test_the_end_of_the_conversation_ends_programs_that_do_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation_module, "LEAVE_S", 0.3)
     with talk(["sh", "-c", "trap '' TERM HUP; while :; do sleep 0.1; done"]) as conversation:
         pids = [process.pid for process in conversation._processes.values()]
-    assert time.monotonic() - began < 30
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
 
 
@@ -111,7 +111,7 @@ def test_what_libraries_print_does_not_spoil_an_answer(tmp_path: Path) -> None:
         assert "answer" in conversation.ask({"a": {"ask": "clock"}}, timeout_s=30, what="x")["a"]
 
 
-@pytest.mark.parametrize("ask", ["place", "data"])
+@pytest.mark.parametrize("ask", ["place", "reach"])
 def test_a_question_that_fails_there_is_an_error_and_not_the_end(ask: str) -> None:
     with talk(PROBE, ("a",)) as conversation:
         assert "KeyError" in conversation.ask({"a": {"ask": ask}}, timeout_s=30, what="x")["a"]["error"]

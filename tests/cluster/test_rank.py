@@ -30,11 +30,15 @@ def program(tmp_path: Path) -> Path:
 
 def start(program: Path, text: str, *, rank: int = 0, **env: str) -> subprocess.Popen[bytes]:
     environ = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "JP_TRAIN_WORLD": "node1:0@node2:3",
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "1", "JP_TRAIN_WORLD": "node1:0@node2:3",
         "JP_TRAIN_LOGS": str(program / "logs"), **env,
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-m", "jp_train.cluster.rank", text], cwd=program, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-u", "-m", "jp_train.cluster.rank", text],
+        cwd=program,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -97,7 +101,7 @@ def test_a_rank_is_asked_to_save_when_its_supervisor_is_killed_or_its_launcher_d
         time.sleep(0.02)
 
     (program / "logs" / "node2_rank1.log").unlink()
-    launcher = subprocess.Popen(["sh", "-c", 'RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 "$0" -m jp_train.cluster.rank "$1" & wait', sys.executable, text],
+    launcher = subprocess.Popen(["sh", "-c", 'RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 "$0" -m jp_train.cluster.rank "$1" & wait', sys.executable, text],
                                 cwd=program, env={**os.environ, "JP_TRAIN_LOGS": str(program / "logs"), "JP_TRAIN_WORLD": "node1:0@node2:3"})  # fmt: skip
     wait_for_log(program, "node1_rank0.log", b"ready")
     launcher.kill()
@@ -146,3 +150,12 @@ def test_torn_and_foreign_records_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "node2_rank1.json").write_text('{"rank": 1')
     (tmp_path / "node2_rank2.json").write_text(json.dumps({"rank": 2}))
     assert [record.rank for record in read_records(tmp_path)] == [3] and read_records(None) == []
+
+
+def test_a_rank_that_has_obeyed_a_stop_signal_stays_until_the_others_have(program: Path) -> None:
+    first = start(program, "raise SystemExit(143)", rank=1, WORLD_SIZE="2")
+    wait_for_log(program, "node2_rank1.json", b'"code": 143')
+    second = start(program, "import time; time.sleep(1.5); raise SystemExit(143)", rank=0, WORLD_SIZE="2")
+    wait_for_log(program, "node1_rank0.json", b'"code": null')
+    assert first.poll() is None, "a launcher that sees it end would kill the other one in its save"
+    assert [process.wait(60) for process in (first, second)] == [143, 143]

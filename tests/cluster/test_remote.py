@@ -106,7 +106,7 @@ def test_a_command_past_its_time_is_ended_with_its_children() -> None:
 
 def test_the_remote_side_ends_too_when_only_the_local_ssh_is_killed() -> None:
     mark = f"62{os.getpid()}"
-    command = command_for("node1", ["sleep", mark], limit_s=1)
+    command = command_for("node1", ["sleep", mark], limit_s=0.3)
     remote = subprocess.Popen(["sh", "-c", command[-1]], start_new_session=True)  # stands for the shell on the host: nobody kills it
     assert remote.wait(10) == 124 and alive(f"sleep {mark}") == []
 

@@ -86,7 +86,7 @@ def two_ranks(nursery, data, runs) -> Launch:
 @pytest.fixture(scope="module")
 def one_rank(nursery, data, runs) -> Launch:
     curve = {"kind": "train", "steps": STEPS, **SMALL}
-    short = {"kind": "train", "steps": 6, **SMALL}
+    short = {"kind": "train", "steps": 6, "engine.micro_batch_rows": 4, **SMALL}
     return launch(
         nursery,
         runs,

@@ -392,7 +392,11 @@ def test_no_all_reduce_is_tried_over_hosts_that_cannot_meet(blocked: Outcome) ->
 
 @pytest.fixture(scope="module")
 def limping(world: World, blocked: Outcome) -> Outcome:
-    """node3 has a slow link, and the probe on node4 is stopped as soon as it runs."""
+    """node3 has a slow link, the probe on node4 is stopped as soon as it runs, node5 has a broken torch, node6 no Python where node1 has it."""
+    empty = world.folder / "empty"
+    empty.mkdir()
+    world.rig.mount_over("node5", empty, Path(str(importlib.metadata.distribution("torch").locate_file("torch"))))
+    world.rig.mount_over("node6", empty, Path(sys.prefix))
     world.rig.slow("node3", rate="20mbit")
 
     def stop_the_probe() -> None:
@@ -406,9 +410,7 @@ def limping(world: World, blocked: Outcome) -> Outcome:
         raise AssertionError("no probe came to node4")
 
     try:
-        return world.preflight(
-            "--include", "node1@node2@node3@node4", "--timeout", f"{min(60, 6 * slowness()):.0f}", meanwhile=stop_the_probe
-        )
+        return world.preflight("--timeout", f"{min(60, 8 * slowness()):.0f}", meanwhile=stop_the_probe)
     finally:
         world.heal()
 
@@ -421,6 +423,17 @@ def test_a_slow_link_is_named_by_its_host(limping: Outcome) -> None:
 def test_a_hung_host_is_named_and_its_process_does_not_stay(limping: Outcome) -> None:
     limping.require("node4", "answer", "no answer within", "log in to node4")
     assert limping.left == {} and limping.seconds <= REPORTED_IN_S
+
+
+@pytest.mark.parametrize(
+    ("host", "check", "found", "remedy"),
+    [
+        ("node5", "versions", "torch cannot be loaded", "install the torch that the others have"),
+        ("node6", "code", "No such file or directory", f"node6 needs {sys.executable}"),
+    ],
+)
+def test_a_host_without_a_working_environment_is_named(limping: Outcome, host: str, check: str, found: str, remedy: str) -> None:
+    limping.require(host, check, found, remedy)
 
 
 def test_an_interrupted_preflight_leaves_nothing(world: World, limping: Outcome) -> None:
