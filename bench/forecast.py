@@ -3,7 +3,7 @@
     python bench/forecast.py [--sizes 10M 40M 100M] [--worlds 2 4] [--precision fp32] [--json] [--save FILE]
 
 Real runs: our engine (`engine.init.build_engine`) on this machine's CPU, three steps of one micro-batch each; the prediction comes from the same
-formulas as a GPU's, with the CPU's constants (`forecasting/hardware.py`). Measured is the process's resident set: its peak during the last two
+formulas as a GPU's with `cuda=False` (no context and no communicator's buffers, the CPU's attention, gloo's copies). Measured is the process's resident set: its peak during the last two
 steps (VmHWM, reset by writing 5 to /proc/self/clear_refs) minus what it held after imports, joining the process group and a first matrix product. glibc
 is told to take every tensor from the kernel and to give it back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows the tensors. It sees
 all that the process touches: torch's tensors, gloo's buffers, Python's objects. It does not see memory that is allocated and never written (a bucket that
@@ -249,7 +249,7 @@ def predict(spec: dict[str, Any]):
 
     cfg = configuration(**spec)
     plan = batch_plan(cfg, spec["world"])
-    setting = setting_of(cfg, plan, node=spec["world"], cuda=False)
+    setting = setting_of(cfg, plan, cuda=False)
     return forecast_memory(shapes_of(cfg), contents(synthetic_batch(cfg, cfg.engine.micro_batch_rows)), setting)
 
 

@@ -97,8 +97,8 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
                 return _final_code(outcome, done)
             say(outcome.cause)
             blamed.update(outcome.blamed)
-            new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now
             earlier.append(launch_id)
+            new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now
             silent = dict(outcome.lost) | {host: told.found for host, told in sweep(new, *earlier, lost=new).items()}
             left = {host: slots for host, slots in everything.items() if host not in silent}
             after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)

@@ -17,7 +17,7 @@ def register(tools: argparse._SubParsersAction) -> None:
         "build the index of every source of a configuration: byte offsets, token counts and token ids, beside the shards",
         "Training builds a missing index itself; for large data do it beforehand, in parallel. An index is rebuilt when the shard, the tokenizer\n"
         "or the template changed.\n\n"
-        "It holds the token ids of all texts, so that training neither reads nor tokenises one (the column \"id bytes/sample\" says what they take:\n"
+        'It holds the token ids of all texts, so that training neither reads nor tokenises one (the column "id bytes/sample" says what they take:\n'
         "about 2.1 bytes a token). data.token_ids=off leaves them out; rows are the same, and the loader needs more CPU.",
     )
     add_config(parser)

@@ -19,6 +19,7 @@ the way through:
   jp-train data index launch/janus_pro_1b_stage1.yaml                                token counts beside the shards, once
   jp-train data verify launch/janus_pro_1b_stage1.yaml                               every sample looked at, every fault named
   jp-train data simulate launch/janus_pro_1b_stage1.yaml --world 128                 fill, ratio, epochs, balance of the whole stage
+  jp-train preflight launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8  every host looked at, every fault with its remedy
   jp-train launch   launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   train on the cluster; run again to resume
   jp-train status   runs/janus_pro_1b/stage1                                         one screen
   jp-train report   runs/janus_pro_1b/stage1                                         curves and tables as one HTML page

@@ -54,7 +54,8 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
     if code in FINAL_CODES:
         return Outcome(code, failure or (first.describe() if first else ""))
     if ending.verdict is not None:
-        return Outcome(LaunchError.exit_code, ending.verdict.cause, "yes")
+        # the ranks' own diagnosis names who stood still and where; the launch only knows who did not end
+        return Outcome(LaunchError.exit_code, failure or ending.verdict.cause, "yes")
     if code in STOPPED:
         return Outcome(code)
     if code == LaunchError.exit_code or code == 1:

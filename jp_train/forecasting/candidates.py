@@ -32,7 +32,7 @@ UNPREFIXED = {
 }
 
 
-def setting_of(cfg: RunConfig, plan: BatchPlan, *, node: int, cuda: bool = True) -> Setting:
+def setting_of(cfg: RunConfig, plan: BatchPlan, *, cuda: bool = True) -> Setting:
     """How a rank of this configuration runs; raises ConfigError for raw DeepSpeed keys that the forecast does not know (offloading)."""
     zero: dict[str, Any] = deepspeed_config(cfg, plan)["zero_optimization"]
     for key in ("offload_optimizer", "offload_param", "zenflow", "cpu_offload", "cpu_offload_param"):
@@ -46,7 +46,6 @@ def setting_of(cfg: RunConfig, plan: BatchPlan, *, node: int, cuda: bool = True)
 
     return Setting(
         world=plan.dp_world_size,
-        node=node,
         size=2 if cfg.precision is Precision.bf16 else 4,
         checkpointing=cfg.engine.activation_checkpointing,
         hpz=cfg.engine.hpz_partition_size,
@@ -56,7 +55,6 @@ def setting_of(cfg: RunConfig, plan: BatchPlan, *, node: int, cuda: bool = True)
         max_reuse=number("stage3_max_reuse_distance"),
         persistent=cfg.engine.persistence_threshold,
         chunk=cfg.loss.chunk_tokens,
-        decayed=cfg.optimizer.weight_decay > 0,
         cuda=cuda,
     )
 
@@ -113,7 +111,7 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
     """The forecast of one configuration. Raises ConfigError where its rows do not divide."""
     shapes = shapes or shapes_of(cfg)
     plan = batch_plan(cfg, cluster.world)
-    setting = setting_of(cfg, plan, node=cluster.node)
+    setting = setting_of(cfg, plan)
     forecast = forecast_memory(shapes, worst_micro_batch(cfg, shapes, plan.micro_batch_rows), setting)
     allocated = forecast.memory.total / GIB
     overhead = hardware.overhead_gib(allocated)

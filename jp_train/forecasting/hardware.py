@@ -70,11 +70,6 @@ PRESETS: dict[str, Hardware] = {
 Links: DGX A100 has 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s. `a100-40gb-pcie` is a node of Fire-Flyer 2 (An et al. 2024, the cluster of the lab
 that trained Janus-Pro): PCIe 4.0 between GPUs, one 200 Gb/s adapter a node. Memory: the `total capacity` that torch prints on these GPUs."""
 
-CPU = Hardware(
-    gpu="cpu", memory_gib=float("inf"), peak_tflops=1.0, cuda_context_gib=0.0, nccl_gib=0.0, workspace_gib=0.0, fragmentation=0.0
-)
-"""The validation runs: no context, no communicator buffers, an allocator that returns what is freed."""
-
 
 def hardware(gpu: str, overrides: Sequence[str] = ()) -> Hardware:
     """The preset `gpu` with `field=value` overrides. Raises ConfigError for an unknown preset or field, or a value that is no positive number."""

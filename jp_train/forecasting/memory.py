@@ -25,8 +25,6 @@ class Setting:
     """How a rank runs. Elements where not said otherwise."""
 
     world: int
-    node: int
-    """Ranks of a node: with hpZ those that hold a second copy together."""
     size: int
     """Bytes of the compute dtype."""
     checkpointing: bool
@@ -37,8 +35,6 @@ class Setting:
     max_reuse: int
     persistent: int
     chunk: int
-    decayed: bool = False
-    """Whether weight decay splits the optimizer's parameters into two groups."""
     cuda: bool = True
     """False: the CPU's attention, gloo's copies, and buffers that count only as far as they are written to."""
 

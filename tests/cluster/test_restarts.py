@@ -79,6 +79,11 @@ def test_the_code_tells_configuration_data_checkpoint_host_and_code_faults_apart
     assert (outcome.code, outcome.again) == expected
 
 
+def test_what_the_ranks_found_out_themselves_is_the_cause_that_is_told() -> None:
+    outcome = judge(Ending(-9, Verdict("rank 1 did not end")), [ended(0, 5), ended(1, None)], None, "LaunchError: rank 1 does not answer")
+    assert outcome.cause == "LaunchError: rank 1 does not answer"
+
+
 def test_a_host_that_does_not_answer_is_named_with_what_ssh_said() -> None:
     answer = Answer("node7", 255, "", "ssh: connect to host node7 port 22: Connection timed out", 5.0, Cause.NO_ANSWER)
     outcome = judge(Ending(-9, Verdict("x"), {"node7": answer}), [ended(0, 1)], None, "")

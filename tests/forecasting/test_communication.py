@@ -13,7 +13,7 @@ from jp_train.forecasting.shapes import Parameter, Shapes
 from jp_train.forecasting.timing import leg_seconds
 
 SETTING = Setting(
-    world=16, node=8, size=2, checkpointing=True, hpz=1, reduce_bucket=1000, prefetch=0, max_live=10**9, max_reuse=0, persistent=0, chunk=64
+    world=16, size=2, checkpointing=True, hpz=1, reduce_bucket=1000, prefetch=0, max_live=10**9, max_reuse=0, persistent=0, chunk=64
 )  # fmt: skip
 PARAMETERS = (Parameter("a.weight", "a", "language_model", 3000, True), Parameter("b.weight", "b", "vision_model", 1000, False))
 SHAPES = Shapes(

@@ -48,7 +48,7 @@ def test_the_defaults_are_deepspeeds():
 def test_states_follow_deepspeeds_data_types():
     cfg = configuration("10M", precision="bf16")
     shapes, plan = shapes_of(cfg), batch_plan(cfg, 2)
-    setting = replace(setting_of(cfg, plan, node=2), persistent=0)
+    setting = replace(setting_of(cfg, plan), persistent=0)
     memory = forecast_memory(shapes, contents(synthetic_batch(cfg, 2)), setting).memory
     trained = sum(-(-p.numel // 2) for p in shapes.parameters)
     assert (memory.parameters, memory.optimizer, memory.gradients) == (2 * trained, 12 * trained, 4 * trained)
@@ -63,7 +63,7 @@ def test_states_follow_deepspeeds_data_types():
 def test_checkpointing_takes_less_and_hpz_and_larger_micro_batches_take_more():
     def total(**changes) -> int:
         cfg = configuration("100M", precision="bf16", **changes)
-        setting = setting_of(cfg, batch_plan(cfg, 2), node=2)
+        setting = setting_of(cfg, batch_plan(cfg, 2))
         return forecast_memory(shapes_of(cfg), contents(synthetic_batch(cfg, cfg.engine.micro_batch_rows)), setting).memory.total
 
     assert total(rows=8) < total(rows=8, checkpointing=False)
@@ -77,4 +77,4 @@ def test_offloading_is_refused():
     cfg = configuration("10M")
     cfg.engine.deepspeed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(ConfigError, match="offload_optimizer"):
-        setting_of(cfg, batch_plan(cfg, 2), node=2)
+        setting_of(cfg, batch_plan(cfg, 2))
