@@ -1,6 +1,6 @@
 """Pictures in threads inside a worker beside more workers: wall and CPU time and memory a picture, in one run.
 
-    python bench/image_threads.py [--rounds 7] [--samples 2400] [--json] [--save FILE]
+    python bench/image_threads.py [--rounds 5] [--samples 2400] [--json] [--save FILE]
 
 Loaders of W worker processes x T threads (`data.workers`, `data.image_threads`) work in turn on the same pictures, A B A B ...; each ratio is to
 1 x 1 within a round (medians). CPU is user and system time of the process and its workers; memory is what a worker has for itself (unique set),
@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
-WORKLOADS = {"photos": ("photos-*.tar", 112), "large": ("large-*.tar", 40)}
+WORKLOADS = {"photos": ("photos-*.tar", 112), "large": ("large-*.tar", 28)}
 """Shards, and pictures of one round."""
 SETTINGS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1))
 """Workers (0: none, the pictures are decoded in the trainer), threads in each."""
@@ -64,7 +64,7 @@ def cpu_seconds(side) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2400, help="samples made (default 2400)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
     arguments = parser.parse_args()
