@@ -7,7 +7,8 @@ formulas as a GPU's with `cuda=False` (the CPU's attention, gloo's copies, no co
 set: its peak during the last two steps (VmHWM, reset by writing 5 to /proc/self/clear_refs) minus what it held after the same with a tiny model that was
 made and dropped. glibc is told to take every tensor from the kernel and to give it back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set
 follows the tensors. It sees all that the process touches: torch's tensors, gloo's buffers, Python's objects. It does not see memory that is allocated and
-never written (a bucket that no gradient fills), and it includes what no tensor accounts for (oneDNN's scratch), which the prediction leaves out.
+never written (a bucket that no gradient fills), and it includes what no tensor accounts for, which the prediction leaves out: in bf16 oneDNN's scratch
+is 40 MiB, a fifth of the smallest model. So `states` is measured beside it as the bytes of all live tensors between two steps.
 
 Fake tensors: one forward and backward pass of the whole model with the true sizes on torch's FakeTensorMode (nothing is computed), every storage that an
 operation makes followed until it is freed. Exact to the byte for tensors; it knows no ZeRO, no allocator, and no kernel's workspace.
@@ -153,6 +154,20 @@ def resident(key: str = "VmRSS") -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key + ":"))
 
 
+def live_tensors() -> int:
+    """Bytes of all tensors that Python knows of, every storage once."""
+    import gc
+
+    import torch
+
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu" and found.layout is torch.strided:
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 def as_rank(spec: dict[str, Any]) -> dict[str, Any]:
     """Three real steps on this rank; its peaks in bytes above what the process held after the same with a tiny model, made and dropped."""
     import gc
@@ -165,12 +180,13 @@ def as_rank(spec: dict[str, Any]) -> dict[str, Any]:
     ranks = init_process_group(configuration(**spec))
     _steps(configuration(**{**spec, "size": "tiny"}), ranks)  # modules imported late, gloo's connections, threads: not the model's
     gc.collect()
-    before = resident()
+    before, tensors = resident(), live_tensors()
     found = _steps(configuration(**spec), ranks)
     return {
         "peak": found["peak"] - before,
         "pass": found["pass"] - before,
         "between_steps": found["between_steps"] - before,
+        "tensors": found["tensors"] - tensors,
         "seconds": found["seconds"],
         "order": found["order"],
         "before": before,
@@ -202,7 +218,15 @@ def _steps(cfg: Any, ranks: Any) -> dict[str, Any]:
     coordinator = deepspeed.optimizer.parameter_offload.get_param_coordinator()
     names = {id(module): name for name, module in engine.model.named_modules()}
     order = [names[id(module)] for module in coordinator._PartitionedParameterCoordinator__submodule_order]
-    found = {"peak": resident("VmHWM"), "pass": passed, "between_steps": resident(), "seconds": time.perf_counter() - began, "order": order}
+    gc.collect()
+    found = {
+        "tensors": live_tensors(),
+        "peak": resident("VmHWM"),
+        "pass": passed,
+        "between_steps": resident(),
+        "seconds": time.perf_counter() - began,
+        "order": order,
+    }
     deepspeed.destroy()
     return found
 
@@ -267,6 +291,7 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
         "phase": found.memory.phase,
         "states_predicted": found.memory.states,
         "between_steps": max(rank["between_steps"] for rank in ranks),
+        "states_measured": max(rank["tensors"] for rank in ranks),
         "pass_measured": max(rank["pass"] for rank in ranks),
         "parts": found.memory.gib(),
         "seconds": ranks[0]["seconds"],
@@ -440,10 +465,11 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(figures))
         return
-    print(f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}  peak in")
+    print(f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}{'states MiB':>12}{'predicted':>11}  peak in")
     for one in runs:
         print(
-            f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}{one['error']:>+8.1%}  {one['phase']}"
+            f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}{one['error']:>+8.1%}"
+            f"{one['states_measured'] / MIB:>12.1f}{one['states_predicted'] / MIB:>11.1f}  {one['phase']}"
         )
     print(f"\n{'true shape':<24}{'followed MiB':>14}{'predicted':>11}{'error':>8}")
     for one in shapes:

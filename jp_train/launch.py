@@ -95,7 +95,6 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
                 or not (outcome.again == "yes" or (outcome.again == "if_advanced" and advanced))
             ):
                 return _final_code(outcome, done)
-            say(outcome.cause)
             blamed.update(outcome.blamed)
             earlier.append(launch_id)
             new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now

@@ -24,6 +24,7 @@ from jp_train.cluster.facts import code_digests, launched_jobs
 from jp_train.cluster.findings import Fault, Report, gib, rate_text
 from jp_train.cluster.hostfile import parse_hostfile, runs_locally
 from jp_train.cluster.options import LaunchOptions
+from jp_train.cluster.reach import CONNECTS_AT_ONCE
 from jp_train.cluster.remote import CONNECT_TIMEOUT_S, Cause, run_on_hosts
 from jp_train.cluster.signals import LAUNCH_ID
 from jp_train.config import RunConfig, dump_config, load_config
@@ -84,10 +85,11 @@ class _Examination:
     ) -> None:
         self._selection = options.selection()
         self._slots = {host.name: host.slots for host in parse_hostfile(options.hostfile)}
+        self._meeting_host = ""
         self._port, self._address = options.master_port, options.master_addr
         self._cfg, self._question, self._timeout_s, self._skip, self._environ = cfg, question, timeout_s, skip, environ
         self._run_dir = os.path.abspath(cfg.run_dir) if cfg else ""
-        self._id = f"preflight-{uuid.uuid4().hex[:12]}"
+        self._id = f"{checks.PREFLIGHT}{uuid.uuid4().hex[:12]}"
         self._launches = [*own_launches, self._id]
         self._local = runs_locally(self._selection)
         self._findings: list[Fault] = []
@@ -101,22 +103,22 @@ class _Examination:
         env = probe_environment(self._environ) | {LAUNCH_ID: self._id, "JP_TRAIN_PROBE_LIFETIME_S": str(LIFETIME_S)}
         hosts = list(self._selection)
         with Conversation(hosts, argv, limit_s=LIFETIME_S, local=hosts if self._local else (), cwd=os.getcwd(), env=env) as self._talk:
-            with self._progress("every host as it is"):
+            with self._progress("every host as it is", CONNECT_TIMEOUT_S + self._timeout_s):
                 facts = self._facts()
-            with self._progress("clocks and the run folder"):
+            with self._progress("clocks and the run folder", (PINGS + 3) * self._timeout_s + SHARED_WAIT_S):
                 self._clocks(facts)
                 self._shared(self._present(facts))
-            with self._progress("who reaches whom"):
+            with self._progress("who reaches whom", 3 * self._timeout_s + CONNECT_S * self._rounds()):
                 may_meet = self._reach(facts)
             if self._cfg is not None and "data" not in self._skip:
-                with self._progress("the data"):
+                with self._progress("the data", 2 * self._timeout_s):
                     self._data(facts)
             # CPU hosts load torch for the all-reduce only
             if with_torch := [host for host in self._present(facts) if may_meet or facts[host]["devices"]]:
-                with self._progress("torch"):
+                with self._progress("torch", 2 * self._timeout_s):
                     with_torch = self._torch(with_torch, facts)
             if may_meet and len(with_torch) > 1:
-                with self._progress("an all-reduce"):
+                with self._progress("an all-reduce", 3 * self._timeout_s + MARGIN_S):
                     self._bandwidth(with_torch, facts)
             lost = self._talk.lost
         self._find(None, checks.check_answers(lost, sys.executable, os.getcwd()))
@@ -153,6 +155,8 @@ class _Examination:
         self._find("code", checks.check_code(facts, code_digests()))
         self._find("config", checks.check_config(facts, dump_config(self._cfg) if self._cfg else None))
         self._find("devices", checks.check_devices(facts, self._selection, self._slots))
+        self._find("devices", checks.check_machines(facts))
+        self._find("devices", checks.check_busy(facts, self._selection, local=self._local))
         self._find("disk", checks.check_disks(facts, checkpoint_bytes(self._cfg) if self._cfg else 0))
         self._find("jobs", checks.check_jobs(facts, here, local=self._local))
         self._find("locks", checks.check_locks(facts))
@@ -196,7 +200,9 @@ class _Examination:
             return
         error = placed[first].get("error", "")
         missing: list[str] = []
+        folder = placed[first].get("folder", self._run_dir)
         if not error:
+            file["folder"] = folder
             try:
                 seen = self._ask(
                     {host: {"ask": "seen", **file, "wait_s": SHARED_WAIT_S} for host in others},
@@ -205,8 +211,8 @@ class _Examination:
                 )
                 missing = [host for host in others if host in seen and not seen[host]["seen"]]
             finally:
-                self._ask({first: {"ask": "take_away", **file, "made": placed[first]["made"]}}, "removing that file", self._timeout_s)
-        self._find("shared", checks.check_shared(first, self._run_dir, missing, error))
+                self._ask({first: {"ask": "take_away", **file}}, "removing that file", self._timeout_s)
+        self._find("shared", checks.check_shared(first, folder, missing, error))
 
     def _reach(self, facts: Mapping[str, Any]) -> bool:
         """Ports and pairs. Returns whether all hosts that answer can meet for an all-reduce."""
@@ -218,8 +224,10 @@ class _Examination:
         listening = self._ask(questions, "its network addresses", self._timeout_s)
         if first not in listening:
             return False
+        self._meeting_host = first
         told_first = [*facts[first]["addresses"], listening[first]["fabric"].get("address", "")]
-        self._address = self._address or ("127.0.0.1" if self._local else told_first[0])
+        given = self._address if first == next(iter(self._selection)) else ""  # another host stands in for a first one that does not answer
+        self._address = given or ("127.0.0.1" if self._local else told_first[0])
         doors = {
             host: [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]
             for host, told in listening.items()
@@ -232,10 +240,11 @@ class _Examination:
             if host != first and not master.get("error"):
                 targets["(master)"] = [self._address, self._port, listening[first]["greeting"]]
             questions[host] = {"ask": "reach", "targets": targets, "timeout_s": CONNECT_S}
-        rounds = -(-len(hosts) // 8)
         told = {
-            host: answer["failed"] for host, answer in self._ask(questions, "the other hosts", self._timeout_s + CONNECT_S * rounds).items()
+            host: answer["failed"]
+            for host, answer in self._ask(questions, "the other hosts", self._timeout_s + CONNECT_S * self._rounds()).items()
         }
+        self._ask({host: {"ask": "close"} for host in listening}, "closing its ports", self._timeout_s)
         unreached = {host: failed.pop("(master)") for host, failed in told.items() if "(master)" in failed}
         self._find("port", checks.check_port(first, self._address, self._port, master, unreached))
         self._find("reach", checks.check_reach(listening, told, alone=len(hosts) == 1))
@@ -261,18 +270,36 @@ class _Examination:
             Fault(host, "versions", f"torch cannot be loaded: {error}", f"on {host}: install the torch that the others have")
             for host, error in failed.items()
         ]
-        self._find("versions", [*broken, *checks.check_torch(told, facts)])
+        self._find("versions", [*broken, *checks.check_torch(told, facts, self._selection)])
+        blind = [host for host in told if facts[host]["devices"] and told[host]["devices"] <= self._selection[host][0]]
+        if blind:  # a fault of theirs already, and the others would wait for them
+            self._notes.append(f"no all-reduce was made: torch cannot use the GPUs of {', '.join(blind)}")
+            return []
         return list(told)
 
     def _bandwidth(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
+        if hosts[0] != self._meeting_host:
+            self._notes.append(f"no all-reduce was made: {self._meeting_host}, where the ranks would meet, cannot take part")
+            return
         gpu = all(facts[host]["devices"] for host in hosts)
         limit = (3 if gpu else 1) * self._timeout_s  # NCCL takes seconds to make its connections
-        common = {"ask": "bandwidth", "world": len(hosts), "address": self._address, "port": self._port, "timeout_s": limit, "gpu": gpu}
+        common = {"ask": "bandwidth", "world": len(hosts), "address": self._address, "port": self._port, "timeout_s": limit}
+        devices = {host: self._selection[host][0] if gpu else None for host in hosts}
         failed: dict[str, str] = {}
-        measured = self._ask({host: {**common, "rank": rank} for rank, host in enumerate(hosts)}, "an all-reduce", limit + MARGIN_S, failed)
+        measured = self._ask(
+            {host: {**common, "rank": rank, "gpu": devices[host]} for rank, host in enumerate(hosts)},
+            "an all-reduce",
+            limit + MARGIN_S,
+            failed,
+        )
         if len(measured) < len(hosts):
             silent = [host for host in hosts if host in self._talk.lost]  # they made it fail for the others, who are well
             self._notes.append(f"the all-reduce failed{': ' + ', '.join(silent) + ' stopped answering' if silent else ''}")
+            if silent and gpu:
+                self._notes.append(
+                    "NCCL ends the processes of an all-reduce that fails or hangs: of hosts that broke off there, look at the fabric "
+                    "(NCCL_DEBUG=INFO, `ibstat`, NCCL_IB_HCA, NCCL_SOCKET_IFNAME) before their ssh"
+                )
             own = {host: error for host, error in failed.items() if not WAITED.search(error)}  # the others only waited for these
             for host, error in (own or failed).items() if not silent else ():
                 remedy = f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {self._address}:{self._port} is its way to {hosts[0]}"
@@ -307,6 +334,10 @@ class _Examination:
                 self._findings.append(Fault(host, "answer", f"could not tell {what}: {said.get('error')}", remedy))
         return {host: answers[host] for host in questions if host in answers}
 
+    def _rounds(self) -> int:
+        """Of connections that one host makes to all others."""
+        return -(-len(self._selection) // CONNECTS_AT_ONCE)
+
     def _present(self, facts: Mapping[str, Any]) -> list[str]:
         """Hosts whose facts are known, and that still answer."""
         return [host for host in self._talk.hosts if host in facts]
@@ -326,12 +357,12 @@ class _Examination:
                 self._notes.append(f"{host}: its probe could not be ended ({answer.found}); it ends by itself within {LIFETIME_S} s")
 
     @contextmanager
-    def _progress(self, what: str) -> Iterator[None]:
+    def _progress(self, what: str, limit_s: float) -> Iterator[None]:
         self._phase += 1
-        phases = 6
+        phases = 5 if self._cfg is None or "data" in self._skip else 6
         print(
             f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, {time.monotonic() - self._began:.1f} s, "
-            f"at most {self._timeout_s + CONNECT_TIMEOUT_S:g} s for this)",
+            f"at most {limit_s:g} s for this)",
             file=sys.stderr,
             flush=True,
         )

@@ -250,7 +250,8 @@ def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     config = ROOT / "launch" / "janus_pro_1b_stage2.yaml"
-    assert launch(config, ["seed=3"], LaunchOptions(hostfile=ROOT / "hostfiles" / "a100_16x8", dry_run=True)) == 0
+    options = LaunchOptions(hostfile=ROOT / "hostfiles" / "a100_16x8", dry_run=True)
+    assert launch(config, ["seed=3", "engine.micro_batch_rows=1"], options) == 0
     text = capsys.readouterr().out
     assert "128 ranks on 16 hosts" in text and "512 rows a step = 1 micro-batch rows x 4 accumulation x 128 ranks" in text
     assert "deepspeed.launcher.runner" in text and "seed=3" in text

@@ -21,19 +21,19 @@ TOO_LONG_S = 1.0
 """What takes this long is not repeated: the link is slow, and that is all there is to find out."""
 
 
-def measure(rank: int, world: int, address: str, port: int, *, timeout_s: float, use_gpu: bool) -> dict[str, Any]:
+def measure(rank: int, world: int, address: str, port: int, *, timeout_s: float, gpu: int | None) -> dict[str, Any]:
     """Of this host, in bytes/s: `all_reduce` (bus bandwidth: what each host's link carries, with `bytes` each) and `sends` {receiving rank: rate}.
 
-    Collective over `world` processes with ranks 0 to world - 1; rank 0 serves the rendezvous at `address:port`. Raises torch's DistError or
+    `gpu`: index of the one to use, for NCCL; None for gloo. Collective over `world` processes with ranks 0 to world - 1; rank 0 serves the rendezvous at `address:port`. Raises torch's DistError or
     RuntimeError when the others do not come within `timeout_s` seconds, or a transfer fails.
     """
     import torch
     import torch.distributed as dist
 
-    device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
-    backend = "nccl" if use_gpu else "gloo"
+    device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+    backend = "gloo" if gpu is None else "nccl"
     torch.set_num_threads(1)
-    if use_gpu:
+    if gpu is not None:
         torch.cuda.set_device(device)
     store = dist.TCPStore(address, port, world, is_master=rank == 0, timeout=timedelta(seconds=timeout_s))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jp_train.cluster.facts import GPU_FREE_MIB
 from jp_train.cluster.findings import GIB, Fault, gib, rate_text
 from jp_train.cluster.remote import Answer, Cause
 
@@ -18,7 +19,7 @@ CHECKS = {
     "versions": "python, torch, deepspeed, transformers, numpy, NCCL and driver are the same everywhere",
     "code": "every host imports the same jp_train",
     "config": "every host reads the same configuration",
-    "devices": "the hostfile's slots fit the GPUs; no GPU anywhere, or everywhere",
+    "devices": "the hostfile's slots fit the GPUs, and nobody uses these; no GPU anywhere, or everywhere; no machine under two names",
     "clock": "the hosts' clocks agree",
     "disk": "run folder, caches, temporary and shared memory can be written and have room",
     "shared": "the run folder is one and the same on all hosts",
@@ -36,10 +37,12 @@ CLOCK_WARNING_S = 1.0
 LOCK_STALE_S = 300.0
 """No extension of DeepSpeed takes longer to build (100 s on a busy machine were measured)."""
 HARMLESS: dict[str, Any] = {
-    "host_name": "", "python": "unknown", "packages": {}, "driver": "", "devices": 0, "cores": 1 << 20, "addresses": [], "disks": {}, "locks": [], "jobs": [],
+    "host_name": "", "python": "unknown", "packages": {}, "driver": "", "devices": 0, "gpu_memory": [], "cores": 1 << 20, "addresses": [], "disks": {}, "locks": [], "jobs": [],
 }  # fmt: skip
 LITTLE = {"temporary files": GIB // 4, "shared memory": 64 << 20}
 """Free bytes below which a folder is worth a warning; the caches 1 GiB. 64 MiB is what a container gets as shared memory if nobody asks for more."""
+PREFLIGHT = "preflight-"
+"""What the ids of preflights begin with: their probes are nobody's left-overs, and end by themselves."""
 NEEDED = ("run folder", "temporary files", "shared memory")
 """What a run cannot do without; an unwritable cache only costs time."""
 SLOW_SHARE = {"nccl": 0.5, "gloo": 0.25}
@@ -100,14 +103,22 @@ def check_versions(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
         how = f"pip install {name}=={usual}" if name not in ("python", "driver", "nccl") else f"install the {name} that the others have"
         for host in odd:
             others = f"{usual or 'none'} on {len(facts) - len(odd)} of {len(facts)} hosts"
-            yield Fault(host, "versions", f"{name} {versions[host] or 'none'}, but {others}", f"on {host}: {how} (or the other way round)")
+            yield Fault(
+                host,
+                "versions",
+                f"{name} {versions[host] or 'none'}, but {others}",
+                f"on {host}: {how} (or the other way round)",
+                warning=name == "driver" and bool(versions[host] and usual),
+            )  # the ranks meet all the same
         if usual == "not installed" and name in ("torch", "deepspeed"):
             for host in facts.keys() - set(odd):
                 yield Fault(host, "versions", f"{name} is not installed", f"on {host}: install jp_train's requirements (setup.cfg)")
 
 
-def check_torch(torch: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
-    """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use."""
+def check_torch(
+    torch: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, Sequence[int]]
+) -> Iterator[Fault]:
+    """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use, against the selected slots."""
     for name in ("version", "cuda", "nccl"):
         values = {host: str(told.get(name, "")) for host, told in torch.items()}
         usual, odd = odd_ones(values)
@@ -126,6 +137,7 @@ def check_torch(torch: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapp
             yield Fault(
                 host, "devices", f"torch {told['version']} (CUDA {told['cuda'] or 'none'}) can use {told['devices']} of {there} GPUs; driver {facts[host]['driver'] or 'unknown'}",
                 f"on {host}: a torch build that fits the driver, a healthy driver (`nvidia-smi`), and no CUDA_VISIBLE_DEVICES in the shell's start-up files",
+                warning=told["devices"] > max(selection[host]),
             )  # fmt: skip
 
 
@@ -193,6 +205,31 @@ def check_devices(
                 host, "devices", f"no GPU, so slots are CPU processes: {len(selection[host])} of them on {facts[host]['cores']} cores",
                 "give a CPU host no more slots than cores: ranks that share a core make every step many times slower", warning=True,
             )  # fmt: skip
+
+
+def check_busy(facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, Sequence[int]], *, local: bool) -> Iterator[Fault]:
+    """`gpu_memory` of the selected slots: somebody else's job, of whatever program. A run on this host alone (`local`) may share it."""
+    for host, fact in facts.items():
+        busy = [(gpu, used) for gpu, used, _ in fact["gpu_memory"] if gpu in selection[host] and used > GPU_FREE_MIB]
+        if busy:
+            yield Fault(
+                host, "devices", f"{_some([f'{gpu} ({gib(used << 20)})' for gpu, used in busy], 'GPU')} in use before the run has started",
+                f"see who uses them (ssh {host} nvidia-smi; fuser -v /dev/nvidia*) and end it, or leave them out with --exclude {host}:{','.join(str(gpu) for gpu, _ in busy)}",
+                warning=local,
+            )  # fmt: skip
+
+
+def check_machines(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
+    """`host_name` and `addresses` of each host: two lines of a hostfile that are one machine would give its GPUs to two ranks each."""
+    known: dict[tuple[str, ...], str] = {}
+    for host, fact in facts.items():
+        if fact["host_name"] and fact["addresses"]:
+            same = known.setdefault((fact["host_name"], *sorted(fact["addresses"])), host)
+            if same != host:
+                yield Fault(
+                    host, "devices", f"is the same machine as {same}: both are {fact['host_name']} with the addresses {_some(fact['addresses'])}",
+                    "write every machine once in the hostfile, with all its slots",
+                )  # fmt: skip
 
 
 def check_clocks(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Fault]:
@@ -305,7 +342,9 @@ def check_jobs(facts: Mapping[str, Mapping[str, Any]], here: Sequence[Mapping[st
         for launch, jobs in launches.items():
             pids = " ".join(str(job["pid"]) for job in jobs)
             what = f"{len(jobs)} {'process' if len(jobs) == 1 else 'processes'} of launch {launch} ({jobs[0]['command'][:60]} ...)"
-            if launch in alive:
+            if launch.startswith(PREFLIGHT):
+                yield Fault(host, "jobs", f"{what}: another preflight examines this host", "start again when it has ended", warning=True)
+            elif launch in alive:
                 yield Fault(host, "jobs", f"{what}: another run is on this host", "wait for it, or leave the host out", warning=True)
             else:
                 yield Fault(

@@ -52,7 +52,8 @@ class PassedEnvironment:
 
     def describe(self) -> list[str]:
         """Lines for the terminal: what is passed on, and what is not and why."""
-        told = [f"environment of the ranks: {' '.join(line for line in self.lines if not line.startswith(OWN))}"]
+        own = [line for line in self.lines if not line.startswith(OWN)]
+        told = [f"environment of the ranks: {' '.join(own) or 'nothing of this shell'}"]
         told += [f"not passed on: {name} (it looks secret; log in on the hosts instead)" for name in self.secrets]
         return told + [f"not passed on: {name} (a remote shell would change it)" for name in self.unsafe]
 

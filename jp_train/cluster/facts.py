@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 RUNNERS = (b"deepspeed.launcher.runner", b"mpirun", b"srun")
 """Arguments (or programs) by which the one process that keeps a launch together is known."""
+NVIDIA_SMI_S = 5.0
+GPU_FREE_MIB = 1024
+"""MiB in use up to which a GPU counts as free: the driver alone takes up to some hundred."""
+GPU_REST_S = 3.0
+"""The driver may take so long to free what a process that was just killed had."""
 WRITTEN_BYTES = 64 << 10
 """Written and synced to find out whether a folder takes data: a disk may be full though it lists free inodes."""
 
@@ -44,6 +49,7 @@ def host_facts(question: Mapping[str, Any], *, proc: Path = Path("/proc"), devic
         "packages": packages,
         "driver": lambda: driver_version(proc),
         "devices": lambda: device_count(devices),
+        "gpu_memory": lambda: gpu_memory_at_rest() if device_count(devices) else [],
         "cores": lambda: len(os.sched_getaffinity(0)),
         "addresses": host_addresses,
         "code": code_digests,
@@ -93,6 +99,36 @@ def device_count(devices: Path = Path("/dev")) -> int:
     return len(list((devices / "dri").glob("renderD*")))
 
 
+def gpu_memory(command: Sequence[str] = ("nvidia-smi",)) -> list[list[int]]:
+    """[index, MiB in use, MiB in all] of each GPU as nvidia-smi tells it, whoever uses it; empty where there is no nvidia-smi.
+
+    Raises RuntimeError when it fails or hangs, which is what it does on a host with a broken GPU.
+    """
+    question = ["--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run([*command, *question], capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S, check=False)
+    except FileNotFoundError:
+        return []
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"nvidia-smi gave no answer within {NVIDIA_SMI_S:g} s: a GPU hangs, or persistence mode is off (`nvidia-smi -pm 1`)"
+        ) from None
+    if done.returncode:
+        raise RuntimeError(f"nvidia-smi ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-200:]}")
+    rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
+    return [[int(field) for field in row] for row in rows if len(row) == 3 and all(field.isdigit() for field in row)]  # MIG: [N/A]
+
+
+def gpu_memory_at_rest(read: Callable[[], list[list[int]]] = gpu_memory) -> list[list[int]]:
+    """`gpu_memory`, read again while a GPU is in use, for GPU_REST_S: a restart examines hosts whose ranks have only just been killed."""
+    deadline = time.monotonic() + GPU_REST_S
+    found = read()
+    while any(used > GPU_FREE_MIB for _, used, _ in found) and time.monotonic() < deadline:
+        time.sleep(GPU_REST_S / 10)
+        found = read()
+    return found
+
+
 def host_addresses() -> list[str]:
     """All addresses of the host as `hostname -I` lists them: DeepSpeed's runner makes the first host's first one the rendezvous."""
     done = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=5, check=True)
@@ -130,18 +166,17 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
         "torch extensions": environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"),
         "Hugging Face cache": environ.get("HF_HOME") or os.path.join(cache, "huggingface"),
         "index cache": os.path.join(cache, "jp_train"),
-        "temporary files": tempfile.gettempdir() if "TMPDIR" not in environ else environ["TMPDIR"],
+        "temporary files": environ.get("TMPDIR") or "/tmp",  # tempfile.gettempdir() goes elsewhere when that is full
         "shared memory": "/dev/shm",
     }
 
 
 def disk(folder: Path) -> dict[str, Any]:
     """Where `folder` lies (or will: its nearest folder that exists), the bytes free there, and whether a file could be written: `error` if not."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    found: dict[str, Any] = {"path": str(folder), "there": str(there)}
+    found: dict[str, Any] = {"path": str(folder), "there": str(folder)}
     try:
+        there = nearest(folder)
+        found["there"] = str(there)
         about = os.statvfs(there)
         found |= {"free": about.f_bavail * about.f_frsize, "size": about.f_blocks * about.f_frsize, "device": os.stat(there).st_dev}
         with tempfile.NamedTemporaryFile(dir=there, prefix=".jp_train_preflight_") as file:
@@ -151,6 +186,18 @@ def disk(folder: Path) -> dict[str, Any]:
     except OSError as error:
         found |= {"error": error.strerror or str(error), "errno": error.errno}
     return found
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists. Raises OSError when that cannot be told: no permission, a stale file handle, a link to nowhere."""
+    while True:
+        try:
+            folder.stat()
+            return folder
+        except (FileNotFoundError, NotADirectoryError):
+            if folder.is_symlink() or folder == folder.parent:
+                raise
+            folder = folder.parent
 
 
 def build_locks(folder: Path) -> list[dict[str, Any]]:
@@ -203,12 +250,15 @@ def _open_files(process: Path) -> set[str]:
     return found
 
 
-def place(folder: Path, name: str, text: str) -> list[str]:
-    """Write a file that other hosts are to see, and make its folder if need be. Returns the folders that were made, outermost first. Raises OSError."""
-    made = [str(parent) for parent in [*reversed(folder.parents), folder] if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text, encoding="utf-8")
-    return made
+def place(folder: Path, name: str, text: str) -> str:
+    """Write a file that other hosts are to see into the folder, or its nearest parent that exists. Returns that folder. Raises OSError.
+
+    Nothing is made: an NFS client that has just been told that a folder is not there believes it for up to a minute, whatever another host makes.
+    A name that nobody has asked for is looked up on the server at once.
+    """
+    there = nearest(folder)
+    (there / name).write_text(text, encoding="utf-8")
+    return str(there)
 
 
 def seen(folder: Path, name: str, text: str, *, wait_s: float) -> bool:
@@ -226,14 +276,9 @@ def seen(folder: Path, name: str, text: str, *, wait_s: float) -> bool:
         time.sleep(0.25)
 
 
-def take_away(folder: Path, name: str, made: Sequence[str]) -> None:
-    """Undo `place`: the file, and the folders that it made, if still empty."""
+def take_away(folder: Path, name: str) -> None:
+    """Undo `place` in the folder that it returned."""
     (folder / name).unlink(missing_ok=True)
-    for path in reversed(made):
-        try:
-            os.rmdir(path)
-        except OSError:
-            return
 
 
 def _attempt(find: Callable[[], Any]) -> Any:

@@ -101,5 +101,5 @@ def _alike(faults: list[Fault]) -> list[tuple[str, Fault]]:
 
 
 def _hosts_text(hosts: list[str]) -> str:
-    more = f" and {len(hosts) - NAMED} more ({len(hosts)} hosts; what follows is of {hosts[0]})" if len(hosts) > NAMED else ""
-    return f"{', '.join(hosts[:NAMED])}{more}"
+    more = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
+    return f"{', '.join(hosts[:NAMED])}{more}{f' ({len(hosts)} hosts; what follows is of {hosts[0]})' if len(hosts) > 1 else ''}"

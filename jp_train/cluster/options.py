@@ -55,8 +55,9 @@ class LaunchOptions:
         return select_slots(parse_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
 
     def restricted(self, selection: Mapping[str, Sequence[int]]) -> LaunchOptions:
-        """The same launch on these slots only."""
-        return replace(self, include=filter_text(selection), exclude="")
+        """The same launch on these slots only; `master_addr` stays only if the first host does, whose address it is."""
+        kept = not self.master_addr or next(iter(selection), "") == next(iter(self.selection()))
+        return replace(self, include=filter_text(selection), exclude="", master_addr=self.master_addr if kept else "")
 
 
 def filter_text(selection: Mapping[str, Sequence[int]]) -> str:

@@ -45,7 +45,7 @@ class Probe:
     def place(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Write the file that the others are to see. Also the answer of a failure is one: `error`."""
         try:
-            return {"made": place(Path(question["folder"]), question["name"], question["text"])}
+            return {"folder": place(Path(question["folder"]), question["name"], question["text"])}
         except OSError as error:
             return {"error": error.strerror or str(error)}
 
@@ -55,7 +55,7 @@ class Probe:
 
     def take_away(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Remove it."""
-        take_away(Path(question["folder"]), question["name"], question["made"])
+        take_away(Path(question["folder"]), question["name"])
         return {}
 
     def listen(self, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +66,11 @@ class Probe:
         """Connect to the listeners of the others."""
         return {"failed": reach(question["targets"], timeout_s=float(question["timeout_s"]))}
 
+    def close(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """Close the listeners: the all-reduce needs the master port, and no rank may take the listener there for rank 0."""
+        self._listeners.close()
+        return {}
+
     def data(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """What is seen of the data."""
         from jp_train.cluster.data_facts import data_facts
@@ -73,15 +78,14 @@ class Probe:
         return data_facts(question["config"], question["overrides"], int(question["number"]))
 
     def bandwidth(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Join the all-reduce. The listeners are closed first: rank 0 needs the master port."""
-        self._listeners.close()
+        """Join the all-reduce."""
         if self._torch is not None:
             self._torch.join()
         from jp_train.cluster.bandwidth import measure
 
         return measure(
             int(question["rank"]), int(question["world"]), question["address"], int(question["port"]), timeout_s=float(question["timeout_s"]),
-            use_gpu=bool(question["gpu"]),
+            gpu=question["gpu"],
         )  # fmt: skip
 
     def torch(self, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def main() -> int:
 
 
 def _handler(probe: Probe, name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    names = ("facts", "clock", "place", "seen", "take_away", "listen", "reach", "data", "bandwidth", "torch")
+    names = ("facts", "clock", "place", "seen", "take_away", "listen", "reach", "close", "data", "bandwidth", "torch")
     if name not in names:
         raise ValueError(
             f"this host's jp_train does not know the question {name!r}; it knows {', '.join(names)}: another version of the code"

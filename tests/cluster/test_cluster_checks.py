@@ -20,7 +20,7 @@ def host(**changed: Any) -> dict[str, Any]:
     """The facts of a healthy host with 8 GPUs."""
     room = {"path": "/x", "there": "/x", "free": 100 * GIB, "size": 200 * GIB, "device": 1}
     return {
-        "host_name": "h", "python": "3.11.7", "driver": "550.1", "devices": 8, "cores": 64, "addresses": ["10.0.0.1"],
+        "gpu_memory": [[gpu, 400, 40960] for gpu in range(8)], "host_name": "h", "python": "3.11.7", "driver": "550.1", "devices": 8, "cores": 64, "addresses": ["10.0.0.1"],
         "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "code": {"train.py": "aa", "loop.py": "bb"}, "config": "seed: 1\nlr: 2\n",
         "disks": {"run folder": room, "temporary files": room, "shared memory": room, "index cache": room}, "locks": [], "jobs": [], **changed,
     }  # fmt: skip
@@ -74,7 +74,12 @@ def test_a_package_that_one_host_lacks_and_one_that_all_lack_are_faults() -> Non
 
 
 def test_a_driver_that_one_host_lacks_is_named() -> None:
-    assert "driver none" in only(checks.check_versions(cluster(a1={"driver": ""}))).found
+    fault = only(checks.check_versions(cluster(a1={"driver": ""})))
+    assert "driver none" in fault.found and not fault.warning
+
+
+def test_drivers_of_two_releases_are_a_warning_because_the_ranks_meet_all_the_same() -> None:
+    assert told(checks.check_versions(cluster(a1={"driver": "550.2"}))) == [("a1", True)]
 
 
 def test_other_code_is_named_by_its_files() -> None:
@@ -123,19 +128,49 @@ def test_a_host_without_gpus_among_hosts_with_gpus_is_a_fault() -> None:
 
 def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_nccl() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 8} for name in HOSTS}
-    assert list(checks.check_torch(torch, cluster())) == []
+    whole = dict.fromkeys(HOSTS, range(8))
+    assert list(checks.check_torch(torch, cluster(), whole)) == []
     torch["b2"] = torch["b2"] | {"devices": 0, "nccl": "2.20.0"}
-    found = list(checks.check_torch(torch, cluster()))
+    found = list(checks.check_torch(torch, cluster(), whole))
     assert told(found) == [("b2", False)] * 2
     assert "nccl of torch runs as 2.20.0" in found[0].found and "can use 0 of 8 GPUs" in found[1].found
+
+
+def test_a_job_that_was_given_a_part_of_a_hosts_gpus_is_warned_and_may_run() -> None:
+    torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 4} for name in HOSTS}
+    selection = {"a1": (0, 1), "b2": range(4), "c3": range(5)}
+    assert told(checks.check_torch(torch, cluster(), selection)) == [("a1", True), ("b2", True), ("c3", False)]
+
+
+def test_gpus_in_use_by_anybody_are_named_if_they_are_selected() -> None:
+    facts = cluster(b2={"gpu_memory": [[0, 400, 40960], [1, 30720, 40960], [2, 2048, 40960]]})
+    fault = only(checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=False))
+    assert (fault.host, fault.check, fault.warning) == ("b2", "devices", False)
+    assert "GPUs 1 (30.00 GiB), 2 (2.00 GiB) in use" in fault.found and "--exclude b2:1,2" in fault.remedy
+    assert list(checks.check_busy(facts, dict.fromkeys(HOSTS, (0, 3)), local=False)) == []
+    assert told(checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=True)) == [("b2", True)]
+
+
+def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
+    facts = cluster(
+        a1={"host_name": "x", "addresses": ["10.0.0.1", "172.17.0.1"]}, c3={"host_name": "x", "addresses": ["172.17.0.1", "10.0.0.1"]}
+    )
+    fault = only(checks.check_machines(facts))
+    assert fault.host == "c3" and "same machine as a1" in fault.found
+    clones = {name: host(host_name="ubuntu", addresses=[f"10.0.0.{number}"]) for number, name in enumerate(HOSTS)}
+    docker = {name: host(host_name=name, addresses=["172.17.0.1"]) for name in HOSTS}
+    untold = {name: host(host_name="ubuntu", addresses=[]) for name in HOSTS}
+    for healthy in (clones, docker, untold):
+        assert list(checks.check_machines(healthy)) == []
 
 
 def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "", "devices": 8} for name in HOSTS} | {
         "b2": {"version": "2.12.0", "cuda": "", "devices": 8}
     }
-    assert list(checks.check_torch(torch, cluster(b2={"packages": {"torch": "2.12.0"}}))) == []
-    assert told(checks.check_torch(torch, cluster())) == [("b2", False)]
+    whole = dict.fromkeys(HOSTS, range(8))
+    assert list(checks.check_torch(torch, cluster(b2={"packages": {"torch": "2.12.0"}}), whole)) == []
+    assert told(checks.check_torch(torch, cluster(), whole)) == [("b2", False)]
 
 
 # -- clocks and disks -------------------------------------------------------------------------------------------------------------------
@@ -243,6 +278,8 @@ def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warni
     alive = cluster(b2={"jobs": [job("L1")]}, a1={"jobs": [job("L1", runner=True)]})
     assert told(checks.check_jobs(alive, [], local=False)) == [("a1", True), ("b2", True)]
     assert told(checks.check_jobs(dead, [], local=True)) == [("b2", True)]
+    other = only(checks.check_jobs(cluster(b2={"jobs": [job("preflight-0a1b")]}), [], local=False))
+    assert other.warning and "another preflight" in other.found and "kill" not in other.remedy
 
 
 def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:

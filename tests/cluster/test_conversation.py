@@ -105,6 +105,16 @@ def test_the_probe_ends_by_itself_when_nobody_ends_it() -> None:
         assert conversation._processes["a"].wait(30) in (-signal.SIGALRM, 128 + signal.SIGALRM)
 
 
+def test_the_probe_closes_its_ports_before_an_all_reduce_needs_them() -> None:
+    with talk(PROBE, ("a",), env={"GLOO_SOCKET_IFNAME": "lo"}) as conversation:
+        told = conversation.ask({"a": {"ask": "listen", "master_port": None}}, timeout_s=30, what="x")["a"]["answer"]
+        target = {"a": [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]}
+        reach = {"ask": "reach", "targets": target, "timeout_s": 10}
+        assert conversation.ask({"a": reach}, timeout_s=30, what="x")["a"]["answer"] == {"failed": {}}
+        conversation.ask({"a": {"ask": "close"}}, timeout_s=30, what="x")
+        assert "refused" in conversation.ask({"a": reach}, timeout_s=30, what="x")["a"]["answer"]["failed"]["a"]
+
+
 def test_what_libraries_print_does_not_spoil_an_answer(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('a library says hello')\n")
     with talk(PROBE, ("a",), env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}) as conversation:

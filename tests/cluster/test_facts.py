@@ -81,6 +81,7 @@ def test_code_digests_change_with_a_file_and_with_nothing_else(tmp_path: Path) -
 def test_caches_lie_where_the_libraries_look_for_them() -> None:
     found = facts.cache_folders({"XDG_CACHE_HOME": "/c", "HF_HOME": "/hf"})
     assert (found["torch extensions"], found["Hugging Face cache"], found["index cache"]) == ("/c/torch_extensions", "/hf", "/c/jp_train")
+    assert (found["temporary files"], facts.cache_folders({"TMPDIR": "/t"})["temporary files"]) == ("/tmp", "/t")
     assert facts.cache_folders({"TORCH_EXTENSIONS_DIR": "/e"})["torch extensions"] == "/e"
 
 
@@ -92,6 +93,43 @@ def test_a_folder_that_will_be_made_counts_as_the_disk_it_will_lie_on(tmp_path: 
 
 def test_a_disk_that_takes_no_file_is_told_with_the_reason() -> None:
     assert facts.disk(Path("/proc/self"))["errno"] in (errno.ENOENT, errno.EACCES, errno.EPERM)
+
+
+def test_a_folder_of_which_nobody_can_tell_whether_it_is_there_is_an_error_of_this_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert facts.disk(tmp_path / ("x" * 300) / "run")["errno"] == errno.ENAMETOOLONG
+    found = facts.disk(tmp_path / "loop/run")
+    assert (found["errno"], found["there"]) == (errno.ELOOP, str(tmp_path / "loop/run"))
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_an_error_and_not_the_disk_of_the_link(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "not_mounted")
+    assert facts.disk(tmp_path / "runs/one")["errno"] == errno.ENOENT
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("echo '0, 412, 40960'; echo '1, 39000, 40960'", [[0, 412, 40960], [1, 39000, 40960]]), ("echo '0, [N/A], [N/A]'", []), ("echo", [])],
+)
+def test_the_memory_in_use_is_read_from_nvidia_smi_and_what_has_no_number_is_left_out(script: str, expected: list) -> None:
+    assert facts.gpu_memory(("sh", "-c", script)) == expected
+
+
+def test_an_nvidia_smi_that_fails_or_hangs_is_told_and_none_at_all_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="code 9: Unable to determine the device handle"):
+        facts.gpu_memory(("sh", "-c", "echo Unable to determine the device handle; exit 9"))
+    monkeypatch.setattr(facts, "NVIDIA_SMI_S", 0.2)
+    with pytest.raises(RuntimeError, match="no answer within 0.2 s"):
+        facts.gpu_memory(("sh", "-c", "exec sleep 20"))
+    assert facts.gpu_memory(("/no/such/nvidia-smi",)) == []
+
+
+def test_gpus_whose_processes_have_just_been_killed_are_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([[[0, 39000, 40960]], [[0, 400, 40960]]])
+    assert facts.gpu_memory_at_rest(lambda: next(readings)) == [[0, 400, 40960]]
+    monkeypatch.setattr(facts, "GPU_REST_S", 0.2)
+    assert facts.gpu_memory_at_rest(lambda: [[0, 39000, 40960]]) == [[0, 39000, 40960]]
 
 
 def test_locks_of_both_layouts_are_found_with_their_age(tmp_path: Path) -> None:
@@ -133,22 +171,15 @@ def test_the_holder_of_a_port_is_found_by_its_socket() -> None:
     assert facts.port_holder(free) == ""
 
 
-def test_a_placed_file_is_seen_and_taken_away_with_the_folders_that_were_made(tmp_path: Path) -> None:
-    folder = tmp_path / "runs/one"
-    made = facts.place(folder, "nonce", "word")
-    assert made == [str(tmp_path / "runs"), str(folder)]
-    assert facts.seen(folder, "nonce", "word", wait_s=0) and not facts.seen(folder, "nonce", "another", wait_s=0)
-    assert not facts.seen(tmp_path, "nonce", "word", wait_s=0)
-    facts.take_away(folder, "nonce", made)
+def test_a_placed_file_is_seen_and_taken_away_and_no_folder_is_made_for_it(tmp_path: Path) -> None:
+    there = Path(facts.place(tmp_path / "runs/one", "nonce", "word"))
+    assert there == tmp_path and [path.name for path in tmp_path.iterdir()] == ["nonce"]
+    assert facts.seen(there, "nonce", "word", wait_s=0) and not facts.seen(there, "nonce", "another", wait_s=0)
+    assert not facts.seen(tmp_path / "runs/one", "nonce", "word", wait_s=0)
+    facts.take_away(there, "nonce")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_somebody_uses_meanwhile_is_not_taken_away(tmp_path: Path) -> None:
-    folder = tmp_path / "runs/one"
-    made = facts.place(folder, "nonce", "word")
-    (folder / "config.yaml").touch()
-    facts.take_away(folder, "nonce", made)
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    (tmp_path / "runs/one").mkdir(parents=True)
+    assert facts.place(tmp_path / "runs/one", "nonce", "word") == str(tmp_path / "runs/one")
 
 
 def test_a_file_that_appears_late_is_waited_for(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_the_same_fault_of_many_hosts_is_one_entry_of_the_table_and_many_of_the_
     told = report(faults)
     assert told.table().count("FAULT") == 1 and "node01, node02, node03, node04 and 6 more (10 hosts" in told.table()
     assert len(told.as_json()["faults"]) == 10 and told.hosts_with_faults() == [f"node{n:02}" for n in range(1, 11)]
+    assert "FAULT  node01, node02 (2 hosts; what follows is of node01)  data: no data on node01" in report(faults[:2]).table()
     other = [*faults, Fault("node11", "data", "no data on node10", "copy it to node11")]
     assert report(other).table().count("FAULT") == 2
 

@@ -1,0 +1,70 @@
+"""The rig of the multi-host tests itself: its hosts are apart, its faults are faults, and nothing of it outlives its maker."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster_rig import OWNER, Cluster
+
+
+def owned_by(pid: int) -> list[str]:
+    """Live processes that the maker `pid` of a rig has started."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and f"{OWNER}={pid}:".encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                found.append(Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_hosts_reach_each_other_by_ssh_and_the_faults_of_one_are_its_own(make_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+    cluster = make_cluster(hosts=2)
+    ask = ["ssh", "-o", "ConnectTimeout=1", "node2", "hostname"]
+    assert cluster.run("node1", ask).stdout == "node2\n"
+    cluster.link("node2", "down")
+    assert "timed out" in cluster.run("node1", ask).stderr
+    cluster.link("node2", "up")
+    cluster.change_host_key("node2")
+    assert "Host key verification failed" in cluster.run("node1", ask).stderr
+    cluster.small_disk("node2", tmp_path, full=True)
+    assert "No space left" in cluster.run("node2", ["sh", "-c", f"head -c 9999 /dev/zero > {tmp_path}/file"]).stderr
+    assert list(tmp_path.iterdir()) == []
+    process = cluster.popen("node2", ["sleep", "1000"])
+    while not cluster.processes("node2"):
+        time.sleep(0.01)
+    assert [line for _, line in cluster.processes("node2")] == ["sleep 1000"] and cluster.processes("node1") == []
+    cluster.stop_host("node2")
+    assert process.wait(10) != 0 and cluster.processes("node2") == []
+    cluster.repair()
+    assert cluster.run("node1", ask).stdout == "node2\n" and cluster.wait_until_empty() == {}
+
+
+def test_nothing_of_a_rig_outlives_a_maker_that_was_killed(rig_parts: None, tmp_path: Path) -> None:
+    maker = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("cluster_rig.py")), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert maker.stdout is not None
+    inits = [int(re.search(r"-t (\d+)", maker.stdout.readline().decode())[1]) for _ in range(3)]
+    assert all(Path(f"/proc/{pid}/cmdline").read_text() for pid in inits) and len(owned_by(maker.pid)) >= 4  # their keepers, and the bridge
+    maker.send_signal(signal.SIGKILL)
+    maker.communicate()
+    deadline = time.monotonic() + 20
+    while left := owned_by(maker.pid) + [pid for pid in inits if is_running(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)

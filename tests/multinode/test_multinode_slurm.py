@@ -1,0 +1,100 @@
+"""`jp-train launch --launcher slurm` in an allocation of a real Slurm: slurmctld and slurmd on two hosts of the rig, srun, a stop signal that saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster_rig import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "engine"))
+
+from tiny_run import tiny_run, write_data  # noqa: E402
+
+from jp_train.config import save_config  # noqa: E402
+
+PROGRAMS = ("slurmctld", "slurmd", "srun", "salloc", "sinfo")
+SLURM = """ClusterName=rig
+SlurmctldHost=node1
+AuthType=auth/none
+CredType=cred/none
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool_%n
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/slurmd_%n.pid
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/slurmd_%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/linear
+ReturnToService=2
+NodeName=node[1-2] CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(make_cluster: Callable[..., Cluster]) -> tuple[Cluster, dict[str, str]]:
+    """Two hosts under Slurm, and the environment that knows it."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)} (Debian: apt-get install slurmctld slurmd slurm-client)")
+    cluster = make_cluster(hosts=2)
+    folder = cluster.folder / "slurm"
+    for name in ("state", "spool_node1", "spool_node2"):
+        (folder / name).mkdir(parents=True)
+    (folder / "slurm.conf").write_text(SLURM.format(folder=folder))
+    env = {"SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cluster.popen("node1", ["slurmctld", "-D", "-i"], env=env, **quiet)
+    for host in cluster.names:
+        cluster.popen(host, ["slurmd", "-D", "-N", host], env=env, **quiet)
+    deadline = time.monotonic() + 60
+    while cluster.run("node1", ["sinfo", "-h", "-o", "%n %T"], env=env).stdout.count("idle") < 2:
+        assert time.monotonic() < deadline, (folder / "ctld.log").read_text()[-3000:]
+        time.sleep(0.2)
+    return cluster, env
+
+
+def test_srun_starts_the_ranks_and_a_stop_signal_to_the_launch_saves_on_all_hosts(
+    slurm: tuple[Cluster, dict[str, str]], tmp_path: Path
+) -> None:
+    cluster, env = slurm
+    cfg = tiny_run(write_data(tmp_path / "data"), tmp_path / "run", stage=2, steps=400, rows=4)
+    save_config(cfg, tmp_path / "run.yaml")
+    words = ["launch", str(tmp_path / "run.yaml"), "--hostfile", str(cluster.hostfile), "--launcher", "slurm", "--skip-preflight"]
+    metrics, terminal = tmp_path / "run" / "metrics.jsonl", tmp_path / "terminal"
+    with terminal.open("w") as file:
+        job = cluster.popen(
+            "node1", ["salloc", "-N2", "--exclusive", sys.executable, "-m", "jp_train", *words], env=env, cwd=ROOT, stdout=file, stderr=file
+        )
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert job.poll() is None and time.monotonic() < deadline, terminal.read_text()[-4000:]
+        time.sleep(0.1)
+    (launch,) = [pid for pid, line in cluster.processes("node1") if line.startswith(f"{sys.executable} -m jp_train launch")]
+    os.kill(launch, signal.SIGTERM)
+    assert job.wait(120) == 143, terminal.read_text()[-4000:]
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / f"step_{step:07d}" / "manifest.json").read_text())
+    assert manifest["dp_world_size"] == 2
+    deadline = time.monotonic() + 30
+    while left := [
+        line for host in cluster.names for _, line in cluster.processes(host) if "jp_train" in line and "slurm" not in line.split()[0]
+    ]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    records = sorted(path.name for path in (tmp_path / "run" / "logs").glob("*/*.log"))
+    assert records == ["node1_rank0.log", "node2_rank1.log"]
