@@ -29,6 +29,7 @@ from jp_train.launch import (
     runner_environment,
     select_slots,
 )
+from jp_train.run_lock import take
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -266,6 +267,16 @@ def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
         with pytest.raises(LaunchError, match="--master-port"):
             options = LaunchOptions(hostfile=ROOT / "hostfiles" / "local", master_port=busy.getsockname()[1])
             launch(ROOT / "launch" / "smoke_stage1.yaml", [f"run_dir={tmp_path / 'run'}"], options)
+
+
+def test_a_run_folder_in_which_another_job_trains_is_refused_with_its_host_and_process(tmp_path: Path) -> None:
+    held = take(tmp_path / "run")
+    try:
+        with pytest.raises(LaunchError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+            options = LaunchOptions(hostfile=ROOT / "hostfiles" / "local", master_port=free_port())
+            launch(ROOT / "launch" / "smoke_stage1.yaml", [f"run_dir={tmp_path / 'run'}"], options)
+    finally:
+        held.release()
 
 
 @pytest.fixture
