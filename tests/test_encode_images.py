@@ -288,7 +288,10 @@ def test_a_hostfile_gives_the_deepspeed_command_and_the_share_of_every_slot(enco
     options = LaunchOptions(hostfile=tmp_path / "hosts", master_port=29700, dry_run=True)
     assert encode_on_hosts(tmp_path / "run.yaml", ["seed=7"], options, batch=4) == 0
     out = capsys.readouterr().out
-    assert f"--module jp_train.cluster.rank data encode-images {tmp_path / 'run.yaml'} seed=7 --batch=4" in out and "-m deepspeed.launcher.runner" in out
+    assert (
+        f"--module jp_train.cluster.rank data encode-images {tmp_path / 'run.yaml'} seed=7 --batch=4" in out
+        and "-m deepspeed.launcher.runner" in out
+    )
     assert [line.split()[:3] for line in out.splitlines() if line.strip()[:1] in "012" and len(line.split()) == 5] == [
         ["0", "1", "1"],
         ["1", "1", "1"],
