@@ -231,8 +231,10 @@ class CheckpointStore(CheckpointReader):
         for leftover in self.folder.glob(".*"):  # of saves and deletions that a crash interrupted
             if leftover.is_dir():
                 self._delete(leftover)
-        if target.name in self.damaged and free_bytes(self.folder) < needed + SPARE:
-            self._remove(target.name)  # worth nothing, and about to be replaced
+        for name in sorted(self.damaged, key=lambda name: (name != target.name, step_of(name))):
+            if free_bytes(self.folder) >= needed + SPARE:
+                break
+            self._remove(name)  # this run went on from an older one: its steps are trained again
         require_space(self.folder, needed, f"checkpoint {target.name}", self.damaged)
         partial.mkdir()
 

@@ -30,6 +30,8 @@ from jp_train.model.partition_files import BLOCK
 
 FORMAT = 2
 VQ_FILE = "vq.safetensors"
+DAMAGED_FILE = "DAMAGED"
+"""Lies in a checkpoint that a resume has found damaged, with the reason: a later attempt, which need not look at it again, knows too."""
 SMALL_FILE = 1 << 20
 """Text files up to this many bytes get a SHA-256, everything else a CRC-32 (which a rank computes at over 1 GB/s)."""
 SHOWN = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jp_train.engine.checkpoint_files import FORMAT, VQ_FILE, Checkpoint, Together, described, first_of, names, step_of
+from jp_train.engine.checkpoint_files import DAMAGED_FILE, FORMAT, VQ_FILE, Checkpoint, Together, described, first_of, names, step_of
 from jp_train.engine.rng import PREFIX, derive_rng, restore_rng
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import PartitionReader, ShardReader, file_rank, rank_file
@@ -22,7 +23,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, together: Together) -> None:
         self.folder = folder
         self.damaged: list[str] = []
-        """Names of the checkpoints that `newest` passed over, newest first."""
+        """Names of the checkpoints that `newest` passed over, newest first, and of older ones that an earlier attempt passed over."""
         self._together = together
 
     def newest(self, *, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
@@ -42,6 +43,7 @@ class CheckpointReader:
                 _refuse_other_format(path, manifest)
                 problem = self._contents_fault(path, manifest)
             if problem is None:
+                self.damaged += on_main(lambda path=path: _marked_before(path), f"cannot list {self.folder}", self.folder)
                 state = on_main(
                     lambda path=path: json.loads((path / "state.json").read_text(encoding="utf-8")), f"cannot read {path}", self.folder
                 )
@@ -49,6 +51,8 @@ class CheckpointReader:
             problems.append(f"{path}: {problem}")
             self.damaged.append(name)
             if self._together.rank == 0:
+                with contextlib.suppress(OSError):  # a full or read-only disk: then it is found again
+                    (path / DAMAGED_FILE).write_text(problem + "\n", encoding="utf-8")
                 on_damage(problems[-1])
         if problems:
             raise CheckpointError(
@@ -108,6 +112,14 @@ class CheckpointReader:
                 "readable for this user on each of them"
             )
         return next((text for text, _ in told if text), None)
+
+
+def _marked_before(whole: Path) -> list[str]:
+    """Names of the checkpoints older than this one, which is whole, that an earlier attempt found damaged, newest first."""
+    with contextlib.suppress(OSError):
+        (whole / DAMAGED_FILE).unlink(missing_ok=True)  # restored since
+    older = [name for name in names(whole.parent, step_of(whole.name)) if name != whole.name]
+    return [name for name in reversed(older) if (whole.parent / name / DAMAGED_FILE).exists()]
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:

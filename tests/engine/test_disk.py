@@ -27,8 +27,8 @@ from jp_train.sinks import Events, MetricsFile, StatusFile
 
 @pytest.fixture
 def small(tmp_path):
-    """A run folder on a real file system of 8 MiB (a checkpoint of these tests has 2.4)."""
-    with mounted(tmp_path / "small", "8m") as problem:
+    """A run folder on a real file system of 9 MiB (a checkpoint of these tests has 2.4)."""
+    with mounted(tmp_path / "small", "9m") as problem:
         if problem:
             pytest.skip(f"mounting a small file system needs root: {problem}")
         yield tmp_path / "small"
@@ -65,20 +65,31 @@ def test_the_advice_names_old_checkpoints_but_not_the_newest(small):
         fill(small, 0), made.begin(300, content(300))
 
 
-def test_a_checkpoint_found_damaged_is_the_first_to_go_and_makes_room_for_the_save_of_its_step(small):
+def test_checkpoints_found_damaged_make_room_for_a_save_also_when_another_attempt_found_them(small):
+    made = store(small, keep_last=3)
+    save(made, 100)
+    (save(made, 200) / "state.json").write_text("{}")
+    again = store(small, keep_last=3)
+    assert again.newest().step == 100 and again.damaged == ["step_0000200"]
+    save(again, 250)
+    later = store(small, keep_last=3)
+    assert later.newest().step == 250 and later.damaged == ["step_0000200"]
+    save(later, 300)  # the disk has room for three
+    assert sorted(path.name for path in later.folder.glob("step_*")) == ["step_0000100", "step_0000250", "step_0000300"]
+    assert later.damaged == []
+    assert_untouched(later, 300)
+
+
+def test_where_no_damaged_checkpoint_is_left_to_delete_the_save_is_refused_and_the_whole_one_stays(small):
     made = store(small)
     save(made, 100)
     (save(made, 200) / "state.json").write_text("{}")
     again = store(small)
     assert again.newest().step == 100
-    fill(small, 1_500_000)
-    with pytest.raises(
-        CheckpointError,
-        match=r"delete what is damaged: step_0000200 \(2\.4 MiB\); step_0000100 \(2\.4 MiB\) is the only complete checkpoint: keep it",
-    ):
+    fill(small, 0)
+    with pytest.raises(CheckpointError, match=r"Free .*step_0000100 \(2\.4 MiB\) is the only complete checkpoint: keep it"):
         again.begin(150, content(150))
-    save(again, 200)
-    assert_untouched(again, 200)
+    assert_untouched(again, 100)
 
 
 def test_a_disk_that_fills_up_during_the_write_leaves_the_checkpoint_before(small, monkeypatch):
