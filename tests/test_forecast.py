@@ -31,7 +31,7 @@ def test_every_shipped_configuration_is_the_best_that_fits_its_cluster(file):
     cluster = CLUSTERS["1b" if file.stem == "janus_pro_7b_stage3" else file.stem.split("_")[2]]
     all_of_them = candidates(cfg, cluster, PRESETS["a100-40gb"])
     choice = best(all_of_them)
-    assert choice is not None and choice.roomy and choice.total_gib < 0.9 * 40
+    assert choice is not None and choice.roomy and choice.total_gib < 0.8 * 40
     assert is_own(cfg, choice), f"{file.name}: {choice.describe()}"
 
 

@@ -101,8 +101,8 @@ class Candidate:
         )
 
 
-ROOM = 0.10
-"""Share of the GPU that a recommended setting leaves free beyond what is forecast: the error that the validation allows."""
+ROOM = 0.20
+"""Share of the GPU that a recommended setting leaves free beyond what is forecast: twice the error that the validation allows, as it had no GPU."""
 MOST_ROWS = 16
 """Micro-batches above this are not looked at."""
 
