@@ -22,7 +22,6 @@ from jp_train.config.schema import RunConfig, SourceKind
 from jp_train.data.image import TRANSFORM_VERSION
 from jp_train.data.index import shard_members
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
-from jp_train.data.tools.text_table import printable
 from jp_train.data.tools.vq_work import (
     READ_AHEAD,
     IdsState,
@@ -40,6 +39,7 @@ from jp_train.data.vq_ids import NO_IDS, IdsManifest, IdsRecipe, ids_problem, lo
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.pretrained import load_vq
 from jp_train.model.vq import PICTURES_AT_ONCE, VQTokenizer
+from jp_train.text_table import printable
 
 PROGRESS_S = 2.0
 OTHER_RANKS_PROGRESS_S = 60.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jp_train.data.tools.text_table import aligned, printable
 from jp_train.errors import LaunchError
+from jp_train.text_table import aligned, printable
 
 GIB = 1 << 30
 NAMED = 4

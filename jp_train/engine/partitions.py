@@ -76,7 +76,7 @@ def fill(engine: Any, reader: PartitionReader) -> None:
             if stop > start:
                 values[: stop - start].copy_(reader.read(kind, name, start, stop))
     for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-        optimizer.fp16_partitioned_groups_flat[index].data.copy_(master.data)  # in fp32 runs they are the same memory
+        optimizer.fp16_partitioned_groups_flat[index].data.copy_(master.data)
         optimizer._unflatten_partitioned_parameters(index)
     if reader.with_frozen:
         for name, parameter in _frozen(engine):

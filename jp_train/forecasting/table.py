@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jp_train.data.tools.text_table import aligned, printable
+from jp_train.text_table import aligned, printable
 
 PARTS = (
     ("parameters", "param"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jp_train.data.tools.explain_text import printable
-from jp_train.data.tools.text_table import aligned
+from jp_train.text_table import aligned
 
 MOST_SPANS = 2
 """Loss spans of a document that a table cell spells out."""

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 from jp_train.config.schema import RunConfig
 from jp_train.data.index import IndexProgress, SourceIndex, index_sources
 from jp_train.data.tokenizer import load_tokenizer
-from jp_train.data.tools.text_table import aligned, printable
 from jp_train.errors import ConfigError
+from jp_train.text_table import aligned, printable
 
 _EXAMPLES = 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jp_train.data.tools.text_table import aligned
+from jp_train.text_table import aligned
 
 SHOWN_WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from jp_train.config.schema import RunConfig
-from jp_train.data.tools.text_table import aligned, printable
 from jp_train.data.tools.verify_faults import REMEDIES
 from jp_train.data.tools.verify_plot import plot_lengths
 from jp_train.data.tools.verify_shard import EDGES, Fault, ShardReport
+from jp_train.text_table import aligned, printable
 
 EXAMPLES = 3
 """Faults of one class and source that the text names; the JSON names all."""

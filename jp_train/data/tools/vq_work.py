@@ -16,9 +16,9 @@ from jp_train.config.schema import Crop, RunConfig, SourceKind
 from jp_train.data.image import load_generation_image
 from jp_train.data.samples import IMAGE_EXTENSIONS, check_field_size
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards
-from jp_train.data.tools.text_table import aligned
 from jp_train.data.vq_ids import ids_problem, load_manifest
 from jp_train.errors import ConfigError, SkipSample
+from jp_train.text_table import aligned
 
 READ_AHEAD = 4
 """Batches of decoded pictures that wait for the VQ, at most."""

@@ -24,8 +24,8 @@ from jp_train.data.tools.importers.summary import (
 )
 from jp_train.data.tools.importers.tars import find_tars
 from jp_train.data.tools.importers.tars_run import import_tars, usable_samples
-from jp_train.data.tools.text_table import printable
 from jp_train.errors import ConfigError
+from jp_train.text_table import printable
 from jp_train.types import Kind
 
 SAMPLED_PICTURES = 200

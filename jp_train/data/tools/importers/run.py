@@ -19,9 +19,9 @@ from jp_train.data.tools.importers.entries import Chunk, Listing, Reader
 from jp_train.data.tools.importers.files import refuse_own_output
 from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
 from jp_train.data.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
-from jp_train.data.tools.text_table import printable
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
+from jp_train.text_table import printable
 
 HOPELESS = 1000
 """When this many entries come first and none becomes a sample, the import stops: it is a wrong option, not a thousand bad entries."""

@@ -13,7 +13,7 @@ from jp_train.data.tools.importers.entries import REASONS, REFUSED
 from jp_train.data.tools.importers.manifest import SKIPPED, Manifest, OutputState
 from jp_train.data.tools.importers.run import ImportProgress
 from jp_train.data.tools.importers.samples import MAIN
-from jp_train.data.tools.text_table import aligned, printable
+from jp_train.text_table import aligned, printable
 
 _EXAMPLES = 2
 _WIDTH = 160
