@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,10 @@ def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     from jp_train.config.schema import BatchUnit, RatioUnit
     from jp_train.data.index import index_sources
     from jp_train.data.tokenizer import load_tokenizer
+    from jp_train.data.tools.index import IndexProgressLine
     from jp_train.data.vq_use import ids_summary
 
-    indexes = index_sources(config, load_tokenizer(config.tokenizer))
+    indexes = index_sources(config, load_tokenizer(config.tokenizer), progress=IndexProgressLine(sys.stderr))
     mean = {index.name: float(index.tokens.mean()) for index in indexes}
     share: dict[str, float] = {}
     mixture = config.stage.mixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -24,7 +25,7 @@ from jp_train.cluster.hostfile import Host, parse_hostfile, runs_locally, select
 from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
 from jp_train.cluster.records import new_launch_id, open_logs, read_records
-from jp_train.cluster.restarts import Progress, Restart, Selection, has_checkpoints, largest_usable, plan_restart, standing
+from jp_train.cluster.restarts import Progress, Restart, Selection, has_checkpoints, largest_usable, plan_restart, standing, worth_starting
 from jp_train.cluster.running import Run, StopSignals, say, sweep
 from jp_train.cluster.supervision import Supervision
 from jp_train.config import RunConfig, batch_plan, load_config
@@ -49,6 +50,8 @@ __all__ = [
 PROGRAMS = {"pdsh": ("pdsh", "pdsh openssh-client"), "openmpi": ("mpirun", "openmpi-bin openssh-client"), "slurm": ("srun", "slurm-client")}
 """What each launcher needs on this host, and Debian's packages with it."""
 BLAMED_TWICE = 2
+SETTLE_S = 15.0
+"""Killed processes give back GPU memory, ports and locks seconds after they are gone: a host is left out for a fault that is still there then."""
 
 
 def launch_command(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> list[str]:
@@ -75,24 +78,30 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
         blamed: Counter[str] = Counter()
         earlier: list[str] = []
         furthest = standing(run_dir).checkpoint_step or 0
+        fell_short = False
         while True:
             selection = options.selection()
             everything = everything or selection
             facts = batch_plan(cfg, _world(selection), shrink=has_checkpoints(run_dir)).describe()
             if restart is None:
-                checked.refuse(options, selection)
-            if stop.number is not None:
-                return 128 + stop.number
+                try:
+                    with stop.interrupting():
+                        checked.refuse(options, selection)
+                except KeyboardInterrupt:
+                    return _stopped_before_start(stop)
             launch_id, began = new_launch_id(), time.time()
             outcome = _start(target, options, stop, launch_id=launch_id, facts=facts, run_dir=run_dir, restart=restart)
             last = standing(run_dir)
             advanced = last.updated >= began and last.step > furthest
+            fell_short_before, fell_short = fell_short, not advanced and not (last.updated >= began and last.step == furthest)
             furthest = max(furthest, last.step)
             done = 0 if restart is None else restart.number
             if (
                 stop.number is not None
                 or done >= options.max_restarts
-                or not (outcome.again == "yes" or (outcome.again == "if_advanced" and advanced))
+                or not worth_starting(
+                    outcome.again, first=restart is None, advanced=advanced, fell_short=fell_short, before=fell_short_before
+                )
             ):
                 return _final_code(outcome, done)
             blamed.update(outcome.blamed)
@@ -100,9 +109,11 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
             new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now
             silent = dict(outcome.lost) | {host: told.found for host, told in sweep(new, *earlier, lost=new).items()}
             left = {host: slots for host, slots in everything.items() if host not in silent}
-            after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)
-            if stop.number is not None:
-                return 128 + stop.number
+            try:
+                with stop.interrupting():
+                    after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)
+            except KeyboardInterrupt:
+                return _stopped_before_start(stop)
             if next(iter(selection)) in after:  # rank 0's host has answered that nothing of the old launch is left there
                 release_dead_launch(run_dir, launch_id)
             restart = plan_restart(done + 1, options.max_restarts, outcome.cause, everything, selection, after, last, began=began)
@@ -157,9 +168,18 @@ def _start(
     records = read_records(logs)
     outcome = judge(ending, records, stop.number, _failure(run_dir, since=began))
     if outcome.code and stop.number is None:
-        for line in explain(records, len(placed)):
+        told = explain(records, len(placed))
+        for line in told or (
+            [outcome.cause] if outcome.cause and outcome.again == "if_advanced" else []
+        ):  # of "yes" it is the message of the error
             say(line)
     return outcome
+
+
+def _stopped_before_start(stop: StopSignals) -> int:
+    number = signal.Signals(stop.number or signal.SIGINT)
+    say(f"{number.name}: no rank was running, and none is started")
+    return 128 + number
 
 
 def _final_code(outcome: Outcome, restarts: int) -> int:
@@ -192,7 +212,15 @@ class _Preflight:
         """Hosts with a fault and what it is, before a restart: printed only where there is one."""
         if options.skip_preflight or runs_locally(selection):
             return {}
-        report = self._ask(options.restricted(selection), skip=("data", "bandwidth"))  # they were well a while ago, and take long
+        skip = ("data", "bandwidth")  # they were well a while ago, and take long
+        report = self._ask(options.restricted(selection), skip)
+        if report.faults:
+            first = report.faults[0]
+            say(
+                f"{len(report.faults)} faults before the restart, the first on {first.host}: {first.found}; looked at again in {SETTLE_S:g} s"
+            )
+            time.sleep(SETTLE_S)
+            report = self._ask(options.restricted(selection), skip)
         if report.faults:
             print(report.table(), file=sys.stderr, flush=True)
         return {fault.host: fault.found for fault in report.faults}

@@ -156,6 +156,7 @@ class IndexReport:
         now = time.monotonic()
         if done.shards_done == 0:
             self._began = self._told = now
+            self._log.say(f"index: {done.announcement()}")
         if now - self._told < REPORT_S or not done.bytes_done:
             return
         self._told = now

@@ -67,7 +67,7 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
         plan, reads, und_prefix = _without_data(cfg, question, batch, slots)
         synthetic = str(question.lengths) if question.lengths else "the default distributions of every kind"
     else:
-        plan, reads, und_prefix = _from_index(cfg, batch, slots)
+        plan, reads, und_prefix = _from_index(cfg, batch, slots, progress or sys.stderr)
     ends = {ImageEnd.eoi_eos: 2, ImageEnd.eoi: 1, ImageEnd.none: 0}[cfg.data.image_end]
     situation = Situation(
         steps=steps,
@@ -106,16 +106,17 @@ def unit_flops(cfg: RunConfig) -> dict[str, float]:
     return units | {"encoded_images": vq_flops(cfg.model)[0]}
 
 
-def _from_index(cfg: RunConfig, batch: BatchPlan, slots: int) -> tuple[Plan, dict[str, SourceReads], int]:
+def _from_index(cfg: RunConfig, batch: BatchPlan, slots: int, progress: TextIO) -> tuple[Plan, dict[str, SourceReads], int]:
     from jp_train.data.encode import Encoder
     from jp_train.data.index import index_sources
     from jp_train.data.loader import build_plan
     from jp_train.data.tokenizer import load_tokenizer
+    from jp_train.data.tools.index import IndexProgressLine
     from jp_train.data.tools.simulate_reads import source_reads
 
     try:
         tokenizer = load_tokenizer(cfg.tokenizer)
-        indexes = index_sources(cfg, tokenizer)
+        indexes = index_sources(cfg, tokenizer, progress=IndexProgressLine(progress))
     except (DataError, ConfigError) as error:
         raise type(error)(f"{error}; to forecast without data, state lengths with --lengths FILE or --synthetic") from error
     plan = build_plan(cfg, indexes, batch, tokenizer)

@@ -12,8 +12,28 @@ fi
 model=$1
 hostfile=$2
 shift 2
+# a signal to this script goes on to the launch, which lets the ranks save: bash alone would end, and the ranks train on unwatched
+launcher="" asked=""
+forward() {
+    asked=1
+    [ -z "$launcher" ] || kill -"$1" "$launcher" 2>/dev/null || true
+}
+trap 'forward TERM' TERM INT
+trap 'forward USR1' USR1
+trap '' HUP # nor does a terminal that goes away end anything
 for stage in 1 2 3; do
     if [ "$stage" = 3 ]; then hostfile=${STAGE3_HOSTFILE:-$hostfile}; fi
-    echo "== $model stage $stage on $hostfile" >&2
-    jp-train launch "launch/${model}_stage${stage}.yaml" --hostfile "$hostfile" --max-restarts "${MAX_RESTARTS:-5}" "$@"
+    if [ -n "$asked" ]; then exit 143; fi # the signal came when a stage was over
+    echo "== $model stage $stage on $hostfile" >&2 || true
+    jp-train launch "launch/${model}_stage${stage}.yaml" --hostfile "$hostfile" --max-restarts "${MAX_RESTARTS:-5}" "$@" &
+    launcher=$!
+    while :; do
+        code=0
+        wait "$launcher" || code=$?
+        kill -0 "$launcher" 2>/dev/null || break # else `wait` returned because a signal came
+    done
+    code=0
+    wait "$launcher" || code=$?
+    launcher=""
+    [ "$code" = 0 ] || exit "$code"
 done

@@ -195,7 +195,19 @@ def test_srun_gets_one_task_a_slot_in_blocks_and_refuses_unequal_hosts(tmp_path:
         launch_command("run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", exclude="node1:0"))
 
 
-@pytest.mark.parametrize("wrong", [{"launcher": "mpich"}, {"master_port": 80}, {"master_addr": "-oProxyCommand=x"}, {"max_restarts": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"launcher": "mpich"},
+        {"master_port": 80},
+        {"master_addr": "-oProxyCommand=x"},
+        {"max_restarts": -1},
+        {"grace_s": float("nan")},
+        {"patience_s": 0.0},
+        {"launcher_args": "--mca x y"},
+        {"launcher": "slurm", "launcher_args": "'open"},
+    ],
+)
 def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(ConfigError):
         LaunchOptions(hostfile=tmp_path, **wrong)

@@ -65,6 +65,20 @@ def test_train_all_launches_the_stages_in_order_and_stops_at_the_first_that_fail
     assert failed.returncode == 4 and len((tmp_path / "calls").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("code", [143, 0])
+def test_a_signal_to_train_all_reaches_the_launch_and_no_further_stage_starts(tmp_path: Path, code: int) -> None:
+    """`jp-train` stands for a launch that saves and ends with `code`: 0 where the signal comes in the last step of its stage."""
+    program = tmp_path / "jp-train"
+    wait = f'trap "echo saved >> calls; exit {code}" TERM; kill -TERM "$PPID"; while :; do sleep 0.05; done'
+    program.write_text(f'#!/bin/sh\necho "$2" >> calls\n{wait}\n')
+    program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = [str(ROOT / "launch" / "train_all.sh"), "janus_pro_1b", "hosts"]
+    done = subprocess.run(script, cwd=tmp_path, env=env, check=False, capture_output=True, timeout=60)
+    assert done.returncode == 143
+    assert (tmp_path / "calls").read_text().splitlines() == ["launch/janus_pro_1b_stage1.yaml", "saved"]
+
+
 @pytest.mark.parametrize(("signal_name", "code", "requeued"), [("USR1", 143, True), ("TERM", 143, False), ("", 0, False), ("", 5, False)])
 def test_the_slurm_script_queues_the_job_again_only_when_time_ran_out_after_a_save(
     tmp_path: Path, signal_name: str, code: int, requeued: bool

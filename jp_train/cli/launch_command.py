@@ -13,6 +13,7 @@ Checks the configuration, the hostfile and the hosts (`jp-train preflight`), pri
 watches it to its end. `--dry-run` stops after printing. Run the same command again to resume.
 
 Stopping: SIGTERM, SIGUSR1 or Ctrl-C reaches all ranks at once: they finish the step, save and exit; a second signal kills.
+Before the ranks run it ends the launch at once. A terminal that goes away (SIGHUP) stops nothing.
 Faults: a rank that dies, or a host that no longer answers, is named with the cause; nothing of the run is left on any host that answers. With
 --max-restarts N the run then goes on by itself from its newest checkpoint, without the hosts that do not answer, on as many of the others as the
 rows of a step divide among; the time lost is printed and kept in RUN_DIR/events.jsonl (`restart`, `restarted`).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +51,17 @@ class LaunchOptions:
             raise ConfigError(f"--master-addr {self.master_addr!r} is no host name and no address")
         if self.max_restarts < 0:
             raise ConfigError(f"--max-restarts {self.max_restarts} is negative")
+        for option, seconds in (("--grace", self.grace_s), ("--patience", self.patience_s)):
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ConfigError(f"{option} {seconds:g} is not a number of seconds above 0")
+        if self.launcher_args and self.launcher == "pdsh":
+            raise ConfigError(
+                f"--launcher-args {self.launcher_args!r} is for mpirun and srun, and pdsh takes none; add --launcher openmpi or slurm"
+            )
+        try:
+            shlex.split(self.launcher_args)
+        except ValueError as error:
+            raise ConfigError(f"--launcher-args {self.launcher_args!r} does not split into words: {error}") from None
 
     def selection(self) -> dict[str, tuple[int, ...]]:
         """The slots that the run uses on each host, in rank order. Raises LaunchError (hostfile) and ConfigError (filter)."""

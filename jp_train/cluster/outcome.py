@@ -64,7 +64,9 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
         )
     if signalled(code):
         return Outcome(LaunchError.exit_code, f"a process of the run was {how_it_ended(-signalled(code))}", "yes")
-    return Outcome(code, f"the launcher ended with {how_it_ended(code)}", "if_advanced")
+    return Outcome(
+        LaunchError.exit_code, f"the launcher ended with {how_it_ended(code)}", "if_advanced"
+    )  # a code of its own: ssh's, mpirun's
 
 
 def specific_code(code: int, failure: str, first: RankRecord | None) -> int:
@@ -79,8 +81,11 @@ def specific_code(code: int, failure: str, first: RankRecord | None) -> int:
 
 
 def signalled(code: int) -> int:
-    """The signal that a launcher's code stands for, as -9 or as 247 (what DeepSpeed's launcher makes of it); 0 for none."""
-    number = -code if code < 0 else 256 - code if code > 128 else 0
+    """The signal that a launcher's code stands for, as -9, as 247 (what DeepSpeed's launcher makes of it), or as 137 (mpirun, srun, shells); 0 for none.
+
+    255 is what ssh returns when a connection breaks off, and no SIGHUP.
+    """
+    number = -code if code < 0 else 256 - code if 192 < code < 255 else code - 128 if 128 < code <= 192 else 0
     return number if 0 < number < 65 else 0
 
 

@@ -114,6 +114,7 @@ def how_it_ended(code: int | None) -> str:
         130: "SIGINT",
         138: "SIGUSR1",
         143: "SIGTERM",
+        255: "ssh: a connection broke off",
     }
     return f"exit code {code} ({meaning.get(code, 'code or device')})"
 

@@ -35,6 +35,16 @@ def largest_usable(selection: Selection, fits: Callable[[int], bool]) -> dict[st
     return {}
 
 
+def worth_starting(again: str, *, first: bool, advanced: bool, fell_short: bool, before: bool) -> bool:
+    """Whether a start that ended with `Outcome.again` is worth another one.
+
+    An exception is: where the run had got further than ever (`advanced`), and once where a restart did not even reach the step at which the run had
+    stood (`fell_short`; `before`: so did the start before), as a network that has just lost a host may fail once more. One at the `first` start, or
+    at the same step again, would come back.
+    """
+    return again == "yes" or (again == "if_advanced" and (advanced or (not first and fell_short and not before)))
+
+
 @dataclass(frozen=True)
 class Standing:
     """Where a run is, from its run folder. `step_s`: seconds of its last step; `updated`: when it was completed, seconds since 1970."""

@@ -24,8 +24,10 @@ from jp_train.cluster.supervision import Supervision, Verdict, ask_hosts, told_b
 KILL_WAIT_S = 15.0
 SECOND_SIGNAL_S = 2.0
 """A repeat within this time belongs to the first signal (Ctrl-C may come twice); a later one kills at once."""
-SWEEPS = 4
-"""Times that the hosts are asked to end what is left, until nothing is."""
+SWEEP_WAIT_S = 30.0
+"""Seconds that a host which answers has to get rid of killed processes: one that waits for a disk or a device ends late, and its host is well."""
+TELL_AGAIN_S = 5.0
+"""Seconds between two attempts to tell ranks to stop, where none was there yet to hear it."""
 
 
 class StopSignals:
@@ -35,16 +37,33 @@ class StopSignals:
         self.number: int | None = None
         self.at_once = False
         self._first_at = 0.0
+        self._interrupts = False
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Take the signals for the duration of the block; the handlers before are put back."""
+        """Take the signals for the duration of the block; the handlers before are put back.
+
+        A terminal that goes away (SIGHUP) stops nothing: the ranks would train on, and nobody would watch them or start them again.
+        """
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: _let_go(terminals))
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """In this block, where no rank runs, a stop signal raises KeyboardInterrupt at once; so does one that came before."""
+        self._interrupts = True
+        try:
+            if self.number is not None:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._interrupts = False
 
     def _note(self, number: int, _frame: Any) -> None:
         now = time.monotonic()
@@ -52,6 +71,9 @@ class StopSignals:
             self.number, self._first_at = number, now
         elif now - self._first_at > SECOND_SIGNAL_S:
             self.at_once = True
+        if self._interrupts:
+            self._interrupts = False  # once: what is cleaned up after it is not interrupted again
+            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,8 @@ class Run:
         self._supervision, self._notice = supervision, notice
         self._signal_launcher = signal_launcher
         """srun passes SIGUSR1 on to all tasks: no ssh is needed."""
+        self._unheard = False
+        self._quiet_until = 0.0
         self._process = subprocess.Popen(list(command), env=dict(env), start_new_session=True)
 
     def wait(self) -> Ending:
@@ -81,29 +105,46 @@ class Run:
         told: set[int] = set()
         deadline: float | None = None
         verdict: Verdict | None = None
+        tell_again = 0.0
         while self._process.poll() is None:
             if self._stop.number is not None and deadline is None:
                 deadline = time.monotonic() + self._grace_s
                 name = signal.Signals(self._stop.number).name
                 say(f"{name}: ranks finish their step and save; killed in {self._grace_s:g} s, or by a second signal")
                 told |= self._stop_ranks(told)
+                tell_again = time.monotonic() + TELL_AGAIN_S
                 if not told and not self._remote:
                     os.killpg(self._process.pid, signal.SIGTERM)  # no rank yet, so nothing to save
             if deadline is not None and not self._remote:
                 told |= self._stop_ranks(told)  # a rank that came up after the signal
+            if deadline is not None and self._unheard and time.monotonic() > tell_again:
+                told |= self._stop_ranks(told)
+                tell_again = time.monotonic() + TELL_AGAIN_S
             if self._stop.at_once or (deadline is not None and time.monotonic() > deadline):
                 say("killing what is left of the run")
                 break
-            verdict = self._supervision.look() if self._supervision and deadline is None else None
+            verdict = self._look() if deadline is None else None
             if verdict is not None:
                 say(f"the run is ended: {verdict.cause}")
                 break
-            self._notice()
             time.sleep(0.2)
         silent = self._leave_nothing(verdict, killed=self._process.poll() is None)
         if self._supervision is not None:
             self._supervision.close()
         return Ending(self._process.wait(), verdict, silent)
+
+    def _look(self) -> Verdict | None:
+        """What supervision and notice find. A run folder that cannot be read for a while, or a host too full to start ssh, ends no run."""
+        try:
+            verdict = self._supervision.look() if self._supervision else None
+            if verdict is None:
+                self._notice()
+        except OSError as error:
+            if time.monotonic() > self._quiet_until:
+                say(f"the run is not watched at the moment: {error}")
+                self._quiet_until = time.monotonic() + 60.0
+            return None
+        return verdict
 
     def _stop_ranks(self, told: set[int]) -> set[int]:
         """Signal each rank once: a second signal means `exit at once` to it. SIGINT is sent as SIGINT, so that the rank's code tells."""
@@ -116,6 +157,8 @@ class Run:
             answers = ask_hosts(self._remote, self._launch_id, number, timeout_s=60.0)
             if missing := told_by(answers):
                 say(f"not told to stop, its ranks may go on: {missing}")
+            # ranks share the signal at the end of a step: one that has heard it is enough, and a second time would mean `at once` to it
+            self._unheard = all(answer.ok and reached(answer.stdout) == 0 for answer in answers.values())
             return set()
         return set(send([pid for pid in rank_processes(self._launch_id) if pid not in told], number))
 
@@ -146,19 +189,21 @@ class Run:
 def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) -> dict[str, Answer]:
     """Kill every process of these launches on these hosts until there is none. Returns the hosts that did not answer, or kept some.
 
-    Hosts that may be `lost` are asked once, the others again.
+    Hosts that may be `lost` are asked once, others that do not answer twice, and those that answer until nothing is left, or SWEEP_WAIT_S seconds.
     """
     silent: dict[str, Answer] = {}
     for launch_id in launch_ids:
         asked = [host for host in hosts if host not in silent]
-        for attempt in range(SWEEPS):
+        until, first = time.monotonic() + SWEEP_WAIT_S, True
+        while asked:
             answers = ask_hosts(asked, launch_id, signal.SIGKILL)
             left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
-            asked = [host for host, answer in left.items() if answer.ok or (not attempt and host not in lost)]
-            silent |= {host: answer for host, answer in left.items() if host not in asked or attempt + 1 == SWEEPS}
-            if not asked:
-                break
-            time.sleep(0.3)
+            over = time.monotonic() > until and not first
+            asked = [host for host, answer in left.items() if not over and (answer.ok or (first and host not in lost))]
+            silent |= {host: answer for host, answer in left.items() if host not in asked}
+            first = False
+            if asked:
+                time.sleep(0.3)
     if silent:
         say(
             f"not known to be free of this run: {told_by(silent) or ', '.join(silent)}; look there for processes of launch {', '.join(launch_ids)}"
@@ -169,6 +214,14 @@ def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) ->
 def say(text: str) -> None:
     """A line of the launch itself, on stderr."""
     print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def _let_go(terminals: Sequence[int]) -> None:
+    """Writing to a terminal that is gone is an error, which would end the launch: what is written goes nowhere instead."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in terminals:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

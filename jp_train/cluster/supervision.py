@@ -23,6 +23,10 @@ from jp_train.cluster.signals import reached
 HEARTBEATS = "heartbeats"
 LOOK_S = 2.0
 """Seconds between two looks at the run folder."""
+SETTLED_S = 10.0
+"""A record that comes within the time stamps' resolution of the one before does not change the folder's: so long after a change all are read again anyway."""
+REREAD_S = 60.0
+"""All records are read at least so often; else only when their folder has changed, as those of 256 ranks are many small files on a network file system."""
 START_PATIENCE = 2.0
 """Ranks import for minutes on a cold file system: hosts without a record are asked after START_PATIENCE times the patience, counted from the first record."""
 ASK_S = 20.0
@@ -63,6 +67,9 @@ class Supervision:
         self._heartbeats = run_dir / HEARTBEATS if run_dir is not None else None
         self._patience_s, self._grace_s, self._ask, self._clock = patience_s, grace_s, ask, clock
         self._next_look = 0.0
+        self._records: list[RankRecord] = []
+        self._stamp: int | None = None
+        self._changed_at = self._read_at = -1e9
         self._first_record: float | None = None
         self._first_end: float | None = None
         self._all_ended: float | None = None
@@ -83,8 +90,20 @@ class Supervision:
         if now < self._next_look or self._logs is None:
             return None
         self._next_look = now + LOOK_S
-        records = read_records(self._logs)
+        records = self._current_records(self._logs, now)
         return self._outlived(records, now) or self._answered() or self._silent(records, now)
+
+    def _current_records(self, logs: Path, now: float) -> list[RankRecord]:
+        """The ranks' records, read again where something may have changed: a record is replaced by renaming, which the folder's time shows."""
+        try:
+            stamp = os.stat(logs).st_mtime_ns
+        except OSError:
+            stamp = None
+        if stamp is None or stamp != self._stamp:
+            self._changed_at = now
+        if now - self._changed_at <= SETTLED_S or now - self._read_at >= REREAD_S:
+            self._records, self._stamp, self._read_at = read_records(logs), stamp, now
+        return self._records
 
     def _outlived(self, records: Sequence[RankRecord], now: float) -> Verdict | None:
         """Ranks or launchers that go on after the run has ended."""
@@ -110,7 +129,8 @@ class Supervision:
         """What the hosts that were asked said. A host is lost when two questions in a row had no answer."""
         if self._pending is None or not self._pending.done():
             return None
-        answers, self._pending = self._pending.result(), None
+        pending, self._pending = self._pending, None
+        answers = pending.result()
         lost, empty = [], []
         for host, answer in answers.items():
             left = reached(answer.stdout) if answer.ok else None
@@ -146,6 +166,11 @@ class Supervision:
         if alive:
             quiet = [rank for rank, (_, at) in self._beats.items() if rank not in over and now - at > self._patience_s]
             suspects |= {self._placed[rank] for rank in quiet if rank < len(self._placed)}
+        if self._pending is None:
+            for host in (
+                set(self._suspicions) - suspects
+            ):  # it gives signs of life again: a question without an answer days ago counts no more
+                del self._suspicions[host]
         due = [host for host in sorted(suspects) if now - self._asked_at.get(host, -1e9) > self._patience_s]
         if due and self._pending is None:
             self._asked_at.update(dict.fromkeys(due, now))

@@ -25,7 +25,7 @@ from jp_train.errors import ConfigError, DataError, SkipSample
 from jp_train.types import IGNORE_INDEX, PENDING_VQ_ID, EncodedDocument, GenerationSample, Kind, TextSample, UnderstandingSample
 
 ENCODING_VERSION = 1
-"""Part of every index fingerprint: raise it when a layout changes, and old token counts become stale."""
+"""Part of every index fingerprint: raise it when a layout or the rule of first sentences changes, and old counts and ids become stale."""
 
 Piece = tuple[list[int] | np.ndarray | int | ImageBlock, int]
 """A part whose text has become ids."""
@@ -90,7 +90,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides a document's length besides the sample and its source's class prompt."""
+        """Hex digest of all that decides a document's length and the ids of its texts, besides the sample and its source's class prompt."""
         data = self._data
         parts = {
             "version": ENCODING_VERSION,
@@ -201,6 +201,8 @@ class Encoder:
                 return layouts.generation(layouts.dropped(parts) if drop else parts)
             if [role for _, role in runs].count(IMAGE) != isinstance(sample, UnderstandingSample):
                 raise ValueError("another number of images")
+            if not runs or runs[0][1] != READ or not runs[0][0]:  # a label stands one place before its id
+                raise ValueError("it does not begin with BOS")
         except (ValueError, struct.error) as error:
             raise DataError(
                 f"the stored token ids of {sample.info} are damaged ({error}); delete the shard's .jp-tokens sidecar, or set "

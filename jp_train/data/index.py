@@ -44,13 +44,22 @@ class BadSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexProgress:
-    """What a progress callback gets, after each shard: counts of shards, samples and bytes done, of all that were stale."""
+    """What a progress callback gets, before the first shard and after each: counts of shards, samples and bytes done, of all that were stale.
+    `without_ids` of these shards lack nothing but token ids."""
 
     shards_done: int
     shards: int
     samples: int
     bytes_done: int
     bytes: int
+    without_ids: int = 0
+
+    def announcement(self) -> str:
+        """What is about to be done, and how to do without it."""
+        text = f"{self.shards:,} shards ({self.bytes / 2**20:,.1f} MiB) are to be indexed"
+        if self.without_ids:
+            text += f"; {self.without_ids:,} of them lack only token ids: data.token_ids=off uses them as they are, with the same rows"
+        return text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +147,7 @@ def index_sources(
     loaded: dict[tuple[str, str], ShardTokens] = {}
     stale: list[_Task] = []
     with_ids = cfg.data.token_ids is not TokenIds.off
+    without_ids = 0
     for name, source in sources.items():
         for shard in shards[name]:
             tokens = load_tokens(shard, prints[name], with_ids=with_ids)
@@ -145,7 +155,8 @@ def index_sources(
                 loaded[name, shard.path] = tokens
             else:
                 stale.append(_Task(name=name, source=source, shard=shard, fingerprint=prints[name]))
-    _build(stale, cfg, tokenizer, encoder, reader, processes, progress)
+                without_ids += with_ids and load_tokens(shard, prints[name]) is not None and has_members(shard)
+    _build(stale, cfg, tokenizer, encoder, reader, processes, progress, without_ids)
     reader.close()
     return [_assemble(name, source, shards[name], prints[name], loaded, with_ids) for name, source in sources.items()]
 
@@ -226,7 +237,7 @@ def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
 
 
 def source_fingerprint(encoder: Encoder, source: SourceConfig) -> str:
-    """Hex digest of all that decides the token counts of a source's shards besides their bytes."""
+    """Hex digest of all that decides the token counts and ids of a source's shards besides their bytes."""
     parts = [str(FORMAT), encoder.fingerprint, source.kind.value, source.class_prompt.value, source.class_template]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -247,16 +258,24 @@ def _build(
     reader: ShardReader,
     processes: int,
     progress: Callable[[IndexProgress], None] | None,
+    without_ids: int,
 ) -> None:
     total = sum(task.shard.size for task in tasks)
     done = samples = bytes_done = 0
 
+    def tell() -> None:
+        if progress is not None and tasks:
+            at = IndexProgress(
+                shards_done=done, shards=len(tasks), samples=samples, bytes_done=bytes_done, bytes=total, without_ids=without_ids
+            )
+            progress(at)
+
     def report(task: _Task, count: int) -> None:
         nonlocal done, samples, bytes_done
         done, samples, bytes_done = done + 1, samples + count, bytes_done + task.shard.size
-        if progress is not None:
-            progress(IndexProgress(shards_done=done, shards=len(tasks), samples=samples, bytes_done=bytes_done, bytes=total))
+        tell()
 
+    tell()
     if processes <= 1 or len(tasks) < 2 or total < SMALL_BYTES:
         for task in tasks:
             report(task, _run(task, cfg, encoder, reader))

@@ -113,6 +113,7 @@ def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[Sh
         found = os.fstat(file.fileno())
         here = Shard(path=arrays.zip.filename, size=found.st_size, stamp=str(found.st_mtime_ns))
         first = part.header_offset + _NAME_LENGTH_AT + 4 + name + extra + header
+        _require(first + tokens.ids_bytes <= here.size)  # else a read would ask for memory that the file never fills
         return tokens, StoredTokenIds(here, first, starts, reader)
 
     return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
@@ -225,7 +226,9 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) 
             problems.append(str(error))
             with contextlib.suppress(OSError):
                 temporary.unlink()
-    raise DataError(f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable")
+    raise DataError(
+        f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable, or make room there"
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -251,7 +251,7 @@ class _HuggingFace(Tokenizer):
             self._backend = tokenizers.Tokenizer.from_str(source.decode())
         else:
             self._backend = _pretrained(source).backend_tokenizer
-        self._vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self._vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)  # ids may have gaps
         self._added_tokens = self._backend.get_added_tokens_decoder()
         self._added = {added.content: token for token, added in self._added_tokens.items()}
         super().__init__(cfg)

@@ -12,7 +12,7 @@ import pytest
 from jp_train.cluster.outcome import Outcome, explain, judge
 from jp_train.cluster.records import RankRecord, culprits
 from jp_train.cluster.remote import Answer, Cause
-from jp_train.cluster.restarts import Progress, largest_usable, plan_restart, standing
+from jp_train.cluster.restarts import Progress, largest_usable, plan_restart, standing, worth_starting
 from jp_train.cluster.running import Ending
 from jp_train.cluster.supervision import Verdict
 
@@ -61,6 +61,9 @@ def test_a_killed_rank_is_the_cause_although_others_ended_before_it_was_written_
         (Ending(1), [ended(0, 1)], None, "ValueError: x", (1, "if_advanced")),
         (Ending(5), [ended(0, 5)], None, "LaunchError: rank 1 is gone", (5, "if_advanced")),
         (Ending(247), [], None, "", (5, "yes")),
+        (Ending(137), [], None, "", (5, "yes")),
+        (Ending(139), [ended(0, None)], None, "", (5, "yes")),
+        (Ending(255), [], None, "", (5, "if_advanced")),
         (Ending(-9), [], None, "", (5, "yes")),
         (Ending(143), [ended(0, 143)], None, "", (143, "no")),
         (Ending(143), [ended(0, 143), ended(1, 143, reason="the launcher of its host died")], None, "", (5, "yes")),
@@ -77,6 +80,19 @@ def test_the_code_tells_configuration_data_checkpoint_host_and_code_faults_apart
 ) -> None:
     outcome = judge(ending, records, stopped_by, failure)
     assert (outcome.code, outcome.again) == expected
+
+
+def test_an_exception_is_repeated_where_the_run_got_further_and_once_where_a_restart_fell_short() -> None:
+    def again(
+        what: str = "if_advanced", *, first: bool = False, advanced: bool = False, fell_short: bool = False, before: bool = False
+    ) -> bool:
+        return worth_starting(what, first=first, advanced=advanced, fell_short=fell_short, before=before)
+
+    assert again(advanced=True, first=True) and again(advanced=True, before=True)
+    assert not again(first=True, fell_short=True), "at the very first start it is the code or the cluster"
+    assert not again(), "the same step again"
+    assert again(fell_short=True) and not again(fell_short=True, before=True)
+    assert again("yes", first=True) and not again("no", advanced=True)
 
 
 def test_what_the_ranks_found_out_themselves_is_the_cause_that_is_told() -> None:

@@ -86,6 +86,43 @@ def test_a_silent_host_is_asked_and_lost_only_when_it_does_not_answer_twice(scen
     assert verdict is not None and verdict.lost == ("node2",) and "No route to host" in verdict.cause
 
 
+def test_two_questions_without_an_answer_count_only_when_no_sign_of_life_came_between(scene: Scene) -> None:
+    for rank in (0, 1, 2):
+        scene.record(rank)
+    scene.pass_time(10, beating=(0, 1, 2))
+    scene.answer = GONE
+    for _ in range(3):
+        asked = len(scene.asked)
+        while len(scene.asked) == asked:
+            assert scene.pass_time(2, beating=(0, 2)) is None
+        assert scene.pass_time(1000, beating=(0, 1, 2)) is None, "it was slow, and is back"
+        assert len(scene.asked) == asked + 1
+
+
+def test_records_are_read_when_their_folder_changes_and_after_a_while_in_any_case(scene: Scene) -> None:
+    for rank in (0, 1, 2):
+        scene.record(rank)
+    scene.pass_time(20, beating=(0, 1, 2))
+    folder = scene.logs.stat()
+    for rank in (0, 1, 2):
+        scene.record(rank, 0)
+    os.utime(scene.logs, ns=(folder.st_atime_ns, folder.st_mtime_ns))  # as on a file system with coarse times
+    assert scene.pass_time(100) is None
+    verdict = scene.pass_time(30)
+    assert verdict is not None and "their launcher" in verdict.cause, "60 s until they are read, and 60 s of patience"
+
+
+def test_a_question_that_could_not_be_asked_here_is_an_error_once_and_is_asked_again(scene: Scene) -> None:
+    scene.record(0)
+    scene.record(2)
+    scene.pass_time(118)
+    ask, scene.watch._ask = scene.watch._ask, lambda *_: os.listdir("/nowhere")  # type: ignore[assignment,return-value]
+    with pytest.raises(FileNotFoundError):
+        scene.pass_time(10)
+    scene.watch._ask, scene.answer = ask, BUSY
+    assert scene.pass_time(100) is None and scene.asked
+
+
 def test_a_host_on_which_nothing_of_the_run_is_left_ends_it_but_is_not_lost(scene: Scene) -> None:
     for rank in (0, 1, 2):
         scene.record(rank)

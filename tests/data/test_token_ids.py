@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import io
 import itertools
 import json
 import os
 import tempfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from jp_train.data import index as index_module
 from jp_train.data import sidecar
 from jp_train.data.encode import Encoder
 from jp_train.data.index import index_sources
+from jp_train.data.layouts import LEARN
 from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.shards import ShardReader
 from jp_train.data.token_ids import RecordSpool, pack, planes_for, unpack
@@ -118,6 +122,26 @@ def test_a_document_of_stored_ids_equals_the_one_of_its_text(cfg, template, opti
             records = [encoder.record(encoder.texts(sample)) for sample in SAMPLES]
         for sample, record in zip(SAMPLES, records, strict=True):
             assert documents(encoder, without_text(sample, record)) == documents(encoder, sample)
+
+
+def test_no_data_option_changes_what_is_stored_without_another_fingerprint(cfg):
+    cfg.stage.template, cfg.model.language.vocab_size = Template.stage3, CodePoints.vocab_size
+
+    def stored() -> tuple[str, list[bytes]]:
+        encoder = Encoder(cfg, CodePoints())
+        return encoder.fingerprint, [encoder.record(encoder.texts(sample)) for sample in SAMPLES]
+
+    (fingerprint, records), decisive = stored(), set()
+    for option in dataclasses.fields(cfg.data):
+        value = getattr(cfg.data, option.name)
+        others = {bool: lambda one: [not one], int: lambda one: [one + 1], float: lambda _: [0.5], str: lambda one: [one[::-1]]}
+        for other in list(type(value)) if isinstance(value, enum.Enum) else others.get(type(value), lambda _: [])(value):
+            setattr(cfg.data, option.name, other)
+            found, changed = stored()
+            assert found != fingerprint or changed == records, option.name
+            decisive |= {option.name} if changed != records else set()
+        setattr(cfg.data, option.name, value)
+    assert decisive == {"space_before_boi", "system_prompt", "caption_question"}
 
 
 @pytest.mark.parametrize("vocab_size", [500, 65_536, 65_537, 102_400, 131_072, 131_073, 300_000])
@@ -267,6 +291,21 @@ def test_an_index_without_ids_is_stale_unless_they_are_off(cfg, tokenizer, tmp_p
     assert stored == [(1, False, False), (1, False, False), (2, True, True), (2, True, True), (2, False, False)]
 
 
+def test_what_an_index_without_ids_costs_is_told_beforehand_with_the_way_around(cfg, tokenizer, tmp_path):
+    text_source(cfg, tmp_path).data.token_ids = TokenIds.off
+    index_sources(cfg, tokenizer)
+    write_shard(tmp_path / "b.tar", text_samples(2))
+    cfg.data.sources["new"] = SourceConfig(kind=SourceKind.text, shards="b.tar")
+    cfg.data.token_ids = TokenIds.auto
+    lines = []
+    for _ in range(2):
+        progress = io.StringIO()
+        index_command(cfg, 1, table=io.StringIO(), progress=progress)
+        lines.append(progress.getvalue().splitlines())
+    assert lines[0][0].startswith("index: 2 shards (") and "1 of them lack only token ids: data.token_ids=off" in lines[0][0]
+    assert len(lines[0]) > 1 and lines[1] == []
+
+
 def test_a_read_only_index_without_ids_is_completed_in_the_cache_folder_once(cfg, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text_source(cfg, tmp_path / "shards").data.token_ids = TokenIds.off
@@ -320,7 +359,12 @@ def test_damaged_records_stop_the_run_with_sample_and_remedy(cfg, tokenizer, tmp
         for start in starts[:-1]:
             data[start + 4] |= 3
 
+    def learnt_start(data, starts):
+        for start in starts[:-1]:
+            data[start + 4] |= LEARN
+
     cases = {large_ids: "id 65535 of 500", many_runs: "runs", shorter: "bytes for", image_slots: "image slot", images: "number of images"}
+    cases[learnt_start] = "does not begin with BOS"
     for change, found in cases.items():
         message = damage(text_source(cfg, tmp_path), tokenizer, change)
         assert "the stored token ids of source 's'" in message and found in message and "data.token_ids=off" in message
@@ -328,7 +372,9 @@ def test_damaged_records_stop_the_run_with_sample_and_remedy(cfg, tokenizer, tmp
             path.unlink()
 
 
-def test_no_damage_of_a_record_ends_in_another_error(cfg, tokenizer):
+@pytest.mark.parametrize("template", list(Template))
+def test_no_damage_of_a_record_ends_in_another_error(cfg, tokenizer, template):
+    cfg.stage.template = template
     encoder, random = Encoder(cfg, tokenizer), np.random.default_rng(0)
     outcomes = set()
     for number in range(1500):
@@ -361,6 +407,33 @@ def test_a_sidecar_whose_records_contradict_it_is_refused_by_name(cfg, tokenizer
     np.savez(path, **held | {"record_start": wrong})
     with loader(cfg, tokenizer) as made, pytest.raises(DataError, match=r"a\.tar.*gone, stale or damaged.*delete"):
         next(made)
+
+
+def test_records_that_are_said_to_be_longer_than_their_file_are_refused_unread(cfg, tokenizer, tmp_path):
+    (index,) = index_sources(text_source(cfg, tmp_path), tokenizer)
+    (path,) = tmp_path.glob("*.jp-tokens-*.npz")
+    found = []
+    for claimed in (0, 1 << 40):  # the central directory and the array's header say so; no byte of it exists
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+        meta = json.loads(bytes(held["meta"])) | ({"ids_bytes": claimed} if claimed else {})
+        with zipfile.ZipFile(tmp_path / "hostile.npz", "w") as made:
+            for name, array in held.items():
+                content = io.BytesIO()
+                if name == "meta":
+                    array = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+                if name == "record_start" and claimed:
+                    array = np.linspace(0, claimed, len(array)).astype(np.int64)
+                if name == "records" and claimed:
+                    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": (claimed,)})
+                else:
+                    np.lib.format.write_array(content, array)
+                made.writestr(f"{name}.npy", content.getvalue())
+                if name == "records" and claimed:
+                    made.getinfo("records.npy").file_size += claimed
+        os.replace(tmp_path / "hostile.npz", path)
+        found.append(sidecar.open_tokens(index.shards[0], index.locator.fingerprint, ShardReader()))
+    assert found[0] is not None and found[1] is None
 
 
 def test_records_on_their_way_to_the_sidecar_are_not_held_in_memory(tmp_path):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
+import shutil
 
 import pytest
 
@@ -138,3 +140,17 @@ def test_the_fingerprint_follows_content_not_place(any_tokenizer, tmp_path):
     any_tokenizer.save(tmp_path)
     assert load_saved_tokenizer(tmp_path).fingerprint == any_tokenizer.fingerprint
     assert load_tokenizer(dataclasses.replace(any_tokenizer.cfg, user="User")).fingerprint != any_tokenizer.fingerprint
+
+
+def test_a_vocabulary_with_gaps_is_as_large_as_its_largest_id(hugging_face_config, tmp_path):
+    folder = tmp_path / "gaps"
+    shutil.copytree(hugging_face_config.path, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    pieces = content["model"]["vocab"]
+    far = max(pieces, key=pieces.__getitem__)
+    pieces[far] = 70_000
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(dataclasses.replace(hugging_face_config, path=str(folder)))
+    text = load_tokenizer(hugging_face_config).decode([load_tokenizer(hugging_face_config).vocab_size - 9])
+    assert 70_000 in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == 70_001

@@ -46,7 +46,7 @@ def index_command(cfg: RunConfig, processes: int, *, table: TextIO | None = None
     if not sources:
         raise ConfigError("the config has no data.sources: name a recipe, or list sources under data.sources")
     started = time.monotonic()
-    indexes = index_sources(cfg, tokenizer, processes=processes, progress=_ProgressLine(progress or sys.stderr), sources=sources)
+    indexes = index_sources(cfg, tokenizer, processes=processes, progress=IndexProgressLine(progress or sys.stderr), sources=sources)
     summaries = [_summary(index) for index in indexes]
     print(format_table(summaries), file=table or sys.stdout)
     return {"sources": [asdict(summary) for summary in summaries], "seconds": time.monotonic() - started}
@@ -91,14 +91,17 @@ def _summary(index: SourceIndex) -> SourceSummary:
     )
 
 
-class _ProgressLine:
-    """A line at most every half second, with the time left estimated from bytes."""
+class IndexProgressLine:
+    """For `index_sources`: a line at most every half second, with the time left estimated from bytes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._started, self._last = stream, time.monotonic(), 0.0
 
     def __call__(self, at: IndexProgress) -> None:
         now = time.monotonic()
+        if not at.shards_done:
+            print(f"index: {at.announcement()}", file=self._stream, flush=True)
+            return
         if at.shards_done < at.shards and now - self._last < 0.5:
             return
         self._last = now

@@ -20,6 +20,7 @@ from jp_train.data.loader import build_plan
 from jp_train.data.rows import RowBuilder
 from jp_train.data.snapshots import nearest_snapshots
 from jp_train.data.tokenizer import load_tokenizer
+from jp_train.data.tools.index import IndexProgressLine
 from jp_train.data.vq_ids import IdsRecipe
 from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import ConfigError
@@ -58,7 +59,7 @@ class Replay:
         self.notes: list[str] = []
         self.tokenizer = load_tokenizer(cfg.tokenizer)
         self._say(f"indexing {len(cfg.data.sources)} sources")
-        indexes = index_sources(cfg, self.tokenizer)
+        indexes = index_sources(cfg, self.tokenizer, progress=IndexProgressLine(self._progress))
         if recipe is not None:
             indexes = use_stored_ids(cfg.data, indexes, recipe)
         batch = batch_plan(cfg, 1)
