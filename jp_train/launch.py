@@ -169,9 +169,9 @@ def _start(
     outcome = judge(ending, records, stop.number, _failure(run_dir, since=began))
     if outcome.code and stop.number is None:
         told = explain(records, len(placed))
-        for line in told or (
-            [outcome.cause] if outcome.cause and outcome.again == "if_advanced" else []
-        ):  # of "yes" it is the message of the error
+        if not told and outcome.again == "if_advanced":  # nobody else says it: the cause of a "yes" becomes the error's message
+            told = [outcome.cause]
+        for line in told:
             say(line)
     return outcome
 

@@ -32,7 +32,7 @@ NOT_PASSED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 OWN = ("JP_TRAIN_LAUNCH_ID", "JP_TRAIN_WORLD", "JP_TRAIN_LOGS", "JP_TRAIN_MASTER_")
 """What the launch itself tells its ranks: long, and of no interest on a terminal."""
 EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH", re.IGNORECASE)
 SECRET_LOOKALIKES = ("TOKENIZERS_",)
 SAFE_VALUE = re.compile(r"[\w@%+=:,./ -]*")
 """Values that an `export NAME="value"` on the remote host leaves as they are."""

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ SECOND_SIGNAL_S = 2.0
 """A repeat within this time belongs to the first signal (Ctrl-C may come twice); a later one kills at once."""
 SWEEP_WAIT_S = 30.0
 """Seconds that a host which answers has to get rid of killed processes: one that waits for a disk or a device ends late, and its host is well."""
+UNWATCHED_S = 60.0
+"""Seconds without a finished look at the run folder after which that is said, and between two such lines."""
 TELL_AGAIN_S = 5.0
 """Seconds between two attempts to tell ranks to stop, where none was there yet to hear it."""
 
@@ -97,7 +100,9 @@ class Run:
         self._signal_launcher = signal_launcher
         """srun passes SIGUSR1 on to all tasks: no ssh is needed."""
         self._unheard = False
-        self._quiet_until = 0.0
+        self._over = threading.Event()
+        self._verdict: Verdict | None = None
+        self._looked_at, self._said_at = time.monotonic(), -1e9
         self._process = subprocess.Popen(list(command), env=dict(env), start_new_session=True)
 
     def wait(self) -> Ending:
@@ -106,9 +111,12 @@ class Run:
         deadline: float | None = None
         verdict: Verdict | None = None
         tell_again = 0.0
+        watch = threading.Thread(target=self._watch, name="launch-watch", daemon=True)
+        watch.start()
         while self._process.poll() is None:
             if self._stop.number is not None and deadline is None:
                 deadline = time.monotonic() + self._grace_s
+                self._over.set()
                 name = signal.Signals(self._stop.number).name
                 say(f"{name}: ranks finish their step and save; killed in {self._grace_s:g} s, or by a second signal")
                 told |= self._stop_ranks(told)
@@ -123,28 +131,39 @@ class Run:
             if self._stop.at_once or (deadline is not None and time.monotonic() > deadline):
                 say("killing what is left of the run")
                 break
-            verdict = self._look() if deadline is None else None
+            verdict = self._verdict if deadline is None else None
             if verdict is not None:
                 say(f"the run is ended: {verdict.cause}")
                 break
+            if deadline is None and (silence := time.monotonic() - self._looked_at) > UNWATCHED_S:
+                self._unwatched(f"its folder has not answered for {silence:.0f} s")
             time.sleep(0.2)
+        self._over.set()
         silent = self._leave_nothing(verdict, killed=self._process.poll() is None)
+        watch.join(1.0)
         if self._supervision is not None:
             self._supervision.close()
         return Ending(self._process.wait(), verdict, silent)
 
-    def _look(self) -> Verdict | None:
-        """What supervision and notice find. A run folder that cannot be read for a while, or a host too full to start ssh, ends no run."""
-        try:
-            verdict = self._supervision.look() if self._supervision else None
-            if verdict is None:
+    def _watch(self) -> None:
+        """Look until there is a verdict or the run is over. A thread of its own: a dead file server stops whoever looks, and no stop signal may wait for that.
+
+        A run folder that cannot be read for a while, or a host too full to start ssh, ends no run.
+        """
+        while not self._over.wait(0.2):
+            try:
+                self._verdict = self._supervision.look() if self._supervision else None
+                if self._verdict is not None:
+                    return
                 self._notice()
-        except OSError as error:
-            if time.monotonic() > self._quiet_until:
-                say(f"the run is not watched at the moment: {error}")
-                self._quiet_until = time.monotonic() + 60.0
-            return None
-        return verdict
+            except Exception as error:
+                self._unwatched(f"{type(error).__name__}: {error}")
+            self._looked_at = time.monotonic()
+
+    def _unwatched(self, why: str) -> None:
+        if time.monotonic() - self._said_at > UNWATCHED_S:
+            self._said_at = time.monotonic()
+            say(f"the run is not watched at the moment: {why}")
 
     def _stop_ranks(self, told: set[int]) -> set[int]:
         """Signal each rank once: a second signal means `exit at once` to it. SIGINT is sent as SIGINT, so that the rank's code tells."""

@@ -50,6 +50,13 @@ def wait_for_log(program: Path, name: str, word: bytes) -> None:
         time.sleep(0.02)
 
 
+def runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    except OSError:  # ended, also while it was read
+        return False
+
+
 def test_rank_0_shows_on_the_terminal_what_its_log_keeps_and_others_only_keep(program: Path) -> None:
     text = "import sys; print('out ä'); print('err', file=sys.stderr); print('no end', end='')"
     for rank, name, shown in ((0, "node1_rank0.log", ["out ä", "no end"]), (1, "node2_rank1.log", [])):
@@ -96,7 +103,7 @@ def test_a_rank_is_asked_to_save_when_its_supervisor_is_killed_or_its_launcher_d
     running.kill()
     running.communicate(timeout=60)
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{record.pid}").exists() and "Z" not in Path(f"/proc/{record.pid}/stat").read_text().rpartition(")")[2][:3]:
+    while runs(record.pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -113,4 +114,18 @@ def test_a_run_folder_that_cannot_be_looked_at_ends_no_run(tmp_path: Path, capsy
 
     ending = Run(["sleep", "1"], dict(os.environ), f"look-{os.getpid()}", (), StopSignals(), grace_s=1.0, notice=notice).wait()
     assert ending.code == 0
-    assert capsys.readouterr().err.count("not watched at the moment") == 1
+    assert capsys.readouterr().err.count("not watched at the moment: FileNotFoundError") == 1
+
+
+def test_a_run_folder_that_never_answers_is_named_and_keeps_no_stop_signal_waiting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "UNWATCHED_S", 0.5)
+    stop, forever = StopSignals(), threading.Event()
+    timer = threading.Timer(2.0, setattr, (stop, "number", signal.SIGTERM))
+    timer.start()
+    run = Run(["sleep", "300"], dict(os.environ), f"hang-{os.getpid()}", (), stop, grace_s=100.0, notice=lambda: forever.wait(200))
+    began = time.monotonic()
+    assert run.wait().code == -signal.SIGTERM and time.monotonic() - began < 150
+    assert "has not answered for" in capsys.readouterr().err
+    forever.set()
