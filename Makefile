@@ -51,7 +51,7 @@ showcase: $(STAMP)  ## the same with emoji in three drawing styles and WordNet (
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke.showcase --out $(SHOWCASE_RUNS) $(SHOWCASE_ARGS)
 
 test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)

@@ -11,6 +11,24 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+LONG = (
+    "test_multinode_launch.py",
+    "test_distributed_runs.py",
+    "test_elastic.py",
+    "test_smoke_run.py",
+    "test_forensics.py",
+    "test_watchdog.py",
+    "test_chaos.py",
+)
+"""Files that take a minute or more. They come first: where files run side by side, one of them at the end would keep everybody waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, everything else in its order."""
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
+
 @dataclass(frozen=True)
 class SmallWorld:
     """`overrides` point any launch/smoke_stage*.yaml at these folders."""
