@@ -46,9 +46,11 @@ def test_hosts_reach_each_other_by_ssh_and_the_faults_of_one_are_its_own(make_cl
     assert "No space left" in cluster.run("node2", ["sh", "-c", f"head -c 9999 /dev/zero > {tmp_path}/file"]).stderr
     assert list(tmp_path.iterdir()) == []
     process = cluster.popen("node2", ["sleep", "1000"])
-    while not cluster.processes("node2"):
+    deadline = time.monotonic() + 30.0
+    while [line for _, line in cluster.processes("node2")] != ["sleep 1000"]:  # nsenter, until it has become sleep
+        assert time.monotonic() < deadline, cluster.processes("node2")
         time.sleep(0.01)
-    assert [line for _, line in cluster.processes("node2")] == ["sleep 1000"] and cluster.processes("node1") == []
+    assert cluster.processes("node1") == []
     cluster.stop_host("node2")
     assert process.wait(10) != 0 and cluster.processes("node2") == []
     cluster.repair()
