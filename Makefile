@@ -38,8 +38,9 @@ $(STAMP): setup.cfg pyproject.toml
 	@touch $@
 
 system-packages:  ## Debian packages for several hosts on one machine (tests/multinode) and for checking the scripts; as root
-	apt-get update -qq || true
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends openssh-server openssh-client pdsh iproute2 nftables libfaketime openmpi-bin shellcheck
+	apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=1 update -qq || true
+	DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::http::Timeout=20 install -y -qq --no-install-recommends \
+		openssh-server openssh-client pdsh iproute2 nftables libfaketime openmpi-bin shellcheck
 
 smoke: $(STAMP)  ## train a tiny Janus-Pro through all three stages on real pictures and text, then judge it (<= 15 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) $(SMOKE_ARGS)
