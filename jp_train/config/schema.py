@@ -232,7 +232,7 @@ class DataConfig:
     """Loader processes per rank; rows do not depend on it."""
     image_threads: int = 1
     """Threads of each loader process (of the trainer, with no workers) that decode and resize the pictures of a row; rows do not depend on it.
-    Two threads are as fast as two workers with one, for the memory of one; each holds one decoded picture."""
+    Two threads do about the work of two workers with one each, for the memory of one; each holds one decoded picture."""
     prefetch_rows: int = 2
     """Rows each worker prepares ahead."""
     skip_budget: float = 0.001
