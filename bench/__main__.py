@@ -15,7 +15,7 @@ def main() -> int:
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     for script in sorted(HERE.glob("*.py")):
-        if script.name.startswith("__"):
+        if script.name.startswith("_"):
             continue
         print(f"== {script.stem}", flush=True)
         began = time.monotonic()

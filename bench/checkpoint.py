@@ -305,12 +305,13 @@ def at_7b(world: int) -> dict[str, float]:
 
 
 def main() -> None:
+    from _figures import add_options, delivered
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--repeats", type=int, default=2, help="saves of each kind; the best counts (default 2)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
+    add_options(parser)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -340,11 +341,7 @@ def main() -> None:
         "step_slowdown": found[0]["step_beside_s"] / found[0]["step_alone_s"] if found[0]["step_beside_s"] else None,
         "at_7b": at_7b(256),
     }
-    result = json.dumps(figures)
-    if arguments.save:
-        arguments.save.write_text(result)
-    if arguments.json:
-        print(result)
+    if delivered(arguments, figures):
         return
     show(figures)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import subprocess
@@ -105,6 +104,8 @@ def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) ->
 
 
 def main() -> None:
+    from _figures import add_options, delivered
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2400, help="samples made (default 2400)")
     parser.add_argument("--rounds", type=int, default=9)
@@ -113,8 +114,7 @@ def main() -> None:
     parser.add_argument("--only", choices=WORKLOADS, help="one workload")
     parser.add_argument("--no-rivals", action="store_true", help="only the bare loop")
     parser.add_argument("--install", action="store_true", help=f"fetch Energon and Streaming with pip into {CACHE / 'rivals'} first")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
+    add_options(parser)
     arguments = parser.parse_args()
 
     import torch
@@ -132,11 +132,7 @@ def main() -> None:
     rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     kinds = [arguments.only] if arguments.only else list(WORKLOADS)
     found = {kind: compare(kind, tokenizer, rounds=rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
-    result = json.dumps({"rounds": rounds, "workers": arguments.workers, **found})
-    if arguments.save:
-        arguments.save.write_text(result)
-    if arguments.json:
-        print(result)
+    if delivered(arguments, {"rounds": rounds, "workers": arguments.workers, **found}):
         return
     for kind, figures in found.items():
         print(f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")

@@ -432,14 +432,15 @@ def compare_shapes(model: str, stage: int, checkpointing: bool) -> dict[str, Any
 
 
 def main() -> None:
+    from _figures import add_options, delivered
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=[name for name in SIZES if name != "tiny"], default=["10M", "40M", "100M"])
     parser.add_argument("--worlds", nargs="+", type=int, default=[2, 4], help="numbers of ranks (default 2 4)")
     parser.add_argument("--rows", type=int, default=1, help="rows of 512 tokens a micro-batch (default 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--no-shapes", action="store_true", help="leave out the true 1B and 7B shapes")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
+    add_options(parser)
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -460,10 +461,7 @@ def main() -> None:
                 print(f"fake tensors: {model} stage {stage}, checkpointing {checkpointing}", file=sys.stderr, flush=True)
                 shapes.append(compare_shapes(model, stage, checkpointing))
     figures = {"runs": runs, "shapes": shapes}
-    if arguments.save:
-        arguments.save.write_text(json.dumps(figures))
-    if arguments.json:
-        print(json.dumps(figures))
+    if delivered(arguments, figures):
         return
     print(f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}{'states MiB':>12}{'predicted':>11}  peak in")
     for one in runs:

@@ -10,7 +10,6 @@ the sum over workers. "photos": 640 x 480 JPEG; "large": 2048 x 1536. The files 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -62,11 +61,12 @@ def cpu_seconds(side) -> float:
 
 
 def main() -> None:
+    from _figures import add_options, delivered
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2400, help="samples made (default 2400)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
+    add_options(parser)
     arguments = parser.parse_args()
 
     import torch
@@ -75,11 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = prepare(CACHE / "data", arguments.samples)
     found = {kind: measure(shards, pictures, tokenizer, arguments.rounds) for kind, (shards, pictures) in WORKLOADS.items()}
-    result = json.dumps({"rounds": arguments.rounds, **found})
-    if arguments.save:
-        arguments.save.write_text(result)
-    if arguments.json:
-        print(result)
+    if delivered(arguments, {"rounds": arguments.rounds, **found}):
         return
     for kind, figures in found.items():
         print(f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: CPU   wall   own memory of the workers, MiB")

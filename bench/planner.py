@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -144,12 +143,13 @@ def missed(targets: dict[str, bool]) -> str:
 
 
 def main() -> None:
+    from _figures import add_options, delivered
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--pool", type=int, default=DataConfig().pool_size, help="data.pool_size (default: of the schema)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON object there as well")
+    add_options(parser)
     arguments = parser.parse_args()
     sources = simulated_sources()
     gc.collect()
@@ -158,11 +158,7 @@ def main() -> None:
     figures = [measure(name, sources, **sizes) for name in MIXTURES]
     figures.append(measure("1:0:3", sources, **sizes, samples_per_row=2))
     restores = measure_restores(sources, rows=arguments.rows, pool_size=arguments.pool)
-    result = json.dumps({"rows_per_step": arguments.rows, **sizes, "mixtures": figures, "restores": restores})
-    if arguments.save:
-        arguments.save.write_text(result)
-    if arguments.json:
-        print(result)
+    if delivered(arguments, {"rows_per_step": arguments.rows, **sizes, "mixtures": figures, "restores": restores}):
         return
     print(
         "mixture    fill %  documents/row  cuts/row  share error, points (worst, median)  ms/step (least)  all rows (least)  state bytes  targets"

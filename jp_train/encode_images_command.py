@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from jp_train.cluster.hostfile import world_size
 from jp_train.cluster.options import LaunchOptions
 from jp_train.config import RunConfig, load_config
 from jp_train.data.tools.vq_work import format_ranks
@@ -101,7 +102,7 @@ def encode_on_hosts(
         )
     cfg = load_config(config, overrides)
     if options.dry_run:
-        encode_images(cfg, Place.of_environment({}), dry_run=True, world_size=sum(map(len, options.selection().values())))
+        encode_images(cfg, Place.of_environment({}), dry_run=True, world_size=world_size(options.selection()))
     words = [f"--batch={batch}"]
     words += [f"--verify-sample={verify_sample}", f"--max-mismatch={max_mismatch}"] if verify_sample else []
     return launch_ranks(["data", "encode-images", str(config), *overrides, *words], options)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jp_train.cluster.hostfile import parse_hostfile, select_slots
+from jp_train.cluster.hostfile import parse_hostfile, select_slots, world_size
 from jp_train.config import RunConfig, load_config
 from jp_train.config.batch import rows_per_step, valid_world_sizes
 from jp_train.errors import ConfigError
@@ -76,7 +76,7 @@ def forecast_stage(path: Path, overrides: Sequence[str], question: Question) -> 
 def _cluster(question: Question) -> Cluster:
     if question.hostfile is not None:
         selection = select_slots(parse_hostfile(question.hostfile), include=question.include, exclude=question.exclude)
-        return Cluster(world=sum(map(len, selection.values())), nodes=len(selection))
+        return Cluster(world=world_size(selection), nodes=len(selection))
     world = question.world or 0
     if world < 1:
         raise ConfigError("the forecast needs ranks: give --hostfile FILE, or --world N (8 ranks a node)")

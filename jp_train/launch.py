@@ -21,16 +21,16 @@ from pathlib import Path
 from jp_train.cluster.command import rank_variables, ranks_command, remote_argument
 from jp_train.cluster.environment import environment_file, has_gpu, passed_environment, runner_environment
 from jp_train.cluster.findings import Report
-from jp_train.cluster.hostfile import Host, parse_hostfile, runs_locally, select_slots
+from jp_train.cluster.hostfile import Host, Selection, parse_hostfile, runs_locally, select_slots, world_size
 from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
 from jp_train.cluster.records import new_launch_id, open_logs, read_records
-from jp_train.cluster.restarts import Progress, Restart, Selection, has_checkpoints, largest_usable, plan_restart, standing, worth_starting
+from jp_train.cluster.restarts import Progress, Restart, has_checkpoints, largest_usable, plan_restart, standing, worth_starting
 from jp_train.cluster.running import Run, StopSignals, say, sweep
 from jp_train.cluster.supervision import Supervision
 from jp_train.config import RunConfig, batch_plan, load_config
 from jp_train.errors import ConfigError, LaunchError
-from jp_train.run_lock import read_holder, release_dead_launch, standing_of
+from jp_train.run_lock import read_holder, refusal, release_dead_launch, standing_of
 
 __all__ = [
     "Host",
@@ -82,7 +82,7 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
         while True:
             selection = options.selection()
             everything = everything or selection
-            facts = batch_plan(cfg, _world(selection), shrink=has_checkpoints(run_dir)).describe()
+            facts = batch_plan(cfg, world_size(selection), shrink=has_checkpoints(run_dir)).describe()
             if restart is None:
                 try:
                     with stop.interrupting():
@@ -140,7 +140,7 @@ def _start(
     passed = passed_environment(env)
     command = ranks_command(target, options, passed)
     out = sys.stdout if options.dry_run else sys.stderr
-    lines = [f"{_world(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}", *([facts] if facts else [])]
+    lines = [f"{world_size(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}", *([facts] if facts else [])]
     lines += [] if local else passed.describe()
     lines += [f"logs of the ranks: {logs}"] if logs else []
     print("\n".join([*lines, f"command: {shlex.join(command)}"]), file=out, flush=True)
@@ -251,7 +251,7 @@ def _hosts_for_restart(
     if not usable:
         why = "; ".join(f"{host}: {found}" for host, found in (silent | faults).items())
         raise LaunchError(
-            f"no restart: {_world(left)} ranks on {_describe(left) if left else 'no host'} are left, and no number of whole hosts among them divides the rows of a "
+            f"no restart: {world_size(left)} ranks on {_describe(left) if left else 'no host'} are left, and no number of whole hosts among them divides the rows of a "
             f"step. {why}. Mend the hosts, or give others in the hostfile, and run the same command again to resume"
         )
     return usable
@@ -274,9 +274,7 @@ def _refuse_second_job(run_dir: Path, options: LaunchOptions) -> None:
     except OSError:
         return
     if holder is not None and standing_of(holder) == "alive":
-        raise LaunchError(
-            f"run_dir {run_dir} is in use: {holder.describe()} trains there. Wait for its end, stop it, or give this run another run_dir"
-        )
+        raise LaunchError(refusal(run_dir, holder))
 
 
 def _report_progress(progress: Progress | None, run_dir: Path | None) -> None:
@@ -328,10 +326,6 @@ def _check_ready(selection: Selection, options: LaunchOptions, *, local: bool) -
             f"CUDA_VISIBLE_DEVICES={visible} is set, but the launcher would use devices {slots} of the hostfile; unset it and choose with --include, "
             "or give the hostfile as many slots as there are devices"
         )
-
-
-def _world(selection: Selection) -> int:
-    return sum(map(len, selection.values()))
 
 
 def _describe(selection: Selection) -> str:

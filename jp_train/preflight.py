@@ -377,7 +377,7 @@ def probe_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:
-    """At least so many bytes has one checkpoint of this run: weights and AdamW's moments in fp32 of the language model alone, if it learns, else its weights.
+    """At least so many bytes has one checkpoint of this run: weights and AdamW's moments in fp32 of the language model alone; 0 where that does not learn.
 
     A lower bound without building the model, which would take seconds; `jp-train forecast` has the whole sum.
     """

@@ -149,7 +149,7 @@ def take(
         holder = _parsed(found)
         standing = "unknown" if holder is None else standing_of(holder, me)
         if standing == "alive":
-            raise LaunchError(_refusal(folder, holder))
+            raise LaunchError(refusal(folder, holder))
         if standing == "unknown" and found != watched:
             if not _stands_still(path, found, holder, say or _say):
                 continue
@@ -324,7 +324,7 @@ def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callab
         if now != content:
             later = None if now is None else _parsed(now)
             if later is not None and holder is not None and later.token == holder.token:
-                raise LaunchError(_refusal(path.parent, later))
+                raise LaunchError(refusal(path.parent, later))
             return False
         if time.monotonic() - said > 10.0:
             said = time.monotonic()
@@ -333,7 +333,8 @@ def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callab
     return True
 
 
-def _refusal(folder: Path, holder: Holder) -> str:
+def refusal(folder: Path, holder: Holder) -> str:
+    """Why no other job may start in the folder of a live one, and what to do."""
     return (
         f"run_dir {folder} is in use: {holder.describe()} trains there. Two jobs would mix their metrics and delete each other's checkpoints. Wait for its end, "
         f"or stop it (`kill -TERM {holder.pid}` on {holder.host}: it saves first), or give this job another run_dir"

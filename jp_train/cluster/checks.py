@@ -13,7 +13,7 @@ from typing import Any
 
 from jp_train.cluster.facts import GPU_FREE_MIB
 from jp_train.cluster.findings import GIB, Fault, gib, rate_text
-from jp_train.cluster.remote import Answer, Cause
+from jp_train.cluster.remote import Answer, Cause, last_line
 
 CHECKS = {
     "versions": "python, torch, deepspeed, transformers, numpy, NCCL and driver are the same everywhere",
@@ -64,10 +64,10 @@ def check_answers(lost: Mapping[str, Answer], python: str, cwd: str) -> Iterator
             yield Fault(host, "ssh", answer.found, answer.remedy)
         elif "No module named" in said:
             remedy = f"the same jp_train and virtual environment must be on {host} at the same path: copy them, or mount the folder that has them"
-            yield Fault(host, "code", f"{python} in {cwd}: {_last(said)}", remedy)
+            yield Fault(host, "code", f"{python} in {cwd}: {last_line(said)}", remedy)
         elif answer.returncode in (126, 127) or "cd:" in said:
             remedy = f"{host} needs {python} and {cwd} at the same path: copy them, or mount the folder that has them"
-            yield Fault(host, "code", _last(said) or answer.found, remedy)
+            yield Fault(host, "code", last_line(said) or answer.found, remedy)
         else:
             remedy = f"run it by hand: ssh {host} 'cd {cwd} && {python} -m jp_train.cluster.probe </dev/null'"
             yield Fault(host, "answer", f"the probe ended: {answer.found}", remedy)
@@ -464,7 +464,3 @@ def _some(names: Sequence[str], what: str = "") -> str:
     label = f"{what}{'s' if len(names) > 1 else ''} " if what else ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{label}{', '.join(names[:NAMED])}{more}"
-
-
-def _last(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

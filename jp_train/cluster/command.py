@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from jp_train.cluster.environment import PassedEnvironment
-from jp_train.cluster.hostfile import runs_locally
+from jp_train.cluster.hostfile import runs_locally, world_size
 from jp_train.cluster.options import LaunchOptions, filter_text
 from jp_train.errors import ConfigError, LaunchError
 
@@ -86,7 +86,7 @@ def _runner_command(target: Sequence[str], options: LaunchOptions, *, local: boo
 
 
 def _mpirun(selection: Mapping[str, Sequence[int]], passed: PassedEnvironment | None) -> list[str]:
-    world = sum(map(len, selection.values()))
+    world = world_size(selection)
     argv = ["mpirun", "-n", str(world), "--host", ",".join(f"{host}:{len(slots)}" for host, slots in selection.items())]
     argv += [
         "--map-by",

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jp_train.cluster.signals import LAUNCH_ID
+from jp_train.cluster.signals import LAUNCH_ID, read_proc
 
 if TYPE_CHECKING:
     from jp_train.config import RunConfig
@@ -212,9 +212,9 @@ def launched_jobs(own_launches: Sequence[str], *, proc: Path = Path("/proc")) ->
     for entry in proc.iterdir():
         if not entry.name.isdigit():
             continue
-        mark = next((item for item in _read(entry / "environ").split(b"\0") if item.startswith(LAUNCH_ID.encode() + b"=")), b"")
+        mark = next((item for item in read_proc(entry / "environ").split(b"\0") if item.startswith(LAUNCH_ID.encode() + b"=")), b"")
         launch = mark.partition(b"=")[2].decode(errors="replace")
-        words = _read(entry / "cmdline").split(b"\0")
+        words = read_proc(entry / "cmdline").split(b"\0")
         if launch and launch not in own_launches and words != [b""]:  # a zombie has no command line
             command = b" ".join(words).decode(errors="replace").strip()
             jobs.append({"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)})
@@ -229,13 +229,13 @@ def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
     """`pid 12 (python -m ...)` that listens on a TCP port of this host; empty when it cannot be found (somebody else's process)."""
     inodes = set()
     for table in ("tcp", "tcp6"):
-        for line in _read(proc / "net" / table).decode().splitlines()[1:]:
+        for line in read_proc(proc / "net" / table).decode().splitlines()[1:]:
             fields = line.split()
             if len(fields) > 9 and fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
                 inodes.add(f"socket:[{fields[9]}]")
     for entry in proc.iterdir():
         if entry.name.isdigit() and inodes & _open_files(entry):
-            command = _read(entry / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            command = read_proc(entry / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
             return f"pid {entry.name} ({command[:120]})"
     return ""
 
@@ -286,10 +286,3 @@ def _attempt(find: Callable[[], Any]) -> Any:
         return find()
     except Exception as error:  # one fact that cannot be had must not hide the others
         return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""

@@ -16,6 +16,10 @@ HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 """Letters, digits, dots, dashes, underscores, no dash in front: the name is put into ssh and pdsh command lines."""
 
 
+Selection = Mapping[str, tuple[int, ...]]
+"""The slots that a run uses on each host, in rank order."""
+
+
 @dataclass(frozen=True)
 class Host:
     """One line of a hostfile: `slots` is the number of ranks (GPUs) on the host."""
@@ -90,6 +94,11 @@ def select_slots(hosts: Sequence[Host], *, include: str = "", exclude: str = "")
     if not kept:
         raise ConfigError(f"{option} {include or exclude!r} leaves no slot of the hostfile")
     return kept
+
+
+def world_size(selection: Mapping[str, Sequence[int]]) -> int:
+    """Ranks on these slots: one each."""
+    return sum(map(len, selection.values()))
 
 
 def runs_locally(selection: Mapping[str, Sequence[int]]) -> bool:

@@ -101,7 +101,7 @@ class Answer:
     @property
     def found(self) -> str:
         """In a few words what happened, with the last line that ssh or the command printed."""
-        last = next((line.strip() for line in reversed(self.stderr.splitlines()) if line.strip()), "")
+        last = last_line(self.stderr)
         what = str(self.cause) if self.cause else f"exit code {self.returncode}"
         return f"{what} after {self.seconds:.1f} s{f': {last[:300]}' if last else ''}"
 
@@ -186,6 +186,11 @@ def run_on_hosts(
             running.kill_all()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank; empty without one."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def classify(returncode: int | None, stderr: str) -> Cause | None:

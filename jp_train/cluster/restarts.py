@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jp_train.cluster.hostfile import Selection, world_size
 from jp_train.errors import CheckpointError, ConfigError, DataError
 
 FINAL_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
 _CHECKPOINT = re.compile(r"step_(\d{7,})")
-
-Selection = Mapping[str, tuple[int, ...]]
 
 
 def largest_usable(selection: Selection, fits: Callable[[int], bool]) -> dict[str, tuple[int, ...]]:
@@ -130,7 +129,7 @@ def plan_restart(
     lost = max(0, last.step - resumes)
     fresh = last.updated >= began  # else the failed start never made progress, and all of its time is lost
     return Restart(
-        number, of, cause, [host for host in everything if host not in after], list(after), sum(map(len, before.values())), sum(map(len, after.values())),
+        number, of, cause, [host for host in everything if host not in after], list(after), world_size(before), world_size(after),
         last.step, resumes, lost, lost * (last.step_s or 0.0), max(0.0, now - (last.updated if fresh else began)),
     )  # fmt: skip
 
@@ -144,7 +143,7 @@ class Progress:
         self._next_look = 0.0
 
     def look(self) -> dict[str, Any] | None:
-        """The whole cost, when the first new step is done: {"step", "restarted_in_s", "lost_s", ...}; None before, and ever after."""
+        """The whole cost, when the first new step is done: {"step", "start_s", "lost_s"}, in seconds; None before, and ever after."""
         if self._over or time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + 1.0

@@ -24,7 +24,7 @@ def launched_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[in
     mark = f"{LAUNCH_ID}={launch_id}".encode()
     found = []
     for entry in proc.iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and mark in _read(entry / "environ").split(b"\0"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid() and mark in read_proc(entry / "environ").split(b"\0"):
             found.append(int(entry.name))
     return sorted(found)
 
@@ -33,8 +33,8 @@ def rank_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[int]:
     """The ranks among them: children of `jp_train.cluster.rank`. Their loader workers, which die of a signal, are not."""
     ranks = []
     for pid in launched_processes(launch_id, proc=proc):
-        parent = re.search(rb"^PPid:\s+(\d+)", _read(proc / str(pid) / "status"), re.MULTILINE)
-        if parent and _read(proc / parent[1].decode() / "cmdline").split(b"\0")[1:4] == SUPERVISOR:
+        parent = re.search(rb"^PPid:\s+(\d+)", read_proc(proc / str(pid) / "status"), re.MULTILINE)
+        if parent and read_proc(proc / parent[1].decode() / "cmdline").split(b"\0")[1:4] == SUPERVISOR:
             ranks.append(pid)
     return ranks
 
@@ -65,7 +65,7 @@ def reached(answer: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _read(path: Path) -> bytes:
+def read_proc(path: Path) -> bytes:
     """A file of /proc; empty where the process is gone or somebody else's."""
     try:
         return path.read_bytes()
