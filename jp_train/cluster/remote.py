@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
 
@@ -27,6 +27,7 @@ CONNECT_TIMEOUT_S = 5.0
 AT_ONCE = 64
 """ssh processes that run side by side."""
 END_WAIT_S = 2.0
+LOOK_S = 0.5
 SSH_FAILED = 255
 TIMED_OUT_THERE = (124, 137)
 """What coreutils' `timeout` returns after its TERM and its KILL."""
@@ -181,6 +182,9 @@ def run_on_hosts(
             answers = {
                 host: pool.submit(_one, running, host, command, stdin, timeout_s, host in local) for host, command in commands.items()
             }
+            # in short waits: a signal that comes just as this thread lets go of the interpreter is not noticed before it wakes
+            while wait(answers.values(), timeout=LOOK_S).not_done:
+                pass
             return {host: answer.result() for host, answer in answers.items()}
         except BaseException:
             running.kill_all()
