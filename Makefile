@@ -8,10 +8,10 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUNS ?= runs/smoke
 SHOWCASE_RUNS ?= runs/showcase
-# --seed and sizes of the smoke run: see `python -m jp_train.smoke --help`
+# --seed and sizes of the smoke run: see `python -m examples.smoke --help`
 SMOKE_ARGS ?=
 SHOWCASE_ARGS ?=
-# --faults --seed --kinds: see `python tests/chaos/run.py --help`
+# --faults --seed --kinds: see `python -m tests.chaos.run --help`
 CHAOS_ARGS ?=
 # test files that run side by side; each may start 2 to 4 ranks of its own
 TEST_JOBS ?= 2
@@ -43,27 +43,27 @@ system-packages:  ## Debian packages for several hosts on one machine (tests/mul
 		openssh-server openssh-client pdsh iproute2 nftables libfaketime openmpi-bin shellcheck
 
 smoke: $(STAMP)  ## train a tiny Janus-Pro through all three stages on real pictures and text, then judge it (<= 15 minutes)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) $(SMOKE_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.smoke --out $(RUNS) $(SMOKE_ARGS)
 
 smoke-stage1 smoke-stage2 smoke-stage3: smoke-stage%: $(STAMP)  ## only this stage of the smoke run (what it needs is made first)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke --out $(RUNS) --only-stage $* $(SMOKE_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.smoke --out $(RUNS) --only-stage $* $(SMOKE_ARGS)
 
 showcase: $(STAMP)  ## the same with emoji in three drawing styles and WordNet (<= 40 minutes; needs npm, apt-get, dpkg-deb)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jp_train.smoke.showcase --out $(SHOWCASE_RUNS) $(SHOWCASE_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.showcase --out $(SHOWCASE_RUNS) $(SHOWCASE_ARGS)
 
 test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
 lint: $(STAMP)  ## ruff, nothing changed
-	$(BIN)/ruff check jp_train tests bench
-	$(BIN)/ruff format --check jp_train tests bench
+	$(BIN)/ruff check jp_train examples tests bench
+	$(BIN)/ruff format --check jp_train examples tests bench
 
 format: $(STAMP)  ## ruff, in place
-	$(BIN)/ruff check --fix jp_train tests bench
-	$(BIN)/ruff format jp_train tests bench
+	$(BIN)/ruff check --fix jp_train examples tests bench
+	$(BIN)/ruff format jp_train examples tests bench
 
 bench: $(STAMP)  ## paired benchmarks: a table and bench/results/*.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench

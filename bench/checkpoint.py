@@ -81,10 +81,9 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from jp_train.config import batch_plan, dump_config
-    from jp_train.engine import partitions
-    from jp_train.engine.checkpoint import CheckpointStore, Content
+    from jp_train.engine.checkpoint.identity import identity
+    from jp_train.engine.checkpoint.store import CheckpointStore, Content, partitions
     from jp_train.engine.export import export
-    from jp_train.engine.identity import identity
     from jp_train.engine.init import build_engine, init_process_group
 
     torch.set_num_threads(1)

@@ -137,7 +137,7 @@ def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str 
 
 def contents(batch: Any):
     """The batch as the forecast sees it."""
-    from jp_train.forecasting.shapes import MicroBatch
+    from jp_train.tools.forecast.shapes import MicroBatch
 
     return MicroBatch(
         tokens=len(batch.input_ids),
@@ -267,9 +267,9 @@ def launch(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 def predict(spec: dict[str, Any]):
     """The forecast of the same run with the CPU's constants."""
     from jp_train.config import batch_plan
-    from jp_train.forecasting.candidates import setting_of
-    from jp_train.forecasting.memory import forecast_memory
-    from jp_train.forecasting.shapes import shapes_of
+    from jp_train.tools.forecast.candidates import setting_of
+    from jp_train.tools.forecast.memory import forecast_memory
+    from jp_train.tools.forecast.shapes import shapes_of
 
     cfg = configuration(**spec)
     plan = batch_plan(cfg, spec["world"])
@@ -388,9 +388,9 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
 
 def predicted_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
     """The forecast of the same: activations, and one whole weight gradient at a time."""
-    from jp_train.forecasting.activations import Numerics
-    from jp_train.forecasting.shapes import shapes_of
-    from jp_train.forecasting.walk import FORWARD, walk
+    from jp_train.tools.forecast.activations import Numerics
+    from jp_train.tools.forecast.shapes import shapes_of
+    from jp_train.tools.forecast.walk import FORWARD, walk
 
     shapes = shapes_of(cfg)
     visits = walk(shapes, contents(batch), Numerics(size=2, fused_attention=True, chunk=cfg.loss.chunk_tokens), checkpointing=checkpointing)

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class SmallWorld:
-    """`overrides` point any launch/smoke_stage*.yaml at these folders."""
+    """`overrides` point any examples/smoke/stage*.yaml at these folders."""
 
     root: Path
 
@@ -48,10 +48,10 @@ class SmallWorld:
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> SmallWorld:
     """Real shards, a real tokenizer and real (barely trained) weights of the smoke run, in about 15 seconds."""
-    from jp_train.smoke.pretrain import pretrain_all
-    from jp_train.smoke.shards import build_shards
-    from jp_train.smoke.sizes import SmokeSizes
-    from jp_train.smoke.tokenizer import train_tokenizer
+    from examples.smoke.pretrain import pretrain_all
+    from examples.smoke.shards import build_shards
+    from examples.smoke.sizes import SmokeSizes
+    from examples.smoke.tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("small_world")
     sizes = SmokeSizes.minute()

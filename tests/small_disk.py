@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jp_train.engine.disk import free_bytes
+from jp_train.engine.checkpoint.disk import free_bytes
 
 
 def mount(place: Path, size: str) -> str:

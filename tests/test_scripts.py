@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.check import check
+from jp_train.cluster.launch import LaunchOptions, launch, parse_hostfile
 from jp_train.config import load_config
-from jp_train.launch import LaunchOptions, launch, parse_hostfile
+from jp_train.tools.check import check
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), ROOT / ".ci" / "run"])
 CONFIGS = sorted((ROOT / "launch").glob("*.yaml"))
 

@@ -19,7 +19,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.inference import answer_questions, load_for_inference
+    from jp_train.tools.inference import answer_questions, load_for_inference
 
     try:
         picture = arguments.image.read_bytes()

@@ -26,8 +26,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.check import check, format_check
     from jp_train.config import load_config
+    from jp_train.tools.check import check, format_check
 
     found = check(load_config(arguments.config, arguments.overrides), arguments.hostfile, config_only=arguments.config_only)
     print(json.dumps(found) if arguments.json else format_check(found))

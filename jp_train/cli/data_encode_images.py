@@ -59,8 +59,8 @@ def register(tools: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.cluster.options import LaunchOptions
     from jp_train.config import load_config
-    from jp_train.encode_images import Place
-    from jp_train.encode_images_command import encode_images, encode_on_hosts
+    from jp_train.tools.encode_images.command import encode_images, encode_on_hosts
+    from jp_train.tools.encode_images.encoder import Place
 
     work = {"batch": arguments.batch, "verify_sample": arguments.verify_sample, "max_mismatch": arguments.max_mismatch}
     if arguments.hostfile is not None:

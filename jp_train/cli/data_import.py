@@ -198,7 +198,7 @@ def _records(arguments: argparse.Namespace, name: str, kind: str):
 
 
 def _readers():
-    from jp_train.data.tools.importers import readers
+    from jp_train.tools.importers import readers
 
     return readers
 
@@ -214,8 +214,8 @@ def _run(parser: argparse.ArgumentParser, reader: Callable[[argparse.Namespace],
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.data.tools.importers.command import import_command
-    from jp_train.data.tools.importers.run import ImportSettings
+    from jp_train.tools.importers.command import import_command
+    from jp_train.tools.importers.run import ImportSettings
 
     settings = ImportSettings(
         out=arguments.out,
@@ -232,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_webdataset(arguments: argparse.Namespace) -> int:
-    from jp_train.data.tools.importers.command import import_tars_command
+    from jp_train.tools.importers.command import import_tars_command
 
     summary, text = import_tars_command(
         arguments.source,

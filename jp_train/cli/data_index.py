@@ -30,7 +30,7 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
-    from jp_train.data.tools.index import index_command
+    from jp_train.tools.index import index_command
 
     table = sys.stderr if arguments.json else sys.stdout
     summary = index_command(load_config(arguments.config, arguments.overrides), arguments.processes, table=table)

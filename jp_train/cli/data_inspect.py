@@ -36,8 +36,8 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.explain_step import open_replay
-    from jp_train.inspect_rows import as_json, describe_page, inspect_rows, place_of
+    from jp_train.tools.explain.step import open_replay
+    from jp_train.tools.inspect.rows import as_json, describe_page, inspect_rows, place_of
 
     config, overrides = config_and_overrides(arguments)
     where = place_of(config, arguments.run_dir)

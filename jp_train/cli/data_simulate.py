@@ -42,9 +42,9 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
-    from jp_train.data.tools.simulate_plots import save_forecast
-    from jp_train.data.tools.simulate_table import format_forecast
-    from jp_train.simulate import Question, simulate_stage
+    from jp_train.tools.simulate.plots import save_forecast
+    from jp_train.tools.simulate.stage import Question, simulate_stage
+    from jp_train.tools.simulate.table import format_forecast
 
     names = ("hostfile", "world", "steps", "sample_steps", "lengths", "synthetic", "step_seconds")
     question = Question(**{name: getattr(arguments, name) for name in names})

@@ -49,7 +49,7 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
-    from jp_train.data.tools.verify import VerifyOptions, verify_command
+    from jp_train.tools.verify.verify import VerifyOptions, verify_command
 
     options = VerifyOptions(
         processes=arguments.processes,

@@ -41,9 +41,9 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.forecast import Question, forecast_stage
-    from jp_train.forecasting.plots import save_forecast
-    from jp_train.forecasting.table import format_forecast
+    from jp_train.tools.forecast.forecast import Question, forecast_stage
+    from jp_train.tools.forecast.plots import save_forecast
+    from jp_train.tools.forecast.table import format_forecast
 
     question = Question(
         **{name: getattr(arguments, name) for name in ("hostfile", "world", "include", "exclude", "gpu")}, figures=tuple(arguments.hardware)

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--temperature must be above 0, found {arguments.temperature}")
     from PIL import Image
 
-    from jp_train.inference import generate_images, load_for_inference
+    from jp_train.tools.inference import generate_images, load_for_inference
 
     pictures = generate_images(
         load_for_inference(arguments.model),

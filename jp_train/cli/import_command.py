@@ -21,7 +21,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.convert import convert
+    from jp_train.tools.export import convert
 
     print(convert(arguments.source, arguments.out, layout="hf", dtype=arguments.dtype))
     return 0

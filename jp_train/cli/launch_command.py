@@ -57,7 +57,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.launch import launch
+    from jp_train.cluster.launch import launch
 
     options = LaunchOptions(
         hostfile=arguments.hostfile,

@@ -47,7 +47,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.cluster.options import LaunchOptions
-    from jp_train.preflight import preflight
+    from jp_train.cluster.preflight import preflight
 
     options = LaunchOptions(
         hostfile=arguments.hostfile, include=arguments.include, exclude=arguments.exclude,

@@ -23,7 +23,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.report import build_report
+    from jp_train.tools.report import build_report
 
     print(build_report(arguments.run_dirs, arguments.out, arguments.title))
     return 0

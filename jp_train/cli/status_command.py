@@ -19,7 +19,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.status import format_status, status
+    from jp_train.run.status import format_status, status
 
     while True:
         found = status(arguments.run_dir)

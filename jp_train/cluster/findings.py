@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jp_train.errors import LaunchError
-from jp_train.text_table import aligned, printable
+from jp_train.terminal import aligned, printable
 
 GIB = 1 << 30
 NAMED = 4

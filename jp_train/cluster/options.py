@@ -1,4 +1,4 @@
-"""What a person may ask of a launch, in one object that everything below `jp_train.launch` is given."""
+"""What a person may ask of a launch, in one object that everything below `jp_train.cluster.launch` is given."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a launch sees by itself of a run under way, where its runner sees nothing: DeepSpeed's runner waits for ever for a host that stands still.
 
-Three signs in the run folder are watched: the ranks' records (`records.py`: started, ended), their heartbeats (`engine/heartbeat.py`: only whether the file
+Three signs in the run folder are watched: the ranks' records (`records.py`: started, ended), their heartbeats (`engine/watch/heartbeat.py`: only whether the file
 changes, no clock of another host is believed), and the time since. A host without a sign of life is asked by ssh, and only the answer decides:
 it cannot be reached, or nothing of the launch runs there any more. A run that merely is slow is left alone, and what stands still on hosts that answer is
 the ranks' own watchdog's business, which ends them with the cause; then nothing may outlive it.

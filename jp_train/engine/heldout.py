@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from jp_train.config import RunConfig
 from jp_train.engine.init import Engine, Ranks
-from jp_train.metrics import validation_values
+from jp_train.engine.metrics import validation_values
 from jp_train.model.vq import fill_pending
 from jp_train.types import PackedBatch
 

@@ -23,8 +23,8 @@ import torch
 from jp_train.config import BatchPlan, RunConfig
 from jp_train.engine.config import deepspeed_config
 from jp_train.engine.cpu_operator import skip_shared_memory_operator
-from jp_train.engine.guard import SequenceGuard
 from jp_train.engine.optim import ParameterGroups, parameter_groups
+from jp_train.engine.watch.guard import SequenceGuard
 from jp_train.errors import ConfigError, LaunchError
 from jp_train.model import freeze, pretrained
 from jp_train.model.janus_pro import JanusPro

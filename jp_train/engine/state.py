@@ -7,7 +7,7 @@ from typing import Any
 
 from jp_train.config import RunConfig
 from jp_train.engine.outliers import Usual
-from jp_train.engine.stop import Patience, SkipCounter
+from jp_train.engine.watch.stop import Patience, SkipCounter
 
 
 @dataclass

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from jp_train.engine.metrics import exchange
 from jp_train.engine.outliers import Verdict
 from jp_train.errors import JpTrainError
-from jp_train.metrics import exchange
 
 _HOOK = "_get_norm_groups"
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos_world import ROWS, World
-from distributed import Nursery
-from faults import FAULTS, Fault, change_the_world_size, crash_after_a_non_finite_step, prepare_non_finite_step
-from scene import Expectation, HungError, MissedError, Scene
+from tests.chaos.chaos_world import ROWS, World
+from tests.chaos.faults import FAULTS, Fault, change_the_world_size, crash_after_a_non_finite_step, prepare_non_finite_step
+from tests.chaos.scene import Expectation, HungError, MissedError, Scene
+from tests.distributed import Nursery
 
 WORLD_SIZE = 2
 LIFE_S = 150.0

@@ -1,4 +1,4 @@
-"""What one rank of a chaos campaign does (see tests/distributed.py): the real `jp_train.train.train`. Not a test module."""
+"""What one rank of a chaos campaign does (see tests/distributed.py): the real `jp_train.train.trainer.train`. Not a test module."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-TESTS = Path(__file__).resolve().parent.parent
-for place in (TESTS / "chaos", TESTS):
-    sys.path.insert(0, str(place))
-
 import deepspeed  # noqa: E402, F401 - imported once, before the ranks are forked
-from chaos_world import World, configuration  # noqa: E402
-from distributed import run_scenarios, serve  # noqa: E402
 
-import jp_train.train as training  # noqa: E402
+import jp_train.train.trainer as training  # noqa: E402
 from jp_train.errors import JpTrainError  # noqa: E402
+from tests.chaos.chaos_world import World, configuration  # noqa: E402
+from tests.distributed import run_scenarios, serve  # noqa: E402
 
 
 def train(*, data: str, tokenizer: str, run_dir: str, steps: int, nan_at: int | None = None, **changes: Any) -> dict[str, Any]:

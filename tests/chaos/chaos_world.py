@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.smoke.shards import ShardSizes, build_shards
+from examples.smoke.tokenizer import train_tokenizer
 from jp_train.config import RunConfig, load_config
-from jp_train.smoke.shards import ShardSizes, build_shards
-from jp_train.smoke.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ShardSizes(digits_gen=80, scenes_gen=80, digits_und=60, scenes_und=60, val_each=8, samples_per_shard=40)
@@ -66,6 +66,6 @@ def configuration(world: World, run_dir: Path, steps: int, **changes: object) ->
         "validation.documents": 2,
         "logging.wandb.mode": "disabled",
     } | changes
-    cfg = load_config(ROOT / "launch" / "smoke_stage2.yaml", [f"{key}={value}" for key, value in values.items()])
+    cfg = load_config(ROOT / "examples" / "smoke" / "stage2.yaml", [f"{key}={value}" for key, value in values.items()])
     cfg.validation.sources = {name: source for name, source in cfg.validation.sources.items() if name in ("digits-gen-val", "text-val")}
     return cfg

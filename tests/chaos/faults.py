@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scene import Expectation, HungError, MissedError, Scene, state
+from tests.chaos.scene import Expectation, HungError, MissedError, Scene, state
 
 CRASH = (1, 3, 4, 5, 70, -6)
 """Exit statuses of a rank whose peer vanished: an error of its own, or gloo's abort."""

@@ -1,6 +1,6 @@
 """`make chaos`: kill, stop, starve and corrupt a training run on purpose, and see whether anything is lost.
 
-    python tests/chaos/run.py [--faults 200] [--seed 0] [--steps 22] [--minutes 30] [--out runs/chaos] [--kinds a,b] [--json] [--list]
+    python -m tests.chaos.run [--faults 200] [--seed 0] [--steps 22] [--minutes 30] [--out runs/chaos] [--kinds a,b] [--json] [--list]
 
 The smoke model is trained by real ZeRO-3 ranks (gloo) in short runs. Every launch of them is disturbed in one way, then the same command is given again.
 At the end of each run its metrics and ledger are compared with an undisturbed run's. Exit status 1 if anything did not hold.
@@ -19,8 +19,6 @@ import uuid
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-for place in (HERE, HERE.parent, HERE.parents[1]):
-    sys.path.insert(0, str(place))
 
 SMALL_DISK = "160m"
 _INSIDE = "JP_CHAOS_MOUNTS"
@@ -40,7 +38,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the kinds of fault and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; progress goes to stderr")
     arguments = parser.parse_args()
-    from faults import FAULTS
+    from tests.chaos.faults import FAULTS
 
     if arguments.list:
         for fault in FAULTS.values():
@@ -61,9 +59,9 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
     """Run it and print the table."""
     marker = uuid.uuid4().hex
     os.environ.update(JP_CHAOS=marker, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    from campaign import Campaign
-    from chaos_world import build_world
-    from distributed import Nursery
+    from tests.chaos.campaign import Campaign
+    from tests.chaos.chaos_world import build_world
+    from tests.distributed import Nursery
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -96,7 +94,7 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
 
 def small_disk(folder: Path, say) -> Path | None:
     """A file system of SMALL_DISK at `folder`, None where it cannot be mounted."""
-    from small_disk import mount
+    from tests.small_disk import mount
 
     folder.mkdir(parents=True, exist_ok=True)
     if _INSIDE not in os.environ:

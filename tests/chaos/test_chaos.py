@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = "kill_one_rank,kill_during_a_save,sigterm_to_all,flip_a_byte_of_a_checkpoint,change_the_world_size,fill_the_disk,truncate_a_shard"
 
@@ -37,7 +36,8 @@ def campaign(tmp_path_factory) -> dict:
         "--json",
     ]
     done = subprocess.run(
-        [sys.executable, str(HERE / "run.py"), *options],
+        [sys.executable, "-m", "tests.chaos.run", *options],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=1200,
@@ -61,7 +61,7 @@ def test_kinds_that_cannot_be_injected_here_are_named(campaign) -> None:
 
 
 def test_a_campaign_notices_a_run_that_lost_a_step_or_trained_other_rows(tmp_path) -> None:
-    from campaign import Campaign
+    from tests.chaos.campaign import Campaign
 
     lines = [{"step": n, "loss/total": 5.0 - n, "data/rows_digest": 100.0 + n} for n in (1, 2, 3)]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from jp_train.cli.main import COMMANDS, build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGE1 = str(ROOT / "launch" / "smoke_stage1.yaml")
+STAGE1 = str(ROOT / "examples" / "smoke" / "stage1.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_check_of_a_world_size_that_does_not_divide_the_rows_lists_the_problem_a
 
 
 def test_check_reads_tokenizer_weights_and_shards_and_counts_epochs(small_world, capsys):
-    code = main(["check", "launch/smoke_stage1.yaml", *small_world.overrides, "stage.batch_size=64", "--json"])
+    code = main(["check", "examples/smoke/stage1.yaml", *small_world.overrides, "stage.batch_size=64", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert code == 0, found["problems"]
     assert found["weights"]["tensors"] > 200
@@ -94,14 +94,14 @@ def test_check_reads_tokenizer_weights_and_shards_and_counts_epochs(small_world,
 
 
 def test_check_names_weights_that_do_not_fit(small_world, capsys):
-    code = main(["check", "launch/smoke_stage1.yaml", *small_world.overrides, "model.language.layers=5", "--json"])
+    code = main(["check", "examples/smoke/stage1.yaml", *small_world.overrides, "model.language.layers=5", "--json"])
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert code == 2
     assert "layers.4" in problems[0] and "missing" in problems[0]
 
 
 def test_data_index_counts_every_sample_once(small_world, capsys):
-    assert main(["data", "index", "launch/smoke_stage1.yaml", *small_world.overrides, "--processes", "1", "--json"]) == 0
+    assert main(["data", "index", "examples/smoke/stage1.yaml", *small_world.overrides, "--processes", "1", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert "digits-gen" in json.dumps(summary)
 

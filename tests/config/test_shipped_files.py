@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from jp_train.cluster.launch import parse_hostfile
 from jp_train.config import batch_plan, load_config
 from jp_train.config.load import check_keys
-from jp_train.launch import parse_hostfile
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))

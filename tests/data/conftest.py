@@ -7,7 +7,10 @@ import pydoc_data.topics
 from collections.abc import Callable
 
 import pytest
-from data_samples import (
+
+from jp_train.config.schema import MixtureConfig, RunConfig, SourceConfig, SourceKind, Template, TokenizerConfig
+from jp_train.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.data_samples import (
     IMAGE_SIZE,
     PATCH,
     generation_samples,
@@ -16,9 +19,6 @@ from data_samples import (
     understanding_samples,
     write_shard,
 )
-
-from jp_train.config.schema import MixtureConfig, RunConfig, SourceConfig, SourceKind, Template, TokenizerConfig
-from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from data_samples import SLOTS, conversation, json_bytes, npy, words
 from PIL import Image
+
+from tests.data.data_samples import SLOTS, conversation, json_bytes, npy, words
 
 Member = tuple[str, bytes]
 

@@ -5,7 +5,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from data_samples import IMAGE_SIZE, SLOTS
 
 from jp_train.config.schema import Packing
 from jp_train.data.collate import Collator
@@ -21,6 +20,7 @@ from jp_train.types import (
     SkippedDocument,
     SourceInfo,
 )
+from tests.data.data_samples import IMAGE_SIZE, SLOTS
 
 INFO = SourceInfo(source="s", shard="s.tar", key="k")
 NONE = np.zeros(0, np.int64)

@@ -7,7 +7,6 @@ import io
 
 import numpy as np
 import pytest
-from data_samples import SLOTS, png
 from PIL import Image
 
 from jp_train.config.schema import Crop, ImageEnd, PadDropoutForm, Template
@@ -26,6 +25,7 @@ from jp_train.types import (
     Turn,
     UnderstandingSample,
 )
+from tests.data.data_samples import SLOTS, png
 
 INFO = SourceInfo(source="s", shard="s.tar", key="k")
 MARKS = {"^": 300, "$": 301, "_": 302, "[": 303, "]": 304, "#": 305, "U": 306, "A": 307}

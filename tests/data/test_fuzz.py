@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_samples import write_shard
-from faulty_shards import NASTY_JSON, NASTY_TEXT, mutated, nasty_npy, picture, raw_tar, sound
 
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import BatchUnit, MixtureConfig, RunConfig, SourceConfig, SourceKind
@@ -24,10 +22,12 @@ from jp_train.data.index import index_shard, index_sources, source_fingerprint
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.shards import ShardReader
-from jp_train.data.tools.verify import VerifyOptions, verify_sources
-from jp_train.data.tools.verify_faults import REMEDIES
-from jp_train.data.tools.verify_shard import VerifyTask, verify_shard
 from jp_train.errors import DataError
+from jp_train.tools.verify.faults import REMEDIES
+from jp_train.tools.verify.shard import VerifyTask, verify_shard
+from jp_train.tools.verify.verify import VerifyOptions, verify_sources
+from tests.data.data_samples import write_shard
+from tests.data.faulty_shards import NASTY_JSON, NASTY_TEXT, mutated, nasty_npy, picture, raw_tar, sound
 
 KINDS = {"understanding": 3600, "generation": 3600, "text": 2000, "stored": 1000}
 SHARDS = 2

@@ -6,8 +6,6 @@ import time
 
 import numpy as np
 import pytest
-from data_samples import generation_samples, write_shard
-from range_server import range_server
 
 from jp_train.config.schema import Crop
 from jp_train.data import http_ranges
@@ -15,6 +13,8 @@ from jp_train.data.sample_fields import read_fields
 from jp_train.data.shards import ShardReader, expand_shards, scan_members
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import Kind
+from tests.data.data_samples import generation_samples, write_shard
+from tests.data.range_server import range_server
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from faulty_shards import mutated
 from PIL import Image, ImageOps
 
 from jp_train.config.schema import Crop, ImageDecode
@@ -19,6 +18,7 @@ from jp_train.data.image import (
     understanding_transform,
 )
 from jp_train.errors import DataError, SkipSample
+from tests.data.faulty_shards import mutated
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-from data_samples import conversation, generation_samples, json_bytes, png, text_samples, understanding_samples, write_shard
 
 from jp_train.config.schema import ClassPrompt, SourceConfig, SourceKind, Template
 from jp_train.data import index as index_module
@@ -18,9 +17,10 @@ from jp_train.data.index import index_sources, source_fingerprint
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import parse_sample
 from jp_train.data.shards import ShardReader
-from jp_train.data.tools.index import index_command
 from jp_train.errors import DataError
+from jp_train.tools.index import index_command
 from jp_train.types import Kind
+from tests.data.data_samples import conversation, generation_samples, json_bytes, png, text_samples, understanding_samples, write_shard
 
 
 def only(cfg, name="s", kind="text", shards="a.tar", **options):

@@ -9,7 +9,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from data_samples import IMAGE_SIZE, SLOTS
 from PIL import Image
 
 from jp_train.config.batch import batch_plan
@@ -18,6 +17,7 @@ from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, picture_bytes_ahead
 from jp_train.data.permute import document_uniform
 from jp_train.data.rows import RowBuilder
+from tests.data.data_samples import IMAGE_SIZE, SLOTS
 
 IGNORE, PENDING = -100, -1
 

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from data_samples import conversation, json_bytes, npy
 
 from jp_train.config.schema import ClassPrompt, Crop, SourceConfig, SourceKind
 from jp_train.data.samples import MAX_PICTURE_BYTES, MAX_TEXT_BYTES, check_field_size, first_sentence, parse_sample, wanted_fields
 from jp_train.errors import SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, Turn
+from tests.data.data_samples import conversation, json_bytes, npy
 
 INFO = SourceInfo(source="s", shard="s.tar", key="k")
 IDS = np.arange(16, dtype=np.uint16)

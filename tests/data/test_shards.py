@@ -7,13 +7,13 @@ import threading
 
 import numpy as np
 import pytest
-from data_samples import generation_samples, write_shard
 
 from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, scan_members
 from jp_train.data.sidecar import load_members, store_members
 from jp_train.data.tar_headers import TarFault, walk
 from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
+from tests.data.data_samples import generation_samples, write_shard
 
 
 def _touch(folder, *names):

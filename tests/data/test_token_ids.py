@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_samples import conversation, generation_samples, json_bytes, png, text_samples, write_shard
-from range_server import range_server
 
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import ClassPrompt, ImageEnd, MixtureConfig, PadDropoutForm, SourceConfig, SourceKind, Template, TokenIds
@@ -29,11 +27,13 @@ from jp_train.data.layouts import LEARN
 from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.shards import ShardReader
 from jp_train.data.token_ids import RecordSpool, pack, planes_for, unpack
-from jp_train.data.tools.index import index_command
 from jp_train.data.vq_ids import IdsRecipe, store_ids
 from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import DataError, SkipSample
+from jp_train.tools.index import index_command
 from jp_train.types import GenerationSample, PackedBatch, SourceInfo, SpecialTokens, TextSample, Turn, UnderstandingSample
+from tests.data.data_samples import conversation, generation_samples, json_bytes, png, text_samples, write_shard
+from tests.data.range_server import range_server
 
 INFO = SourceInfo(source="s", shard="s.tar", key="k")
 RECIPE = IdsRecipe(vq="a" * 32, transform=1, image_side=32, max_image_pixels=1000)

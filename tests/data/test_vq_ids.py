@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_samples import SLOTS, generation_samples, json_bytes, npy, png, stored_samples, text_samples, write_shard
 
 from jp_train.config import load_config, save_config, validate
 from jp_train.config.batch import batch_plan
@@ -18,11 +17,12 @@ from jp_train.config.schema import Crop, MixtureConfig, SourceConfig, SourceKind
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, validation_batches
 from jp_train.data.shards import Shard, ShardReader
-from jp_train.data.tools.vq_work import IdsState, ids_state, shares
 from jp_train.data.vq_ids import NO_IDS, IdsRecipe, load_manifest, open_ids, restamp_ids, store_ids, stored_fingerprints
 from jp_train.data.vq_use import describe_use, ids_summary, use_stored_ids
 from jp_train.errors import ConfigError, DataError
+from jp_train.tools.encode_images.work import IdsState, ids_state, shares
 from jp_train.types import PENDING_VQ_ID
+from tests.data.data_samples import SLOTS, generation_samples, json_bytes, npy, png, stored_samples, text_samples, write_shard
 
 RECIPE = IdsRecipe(vq="a" * 32, transform=1, image_side=32, max_image_pixels=1000)
 OTHER = IdsRecipe(vq="b" * 32, transform=1, image_side=32, max_image_pixels=1000)

@@ -9,11 +9,11 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from data_samples import generation_samples, text_samples
 
 from jp_train.data.shards import ShardReader, scan_members
 from jp_train.data.writer import ShardWriter, pack_sample, write_atomically
 from jp_train.errors import ConfigError, DataError
+from tests.data.data_samples import generation_samples, text_samples
 
 
 def write(folder, samples, **bounds):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-for place in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent):
-    sys.path.insert(0, str(place))
-
-from small_disk import mounted  # noqa: E402
-from tiny_run import write_data  # noqa: E402
+from tests.engine.tiny_run import write_data
+from tests.small_disk import mounted
 
 
 @pytest.fixture(scope="session")

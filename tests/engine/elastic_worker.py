@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import errno
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-import worker
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from distributed import run_scenarios, serve
-from test_checkpoint import content
 
-import jp_train.engine.checkpoint as checkpoints
-import jp_train.engine.checkpoint_reading as reading
-import jp_train.train as training
+import jp_train.engine.checkpoint.reading as reading
+import jp_train.engine.checkpoint.store as checkpoints
+import jp_train.train.trainer as training
 from jp_train.config import RunConfig
 from jp_train.config.schema import CheckpointConfig, SaveErrorAction
-from jp_train.engine import partitions
+from jp_train.engine.checkpoint import partitions
 from jp_train.engine.init import gather_for_reading, init_process_group
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import PartitionReader
+from tests.distributed import run_scenarios, serve
+from tests.engine import worker
+from tests.engine.checkpoint.test_store import content
 
 
 def train(free_space_at: int | None = None, filler: str = "", compare: bool = False, **changes: Any) -> dict:

@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import run_scenarios, serve
-from worker import make, rank, train, world  # it also makes the next import possible
+
+from tests.distributed import run_scenarios, serve
+from tests.engine.worker import make, rank, train, world  # it also makes the next import possible
 
 # isort: split
-from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
-
-import jp_train.preparation as preparation
-import jp_train.train as training
+import jp_train.train.preparation as preparation
+import jp_train.train.trainer as training
 from jp_train.config import batch_plan
+from jp_train.engine.checkpoint.saver import Saver
 from jp_train.engine.forensics import block_norms, block_of
 from jp_train.engine.init import build_engine, gather_for_reading, init_process_group
 from jp_train.engine.outliers import Verdict
-from jp_train.engine.saver import Saver
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.errors import DataError, LaunchError
 from jp_train.types import KINDS, Kind
+from tests.model.janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
 
 ROUND = 4
 """Batches of `lopsided`, given in turn."""

@@ -9,18 +9,11 @@ import json
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from distributed import Launch, Nursery, wait_for
-from tiny_run import tiny_run
 
 from jp_train.config import RunConfig, batch_plan
 from jp_train.data.index import index_sources
@@ -30,6 +23,8 @@ from jp_train.model.freeze import set_trainable
 from jp_train.model.janus_pro import JanusPro
 from jp_train.model.pretrained import prepare_weights
 from jp_train.model.vq import VQTokenizer, fill_pending
+from tests.distributed import Launch, Nursery, wait_for
+from tests.engine.tiny_run import tiny_run
 
 WORKER = Path(__file__).resolve().parent / "worker.py"
 STEPS = 20

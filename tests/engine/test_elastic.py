@@ -7,7 +7,6 @@ Real ZeRO-3 ranks (gloo). Three chains of launches, each a plain resume with the
 from __future__ import annotations
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,19 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from distributed import Launch, Nursery
-from small_disk import fill as fill_disk
-from tiny_run import tiny_run
-
 from jp_train.config import batch_plan
-from jp_train.convert import convert
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.model.pretrained import open_weights
+from jp_train.tools.export import convert
+from tests.distributed import Launch, Nursery
+from tests.engine.tiny_run import tiny_run
+from tests.small_disk import fill as fill_disk
 
 WORKER = Path(__file__).resolve().parent / "elastic_worker.py"
 STEPS, ROWS = 6, 6

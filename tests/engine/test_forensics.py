@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
-
-from distributed import Launch, Nursery
-from janus_tiny import pack, random_docs
-from tiny_run import tiny_run
-
-from jp_train.data.tools.explain import load_batch
 from jp_train.engine.forensics import Forensics, block_of
 from jp_train.engine.init import Ranks
 from jp_train.engine.outliers import Verdict
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.errors import JpTrainError
+from jp_train.tools.explain.describe import load_batch
 from jp_train.types import Kind, Provenance
+from tests.distributed import Launch, Nursery
+from tests.engine.tiny_run import tiny_run
+from tests.model.janus_tiny import pack, random_docs
 
 SMALL = {"model.vision.layers": 1, "model.language.layers": 1, "engine.activation_checkpointing": False}
 JUDGED = {"guard.outlier_window": 8, "guard.outlier_action": "skip", **SMALL}

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
-
-from janus_tiny import pack, random_docs, tiny_model
 
 from jp_train.config.schema import LossConfig, Reduction
 from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
 from jp_train.types import IGNORE_INDEX, Kind, LossTerms
+from tests.model.janus_tiny import pack, random_docs, tiny_model
 
 ZERO = torch.zeros(3)
 

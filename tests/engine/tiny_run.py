@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import io
 import pydoc_data.topics
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-
-from data_samples import IMAGE_SIZE, PATCH, generation_samples, text_samples, understanding_samples, write_shard
 
 from jp_train.config import RunConfig, validate
 from jp_train.config.schema import (
@@ -29,6 +24,7 @@ from jp_train.config.schema import (
     VQConfig,
     WandbMode,
 )
+from tests.data.data_samples import IMAGE_SIZE, PATCH, generation_samples, text_samples, understanding_samples, write_shard
 
 STAGE1 = ["aligner", "gen_embed", "gen_aligner", "gen_head"]
 STAGE2 = ["aligner", "language_model", "gen_embed", "gen_aligner", "gen_head"]

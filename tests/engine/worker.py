@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 import warnings
 from enum import Enum
@@ -16,24 +15,20 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-TESTS = Path(__file__).resolve().parent.parent
-for place in (TESTS / "engine", TESTS / "model", TESTS):
-    sys.path.insert(0, str(place))
-
 import deepspeed  # noqa: E402, F401 - imported once, before the ranks are forked
 import torch  # noqa: E402
-from distributed import run_scenarios, serve  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny_run import tiny_run  # noqa: E402
 
-import jp_train.engine.checkpoint as checkpoints  # noqa: E402
-import jp_train.train as training  # noqa: E402
+import jp_train.engine.checkpoint.store as checkpoints  # noqa: E402
+import jp_train.train.trainer as training  # noqa: E402
 from jp_train.config import RunConfig  # noqa: E402
 from jp_train.config.schema import SourceConfig, SourceKind  # noqa: E402
 from jp_train.data.loader import StepLoader, rows_hash  # noqa: E402
 from jp_train.engine.export import whole_tensors  # noqa: E402
 from jp_train.engine.init import build_engine  # noqa: E402
 from jp_train.errors import DataError, JpTrainError  # noqa: E402
+from tests.distributed import run_scenarios, serve  # noqa: E402
+from tests.engine.tiny_run import tiny_run  # noqa: E402
 
 
 def rank() -> int:
@@ -78,7 +73,7 @@ def train(
     data_error_at: int | None = None,
     **changes: Any,
 ) -> dict:
-    """`jp_train.train.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
+    """`jp_train.train.trainer.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
 
     kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that step's checkpoint.
     nan_at: steps whose loss rank 0 makes NaN. dump_start: a safetensors file for the weights before the first step.
@@ -175,8 +170,6 @@ def leak(what: str, **changes: Any) -> dict:
 def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> dict:
     """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks (stages 1 and 2: in one of its two orders): losses and gradients against one plain
     process."""
-    from janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
-
     import jp_train.model.janus_pro as model_code
     from jp_train.config import batch_plan
     from jp_train.engine.init import Ranks, gather_for_writing, init_process_group
@@ -185,6 +178,7 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
     from jp_train.model.freeze import set_trainable
     from jp_train.model.janus_pro import JanusPro
     from jp_train.types import KINDS
+    from tests.model.janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
 
     cfg = make(data, run_dir, stage=stage, rows=world(), **{"optimizer.weight_decay": 0.0, "engine.collective_timeout_s": 20.0})
     cfg.model = tiny_config()

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from janus_tiny import SIDE, pack, random_docs, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from jp_train.config.schema import LanguageConfig, ModelConfig
 from jp_train.model.flops import BatchStatistics, parameter_counts, step_flops, trainable_count, vq_flops
 from jp_train.model.freeze import set_trainable
 from jp_train.types import Kind
+from tests.model.janus_tiny import SIDE, pack, random_docs, tiny_config, tiny_model
 
 STAGE1 = ["aligner", "gen_embed", "gen_aligner", "gen_head"]
 STAGE2 = [*STAGE1, "language_model"]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from janus_tiny import tiny_model
 
 from jp_train.config.schema import MODULES
 from jp_train.errors import ConfigError
 from jp_train.model.freeze import module_of, set_trainable
+from tests.model.janus_tiny import tiny_model
 
 
 def test_exactly_the_listed_modules_learn_and_the_rest_is_frozen() -> None:

@@ -8,7 +8,6 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from janus_tiny import BOI, CODES, PLACEHOLDER, SIDE, Doc, gen_doc, pack, random_docs, text_doc, tiny_config, tiny_model, und_doc
 from transformers import JanusForConditionalGeneration
 
 from jp_train.config.schema import LanguageConfig, LossConfig, ModelConfig, Reduction
@@ -16,6 +15,20 @@ from jp_train.errors import ConfigError
 from jp_train.model.freeze import module_of, set_trainable
 from jp_train.model.janus_pro import Float32Rotary, JanusPro, build_config
 from jp_train.types import IGNORE_INDEX, Kind
+from tests.model.janus_tiny import (
+    BOI,
+    CODES,
+    PLACEHOLDER,
+    SIDE,
+    Doc,
+    gen_doc,
+    pack,
+    random_docs,
+    text_doc,
+    tiny_config,
+    tiny_model,
+    und_doc,
+)
 
 STAGES = {
     1: ["aligner", "gen_embed", "gen_aligner", "gen_head"],

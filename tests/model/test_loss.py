@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from janus_tiny import pack, random_docs
 
 from jp_train.model.loss import CrossEntropyLinear, SupervisedPositions, document_of_token
 from jp_train.types import IGNORE_INDEX, Kind
+from tests.model.janus_tiny import pack, random_docs
 
 
 def case(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[CrossEntropyLinear, torch.Tensor, torch.Tensor, torch.Tensor]:

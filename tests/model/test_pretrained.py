@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from janus_tiny import DIM, PLACEHOLDER, SIDE, pack, random_docs, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -29,6 +28,7 @@ from jp_train.model.janus_pro import JanusPro, build_config
 from jp_train.model.pretrained import init_fresh, init_fresh_vq, load_weights, open_part, open_weights, prepare_weights, write_export
 from jp_train.model.vq import VQTokenizer, unit_rows
 from jp_train.types import Kind, SpecialTokens
+from tests.model.janus_tiny import DIM, PLACEHOLDER, SIDE, pack, random_docs, tiny_config, tiny_model
 
 
 class FakeTokenizer:

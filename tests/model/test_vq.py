@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from janus_tiny import CODES, SIDE, SLOTS, gen_doc, pack, text_doc, tiny_config
 
 from jp_train.errors import ConfigError
 from jp_train.model.pretrained import init_fresh_vq
 from jp_train.model.vq import VQTokenizer, fill_pending, unit_rows
 from jp_train.types import IGNORE_INDEX, PENDING_VQ_ID
+from tests.model.janus_tiny import CODES, SIDE, SLOTS, gen_doc, pack, text_doc, tiny_config
 
 
 def tokenizer(unit: bool = False) -> VQTokenizer:

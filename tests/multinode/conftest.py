@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from cluster_rig import Cluster, missing_parts
+
+from tests.multinode.cluster_rig import Cluster, missing_parts
 
 
 @pytest.fixture(scope="session")

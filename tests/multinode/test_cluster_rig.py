@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster_rig import OWNER, Cluster
+from tests.multinode.cluster_rig import OWNER, Cluster
 
 
 def owned_by(pid: int) -> list[str]:

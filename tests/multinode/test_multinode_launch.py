@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_rig import Cluster
+
+from tests.multinode.cluster_rig import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "engine"))
-
-from tiny_run import tiny_run, write_data  # noqa: E402
 
 from jp_train.config import save_config  # noqa: E402
+from tests.engine.tiny_run import tiny_run, write_data  # noqa: E402
 
 STEPS = 12
 JP_TRAIN = [sys.executable, "-m", "jp_train"]

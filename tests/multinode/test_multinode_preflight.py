@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_rig import Cluster
+
+from tests.multinode.cluster_rig import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
@@ -133,7 +134,7 @@ def world(make_cluster: Callable[..., Cluster], tmp_path_factory: pytest.TempPat
         (folder / name / content).write_text("some content")
     (folder / "extensions").mkdir()
     (folder / "run").mkdir()
-    shipped = (ROOT / "launch/smoke_stage2.yaml").read_text()
+    shipped = (ROOT / "examples/smoke/stage2.yaml").read_text()
     for ours, theirs in (
         ("run_dir", "runs/smoke/stage2"),
         ("tokenizer", "runs/smoke/tokenizer"),

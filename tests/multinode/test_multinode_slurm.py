@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_rig import Cluster
+
+from tests.multinode.cluster_rig import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "engine"))
-
-from tiny_run import tiny_run, write_data  # noqa: E402
 
 from jp_train.config import save_config  # noqa: E402
+from tests.engine.tiny_run import tiny_run, write_data  # noqa: E402
 
 PROGRAMS = ("slurmctld", "slurmd", "srun", "salloc", "sinfo")
 SLURM = """ClusterName=rig

@@ -1,0 +1,1 @@
+"""Complete runs to learn from: `python -m examples.smoke`, `python -m examples.showcase`."""

@@ -1,0 +1,173 @@
+"""Judge what the trained model made: pure functions of pictures, answers and what was asked.
+
+Nothing here loads a model.  Callers pass generated pictures, answers, or a ``round_trip`` function (pictures → VQ ids
+→ pictures) and get accuracies in 0..1 beside chance levels and ceilings.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from examples.smoke.judge import DigitJudge, drawn
+from examples.smoke.scene_judge import read_scene, satisfies
+from examples.smoke.scenes import CATEGORIES, Scene, draw_scene
+
+RoundTrip = Callable[[np.ndarray], np.ndarray]
+"""uint8 pictures ``[n, S, S, 3]`` through VQ ids and back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Share of right ones among ``count``; ``chance`` is what answering without looking would reach."""
+
+    accuracy: float
+    chance: float
+    count: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def normalized(answer: str) -> str:
+    """An answer without case, outer spaces and a final full stop."""
+    return " ".join(answer.lower().split()).rstrip(".")
+
+
+def score_digit_pictures(pictures: np.ndarray, labels: Sequence[int], judge: DigitJudge) -> Score:
+    """How many pictures, uint8 ``[n, H, W, 3]``, the judge names as asked.
+
+    Raises:
+        ValueError: if there are not as many labels as pictures.
+    """
+    if len(pictures) != len(labels):
+        raise ValueError(f"{len(pictures)} pictures but {len(labels)} labels")
+    right = judge.name(pictures) == np.asarray(labels)
+    return Score(accuracy=float(right.mean()), chance=0.1, count=len(labels))
+
+
+def score_scene_pictures(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, Score]:
+    """Per category: how many pictures show what their scene's prompt asks for, and nothing else.
+
+    Chance is the same judgement against another prompt of the same category (every other prompt in turn), that is, a
+    model that draws good scenes but ignores its prompt.
+
+    Raises:
+        ValueError: if there are not as many scenes as pictures.
+    """
+    if len(pictures) != len(scenes):
+        raise ValueError(f"{len(pictures)} pictures but {len(scenes)} scenes")
+    found = [read_scene(picture) for picture in pictures]
+    scores = {}
+    for category in CATEGORIES:
+        rows = [n for n, scene in enumerate(scenes) if scene.category == category]
+        if not rows:
+            continue
+        right = np.mean([satisfies(found[n], scenes[n]) for n in rows])
+        others = [satisfies(found[n], scenes[m]) for n in rows for m in rows if n != m]
+        scores[category] = Score(accuracy=float(right), chance=float(np.mean(others)) if others else 0.0, count=len(rows))
+    return scores
+
+
+def score_answers(answers: Sequence[str], expected: Sequence[str], skills: Sequence[str]) -> dict[str, Score]:
+    """Per skill: how many answers equal the expected ones (case and a final full stop do not matter).
+
+    Chance is the share of the commonest expected answer of the skill.
+
+    Raises:
+        ValueError: if the three sequences differ in length.
+    """
+    if not len(answers) == len(expected) == len(skills):
+        raise ValueError(f"{len(answers)} answers, {len(expected)} expected answers and {len(skills)} skills")
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for answer, wanted, skill in zip(answers, expected, skills, strict=True):
+        groups[skill].append((normalized(answer), normalized(wanted)))
+    scores = {}
+    for skill, pairs in groups.items():
+        wanted = [w for _, w in pairs]
+        commonest = max(wanted.count(w) for w in set(wanted)) / len(wanted)
+        accuracy = sum(a == w for a, w in pairs) / len(pairs)
+        scores[skill] = Score(accuracy=accuracy, chance=commonest, count=len(pairs))
+    return scores
+
+
+def scene_pictures(scenes: Sequence[Scene], side: int) -> np.ndarray:
+    """The scenes drawn and resized to the model's side: uint8 ``[n, side, side, 3]``."""
+    return np.stack([np.asarray(draw_scene(s).resize((side, side), Image.Resampling.BICUBIC)) for s in scenes])
+
+
+def digit_ceiling(ink: np.ndarray, labels: Sequence[int], judge: DigitJudge, round_trip: RoundTrip, *, side: int) -> Score:
+    """Score of true digits, ink ``[n, 8, 8]``, after the VQ round trip: no generation can be expected to do better."""
+    return score_digit_pictures(round_trip(drawn(ink, side)), labels, judge)
+
+
+def scene_ceiling(scenes: Sequence[Scene], round_trip: RoundTrip, *, side: int) -> dict[str, Score]:
+    """Per category score of true scene pictures after the VQ round trip."""
+    return score_scene_pictures(round_trip(scene_pictures(scenes, side)), scenes)
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 picture stacks; infinite when they are equal."""
+    error = float(np.square(first.astype(np.float64) - second.astype(np.float64)).mean())
+    return float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
+
+
+def save_grid(
+    path: Path,
+    pictures: np.ndarray,
+    titles: Sequence[str],
+    *,
+    columns: int = 8,
+    picture_side: int = 96,
+    marks: Sequence[bool] | None = None,
+    heading: str = "",
+) -> Path:
+    """Write a PNG of the pictures, uint8 ``[n, H, W, 3]``, each with its title (prompt or answer) below it; returns ``path``.
+
+    ``marks`` draws a green or a red frame around each picture: right or wrong.
+
+    Raises:
+        ValueError: if there are no pictures, or titles or marks are not as many as the pictures.
+    """
+    if len(pictures) == 0 or len(titles) != len(pictures) or (marks is not None and len(marks) != len(pictures)):
+        raise ValueError(f"a grid needs pictures and one title and mark each, got {len(pictures)} pictures, {len(titles)} titles")
+    font = ImageFont.load_default(size=11)
+    gap, line = 10, 14
+    cell = picture_side + gap
+    lines_of = [_wrapped(title, font, picture_side) for title in titles]
+    text_height = line * max(len(lines) for lines in lines_of) + 6
+    top = 30 if heading else gap
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (columns * cell + gap, top + rows * (picture_side + text_height + gap)), (250, 250, 248))
+    pen = ImageDraw.Draw(canvas)
+    if heading:
+        pen.text((gap, 8), heading, fill=(30, 30, 30), font=ImageFont.load_default(size=14))
+    for n, picture in enumerate(pictures):
+        x, y = gap + (n % columns) * cell, top + (n // columns) * (picture_side + text_height + gap)
+        shown = Image.fromarray(picture).resize((picture_side, picture_side), Image.Resampling.BICUBIC)
+        canvas.paste(shown, (x, y))
+        frame = (200, 200, 200) if marks is None else ((40, 150, 70) if marks[n] else (205, 60, 50))
+        pen.rectangle((x - 1, y - 1, x + picture_side, y + picture_side), outline=frame, width=1 if marks is None else 2)
+        for k, text in enumerate(lines_of[n]):
+            pen.text((x, y + picture_side + 4 + k * line), text, fill=(50, 50, 50), font=font)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+    return path
+
+
+def _wrapped(text: str, font, width: int, most: int = 3) -> list[str]:
+    """Break a title into at most ``most`` lines of ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]

@@ -1,0 +1,59 @@
+"""The short text a smoke run ends with: losses, ratio, fill and speed of every stage, scores beside chance, where to look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jp_train.run.reading import read_run
+from jp_train.run.summary import LossChange, Summary, summarize
+
+
+def format_summary(out: Path, *, seconds: float) -> str:
+    """The summary of the smoke run in `out`; `seconds` is what this call of it took. Raises DataError for a stage without metrics."""
+    lines = ["", f"smoke run in {out}: {seconds / 60:.1f} minutes"]
+    for folder in sorted(out.glob("stage[0-9]")):
+        lines += _stage(summarize(read_run(folder)))
+    evaluation = out / "stage3" / "evaluation.json"
+    if evaluation.exists():
+        lines += ["", f"{'after stage 3':<44}{'score':>7}{'chance':>8}{'ceiling':>9}{'target':>8}"]
+        lines += [_score(row) for row in json.loads(evaluation.read_text())]
+    lines += [
+        "",
+        f"curves, pictures, tables   {out / 'report.html'}",
+        f"generated pictures         {out / 'stage3' / 'samples'}",
+        f"weights (transformers)     {out / 'stage3' / 'export'}",
+        f"wandb, offline             {out / 'stage3' / 'wandb'}",
+    ]
+    return "\n".join(lines)
+
+
+def _stage(summary: Summary) -> list[str]:
+    stopped = f" of {summary.schedule_steps} planned, {summary.reason}" if summary.state == "stopped_early" else ""
+    speed = f"{summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else "speed not measured"
+    fill = f"{summary.fill:.1%} full" if summary.fill is not None else "fill not measured"
+    shares = " : ".join("–" if share.realised is None else f"{share.realised:.3f}" for share in summary.shares)
+    configured = " : ".join("–" if share.configured is None else f"{share.configured:.3f}" for share in summary.shares)
+    lines = [
+        "",
+        f"{summary.label}: {summary.steps_done} steps{stopped}; {summary.world_size} ranks, {speed}, rows {fill}, {summary.skipped or 0} samples skipped",
+        f"  understanding : text : generation   configured {configured}   realised {shares}",
+    ]
+    return lines + [_loss(change) for change in summary.losses if change.name != "total"]
+
+
+def _loss(change: LossChange) -> str:
+    def arrow(first: float | None, last: float | None) -> str:
+        return "not measured" if first is None or last is None else f"{first:.3f} -> {last:.3f}"
+
+    return f"  {change.name:<14} held-out loss {arrow(change.held_out_first, change.held_out_last)}   training {arrow(change.first, change.last)}"
+
+
+def _score(row: dict) -> str:
+    def cell(name: str, width: int) -> str:
+        value = row.get(name)
+        return f"{'' if value is None else f'{value:.2f}':>{width}}"
+
+    target = row.get("target")
+    verdict = "" if target is None else ("  met" if row["value"] >= target else "  MISSED")
+    return f"{row['name'][:43]:<44}{cell('value', 7)}{cell('chance', 8)}{cell('ceiling', 9)}{cell('target', 8)}{verdict}"

@@ -1,0 +1,341 @@
+"""Hostfile -> checked cluster -> the deepspeed command, watched to its end and started again where that helps.
+
+`launch` is the whole way of a training run: configuration, preflight, command, `_start` (one start of all ranks), and the restarts. The parts are
+in `jp_train/cluster/`: hostfile, options, environment, command, running (signals, and nothing left behind), supervision (what no launcher notices), records (logs
+and ends of ranks), outcome (exit code and cause) and restarts. What DeepSpeed's runner does silently is refused or repaired there. One local host needs no ssh.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from jp_train.cluster.command import rank_variables, ranks_command, remote_argument
+from jp_train.cluster.environment import environment_file, has_gpu, passed_environment, runner_environment
+from jp_train.cluster.findings import Report
+from jp_train.cluster.hostfile import Host, Selection, parse_hostfile, runs_locally, select_slots, world_size
+from jp_train.cluster.options import LaunchOptions
+from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
+from jp_train.cluster.records import new_launch_id, open_logs, read_records
+from jp_train.cluster.restarts import Progress, Restart, has_checkpoints, largest_usable, plan_restart, standing, worth_starting
+from jp_train.cluster.running import Run, StopSignals, say, sweep
+from jp_train.cluster.supervision import Supervision
+from jp_train.config import RunConfig, batch_plan, load_config
+from jp_train.errors import ConfigError, LaunchError
+from jp_train.run.lock import read_holder, refusal, release_dead_launch, standing_of
+
+__all__ = [
+    "Host",
+    "LaunchOptions",
+    "exit_code",
+    "launch",
+    "launch_command",
+    "launch_ranks",
+    "parse_hostfile",
+    "passed_environment",
+    "ranks_command",
+    "remote_argument",
+    "runner_environment",
+    "select_slots",
+]
+
+PROGRAMS = {"pdsh": ("pdsh", "pdsh openssh-client"), "openmpi": ("mpirun", "openmpi-bin openssh-client"), "slurm": ("srun", "slurm-client")}
+"""What each launcher needs on this host, and Debian's packages with it."""
+BLAMED_TWICE = 2
+SETTLE_S = 15.0
+"""Killed processes give back GPU memory, ports and locks seconds after they are gone: a host is left out for a fault that is still there then."""
+
+
+def launch_command(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> list[str]:
+    """The argv that starts the run: `train CONFIG key=value ...` on every rank. Raises as `ranks_command` does."""
+    return ranks_command(["train", str(config_path), *overrides], options)
+
+
+def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> int:
+    """Check everything that can be known, print the batch arithmetic and the command, run it, and return the ranks' exit code.
+
+    SIGTERM, SIGINT and SIGUSR1 go to every rank at once; the ranks save and exit, or are killed after `grace_s` seconds or by a second signal. A run that ends
+    because of a host or a rank goes on from its newest checkpoint, `max_restarts` times, without the hosts that do not answer. `dry_run` stops after
+    printing and returns 0. Raises ConfigError (configuration, filter, ranks that do not divide the rows) and LaunchError (hostfile, preflight, busy port, missing
+    program, a run folder in use, a rank that was killed, a host that is gone).
+    """
+    cfg = load_config(config_path, overrides)
+    run_dir = Path(cfg.run_dir)
+    target = ["train", str(config_path), *overrides]
+    checked = _Preflight(config_path, overrides)
+    _refuse_second_job(run_dir, options)
+    with StopSignals().installed() as stop:
+        restart: Restart | None = None
+        everything: Selection = {}
+        blamed: Counter[str] = Counter()
+        earlier: list[str] = []
+        furthest = standing(run_dir).checkpoint_step or 0
+        fell_short = False
+        while True:
+            selection = options.selection()
+            everything = everything or selection
+            facts = batch_plan(cfg, world_size(selection), shrink=has_checkpoints(run_dir)).describe()
+            if restart is None:
+                try:
+                    with stop.interrupting():
+                        checked.refuse(options, selection)
+                except KeyboardInterrupt:
+                    return _stopped_before_start(stop)
+            launch_id, began = new_launch_id(), time.time()
+            outcome = _start(target, options, stop, launch_id=launch_id, facts=facts, run_dir=run_dir, restart=restart)
+            last = standing(run_dir)
+            advanced = last.updated >= began and last.step > furthest
+            fell_short_before, fell_short = fell_short, not advanced and not (last.updated >= began and last.step == furthest)
+            furthest = max(furthest, last.step)
+            done = 0 if restart is None else restart.number
+            if (
+                stop.number is not None
+                or done >= options.max_restarts
+                or not worth_starting(
+                    outcome.again, first=restart is None, advanced=advanced, fell_short=fell_short, before=fell_short_before
+                )
+            ):
+                return _final_code(outcome, done)
+            blamed.update(outcome.blamed)
+            earlier.append(launch_id)
+            new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now
+            silent = dict(outcome.lost) | {host: told.found for host, told in sweep(new, *earlier, lost=new).items()}
+            left = {host: slots for host, slots in everything.items() if host not in silent}
+            try:
+                with stop.interrupting():
+                    after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)
+            except KeyboardInterrupt:
+                return _stopped_before_start(stop)
+            if next(iter(selection)) in after:  # rank 0's host has answered that nothing of the old launch is left there
+                release_dead_launch(run_dir, launch_id)
+            restart = plan_restart(done + 1, options.max_restarts, outcome.cause, everything, selection, after, last, began=began)
+            say(restart.describe())
+            _event(run_dir, "restart", restart.failed_at_step, **restart.event())
+            options = options.restricted(after)
+
+
+def launch_ranks(target: Sequence[str], options: LaunchOptions) -> int:
+    """Run `jp_train TARGET...` on every slot of a hostfile, once, and return the ranks' exit code. Signals, `dry_run` and errors as in `launch`."""
+    with StopSignals().installed() as stop:
+        return _final_code(_start(target, options, stop, launch_id=new_launch_id()), 0)
+
+
+def _start(
+    target: Sequence[str], options: LaunchOptions, stop: StopSignals, *,
+    launch_id: str, facts: str = "", run_dir: Path | None = None, restart: Restart | None = None,
+) -> Outcome:  # fmt: skip
+    """One start of all ranks, to its end. `facts` is printed before the command. Without `run_dir` there are no logs, and all ranks write to the terminal."""
+    selection = options.selection()
+    local = runs_locally(selection)
+    logs = None if run_dir is None or options.dry_run else _logs(run_dir, launch_id)
+    env = runner_environment(os.environ, launch_id, local=local, launcher=options.launcher) | rank_variables(options, str(logs or ""))
+    passed = passed_environment(env)
+    command = ranks_command(target, options, passed)
+    out = sys.stdout if options.dry_run else sys.stderr
+    lines = [f"{world_size(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}", *([facts] if facts else [])]
+    lines += [] if local else passed.describe()
+    lines += [f"logs of the ranks: {logs}"] if logs else []
+    print("\n".join([*lines, f"command: {shlex.join(command)}"]), file=out, flush=True)
+    if options.dry_run:
+        return Outcome(0)
+    _check_ready(selection, options, local=local)
+    if not local:
+        env["PDSH_SSH_ARGS_APPEND"] = (
+            f"{env.get('PDSH_SSH_ARGS_APPEND', '')} -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=8".strip()
+        )
+    placed = [host for host, slots in selection.items() for _ in slots]
+    remote = () if local else tuple(selection)
+    slurm = options.launcher == "slurm" and not local
+    watch = None
+    if not local and not slurm:  # on this host the runner sees what happens; Slurm watches its nodes itself
+        watch = Supervision(logs, run_dir, launch_id, placed, patience_s=options.patience_s, grace_s=options.grace_s)
+    began = time.time()
+    progress = Progress(run_dir, restart, began) if run_dir is not None and restart is not None else None
+    with environment_file(passed) as path:
+        run = Run(
+            command, env | {"DS_ENV_FILE": str(path)}, launch_id, remote, stop, grace_s=options.grace_s, supervision=watch, signal_launcher=slurm,
+            notice=lambda: _report_progress(progress, run_dir),
+        )  # fmt: skip
+        ending = run.wait()
+    records = read_records(logs)
+    outcome = judge(ending, records, stop.number, _failure(run_dir, since=began))
+    if outcome.code and stop.number is None:
+        told = explain(records, len(placed))
+        if not told and outcome.again == "if_advanced":  # nobody else says it: the cause of a "yes" becomes the error's message
+            told = [outcome.cause]
+        for line in told:
+            say(line)
+    return outcome
+
+
+def _stopped_before_start(stop: StopSignals) -> int:
+    number = signal.Signals(stop.number or signal.SIGINT)
+    say(f"{number.name}: no rank was running, and none is started")
+    return 128 + number
+
+
+def _final_code(outcome: Outcome, restarts: int) -> int:
+    """The code of a launch that ends here. Raises LaunchError for what no rank has told the terminal."""
+    if outcome.code == LaunchError.exit_code and outcome.again == "yes":
+        after = f" (after {restarts} restarts)" if restarts else ""
+        raise LaunchError(f"{outcome.cause}{after}. Run the same command again to resume from the newest checkpoint")
+    return outcome.code
+
+
+class _Preflight:
+    """The cluster's checks before a start (`preflight.py`), for one configuration."""
+
+    def __init__(self, config_path: str | os.PathLike[str], overrides: Sequence[str]) -> None:
+        self._config, self._overrides = Path(config_path), tuple(overrides)
+
+    def refuse(self, options: LaunchOptions, selection: Selection) -> None:
+        """Print the table of facts and faults; raises LaunchError when there is a fault. One local host is checked by `_check_ready`."""
+        if options.skip_preflight or options.dry_run or runs_locally(selection):
+            return
+        report = self._ask(options)
+        print(report.table(), file=sys.stderr, flush=True)
+        if report.faults:
+            raise LaunchError(
+                f"preflight found {len(report.faults)} faults (above), the first: {report.faults[0].host}: {report.faults[0].found}. Nothing was started; "
+                "mend them, leave hosts out with --exclude, or pass --skip-preflight"
+            )
+
+    def faulty(self, options: LaunchOptions, selection: Selection) -> dict[str, str]:
+        """Hosts with a fault and what it is, before a restart: printed only where there is one."""
+        if options.skip_preflight or runs_locally(selection):
+            return {}
+        skip = ("data", "bandwidth")  # they were well a while ago, and take long
+        report = self._ask(options.restricted(selection), skip)
+        if report.faults:
+            first = report.faults[0]
+            say(
+                f"{len(report.faults)} faults before the restart, the first on {first.host}: {first.found}; looked at again in {SETTLE_S:g} s"
+            )
+            time.sleep(SETTLE_S)
+            report = self._ask(options.restricted(selection), skip)
+        if report.faults:
+            print(report.table(), file=sys.stderr, flush=True)
+        return {fault.host: fault.found for fault in report.faults}
+
+    def _ask(self, options: LaunchOptions, skip: Sequence[str] = ()) -> Report:
+        from jp_train.cluster.preflight import preflight
+
+        return preflight(options, config=self._config, overrides=self._overrides, skip=skip)
+
+
+def _hosts_for_restart(
+    cfg: RunConfig, options: LaunchOptions, left: Selection, silent: dict[str, str], checked: _Preflight, blamed: Counter[str]
+) -> dict[str, tuple[int, ...]]:
+    """Of the hosts that are `left`, those without fault, as many as the rows of a step divide among. Raises LaunchError when that leaves none.
+
+    `silent`: the others, and why; for the message.
+    """
+    run_dir = Path(cfg.run_dir)
+
+    def fits(world: int) -> bool:
+        return _divides(cfg, world, shrink=has_checkpoints(run_dir))
+
+    faults = checked.faulty(options, left) if left else {}
+    left = {host: slots for host, slots in left.items() if host not in faults}
+    # a host on which ranks were killed again and again is left out, if the run can do without
+    calm = largest_usable({host: slots for host, slots in left.items() if blamed[host] < BLAMED_TWICE}, fits)
+    usable = calm or largest_usable(left, fits)
+    if not usable:
+        why = "; ".join(f"{host}: {found}" for host, found in (silent | faults).items())
+        raise LaunchError(
+            f"no restart: {world_size(left)} ranks on {_describe(left) if left else 'no host'} are left, and no number of whole hosts among them divides the rows of a "
+            f"step. {why}. Mend the hosts, or give others in the hostfile, and run the same command again to resume"
+        )
+    return usable
+
+
+def _divides(cfg: RunConfig, world: int, *, shrink: bool) -> bool:
+    try:
+        batch_plan(cfg, world, shrink=shrink)
+    except ConfigError:
+        return False
+    return True
+
+
+def _refuse_second_job(run_dir: Path, options: LaunchOptions) -> None:
+    """Two jobs in one run folder would mix their metrics and delete each other's checkpoints. (The ranks see a job on another host, too.)"""
+    if options.dry_run:
+        return
+    try:
+        holder = read_holder(run_dir)
+    except OSError:
+        return
+    if holder is not None and standing_of(holder) == "alive":
+        raise LaunchError(refusal(run_dir, holder))
+
+
+def _report_progress(progress: Progress | None, run_dir: Path | None) -> None:
+    found = progress.look() if progress is not None else None
+    if found is not None and run_dir is not None:
+        say(
+            f"training again: step {found['step']} done {found['start_s']:.1f} s after the restart; time lost in all {found['lost_s']:.1f} s"
+        )
+        _event(run_dir, "restarted", **found)
+
+
+def _event(run_dir: Path, name: str, step: int, **details: object) -> None:
+    from jp_train.run.sinks import Events
+
+    try:
+        Events(run_dir / "events.jsonl").write(name, step, **details)
+    except OSError as error:
+        say(f"event {name} is not in {run_dir}/events.jsonl: {error}")
+
+
+def _logs(run_dir: Path, launch_id: str) -> Path | None:
+    try:
+        return open_logs(run_dir, launch_id)
+    except OSError as error:
+        say(f"no logs of the ranks are kept: {error}")
+        return None
+
+
+def _check_ready(selection: Selection, options: LaunchOptions, *, local: bool) -> None:
+    if not local:
+        program, packages = PROGRAMS[options.launcher]
+        if shutil.which(program) is None:
+            raise LaunchError(
+                f"{program} is not installed on this host, and the hostfile names remote hosts; install it (Debian: apt-get install {packages})"
+            )
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", options.master_port))
+        except OSError:
+            raise LaunchError(
+                f"port {options.master_port} is in use on this host, perhaps by another run; give another one with --master-port"
+            ) from None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    slots = ",".join(map(str, next(iter(selection.values()))))
+    if visible and visible != slots and has_gpu():
+        raise LaunchError(
+            f"CUDA_VISIBLE_DEVICES={visible} is set, but the launcher would use devices {slots} of the hostfile; unset it and choose with --include, "
+            "or give the hostfile as many slots as there are devices"
+        )
+
+
+def _describe(selection: Selection) -> str:
+    if len(selection) > 4:
+        counts = sorted({len(slots) for slots in selection.values()})
+        return f"{len(selection)} hosts with {' or '.join(map(str, counts))} slots ({next(iter(selection))} first)"
+    return ", ".join(f"{name} (slots {','.join(map(str, slots))})" for name, slots in selection.items())
+
+
+def _failure(run_dir: Path | None, *, since: float) -> str:
+    """The error that this start's status.json names as its end; empty without one."""
+    last = standing(run_dir) if run_dir is not None else None
+    return last.reason if last is not None and last.state == "failed" and last.updated >= since else ""

@@ -1,0 +1,1 @@
+"""What watches a run: stalls, unequal module sequences, stop signals."""

@@ -1,0 +1,1 @@
+"""Everything that knows a file of the run folder: who writes it beside who reads it."""

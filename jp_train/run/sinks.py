@@ -1,0 +1,371 @@
+"""Where a run's numbers go: console, metrics.jsonl, wandb, TensorBoard, and the two small files `status.json` and `events.jsonl`.
+
+Only rank 0 has sinks. Only this module imports wandb and TensorBoard, and only when they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from jp_train.config.schema import WandbConfig, WandbMode
+from jp_train.engine.metrics import json_safe
+from jp_train.errors import ConfigError
+from jp_train.types import KINDS, Kind
+
+SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
+
+MAX_EVENTS_WAITING = 10_000
+MAX_WAITING = 64 << 20
+"""Bytes of lines kept while the disk takes none: days of metrics."""
+
+RATE_SMOOTHING = 0.1
+"""Weight of the newest step in the step time that the ETA is made of."""
+
+
+class Sink(Protocol):
+    """Takes the values of one step; `values` uses the metrics.jsonl keys. When one that is not `essential` fails, training goes on without it."""
+
+    essential: bool
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader sees the old file or the new one, and after a power cut there is no third."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a step, appended.
+
+    Opening it for a run that continues after `resumed_step` steps drops the lines of later steps (they are trained again) and a torn last
+    line, in one atomic replacement, so that the file holds every step once. A run that starts anew passes None, and the file starts empty.
+    """
+
+    essential = True
+
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
+        if path.exists():
+            write_atomically(path, "".join(_lines_until(path, resumed_step)))
+        self._file = Appender(path)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps(json_safe({"step": step, **values}), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Appender:
+    """Lines at the end of a file, each on its way to the disk at once. On a disk that takes none (full, read-only) they wait in memory, in order, and
+    go with the next one: what stops a run then is `checkpoint.on_error`, not its log. More than MAX_WAITING bytes raise the error."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def write(self, text: str) -> None:
+        self._waiting += text.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError:
+            if len(self._waiting) > MAX_WAITING:
+                raise
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
+
+
+def _lines_until(path: Path, last_step: int | None) -> list[str]:
+    """The whole lines of a metrics file whose step is at most `last_step`; of one step's lines the last."""
+    kept: dict[int, str] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                step = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if last_step is not None and step <= last_step:
+                kept[step] = line if line.endswith("\n") else line + "\n"
+    return list(kept.values())
+
+
+def drop_later_lines(path: Path, last_step: int) -> None:
+    """Take the lines of steps after `last_step` out of a JSON-lines file (a resumed run writes them again); lines without a step stay."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                step = json.loads(line).get("step")
+            except (ValueError, AttributeError):
+                continue
+            if step is None or step <= last_step:
+                kept.append(line if line.endswith("\n") else line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+class Events:
+    """events.jsonl: what happened to the run, one object a line with `event`, `step` and `time` (seconds since 1970)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[str] = []
+        if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+            with path.open("a", encoding="utf-8") as file:  # a kill in the middle of a line: the next event gets its own
+                file.write("\n")
+
+    def write(self, event: str, step: int, **details: Any) -> None:
+        record = {"event": event, "step": step, "time": round(time.time(), 3), **details}
+        self._waiting.append(json.dumps(json_safe(record), ensure_ascii=False) + "\n")
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                size = file.tell()
+                while self._waiting:
+                    line = self._waiting[0].encode()
+                    if file.write(line) < len(line):
+                        file.truncate(size)  # the disk is full inside the line: it is written whole when there is room again
+                        return
+                    size += len(line)
+                    del self._waiting[0]
+                os.fsync(file.fileno())
+        except OSError:
+            if len(self._waiting) > MAX_EVENTS_WAITING:
+                raise
+
+
+class StatusFile:
+    """status.json: one small object, replaced whole after every step. `update` keeps what earlier calls said."""
+
+    def __init__(self, path: Path, **constants: Any) -> None:
+        self._path = path
+        self._values: dict[str, Any] = {"state": "starting", **constants}
+        self.update()
+
+    def update(self, **values: Any) -> None:
+        self._values.update(values, updated=round(time.time(), 3))
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        with contextlib.suppress(OSError):  # a full disk: the next step tries again, and a stale one harms nobody
+            temporary.write_text(json.dumps(json_safe(self._values)) + "\n", encoding="utf-8")
+            os.replace(temporary, self._path)  # without fsync: it is rewritten every step
+
+
+class Progress:
+    """Steps done of steps planned, and the time to the end from a smoothed step time (without the first step, which warms up)."""
+
+    def __init__(self, planned: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.planned = planned
+        self._clock = clock
+        self._last: float | None = None
+        self._step_s: float | None = None
+
+    def tick(self) -> None:
+        """Call once after every step (validation and saves in between count: the ETA is about the wall clock)."""
+        now = self._clock()
+        if self._last is not None:
+            took = now - self._last
+            self._step_s = took if self._step_s is None else (1 - RATE_SMOOTHING) * self._step_s + RATE_SMOOTHING * took
+        self._last = now
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds to the planned end, None before two steps were seen."""
+        return None if self._step_s is None else max(0, self.planned - step) * self._step_s
+
+
+class Console:
+    """One tidy line on stderr every `every_steps` steps, after the first and the last step, and after a validation."""
+
+    essential = True
+
+    def __init__(self, every_steps: int, progress: Progress, stream: TextIO | None = None) -> None:
+        self._every = every_steps
+        self._progress = progress
+        self._stream = stream
+        self._first = True
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        due = self._first or step % self._every == 0 or step >= self._progress.planned
+        if "loss/total" in values and due:
+            self._first = False
+            self.say(self._line(step, values))
+        held_out = {key.removeprefix("val/"): value for key, value in values.items() if key.startswith("val/")}
+        if held_out:
+            self.say(f"step {step:>{self._digits}}/{self._progress.planned}  held out  " + _named(held_out))
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=self._stream or sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def _digits(self) -> int:
+        return len(str(self._progress.planned))
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        kinds = {SHORT[kind]: values[f"loss/{kind}"] for kind in KINDS if f"loss/{kind}" in values}
+        eta = self._progress.eta_s(step)
+        parts = [
+            f"step {step:>{self._digits}}/{self._progress.planned}",
+            f"loss {values['loss/total']:.4f} ({_named(kinds)})" if kinds else f"loss {values['loss/total']:.4f}",
+            f"lr {values['optim/lr']:.2e}",
+            f"norm {values['optim/grad_norm']:.2f}",
+            f"fill {values['packing/fill']:.1%}",
+            f"{values['perf/tokens_per_s']:,.0f} tok/s",
+            f"{values['time/step_s']:.2f} s/step",
+            f"wait {values['time/data_wait_s']:.2f} s",
+            f"ETA {format_seconds(eta)}" if eta is not None else "ETA --",
+        ]
+        if values.get("data/skipped"):
+            parts.append(f"skipped {values['data/skipped']:.0f}")
+        return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """`4:09`, `2:04:09` or `3d 02:04`."""
+    whole = int(seconds + 0.5)
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, left = divmod(rest, 60)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def _named(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+class TensorBoard:
+    """TensorBoard scalars in `RUN/tensorboard/`. Raises ConfigError when the package is missing."""
+
+    essential = False
+
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"logging.tensorboard is true but TensorBoard cannot be imported ({error}); pip install tensorboard, or set it to false"
+            ) from None
+        purge = None if resumed_step is None else resumed_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """One wandb run per run folder: its id is kept in `wandb/run_id`, so a resumed run continues the same curves.
+
+    `step` is an ordinary value with which every curve is plotted: wandb's own counter would refuse the steps that are trained again
+    after a kill. wandb's helper process may die before training does (the deepspeed launcher sends SIGTERM to the children of a rank too).
+    """
+
+    essential = False
+
+    def __init__(self, run_dir: Path, cfg: WandbConfig, *, mode: str, config: Mapping[str, Any], name: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(f"wandb cannot be imported ({error}); pip install wandb, or set logging.wandb.mode: disabled") from None
+        folder = run_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        run_id = kept_run_id(folder / "run_id", lambda: secrets.token_hex(4))
+        self._run = wandb.init(
+            dir=str(run_dir),
+            project=cfg.project,
+            entity=cfg.entity,
+            group=cfg.group,
+            name=cfg.name or name,
+            tags=list(cfg.tags) or None,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            config=without_secrets(config),
+            settings=wandb.Settings(silent=True, console="off", save_code=False),
+        )
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) -> str:
+    """`online`, `offline` or `disabled`: `auto` is online when an API key is in the environment or ~/.netrc, and obeys WANDB_MODE."""
+    if cfg.mode is not WandbMode.auto:
+        return cfg.mode.value
+    asked = environment.get("WANDB_MODE", "").lower()
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    if environment.get("WANDB_API_KEY"):
+        return "online"
+    host = re.sub(r"^https?://", "", environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).split("/")[0].split(":")[0]
+    try:
+        known = netrc(environment.get("NETRC") or str(Path(environment.get("HOME", "~")).expanduser() / ".netrc")).authenticators(host)
+    except (OSError, NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+def kept_run_id(path: Path, make: Callable[[], str]) -> str:
+    """The id in `path`, made and stored on the first call."""
+    if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
+        return found
+    made = make()
+    write_atomically(path, made + "\n")
+    return made
+
+
+_SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|credential|api_?key|access_?key)s?($|[_-])", re.IGNORECASE)
+_URL_SECRET = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^/@\s]*@)?(?P<rest>[^?\s]*)(?P<query>\?\S*)?", re.IGNORECASE)
+
+
+def without_secrets(config: Any) -> Any:
+    """A copy of a configuration that may leave the machine: passwords and query strings of URLs and values of secret-looking keys are gone."""
+    if isinstance(config, Mapping):
+        return {key: "***" if _secret_key(str(key), value) else without_secrets(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [without_secrets(value) for value in config]
+    if isinstance(config, str):
+        return _URL_SECRET.sub(_scrub_url, config)
+    return config
+
+
+def _secret_key(key: str, value: Any) -> bool:
+    return isinstance(value, str) and bool(_SECRET_KEY.search(key))
+
+
+def _scrub_url(match: re.Match[str]) -> str:
+    user = "***@" if match["user"] else ""
+    query = "?***" if match["query"] else ""
+    return f"{match['scheme']}{user}{match['rest']}{query}"

@@ -1,0 +1,1 @@
+"""`jp-train data encode-images`: VQ ids of pictures, once, beside their shards."""

@@ -1,0 +1,298 @@
+"""VQ ids of all generation pictures, computed once and stored beside the shards: `jp-train data encode-images`.
+
+Each rank takes its share of the shards (RANK and WORLD_SIZE of the launcher; without them, all), so ranks need not talk. A shard is
+written when its last picture is encoded; a run that was killed loses the shards it had begun, and starts at those.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from jp_train.config.schema import RunConfig, SourceKind
+from jp_train.data.image import TRANSFORM_VERSION
+from jp_train.data.index import shard_members
+from jp_train.data.shards import Shard, ShardMembers, ShardReader
+from jp_train.data.vq_ids import NO_IDS, IdsManifest, IdsRecipe, ids_problem, load_manifest, open_ids, restamp_ids, store_ids
+from jp_train.errors import ConfigError, DataError
+from jp_train.model.pretrained import load_vq
+from jp_train.model.vq import PICTURES_AT_ONCE, VQTokenizer
+from jp_train.terminal import printable
+from jp_train.tools.encode_images.work import (
+    READ_AHEAD,
+    IdsState,
+    Picture,
+    PictureReader,
+    PicturesDigest,
+    Progress,
+    RankShare,
+    generation_shards,
+    ids_state,
+    rank_shares,
+    shares,
+)
+
+PROGRESS_S = 2.0
+OTHER_RANKS_PROGRESS_S = 60.0
+
+
+def ids_recipe(cfg: RunConfig, vq: VQTokenizer | None = None) -> IdsRecipe | None:
+    """What decides the ids of this configuration's pictures; None when it has no generation source. Reads the VQ's weights, no others.
+
+    Raises CheckpointError when they do not fit.
+    """
+    sources = [*cfg.data.sources.values(), *cfg.validation.sources.values()]
+    if vq is None and not any(source.kind is SourceKind.generation for source in sources):
+        return None
+    vq = load_vq(cfg.model, seed=cfg.seed) if vq is None else vq
+    return IdsRecipe(
+        vq=vq.fingerprint(),
+        transform=TRANSFORM_VERSION,
+        image_side=cfg.model.vision.image_size,
+        max_image_pixels=cfg.data.max_image_pixels,
+        decode=cfg.data.image_decode.value,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """This process among those that share the work, how many of them share this host, and where its VQ runs."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    local_size: int = 1
+
+    @classmethod
+    def of_environment(cls, environ: Mapping[str, str] = os.environ) -> Place:
+        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE as deepspeed's launcher sets them; the local rank's GPU where there is one, else the CPU."""
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+        try:
+            rank, world_size, local, local_size = (int(environ.get(name, default)) for name, default in defaults.items())
+        except ValueError as error:
+            raise ConfigError(f"{', '.join(defaults)} must be whole numbers: {error}") from None
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"RANK {rank} is not among WORLD_SIZE {world_size} ranks")
+        if torch.cuda.is_available() and local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; give the host as many slots as it has GPUs"
+            )
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        return cls(rank=rank, world_size=world_size, device=device, local_size=max(1, local_size))
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a rank did: shards by outcome, pictures, and the seconds spent on encoding."""
+
+    encoded: int = 0
+    recognised: int = 0
+    already_done: int = 0
+    pictures: int = 0
+    unusable: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def pictures_per_s(self) -> float:
+        """Pictures encoded a second, reading and writing included."""
+        return self.pictures / max(self.seconds, 1e-9)
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What `ImageEncoder.verify` found: `samples` and `ids` compared."""
+
+    seed: int
+    samples: int = 0
+    ids: int = 0
+    different_ids: int = 0
+    problems: list[str] = field(default_factory=list)
+    mismatches: list[str] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Share of the compared ids that differ."""
+        return self.different_ids / max(self.ids, 1)
+
+
+class ImageEncoder:
+    """The work of one rank. `batch` pictures go through the VQ together; `threads` read and decode."""
+
+    def __init__(
+        self, cfg: RunConfig, place: Place, *, batch: int = PICTURES_AT_ONCE, threads: int | None = None, log: TextIO | None = None
+    ) -> None:
+        codes = cfg.model.vq.codebook_size
+        if codes > NO_IDS:
+            raise ConfigError(f"model.vq.codebook_size {codes} does not fit 16-bit ids: at most {NO_IDS}")
+        if batch < 1:
+            raise ConfigError(f"--batch {batch} must be at least 1")
+        self._cfg, self._place, self._batch = cfg, place, batch
+        self._log = log or sys.stderr
+        self._reader = ShardReader(cfg.data.io_retries)
+        self._shards = generation_shards(cfg, self._reader)
+        self._shares = shares(self._shards, place.world_size)
+        if place.rank == 0 and not (cfg.model.init_from or cfg.model.init_parts.gen_vision_model):
+            self.say(
+                "neither model.init_from nor model.init_parts.gen_vision_model is set: the VQ is fresh (random), its ids mean nothing to another"
+            )
+        self._vq = load_vq(cfg.model, seed=cfg.seed)
+        recipe = ids_recipe(cfg, self._vq)
+        assert recipe is not None
+        self.recipe = recipe
+        self._threads = threads or max(2, (os.cpu_count() or 1) // place.local_size)
+
+    @property
+    def mine(self) -> list[Shard]:
+        """This rank's shards, the largest first."""
+        return self._shares[self._place.rank]
+
+    def state(self, shard: Shard) -> IdsState:
+        """Whether a shard has its ids."""
+        return ids_state(shard, self.recipe.fingerprint, self._reader)
+
+    def ranks(self, world_size: int | None = None) -> list[RankShare]:
+        """What each rank has and has left, as the files say now."""
+        return rank_shares(self._shares if world_size is None else shares(self._shards, world_size), self.state)
+
+    def encode(self) -> Tally:
+        """Encode what is missing of this rank's shards. Raises DataError for shards that cannot be read or ids that cannot be written."""
+        tally, began = Tally(), time.monotonic()
+        todo = [shard for shard in self.mine if self.state(shard) is not IdsState.done]
+        tally.already_done = len(self.mine) - len(todo)
+        progress = Progress(self.say, todo, OTHER_RANKS_PROGRESS_S if self._place.rank else PROGRESS_S)
+        self._vq.to(self._place.device)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
+            source = PictureReader(self._cfg, self._reader, pool)
+            for shard in todo:
+                members = shard_members(shard, self._reader)
+                if self._recognised(shard, members, source):
+                    tally.recognised += 1
+                else:
+                    self._encode_shard(shard, members, source, tally, progress)
+                    tally.encoded += 1
+                progress.shard_done(shard, tally.pictures)
+        tally.seconds = time.monotonic() - began
+        return tally
+
+    def verify(self, samples: int, seed: int) -> Verification:
+        """Encode `samples` random pictures of this rank's finished shards again and compare every id.
+
+        `problems` names damaged files and pictures that are usable only then or only now, `mismatches` samples with other ids. Raises
+        DataError when nothing is stored yet.
+        """
+        stored = [shard for shard in self.mine if self.state(shard) is IdsState.done]
+        members = [shard_members(shard, self._reader) for shard in stored]
+        ends = np.cumsum([0, *(len(one.keys) for one in members)])
+        found = Verification(seed=seed)
+        if not self.mine:
+            return found  # there are more ranks than shards
+        if not ends[-1]:
+            raise DataError(
+                f"rank {self._place.rank} of {self._place.world_size} has no stored ids among its {len(self.mine)} shards: encode first"
+            )
+        chosen = np.array(sorted(random.Random(seed).sample(range(int(ends[-1])), min(samples, int(ends[-1])))))
+        self._vq.to(self._place.device)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
+            source = PictureReader(self._cfg, self._reader, pool)
+            for shard, own, first, end in zip(stored, members, ends, ends[1:], strict=False):
+                numbers = (chosen[(chosen >= first) & (chosen < end)] - first).tolist()
+                if numbers:
+                    self._verify_shard(shard, own, numbers, source, found)
+        return found
+
+    def _verify_shard(self, shard: Shard, members: ShardMembers, numbers: list[int], source: PictureReader, found: Verification) -> None:
+        manifest = load_manifest(shard, self.recipe.fingerprint)
+        problem = ids_problem(manifest, self._reader, digest=True) if manifest else "its manifest vanished"
+        table = None if problem else open_ids(shard, self.recipe.fingerprint, self._reader)
+        if table is None:
+            found.problems.append(f"{shard.path}: {problem or 'its ids vanished'}")
+            return
+        for picture, now in self._encoded(source, shard, members, numbers):
+            before, fault = table.row(picture.number), table.unusable.get(picture.key, "")
+            found.samples += 1
+            if before is None or now is None:
+                if fault != picture.fault or (before is None) != (now is None):
+                    found.problems.append(
+                        f"{shard.path}, key {printable(picture.key)}: stored {fault or 'ids'}, now {picture.fault or 'ids'}"
+                    )
+                continue
+            found.ids += len(now)
+            wrong = int((before != now).sum())
+            if wrong:
+                found.different_ids += wrong
+                found.mismatches.append(f"{shard.path}, key {printable(picture.key)}: {wrong} of {len(now)} ids differ")
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._reader.close()
+
+    def _recognised(self, shard: Shard, members: ShardMembers, source: PictureReader) -> bool:
+        """Whether ids of another size or stamp are of exactly these pictures (a copied or touched file): they then stay."""
+        manifest = load_manifest(shard, self.recipe.fingerprint)
+        if manifest is None or manifest.samples != len(members.keys) or ids_problem(manifest, self._reader, digest=True):
+            return False
+        digest = PicturesDigest()
+        for picture in source.pictures(shard, members, range(len(members.keys)), ahead=READ_AHEAD * self._threads, decode=False):
+            digest.add(picture)
+        if digest.hex() != manifest.pictures_sha256:
+            return False
+        restamp_ids(shard, manifest)
+        return True
+
+    def _encode_shard(self, shard: Shard, members: ShardMembers, source: PictureReader, tally: Tally, progress: Progress) -> IdsManifest:
+        samples, slots = len(members.keys), self._vq.grid**2
+        ids = np.full((samples, slots), NO_IDS, np.uint16)
+        digest, seen, unusable = PicturesDigest(), 0, []
+        for picture, row in self._encoded(source, shard, members, range(samples)):
+            digest.add(picture)
+            seen += 1
+            if row is None:
+                unusable.append((picture.key, picture.fault))
+                tally.unusable.append(f"{shard.path}, key {printable(picture.key)}: {picture.fault}")
+            else:
+                ids[picture.number] = row
+                tally.pictures += 1
+            progress.within(shard, (picture.number + 1) / samples, tally.pictures)
+        return store_ids(
+            shard,
+            self.recipe,
+            ids,
+            codebook_size=self._cfg.model.vq.codebook_size,
+            without_picture=samples - seen,
+            pictures_sha256=digest.hex(),
+            unusable=unusable,
+        )
+
+    def _encoded(self, source: PictureReader, shard: Shard, members: ShardMembers, numbers: Sequence[int]):
+        """(picture, its ids uint16 [S] or None when it is unusable) in order; the VQ works while threads decode the next pictures."""
+        group: list[Picture] = []
+        ready = 0
+        for picture in source.pictures(shard, members, numbers, ahead=READ_AHEAD * self._batch):
+            group.append(picture)
+            ready += picture.pixels is not None
+            if ready == self._batch:
+                yield from self._encode_group(group)
+                group, ready = [], 0
+        yield from self._encode_group(group)
+
+    def _encode_group(self, group: Sequence[Picture]):
+        pixels = [picture.pixels for picture in group if picture.pixels is not None]
+        rows = iter(())
+        if pixels:
+            images = torch.from_numpy(np.stack(pixels)).to(self._place.device)
+            rows = iter(self._vq.encode(images, self._batch).cpu().numpy().astype(np.uint16))
+        for picture in group:
+            yield picture, None if picture.pixels is None else next(rows)
+
+    def say(self, text: str) -> None:
+        """A line for people, with the rank where there are several."""
+        print(f"encode-images{f' rank {self._place.rank}' if self._place.world_size > 1 else ''}: {text}", file=self._log, flush=True)

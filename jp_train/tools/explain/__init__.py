@@ -1,0 +1,1 @@
+"""`jp-train data explain`: what was in a step."""

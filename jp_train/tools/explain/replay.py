@@ -1,0 +1,157 @@
+"""Rebuilds the micro-batches of any step, bit for bit as training consumed them, in one process.
+
+Rows are a pure function of the configuration and the indexed data, and micro-batch m of a step holds its rows [m * b, (m + 1) * b), with b =
+engine.micro_batch_rows, for every number of ranks. A run's plan snapshots only make it quick: without them the plan is folded from step 0.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+from jp_train.config import RunConfig, batch_plan
+from jp_train.data.collate import Collator
+from jp_train.data.index import index_sources
+from jp_train.data.loader import build_plan
+from jp_train.data.rows import RowBuilder
+from jp_train.data.snapshots import nearest_snapshots
+from jp_train.data.tokenizer import load_tokenizer
+from jp_train.data.vq_ids import IdsRecipe
+from jp_train.data.vq_use import use_stored_ids
+from jp_train.errors import ConfigError
+from jp_train.tools.index import IndexProgressLine
+from jp_train.types import PackedBatch, Row, RowSpec
+
+FOLD_AT_ONCE = 50
+"""Steps planned between two looks at the clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One micro-batch as trained: the number of its first row within the step, its batch, and the rows and specs it was made of."""
+
+    first_row: int
+    batch: PackedBatch
+    rows: tuple[Row, ...]
+    specs: tuple[RowSpec, ...]
+
+
+class Replay:
+    """The rows of a configuration. Steps are the numbers of metrics.jsonl and wandb: step n, from 1, is made of plan step n - 1.
+
+    `run_dir`: a run folder whose plan snapshots shorten the way, and prove that the data are still those it was trained on. `recipe`: of the run's VQ,
+    so that VQ ids stored beside the shards are used as training uses them (None: they are not, and pictures are read). `notes` collects what a reader of the result should know. Close it, or use it as a context.
+
+    Raises:
+        ConfigError, DataError: as training would for this configuration and data; DataError also when the run's plan states belong to
+            other data or another recipe (the message names what differs).
+    """
+
+    def __init__(
+        self, cfg: RunConfig, run_dir: Path | None = None, *, recipe: IdsRecipe | None = None, progress: TextIO | None = None
+    ) -> None:
+        self.cfg, self._run_dir = cfg, run_dir
+        self._progress = sys.stderr if progress is None else progress
+        self.notes: list[str] = []
+        self.tokenizer = load_tokenizer(cfg.tokenizer)
+        self._say(f"indexing {len(cfg.data.sources)} sources")
+        indexes = index_sources(cfg, self.tokenizer, progress=IndexProgressLine(self._progress))
+        if recipe is not None:
+            indexes = use_stored_ids(cfg.data, indexes, recipe)
+        batch = batch_plan(cfg, 1)
+        self.rows_per_step, self.micro_batch_rows = batch.rows_per_step, batch.micro_batch_rows
+        self.plan = build_plan(cfg, indexes, batch, self.tokenizer)
+        self._locators = [index.locator for index in indexes]
+        self._builder = RowBuilder(cfg, self._locators, self.tokenizer)
+        self._collator = Collator(cfg, self.tokenizer.special.pad)
+        self._starts = [0]
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._builder.close()
+
+    def rows_of_rank(self, rank: int, world: int) -> range:
+        """The rows of every step that data-parallel rank `rank` of `world` trains. Raises ConfigError when the world does not fit."""
+        batch_plan(self.cfg, world)
+        if not 0 <= rank < world:
+            raise ConfigError(f"--rank counts from 0: expected 0 to {world - 1} with --world {world}, got {rank}")
+        share = self.rows_per_step // world
+        return range(rank * share, (rank + 1) * share)
+
+    def specs(self, step: int) -> list[RowSpec]:
+        """The plan's rows of a step. Raises ConfigError for a step before 1."""
+        if step < 1:
+            raise ConfigError(f"--step counts as metrics.jsonl and wandb do: the first optimizer step is 1, got {step}")
+        target = step - 1
+        self._use_snapshots(target)
+        start = max(start for start in self._starts if start <= target)
+        began = shown = time.monotonic()
+        for reached in range(start + FOLD_AT_ONCE, target, FOLD_AT_ONCE):
+            self.plan.rows_at(reached)
+            now = time.monotonic()
+            if now - shown > 1:
+                shown = now
+                left = (now - began) / (reached - start) * (target - reached)
+                self._say(f"planning: step {reached:,} of {target:,}, {now - began:.0f} s, {left:.0f} s left")
+        specs = self.plan.rows_at(target)
+        self._starts.append(target)
+        return specs
+
+    def micro_batches(self, step: int, rows: range | None = None) -> Iterator[MicroBatch]:
+        """The micro-batches of `step` that hold at least one of `rows` (default: all), in order.
+
+        Raises DataError for unreadable shards, ConfigError for a row that the step does not have.
+        """
+        rows = range(self.rows_per_step) if rows is None else rows
+        if rows and not 0 <= rows[0] <= rows[-1] < self.rows_per_step:
+            raise ConfigError(f"a step has {self.rows_per_step} rows, numbered from 0 to {self.rows_per_step - 1}; asked for {rows[-1]}")
+        specs = self.specs(step)
+        size = self.micro_batch_rows
+        wanted = sorted({row // size for row in rows})
+        began = shown = time.monotonic()
+        for done, number in enumerate(wanted):
+            own = specs[number * size : (number + 1) * size]
+            built = [self._builder.build(spec) for spec in own]
+            yield MicroBatch(number * size, self._collator(built), tuple(built), tuple(own))
+            now = time.monotonic()
+            if now - shown > 1 and done + 1 < len(wanted):
+                shown = now
+                left = (now - began) / (done + 1) * (len(wanted) - done - 1)
+                self._say(f"rebuilding: micro-batch {done + 1} of {len(wanted)}, {now - began:.0f} s, {left:.0f} s left")
+
+    def with_pictures(self, spec: RowSpec) -> Row:
+        """The row of `spec` with every picture read, also where training takes stored VQ ids instead; samples without a picture are skipped."""
+        locators = [replace(one, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False) for one in self._locators]
+        builder = RowBuilder(self.cfg, locators, self.tokenizer)
+        try:
+            return builder.build(spec)
+        finally:
+            builder.close()
+
+    def _use_snapshots(self, target: int) -> None:
+        if self._run_dir is None:
+            return
+        state = next(nearest_snapshots(self._run_dir, target), None)
+        if state is None:  # one of a later step still proves that the data are the same
+            state = next(nearest_snapshots(self._run_dir, sys.maxsize), None)
+        if state is None:
+            note = f"{self._run_dir} holds no plan state yet: it cannot be checked that the data are those it is trained on"
+            if note not in self.notes:
+                self.notes.append(note)
+            return
+        if state["step"] not in self._starts:
+            self.plan.add_snapshot(state)
+            self._starts.append(state["step"])
+
+    def _say(self, text: str) -> None:
+        print(f"replay: {text}", file=self._progress, flush=True)

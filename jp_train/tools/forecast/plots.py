@@ -1,0 +1,166 @@
+"""A forecast as pictures: the memory of every candidate against the GPU's limit, and where a step's time goes. matplotlib is imported on use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jp_train.errors import ConfigError
+from jp_train.tools.forecast.table import PARTS, format_forecast
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#b8c0c8", "#7a6fbe", "#8c96a0", "#D55E00", "#E69F00", "#CC79A7", "#4a525a")
+"""Of PARTS and the overhead: Okabe and Ito (colour universal design, 2008) and greys."""
+LABELS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "reduce_bucket": "reduce bucket",
+    "secondary": "hpZ copy",
+    "vq": "VQ tokenizer",
+    "activations": "activations, logits",
+    "gathered": "gathered parameters",
+    "reducing": "gradients on their way",
+    "overhead": "CUDA, NCCL, fragmentation",
+}
+WORK = (
+    ("compute", "arithmetic", "#0072B2"),
+    ("recompute", "recomputation", "#56B4E9"),
+    ("vq_encode", "VQ encoding", "#009E73"),
+    ("gather_forward", "gather, forward", "#E69F00"),
+    ("gather_backward", "gather, backward", "#D55E00"),
+    ("reduce", "scatter gradients", "#CC79A7"),
+    ("update", "update", "#8c96a0"),
+)
+INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
+
+
+def save_forecast(found: dict[str, Any], folder: Path) -> str:
+    """Write `memory.png`, `time.png`, `forecast.json` and `forecast.html` into `folder`; returns their paths in words.
+
+    Raises ConfigError where the folder cannot be written.
+    """
+    from jp_train.tools.forecast.page import page
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "forecast.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        draw_memory(found, folder / "memory.png")
+        draw_time(found, folder / "time.png")
+        pictures = [(folder / name).read_bytes() for name in ("memory.png", "time.png")]
+        (folder / "forecast.html").write_text(page(_title(found), format_forecast(found), pictures), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written") from error
+    return f"{folder / 'forecast.html'}, memory.png, time.png, forecast.json"
+
+
+def draw_memory(found: dict[str, Any], path: Path) -> None:
+    """One bar a candidate, stacked by what takes the memory, against what the GPU has."""
+    rows, limit = found["candidates"], found["hardware"]["memory_gib"]
+    figure, axes = _figure(2.4 + 0.52 * len(rows))
+    figure.suptitle(f"Memory of one GPU: {_title(found)}", fontsize=13, color=INK, x=0.012, ha="left")
+    end = max(1.08 * limit, *(1.12 * one["total_gib"] for one in rows))
+    for at, one in enumerate(rows):
+        left = 0.0
+        values = [one["memory_gib"][name] for name, _ in PARTS] + [one["overhead_gib"]]
+        for value, colour in zip(values, COLOURS, strict=True):
+            axes.barh(at, value, left=left, height=0.66, color=colour, edgecolor="white", linewidth=0.6)
+            left += value
+        mark = "fits" if one["roomy"] else "barely fits" if one["fits"] else "does not fit"
+        axes.text(left + end / 150, at, f"{left:.1f}   {mark}", va="center", fontsize=9, color=INK if one["fits"] else "#b3261e")
+    axes.axvline(limit, color="#b3261e", linewidth=1.6)
+    axes.text(limit - end / 200, -0.72, f"{found['cluster']['gpu']}: {limit:g} GiB", color="#b3261e", fontsize=9, ha="right", va="bottom")
+    axes.set_yticks(range(len(rows)), [_name(one) for one in rows])
+    for label, one in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if one["own"] else "normal")
+        label.set_color(INK)
+    axes.set_ylim(len(rows) - 0.45, -0.95)
+    axes.set_xlim(0, end)
+    axes.set_xlabel("GiB at the peak of the fullest micro-batch", fontsize=9, color=MUTED, loc="left")
+    _legend(figure, [(LABELS[name], colour) for name, colour in zip([name for name, _ in PARTS] + ["overhead"], COLOURS, strict=True)])
+    figure.savefig(path)
+
+
+def draw_time(found: dict[str, Any], path: Path) -> None:
+    """What the chosen configuration's step is made of, and the step of every candidate from full overlap to none."""
+    rows, time = found["candidates"], found["chosen"]["time"]
+    figure, (axes, second) = _figure(4.1 + 0.42 * len(rows), (1.5, 0.6 + 0.42 * len(rows)))
+    figure.suptitle(f"Time of a step: {_title(found)}", fontsize=13, color=INK, x=0.012, ha="left")
+    left = 0.0
+    for name, _, colour in WORK:
+        value = time["parts_s"][name]
+        axes.barh(0, value, left=left, height=0.5, color=colour, edgecolor="white", linewidth=0.6)
+        if value > 0.06 * time["serial_s"]:
+            axes.text(left + value / 2, 0, f"{value:.2f}", ha="center", va="center", color="white", fontsize=9)
+        left += value
+    axes.axvline(time["overlapped_s"], color=INK, linewidth=1.2, linestyle=":")
+    axes.text(time["overlapped_s"], -0.42, f"overlapped: {time['overlapped_s']:.2f} s  ", fontsize=9, color=INK, ha="right", va="bottom")
+    axes.set_yticks([0], ["one after\nthe other"])
+    axes.set_ylim(0.45, -0.75)
+    axes.set_xlim(0, 1.04 * left)
+    axes.set_title(
+        f"This configuration: MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %, bound by {time['bound']}",
+        fontsize=10,
+        loc="left",
+        color=INK,
+    )
+    axes.set_xlabel("seconds", fontsize=9, color=MUTED, loc="left")
+    for at, one in enumerate(rows):
+        colour = "#0072B2" if one["fits"] else "#c5ccd3"
+        second.plot((one["step_s"], one["serial_step_s"]), (at, at), color=colour, linewidth=5, solid_capstyle="round")
+        text = f"{one['step_s']:.2f} to {one['serial_step_s']:.2f} s" + ("" if one["fits"] else ", does not fit")
+        second.text(one["serial_step_s"], at, f"   {text}", va="center", fontsize=9, color=INK if one["fits"] else MUTED)
+    second.set_yticks(range(len(rows)), [_name(one) for one in rows])
+    for label, one in zip(second.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if one["own"] else "normal")
+        label.set_color(INK)
+    second.set_ylim(len(rows) - 0.5, -0.6)
+    second.set_xlim(0, 1.3 * max(one["serial_step_s"] for one in rows))
+    second.set_title("Every candidate: from full overlap to none", fontsize=10, loc="left", color=INK)
+    second.set_xlabel("seconds a step", fontsize=9, color=MUTED, loc="left")
+    _legend(figure, [(label, colour) for _, label, colour in WORK])
+    figure.savefig(path)
+
+
+def _figure(height: float, panels: tuple[float, ...] = ()) -> tuple[Any, Any]:
+    """A white figure of one panel or of several under each other, in our style; no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.5, height), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels) or 1, 1, height_ratios=panels or None, squeeze=False)[:, 0]
+    for one in axes:
+        _style(one)
+    return figure, axes if panels else axes[0]
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+
+
+def _legend(figure: Any, entries: list[tuple[str, str]]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=colour, label=label) for label, colour in entries]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
+
+
+def _title(found: dict[str, Any]) -> str:
+    cluster = found["cluster"]
+    return f"{found['model']} {found['stage']}, {cluster['nodes']} x {cluster['per_node']} {cluster['gpu']}"
+
+
+def _name(one: dict[str, Any]) -> str:
+    rows = f"{one['micro_batch_rows']} row{'s' if one['micro_batch_rows'] > 1 else ''} x {one['accumulation']}"
+    parts = [rows, "checkpointing" if one["activation_checkpointing"] else "all kept", *([f"hpZ {one['hpz']}"] if one["hpz"] > 1 else [])]
+    marks = [mark for mark, is_so in (("this", one["own"]), ("best", one["best"])) if is_so]
+    return ", ".join(parts) + (f"  ({', '.join(marks)})" if marks else "")

@@ -1,0 +1,150 @@
+"""A forecast as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jp_train.terminal import aligned, printable
+
+PARTS = (
+    ("parameters", "param"),
+    ("optimizer", "optim"),
+    ("gradients", "grad"),
+    ("reduce_bucket", "bucket"),
+    ("secondary", "hpZ copy"),
+    ("vq", "VQ"),
+    ("activations", "activ"),
+    ("gathered", "gathered"),
+    ("reducing", "reducing"),
+)
+"""Parts of a GPU's memory in the order of table and picture."""
+
+
+def format_forecast(found: dict[str, Any]) -> str:
+    """Everything on about one screen, the configuration's own line marked with `>`, the best that fits with `*`."""
+    cluster, hardware = found["cluster"], found["hardware"]
+    lines = [
+        f"{printable(found['model'])}, {printable(found['stage'])}: {cluster['world']} ranks on {cluster['nodes']} node(s), "
+        f"{cluster['gpu']} with {hardware['memory_gib']:g} GiB",
+        found["batch"],
+        "",
+        "GiB of one GPU at the peak of its fullest micro-batch, and seconds of a step (overlapped - one after the other)",
+        *_candidates(found),
+        *_verdict(found),
+        "",
+        *_step(found),
+        "",
+        *_days(found),
+        "",
+        *_advice(found),
+        "",
+        "hardware (change with --hardware name=value): " + " ".join(f"{name}={value:g}" for name, value in hardware.items()),
+        *(f"taken for granted: {line}" for line in found["assumptions"]),
+    ]
+    return "\n".join(lines)
+
+
+def _candidates(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            "",
+            "rows",
+            "accum",
+            "ckpt",
+            "hpZ",
+            *(short for _, short in PARTS),
+            "overhead",
+            "total",
+            "fits",
+            "step s",
+            "MFU",
+            "between",
+            "bound by",
+        ]
+    ]
+    for one in found["candidates"]:
+        memory = one["memory_gib"]
+        rows.append(
+            [
+                (">" if one["own"] else "") + ("*" if one["best"] else ""),
+                str(one["micro_batch_rows"]),
+                str(one["accumulation"]),
+                "yes" if one["activation_checkpointing"] else "no",
+                str(one["hpz"]),
+                *(f"{memory[name]:.2f}" for name, _ in PARTS),
+                f"{one['overhead_gib']:.2f}",
+                f"{one['total_gib']:.1f}",
+                "yes" if one["roomy"] else "barely" if one["fits"] else "NO",
+                f"{one['step_s']:.2f}-{one['serial_step_s']:.2f}",
+                f"{100 * one['mfu']:.0f}%",
+                f"{one['between_nodes_gib']:.0f}",
+                one["bound"],
+            ]
+        )
+    return aligned(rows, left=(0, 3, len(rows[0]) - 1))
+
+
+def _verdict(found: dict[str, Any]) -> list[str]:
+    own = next(one for one in found["candidates"] if one["own"])
+    lines = ["(> this configuration, * the best that fits; between: GiB a node receives from the others in a step)"]
+    if found["best"] is None:
+        lines.append(
+            "NOTHING FITS: use more GPUs, GPUs with more memory, or a smaller engine.deepspeed.zero_optimization.reduce_bucket_size"
+        )
+    elif not own["fits"]:
+        lines.append(f"THIS CONFIGURATION DOES NOT FIT; the best that does: {found['best']}")
+    elif found["best_is_own"]:
+        lines.append("this configuration fits, and is the best of these")
+    else:
+        lines.append(f"this configuration fits; the best: {found['best']}")
+    return lines
+
+
+def _step(found: dict[str, Any]) -> list[str]:
+    chosen = found["chosen"]
+    time, flops, sent = chosen["time"], chosen["flops"], chosen["step_communication"]
+    rows = [["one micro-batch", "GiB over all ranks", "GiB inside nodes", "calls"]]
+    for name, leg in chosen["micro_batch_communication"].items():
+        rows.append([name.replace("_", " "), f"{leg['all_ranks_gib']:.2f}", f"{leg['node_gib']:.2f}", f"{leg['calls']:.0f}"])
+    seconds = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in time["parts_s"].items())
+    return [
+        *aligned(rows, left=(0,)),
+        f"a step of {sent['micro_batches']} micro-batch(es): a node receives {sent['between_nodes_gib']:.1f} GiB from the others, "
+        f"a GPU {sent['inside_node_gib']:.1f} GiB inside its node",
+        f"FLOPs a step: {flops['step']:.3g} (forward {flops['forward']:.3g}, backward {flops['backward']:.3g}), recomputed {flops['recomputed']:.3g}, "
+        f"VQ encoding {flops['vq_encode']:.3g}; of one GPU {flops['rank']:.3g}",
+        f"seconds of a step by work: {seconds}",
+        f"step {time['overlapped_s']:.2f} s overlapped, {time['serial_s']:.2f} s not; MFU {100 * time['mfu']:.1f} % and {100 * time['serial_mfu']:.1f} %; "
+        f"{time['tokens_per_second_per_gpu']:,.0f} and {time['serial_tokens_per_second_per_gpu']:,.0f} tokens/s a GPU; bound by {time['bound']}",
+    ]
+
+
+def _days(found: dict[str, Any]) -> list[str]:
+    days, training = found["days"], found["training"]
+    lines = [f"{found['steps']:,} steps: {days['overlapped']:.2f} days overlapped, {days['serial']:.2f} not"]
+    if training:
+        stages = ", ".join(
+            f"{one['stage']} {one['overlapped']:.2f}-{one['serial']:.2f} ({one['ranks']} ranks, {one['total_gib']:.0f} GiB)"
+            for one in training["stages"]
+        )
+        lines.append(f"the three stages: {training['overlapped']:.1f}-{training['serial']:.1f} days: {stages}")
+        if training["paper_days"]:
+            lines.append(f"the paper: about {training['paper_days']} days on {training['paper_nodes']} nodes of 8 A100-40GB")
+    return lines
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    if not found["advice"]:
+        return ["what would make it faster: none of the variants that were reckoned saves 1 % of a step"]
+    rows = [["what would make it faster (each reckoned alone)", "saves", "step s", "GiB", "GPU hours"]]
+    for one in found["advice"]:
+        rows.append(
+            [
+                one["change"],
+                f"{100 * one['gain']:.0f}%",
+                f"{one['step_s']:.2f}-{one['serial_step_s']:.2f}",
+                f"{one['total_gib']:.0f}",
+                f"x {one['cost']:.2f}",
+            ]
+        )
+    return aligned(rows, left=(0,))

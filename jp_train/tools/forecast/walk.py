@@ -1,0 +1,179 @@
+"""The order in which ZeRO-3 sees the modules of one forward and backward pass, with the bytes of activations that exist at each.
+
+A visit is one fetch of DeepSpeed's hooks (`fetch_sub_module`): forward, recomputed forward, or backward. Containers own no parameter but are visited
+too: every visit starts a prefetch. The order is that of `JanusPro.forward` and of transformers' layers; a test compares it with the one that a real
+DeepSpeed engine recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jp_train.tools.forecast import activations
+from jp_train.tools.forecast.activations import Block, Numerics
+from jp_train.tools.forecast.shapes import MicroBatch, Shapes
+
+FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
+ENTERED, CONTINUED = "entered", "continued"
+"""The backward pass of a checkpointed layer's last module: entered, interrupted by the layer's recomputation, continued (which fetches nothing)."""
+
+VISION_LAYER = (
+    "layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm",
+    "self_attn.projection_layer", "self_attn.projection_dropout", "layer_norm2", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.dropout1", "mlp.fc2",
+    "mlp.dropout2",
+)  # fmt: skip
+LANGUAGE_LAYER = (
+    "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
+    "mlp", "mlp.gate_proj", "mlp.act_fn", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+ADAPTOR = ("", "fc1", "activation_fn", "hidden_layers.0")
+IMAGE_HEAD = ("", "proj_out", "activation_fn", "vision_head")
+LANGUAGE = "model.language_model"
+VISION = "model.vision_model"
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """`activation`: bytes that exist while the module runs; `released`: whether its parameters may be let go behind it (a module whose input needs no
+    gradient has no hook behind its backward pass: DeepSpeed lets its parameters go at the end of the pass)."""
+
+    path: str
+    phase: str
+    activation: int
+    released: bool = True
+
+
+class _Walk:
+    def __init__(self, shapes: Shapes, batch: MicroBatch, numerics: Numerics, checkpointing: bool) -> None:
+        self.shapes, self.checkpointing = shapes, checkpointing
+        self.language = activations.language_block(shapes, batch, numerics)
+        self.vision = activations.vision_block(shapes, batch, numerics)
+        self.text = activations.text_head(shapes, batch, numerics)
+        self.image = activations.image_head(shapes, batch, numerics)
+        self.pictures = activations.pictures(shapes, batch, numerics)
+        self.placing = activations.placing(shapes, batch, numerics)
+        self.norm = activations.final_norm(shapes, batch, numerics)
+        self.rotary = activations.rotary(shapes, batch, numerics)
+        self.hidden = numerics.size * batch.tokens * shapes.width
+        self.saved = 0
+        """Bytes kept for the backward pass so far."""
+
+    def forward(self) -> Iterator[Visit]:
+        shapes, grows = self.shapes, self.shapes.through_language_model
+        yield Visit("", FORWARD, 0)
+        yield Visit(f"{LANGUAGE}.embed_tokens", FORWARD, self.hidden)
+        for path in ("", ".embeddings", ".embeddings.patch_embedding", ".embeddings.position_embedding", ".encoder"):
+            yield Visit(VISION + path, FORWARD, self.hidden + self.vision.forward)
+        for layer in range(shapes.vision_layers):
+            yield from self._layer(f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, "vision_model" in shapes.learns)
+        yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
+        yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)  # transformers pools with it
+        self.saved += self.pictures
+        for part in ADAPTOR:
+            yield Visit(_join("model.aligner", part), FORWARD, self.saved + self.placing)
+        yield Visit("model.generation_embeddings", FORWARD, self.saved + self.placing)
+        for part in ADAPTOR:
+            yield Visit(_join("model.generation_aligner", part), FORWARD, self.saved + self.placing)
+        yield Visit(LANGUAGE, FORWARD, self.saved + self.placing)
+        self.saved += self.rotary
+        yield Visit(f"{LANGUAGE}.rotary_emb", FORWARD, self.saved + self.hidden)
+        for layer in range(shapes.layers):
+            yield from self._layer(f"{LANGUAGE}.layers.{layer}", LANGUAGE_LAYER, self.language, grows)
+        self.saved += self.norm
+        yield Visit(f"{LANGUAGE}.norm", FORWARD, self.saved + 2 * self.hidden)
+        self.saved += self.text.saved
+        yield Visit("lm_head", FORWARD, self.saved + self.hidden + self.text.forward)
+        self.saved += self.image.saved
+        for part in IMAGE_HEAD:
+            yield Visit(_join("model.generation_head", part), FORWARD, self.saved + self.hidden + self.image.forward)
+
+    def _layer(self, path: str, parts: tuple[str, ...], block: Block, keeps: bool) -> Iterator[Visit]:
+        kept = (block.entry if self.checkpointing else block.saved) if keeps else 0
+        level = self.saved + (block.forward + kept if self.checkpointing or not keeps else block.saved + block.entry)
+        yield Visit(path, FORWARD, level)
+        for part in parts:
+            yield Visit(f"{path}.{part}", FORWARD, level)
+        self.saved += kept
+
+    def backward(self) -> Iterator[Visit]:
+        shapes = self.shapes
+        level = self.saved + self.image.backward
+        for _ in range(2):  # the two losses leave through the root
+            yield Visit("", BACKWARD, self.saved, False)
+        for part in ("", "vision_head", "activation_fn", "proj_out"):
+            yield Visit(_join("model.generation_head", part), BACKWARD, level, shapes.through_language_model)
+        self.saved -= self.image.saved
+        # the gradient of the hidden states at the image positions is spread over all of them, and waits for the text head's
+        yield Visit("lm_head", BACKWARD, self.saved + self.hidden + self.text.backward, shapes.through_language_model)
+        self.saved -= self.text.saved
+        if not shapes.through_language_model:
+            return
+        yield Visit(LANGUAGE, BACKWARD, self.saved + 2 * self.hidden)
+        yield Visit(f"{LANGUAGE}.norm", BACKWARD, self.saved + 4 * self.hidden)
+        self.saved -= self.norm
+        for layer in reversed(range(shapes.layers)):
+            yield from self._back_through(f"{LANGUAGE}.layers.{layer}", LANGUAGE_LAYER, self.language)
+        level = self.saved + 2 * self.hidden
+        if shapes.learns & {"gen_embed", "gen_aligner"}:
+            for part in ("", "hidden_layers.0", "activation_fn", "fc1"):
+                yield Visit(_join("model.generation_aligner", part), BACKWARD, level, part != "fc1" or "gen_embed" in shapes.learns)
+        if "gen_embed" in shapes.learns:
+            yield Visit("model.generation_embeddings", BACKWARD, level, False)
+        if shapes.learns & {"aligner", "vision_model"}:
+            for part in ("", "hidden_layers.0", "activation_fn", "fc1"):
+                yield Visit(_join("model.aligner", part), BACKWARD, level, part != "fc1" or "vision_model" in shapes.learns)
+        if "vision_model" in shapes.learns:
+            yield Visit(VISION, BACKWARD, level, False)
+            yield Visit(f"{VISION}.post_layernorm", BACKWARD, level)
+            yield Visit(f"{VISION}.encoder", BACKWARD, level)
+            for layer in reversed(range(shapes.vision_layers)):
+                yield from self._back_through(f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, beside=self.hidden)
+            for path in (".embeddings", ".embeddings.position_embedding", ".embeddings.patch_embedding"):
+                yield Visit(VISION + path, BACKWARD, self.saved + self.hidden + self.vision.backward, False)
+        if "language_model" in shapes.learns:
+            yield Visit(f"{LANGUAGE}.embed_tokens", BACKWARD, self.saved + self.hidden, False)
+
+    def _back_through(self, path: str, parts: tuple[str, ...], block: Block, beside: int = 0) -> Iterator[Visit]:
+        if self.checkpointing:
+            # everything up to the last module that keeps something is computed anew when that module's backward pass asks for what it kept
+            last = max(number for number, part in enumerate(parts) if part in ("mlp.down_proj", "mlp.fc2"))
+            for part in _containers_first(["", *reversed(parts[last:])], parts):
+                yield Visit(_join(path, part), ENTERED, self.saved + beside, False)
+            for part in parts[: last + 1]:
+                yield Visit(_join(path, part), RECOMPUTE, self.saved + block.saved + beside)
+            kept = self.saved + block.saved + beside
+            yield Visit(_join(path, parts[last]), CONTINUED, kept + block.backward)
+            rest = [part for part in reversed(parts[:last]) if part not in _containers_of(parts[last])]
+        else:
+            kept = self.saved + beside
+            rest = ["", *reversed(parts)]
+        for part in _containers_first(rest, rest):
+            level = kept + block.backward if part.startswith("mlp") or not part else kept - block.mlp + block.attention
+            yield Visit(_join(path, part), BACKWARD, level)
+        self.saved -= block.entry if self.checkpointing else block.saved
+
+
+def walk(shapes: Shapes, batch: MicroBatch, numerics: Numerics, *, checkpointing: bool) -> list[Visit]:
+    """All visits of one micro-batch."""
+    steps = _Walk(shapes, batch, numerics, checkpointing)
+    return [*steps.forward(), *steps.backward()]
+
+
+def _join(path: str, part: str) -> str:
+    return f"{path}.{part}" if part else path
+
+
+def _containers_of(part: str) -> tuple[str, ...]:
+    head, _, _ = part.rpartition(".")
+    return (head,) if head else ()
+
+
+def _containers_first(parts: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Backward, a container among `known` is entered before the first of its children, which `reversed` puts in front of it."""
+    ordered: list[str] = []
+    for part in parts:
+        for one in (*(container for container in _containers_of(part) if container in known), part):
+            if one not in ordered:
+                ordered.append(one)
+    return ordered

@@ -1,0 +1,114 @@
+"""Plain text files -> text: a file, a paragraph or a line is a document."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jp_train.data.samples import MAX_TEXT_BYTES
+from jp_train.errors import DataError
+from jp_train.tools.importers.entries import CHUNK_ENTRIES, Chunk, Entry, Listing, Reader, Skip
+from jp_train.tools.importers.files import file_names, identity_of, line_chunks, source_files, total_bytes
+from jp_train.types import Kind
+
+PATTERNS = ("*.txt", "*.md", "*.txt.gz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentReader(Reader):
+    """Text files, in the order of their names. `document`: `file`, `paragraph` (separated by blank lines) or `line`."""
+
+    format = "text"
+    source: Path
+    document: str = "file"
+    kind: Kind = Kind.TEXT
+    images: None = None
+
+    def options(self) -> dict[str, Any]:
+        return {"document": self.document}
+
+    def listing(self) -> Listing:
+        files = source_files(self.source, PATTERNS, "text files")
+        chunks = {"file": _file_chunks, "paragraph": _paragraph_chunks, "line": line_chunks}[self.document]
+        return Listing(identity=identity_of(files), total=total_bytes(files), chunks=lambda: chunks(files))
+
+    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+        for number, (name, slug, content) in enumerate(_named(*chunk.payload), chunk.first):
+            try:
+                text = (content if isinstance(content, bytes) else _read(content)).decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                yield Entry(number=number, name=name, skip=Skip("not_unicode", f"the document is not UTF-8: {error}"))
+                continue
+            except Skip as skip:
+                yield Entry(number=number, name=name, skip=skip)
+                continue
+            if text or self.document == "file":
+                yield Entry(number=number, name=name, note={"text": text, "source_id": name}, slug=slug)
+
+
+def _named(file: str, start: int, items: list) -> Iterator[tuple[str, str, bytes | Path]]:
+    """(name, slug, bytes or the file that holds them) of every document of a chunk: lines are bare bytes, files and paragraphs have names."""
+    for place, item in enumerate(items):
+        if isinstance(item, bytes):
+            yield f"{file}:{start + place}", "", item
+        else:
+            name, content = item
+            yield name, name.partition(":")[0], content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise Skip("bad_record", f"a document of more than {MAX_TEXT_BYTES >> 20} MiB; split it with --document paragraph or line")
+    return data
+
+
+def _file_chunks(files: list[Path]) -> Iterator[Chunk]:
+    names, first, done = file_names(files), 0, 0
+    for start in range(0, len(files), CHUNK_ENTRIES):
+        part = files[start : start + CHUNK_ENTRIES]
+        done += total_bytes(part)
+        payload = ("", 0, list(zip(names[start : start + CHUNK_ENTRIES], part, strict=True)))
+        yield Chunk(first=first, count=len(part), payload=payload, done=done)
+        first += len(part)
+
+
+def _paragraph_chunks(files: list[Path]) -> Iterator[Chunk]:
+    """Paragraphs as (name of file and first line, bytes); one that goes over the end of a line chunk is put together again."""
+    paragraph: list[bytes] = []
+    where, items, first, done, held = ("", 0), [], 0, 0, 0
+
+    def close() -> None:
+        nonlocal paragraph
+        if paragraph:
+            items.append((f"{where[0]}:{where[1]}", b"".join(paragraph)))
+            paragraph = []
+
+    for chunk in line_chunks(files):
+        file, start, lines = chunk.payload
+        if file != where[0]:
+            close()
+        for place, line in enumerate(lines):
+            if not line.strip():
+                close()
+                continue
+            if not paragraph:
+                where, held = (file, start + place), 0
+            paragraph.append(line)
+            held += len(line)
+            if held > MAX_TEXT_BYTES:
+                raise DataError(f"{file}, line {where[1]}: a paragraph of more than {MAX_TEXT_BYTES >> 20} MiB; use --document line")
+        done = chunk.done
+        if len(items) >= CHUNK_ENTRIES:
+            yield Chunk(first=first, count=len(items), payload=("", 0, items), done=done)
+            first, items = first + len(items), []
+    close()
+    if items:
+        yield Chunk(first=first, count=len(items), payload=("", 0, items), done=done)

@@ -1,0 +1,116 @@
+"""Parquet with picture bytes (Hugging Face's `{bytes, path}`, or binary) or text. A process reads one row group at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jp_train.errors import ConfigError, DataError
+from jp_train.tools.importers.entries import Chunk, Entry, Listing, Reader
+from jp_train.tools.importers.files import file_names, source_files
+from jp_train.tools.importers.records import Columns, record_entry
+from jp_train.types import Kind
+
+ROWS_AT_A_TIME = 64
+"""Rows turned into Python objects at once."""
+
+_UNREAD = b"\0"
+"""Stands for a picture that a dry run does not read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetReader(Reader):
+    """Parquet files in the order of their names, rows in order. A unit of work is a row group: memory is about 3 row groups a process."""
+
+    format = "parquet"
+    source: Path
+    images: Path | None
+    kind: Kind
+    columns: Columns = field(default_factory=Columns)
+
+    def options(self) -> dict[str, Any]:
+        return {"columns": asdict(self.columns), "images": None if self.images is None else str(self.images.absolute())}
+
+    def listing(self) -> Listing:
+        parquet = _pyarrow()
+        files = source_files(self.source, ["*.parquet"], "Parquet files")
+        names = file_names(files)
+        identity, groups = {}, []
+        for path, name in zip(files, names, strict=True):
+            file = _open(parquet, path)
+            self._check_columns(path, file.schema_arrow.names)
+            meta = file.metadata
+            groups += [(path, name, group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
+            identity[name] = f"{path.stat().st_size:,} bytes, {meta.num_rows:,} rows, footer sha256 {_footer(path)}"
+            file.close()
+
+        def chunks() -> Iterator[Chunk]:
+            first, before, last = 0, 0, None
+            for path, name, group, rows in groups:
+                before = first if name != last else before
+                last = name
+                yield Chunk(first=first, count=rows, payload=(path, name, group, first - before), done=first + rows)
+                first += rows
+
+        return Listing(identity=identity, total=sum(group[-1] for group in groups), chunks=chunks)
+
+    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+        path, name, group, before = chunk.payload
+        file = _open(_pyarrow(), path)
+        present = set(file.schema_arrow.names)
+        wanted = [column for column in self.columns.used(self.kind) if column in present and (pictures or column != self.columns.image)]
+        place = 0
+        try:
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=[group], columns=wanted):
+                for record in batch.to_pylist():
+                    if not pictures:
+                        record[self.columns.image] = _UNREAD
+                    row = f"{name}:{before + place + 1}"
+                    yield record_entry(record, chunk.first + place, row, self.columns, self.kind)
+                    place += 1
+        except Exception as error:  # pyarrow raises OSError, ArrowInvalid and others for damaged pages
+            raise DataError(f"{path}, row group {group}: {error}; the file is damaged: download it again") from error
+        finally:
+            file.close()
+
+    def _check_columns(self, path: Path, present: list[str]) -> None:
+        needed = [] if self.kind is Kind.TEXT else [self.columns.image]
+        has_text = [
+            column for column in self.columns.used(self.kind) if column in present and column not in (self.columns.image, self.columns.id)
+        ]
+        missing = [column for column in needed if column not in present]
+        if missing or not has_text:
+            lacks = missing or [self.columns.text if self.kind is Kind.TEXT else self.columns.caption]
+            raise ConfigError(
+                f"{path} has no column {', '.join(map(repr, lacks))}; it has {', '.join(present)}. Name yours with --image-column, "
+                "--caption-column, --text-column or --conversations-column"
+            )
+
+
+def _pyarrow() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(
+            "Parquet needs pyarrow, which is not installed: pip install 'jp_train[parquet]' (or pip install pyarrow)"
+        ) from None
+    return parquet
+
+
+def _open(parquet: Any, path: Path) -> Any:
+    try:
+        return parquet.ParquetFile(path)
+    except Exception as error:  # ArrowInvalid, OSError
+        raise DataError(f"{path} is no Parquet file that can be read: {error}") from error
+
+
+def _footer(path: Path) -> str:
+    """SHA-256 of the footer: it holds the offsets, sizes and statistics of every column chunk."""
+    with open(path, "rb") as file:
+        file.seek(-8, 2)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, 2)
+        return hashlib.sha256(file.read(length)).hexdigest()

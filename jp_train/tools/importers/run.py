@@ -1,0 +1,287 @@
+"""Import: a reader's entries -> samples made in parallel -> shards, a manifest and the list of what was skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.writer import ShardWriter
+from jp_train.errors import ConfigError, DataError
+from jp_train.terminal import printable
+from jp_train.tools.importers.entries import Chunk, Listing, Reader
+from jp_train.tools.importers.files import refuse_own_output
+from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
+from jp_train.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
+
+HOPELESS = 1000
+"""When this many entries come first and none becomes a sample, the import stops: it is a wrong option, not a thousand bad entries."""
+
+_FEW = 8
+"""Fewer chunks than this are done without starting processes, which takes seconds."""
+_AHEAD = 3
+"""Chunks that wait or are worked on, per process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """Where an import writes and how. `shard_mib` in MiB; `text_out` is a folder for dialogues without a picture, or None."""
+
+    out: Path
+    text_out: Path | None = None
+    shard_mib: float = 256
+    shard_samples: int = 10_000
+    processes: int = 1
+    decode: bool = False
+    max_image_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportProgress:
+    """What a progress callback gets after each chunk: place in the listing (units of its total), entries, skipped entries and shards so far;
+    `resumed` is the place in the listing where this process began to work."""
+
+    done: int
+    total: int
+    resumed: int
+    entries: int
+    skipped: int
+    shards: int
+
+
+def import_source(
+    reader: Reader,
+    settings: ImportSettings,
+    progress: Callable[[ImportProgress], None] | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Write every entry of `reader` into shards under `settings.out`, or go on with an import that was interrupted there.
+
+    `say` gets remarks for a person: how the source was understood, and what the import goes on from. Returns the complete manifest.
+
+    Raises:
+        ConfigError: for a source that is not the reader's layout, or a folder that holds another import.
+        DataError: for I/O errors, a damaged listing, or a source without a usable entry. Shards written so far stay; the same command
+            goes on from them.
+    """
+    listing = checked_listing(reader, settings)
+    for remark in listing.remarks:
+        say(remark)
+    folders = {MAIN: settings.out} | ({TEXT: settings.text_out} if settings.text_out else {})
+    new = Manifest(
+        format=reader.format,
+        source=str(reader.source.absolute()),
+        identity=listing.identity,
+        options=_options(reader, settings),
+        outputs={name: OutputState(folder=str(folder.absolute())) for name, folder in folders.items()},
+    )
+    with ExitStack() as locks:
+        for folder in folders.values():
+            locks.enter_context(locked(folder))
+        manifest = resume_or_start(settings.out, new)
+        if manifest.log_end:
+            state = "complete already" if manifest.complete else "going on"
+            say(f"{state}: {_shards(manifest):,} shards are there, with the first {manifest.log_end:,} entries")
+        if manifest.complete:
+            return manifest
+        manifest.store(settings.out)
+        rules = SampleRules(
+            reader=reader, decode=settings.decode, max_image_pixels=settings.max_image_pixels, keep_text_only=settings.text_out is not None
+        )
+        start = min(one.end for one in manifest.outputs.values())
+        chunks = (chunk for chunk in listing.chunks() if chunk.first + chunk.count > start)
+        with _Sink(manifest, settings) as sink:
+            first = None
+            for chunk, made in _work(chunks, rules, settings.processes):
+                sink.take(made)
+                first = chunk.done if first is None else first
+                if progress is not None:
+                    progress(
+                        ImportProgress(
+                            done=chunk.done,
+                            total=listing.total,
+                            resumed=first if start else 0,
+                            entries=manifest.counts["entries"],
+                            skipped=sink.skipped,
+                            shards=_shards(manifest),
+                        )
+                    )
+            sink.finish()
+    return manifest
+
+
+def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
+    """The listing of a source, once the settings are known to make sense for it. Raises ConfigError, DataError as `import_source` does."""
+    if not 0 < settings.shard_mib < math.inf or min(settings.processes, settings.shard_samples, settings.max_image_pixels) < 1:
+        raise ConfigError("--processes, --shard-size, --shard-samples and --max-image-pixels must be positive")
+    if settings.text_out is not None and settings.text_out.resolve() == settings.out.resolve():
+        raise ConfigError(f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own")
+    for folder in (settings.out, settings.text_out):
+        if folder is not None:
+            refuse_own_output(reader.source, folder)
+    listing = reader.listing()
+    if reader.images is not None and not reader.images.is_dir():
+        raise ConfigError(f"--images {reader.images} is no folder; name the folder that the paths of the pictures start in")
+    return listing
+
+
+def _shards(manifest: Manifest) -> int:
+    return sum(len(one.shards) for one in manifest.outputs.values())
+
+
+class _Sink:
+    """Takes samples and skips in listing order and keeps shards, `skipped.jsonl` and the manifest in step.
+
+    After a resume, each output ignores the entries it already holds, and the log those that are already counted.
+    """
+
+    def __init__(self, manifest: Manifest, settings: ImportSettings) -> None:
+        self._manifest, self._settings = manifest, settings
+        self._writers = {
+            name: ShardWriter(
+                Path(one.folder),
+                max_bytes=max(1, int(settings.shard_mib * 2**20)),
+                max_samples=settings.shard_samples,
+                number=len(one.shards),
+            )
+            for name, one in manifest.outputs.items()
+        }
+        self._next = 0
+        self._example = ""
+        self._log = SkipLog(settings.out, manifest)
+
+    @property
+    def skipped(self) -> int:
+        return sum(self._manifest.skipped.values())
+
+    def take(self, made: Iterable[Made]) -> None:
+        for one in made:
+            self._next = one.number
+            if one.packed is not None:
+                self._write(one)
+            if one.number >= self._manifest.log_end:
+                self._count(one)
+            self._next = one.number + 1
+
+    def finish(self) -> None:
+        """Close the last shards and mark the import complete. Raises DataError when no entry became a sample."""
+        for name, writer in self._writers.items():
+            if (shard := writer.finish()) is not None:
+                self._commit(name, shard)
+        self._log.sync(self._next)
+        manifest = self._manifest
+        for one in manifest.outputs.values():
+            one.end = manifest.log_end
+        if not any(one.shards for one in manifest.outputs.values()):
+            raise DataError(f"no entry of {manifest.source} became a sample ({self.skipped:,} skipped){self._example}")
+        manifest.complete = True
+        manifest.store(self._settings.out)
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.abandon()
+        self._log.close()
+
+    def _write(self, one: Made) -> None:
+        if one.number < self._manifest.outputs[one.output].end:
+            return
+        assert one.packed is not None
+        shard = self._writers[one.output].append(one.packed)
+        if shard is not None:
+            self._commit(one.output, shard)
+
+    def _count(self, one: Made) -> None:
+        counts = self._manifest.counts
+        counts["entries"] += 1
+        counts["converted"] += one.converted
+        if not one.reason:
+            return
+        self._manifest.count_skip(one.reason)
+        self._example = self._example or printable(f"; the first: {one.name}: {one.message}")
+        self._log.write(entry=one.number, name=one.name, reason=one.reason, message=one.message)
+        if counts["entries"] == HOPELESS == self.skipped:
+            raise DataError(
+                f"none of the first {HOPELESS:,} entries became a sample{self._example}. Check the options (image folder, columns, kind); "
+                f"{self._settings.out / SKIPPED} names every entry"
+            )
+
+    def _commit(self, output: str, shard: Any) -> None:
+        """A shard is complete: it holds this output's samples of every entry before `_next`."""
+        state = self._manifest.outputs[output]
+        state.shards.append(shard)
+        state.end = self._next
+        self._log.sync(self._next)
+        self._manifest.store(self._settings.out)
+
+
+def _work(chunks: Iterable[Chunk], rules: SampleRules, processes: int) -> Iterator[tuple[Chunk, list[Made]]]:
+    """The samples of every chunk, in the chunks' order, made by `processes` processes (1: this one)."""
+    source = iter(chunks)
+    begin = list(islice(source, 1 if processes <= 1 else _FEW))
+    if processes <= 1 or len(begin) < _FEW:
+        for chunk in chain(begin, source):
+            yield chunk, make_chunk(chunk, rules)
+        return
+    source = chain(begin, source)
+    with signals_deferred():
+        pool = ProcessPoolExecutor(processes, mp_context=worker_context(), initializer=_start_worker, initargs=(rules,))
+    waiting: deque[tuple[Chunk, Future]] = deque()
+    try:
+        while True:
+            while len(waiting) < processes * _AHEAD and (chunk := next(source, None)) is not None:
+                with signals_deferred():  # the pool starts its processes as work comes in
+                    future = pool.submit(_run_in_worker, chunk)
+                # The payload is in the future now; what waits here needs only the numbers.
+                waiting.append((Chunk(first=chunk.first, count=chunk.count, payload=None, done=chunk.done), future))
+            if not waiting:
+                return
+            chunk, future = waiting.popleft()
+            try:
+                made = future.result()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"an import process died near entry {chunk.first:,} (out of memory?); try fewer --processes, or 1 to see the cause. "
+                    "The same command resumes"
+                ) from error
+            yield chunk, made
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_rules: SampleRules | None = None
+
+
+def _start_worker(rules: SampleRules) -> None:
+    global _rules
+    end_with_trainer()
+    _rules = rules
+
+
+def _run_in_worker(chunk: Chunk) -> list[Made]:
+    assert _rules is not None
+    return make_chunk(chunk, _rules)
+
+
+def _options(reader: Reader, settings: ImportSettings) -> dict[str, Any]:
+    """All that decides the shards' content besides the source, as JSON gives it back; not the number of processes."""
+    own = {
+        "kind": reader.kind.value,
+        "shard_mib": settings.shard_mib,
+        "shard_samples": settings.shard_samples,
+        "decode": settings.decode,
+        "max_image_pixels": settings.max_image_pixels,
+    }
+    return json.loads(json.dumps({**reader.options(), **own}))

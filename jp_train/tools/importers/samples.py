@@ -1,0 +1,108 @@
+"""An entry -> a sample that the training loader takes, or a reason why not. Runs in the worker processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jp_train.config.schema import ClassPrompt, SourceConfig, SourceKind
+from jp_train.data.samples import check_field_size, parse_sample
+from jp_train.data.writer import pack_sample
+from jp_train.errors import SkipSample
+from jp_train.tools.importers.entries import Chunk, Entry, Reader, Skip, sample_key
+from jp_train.tools.importers.pictures import read_inside, shard_image
+from jp_train.types import Kind, RawSample, SourceInfo
+
+MAIN, TEXT = "shards", "text"
+"""The outputs of an import: the source's own shards, and those of --text-out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What became of an entry: a sample for `output`, as tar members, or `reason` and `message` of why it is skipped."""
+
+    number: int
+    name: str
+    output: str = MAIN
+    packed: bytes | None = None
+    converted: bool = False
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRules:
+    """How entries become samples: the reader, whether pictures are decoded whole, the pixels they may have, and whether dialogues without a
+    picture have an output."""
+
+    reader: Reader
+    decode: bool
+    max_image_pixels: int
+    keep_text_only: bool
+
+
+def make_chunk(chunk: Chunk, rules: SampleRules) -> list[Made]:
+    """The samples and skips of a chunk, in order. Raises DataError for I/O errors."""
+    return [make_sample(entry, rules) for entry in rules.reader.entries(chunk)]
+
+
+def make_sample(entry: Entry, rules: SampleRules) -> Made:
+    """The sample of an entry, checked by the same code that reads it in training. Raises DataError for I/O errors."""
+    try:
+        if entry.skip is not None:
+            raise entry.skip
+        reader = rules.reader
+        kind = reader.kind
+        fields: dict[str, bytes] = {}
+        converted = False
+        if entry.text_only:
+            if not rules.keep_text_only:
+                raise Skip("text_only", "the dialogue has no picture; --text-out FOLDER writes such dialogues into shards of their own")
+            kind = Kind.TEXT
+        elif kind is not Kind.TEXT:
+            extension, data, converted = shard_image(_picture(entry, reader.images), rules.max_image_pixels, decode=rules.decode)
+            fields[extension] = data
+        key = sample_key(entry)
+        fields["json"] = _json(entry)
+        check_sample(key, fields, kind, reader.default_class_prompt() if kind is reader.kind else "as_is")
+        return Made(
+            number=entry.number,
+            name=entry.name,
+            output=TEXT if entry.text_only else MAIN,
+            packed=pack_sample(key, fields),
+            converted=converted,
+        )
+    except Skip as skip:
+        return Made(number=entry.number, name=entry.name, reason=skip.fault, message=str(skip))
+
+
+def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: str = "as_is") -> None:
+    """Parse the sample as training will, pictures left alone. Raises Skip with the loader's own words."""
+    light = {extension: data if extension in ("json", "txt") else b"" for extension, data in fields.items()}
+    source = SourceConfig(kind=SourceKind(kind.value), class_prompt=ClassPrompt(class_prompt))
+    try:
+        for extension, data in fields.items():
+            check_field_size(extension, len(data))
+        parse_sample(RawSample(info=SourceInfo(source="", shard="", key=key), fields=light), kind, source, image_slots=1, codebook_size=1)
+    except SkipSample as error:
+        raise Skip(error.fault, str(error)) from None
+
+
+def _picture(entry: Entry, images: Path | None) -> bytes:
+    if isinstance(entry.image, bytes):
+        return entry.image
+    if entry.image is None:
+        raise Skip("no_image", "the entry has no picture")
+    if images is None:
+        raise Skip("image_missing", f"{entry.image!r} is a path, but no image folder is given: name it with --images")
+    return read_inside(images, entry.image)
+
+
+def _json(entry: Entry) -> bytes:
+    try:
+        return json.dumps(entry.note, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Skip("not_unicode", f"text with a lone surrogate, or bytes that are not UTF-8: {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Skip("bad_record", f"the record cannot be written as JSON: {error}") from None

@@ -1,0 +1,147 @@
+"""What an import says: a progress line, a table, the lines for a recipe, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from jp_train.terminal import aligned, printable
+from jp_train.tools.importers.entries import REASONS, REFUSED
+from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState
+from jp_train.tools.importers.run import ImportProgress
+from jp_train.tools.importers.samples import MAIN
+
+_EXAMPLES = 2
+_WIDTH = 160
+_EVERY_S = 0.5
+
+
+class ProgressLine:
+    """A line at most every half second, with the time left estimated from the place in the listing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._started = stream, time.monotonic()
+        self._last = self._started
+
+    def __call__(self, at: ImportProgress) -> None:
+        now = time.monotonic()
+        if now - self._last < _EVERY_S:
+            return
+        self._last = now
+        elapsed = now - self._started
+        left = elapsed * (at.total - at.done) / max(at.done - at.resumed, 1)
+        print(
+            f"import: {100 * at.done / max(at.total, 1):.1f}% of the listing, {at.entries:,} entries, {at.skipped:,} skipped, {at.shards:,} shards, "
+            f"{elapsed:.0f} s, {left:.0f} s left",
+            file=self._stream,
+            flush=True,
+        )
+
+
+def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: Path, seconds: float) -> dict[str, Any]:
+    """The JSON object of an import that is complete."""
+    sources = [
+        {
+            "name": Path(output.folder).name,
+            "folder": output.folder,
+            "spec": shard_spec(output),
+            "samples": output.samples,
+            "shards": len(output.shards),
+            "bytes": output.size,
+            **({"kind": kind, **source_keys} if name == MAIN else {"kind": "text"}),
+        }
+        for name, output in manifest.outputs.items()
+        if output.shards
+    ]
+    return {
+        "format": manifest.format,
+        "source": manifest.source,
+        "out": str(out.absolute()),
+        "entries": manifest.counts["entries"],
+        "samples": sum(one["samples"] for one in sources),
+        "converted": manifest.counts["converted"],
+        "skipped": manifest.skipped,
+        "skipped_file": str(out.absolute() / SKIPPED),
+        "sources": sources,
+        "recipe": "\n".join(recipe_lines(sources)),
+        "seconds": round(seconds, 1),
+    }
+
+
+def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> str:
+    """The summary as text: in, out, skipped by reason with examples, recipe lines, next commands."""
+    lost = sum(summary["skipped"].values())
+    converted = f"{summary['converted']:,} pictures converted to PNG, " if summary["converted"] else ""
+    lines = [
+        f"import {summary['format']}: {summary['entries']:,} entries in, {summary['samples']:,} samples out, {lost:,} skipped, "
+        f"{converted}{summary['seconds']:.1f} s",
+        "",
+        *aligned(
+            [
+                ("folder", "kind", "samples", "shards", "MiB"),
+                *(
+                    (one["folder"], one["kind"], f"{one['samples']:,}", f"{one['shards']:,}", f"{one['bytes'] / 2**20:,.1f}")
+                    for one in summary["sources"]
+                ),
+            ],
+        ),
+    ]
+    if lost:
+        lines += ["", f"skipped ({summary['skipped_file']} names every one):"]
+        lines += skipped_lines(summary["skipped"], examples)
+    lines += ["", "for the recipe:", summary["recipe"], "", "next, with a configuration that names this recipe:"]
+    return "\n".join(
+        [*lines, "  jp-train data index CONFIG     token counts beside the shards", "  jp-train data verify CONFIG    every sample, once"]
+    )
+
+
+def skipped_lines(skipped: dict[str, int], examples: dict[str, list[str]]) -> list[str]:
+    """One line a reason with its count and meaning, and its examples below it."""
+    lines = []
+    for reason, count in sorted(skipped.items(), key=lambda item: -item[1]):
+        lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, REFUSED)}")
+        lines += [f"             e.g. {printable(example)}"[:_WIDTH] for example in examples.get(reason, [])]
+    return lines
+
+
+def skipped_examples(path: Path) -> dict[str, list[str]]:
+    """The first entries of every reason in a skipped.jsonl."""
+    examples: dict[str, list[str]] = {}
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                one = json.loads(line)
+                found = examples.setdefault(one["reason"], [])
+                if len(found) < _EXAMPLES:
+                    found.append(f"{one['name']}: {one['message']}")
+    return examples
+
+
+def recipe_lines(sources: Sequence[dict[str, Any]]) -> list[str]:
+    """`data:` of a recipe with the given sources (`name`, `spec` as absolute shards, `kind`, perhaps `class_prompt`), ready to paste."""
+    lines = ["data:", "  sources:"]
+    for one in sources:
+        more = f", class_prompt: {one['class_prompt']}" if "class_prompt" in one else ""
+        lines.append(f'    {quoted(one["name"])}: {{kind: {one["kind"]}, shards: {json.dumps(one["spec"])}{more}, license: ""}}')
+    return lines
+
+
+def shard_spec(output: OutputState) -> str:
+    """The shards of a folder as a recipe names them: absolute, with a range in braces."""
+    last = output.shards[-1].name.removesuffix(".tar")
+    names = f"{{000000..{last}}}.tar" if len(output.shards) > 1 else output.shards[0].name
+    return re.sub(r"([{}\\])", r"\\\1", output.folder) + "/" + names
+
+
+def quoted(text: str) -> str:
+    """Text as a YAML scalar."""
+    return (
+        text if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS else json.dumps(text, ensure_ascii=False)
+    )
+
+
+_WORDS = {"yes", "no", "on", "off", "true", "false", "null", "y", "n"}

@@ -1,0 +1,268 @@
+"""An existing WebDataset: every shard validated and its members indexed, in place where it can be.
+
+Plain tars (local or http) stay where they are. Compressed ones, and those that a command writes (`pipe:`), are copied into OUT as plain
+shards, byte for byte after decompression: the loader reads byte ranges. A command is run without a shell, and only when it is allowed.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import shlex
+import subprocess
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import braceexpand
+
+from jp_train.config.schema import Crop
+from jp_train.data.sample_fields import read_fields
+from jp_train.data.samples import VQ_EXTENSION
+from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, is_url, scan_members
+from jp_train.data.sidecar import load_members, store_members
+from jp_train.data.writer import SHARD_NAME, WrittenShard, sync_folder
+from jp_train.errors import ConfigError, DataError, SkipSample
+from jp_train.tools.importers.files import file_identity
+from jp_train.tools.importers.samples import check_sample
+from jp_train.types import Kind
+
+PIPE = "pipe:"
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of a compressed file."""
+
+_DECOMPRESSORS: dict[str, Callable] = {
+    "": lambda stream: stream,
+    "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
+    "bzip2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+}
+_COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_SHELL = ("|", "||", "&&", ";", "&", "<", ">", ">>", "2>")
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarSource:
+    """The tars that SOURCE names: paths, URLs or `pipe:` commands; `copies` says that they have to be written again as plain shards; `spec` names them in a recipe where they stay."""
+
+    names: tuple[str, ...]
+    copies: bool
+    spec: str
+    identity: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedTar:
+    """What one tar holds: its size, entries (samples and stray files), the bad ones of them as (key, reason, message), and the copy where one was written."""
+
+    size: int
+    entries: int
+    bad: tuple[tuple[str, str, str], ...]
+    written: WrittenShard | None = None
+
+
+def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
+    """The tars of a SOURCE: shards as a recipe names them, a folder (of `*.tar`, or of compressed tars), or `pipe:COMMAND` with braces.
+
+    Raises:
+        ConfigError: for a `pipe:` that is not allowed or needs a shell, zstd, or nothing by that name.
+        DataError: for a tar that cannot be reached.
+    """
+    try:
+        parts = list(braceexpand.braceexpand(source))
+    except braceexpand.UnbalancedBracesError as error:
+        raise ConfigError(f"SOURCE {source!r}: {error}; write ranges as {{000..127}}") from None
+    if any(part.startswith(PIPE) for part in parts):
+        if not all(part.startswith(PIPE) for part in parts):
+            raise ConfigError(f"SOURCE {source!r} mixes commands and paths; import them one after the other")
+        if not allow_pipe:
+            raise ConfigError(f"SOURCE {source!r} runs commands on this machine: give --allow-pipe if you trust them")
+        for part in parts:
+            command_words(part)
+        return TarSource(names=tuple(parts), copies=True, spec=source, identity={part: "command" for part in parts})
+    folder = Path(os.path.expanduser(source))
+    names = sorted(str(path.absolute()) for path in folder.iterdir() if path.name.endswith(_COMPRESSED_NAMES)) if folder.is_dir() else []
+    plain = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if names and plain:
+        raise ConfigError(
+            f"folder {folder} holds plain tars ({plain[0].name}) and compressed ones ({Path(names[0]).name}): name one sort, for example "
+            f"'{folder}/*.tar'"
+        )
+    if folder.is_dir() and not names and not plain:
+        raise ConfigError(f"folder {folder} holds no *.tar and no compressed tar ({', '.join(_COMPRESSED_NAMES)})")
+    names = names or expand_shards(source)
+    with contextlib.closing(ShardReader()) as reader:
+        shards = [reader.stat(name) for name in names]
+        kinds = Counter(_compression(reader.read(shard, 0, min(4, shard.size))) for shard in shards)
+    if kinds["zstd"]:
+        raise ConfigError(
+            f"SOURCE {source!r}: {kinds['zstd']} of {len(names)} tars are compressed with zstd, which this Python cannot read; decompress them with "
+            "`zstd -d`, or name a command: 'pipe:zstd -dc FILE.tar.zst' with --allow-pipe"
+        )
+    copies = kinds[""] < len(names)
+    identity = {  # only copies are resumed by it: tars that stay are not worth reading twice
+        shard.path: file_identity(Path(shard.path)) if copies and not is_url(shard.path) else f"{shard.size:,} bytes, {shard.stamp}"
+        for shard in shards
+    }
+    spec = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
+    return TarSource(names=tuple(names), copies=copies, spec=spec, identity=identity)
+
+
+def command_words(part: str) -> list[str]:
+    """The words of a `pipe:` command. Raises ConfigError for one that is empty or needs a shell."""
+    try:
+        words = shlex.split(part.removeprefix(PIPE))
+    except ValueError as error:
+        raise ConfigError(f"{part!r}: {error}") from None
+    if not words or any(word in _SHELL for word in words):
+        raise ConfigError(
+            f"{part!r} {'names no command' if not words else 'needs a shell (a pipe, redirection or list)'}: jp-train runs one program without a "
+            "shell; put it into a script and name the script"
+        )
+    return words
+
+
+def check_tar(name: str, kind: Kind) -> CheckedTar:
+    """Validate a tar in place and write its members sidecar. Raises DataError for a corrupt one."""
+    with contextlib.closing(ShardReader()) as reader:
+        return _check(reader.stat(name), kind, reader)
+
+
+def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
+    """Write the tar `name` (path, URL or command) as the plain shard `number` of a folder, and validate it.
+
+    Raises:
+        DataError: for a truncated or corrupt tar, a command that fails, or a disk that refuses; no shard is left then.
+    """
+    path = folder / SHARD_NAME.format(number)
+    temporary = folder / f".{path.name}.tmp"
+    try:
+        with _stream(name) as stream:
+            digest = _copy(name, stream, temporary)
+        with contextlib.closing(ShardReader()) as reader:
+            try:
+                shard = reader.stat(str(temporary))
+                members = scan_members(shard, reader)
+            except DataError as error:
+                raise DataError(f"{name}: {str(error).replace(str(temporary), 'its content')}") from None
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except OSError as error:
+        raise DataError(f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.closing(ShardReader()) as reader:
+        checked = _check(Shard(path=str(path), size=shard.size, stamp=shard.stamp), kind, reader, members)
+    written = WrittenShard(name=path.name, size=shard.size, samples=len(members.keys), sha256=digest)
+    return CheckedTar(size=checked.size, entries=checked.entries, bad=checked.bad, written=written)
+
+
+def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers | None = None) -> CheckedTar:
+    members = members or load_members(shard) or scan_members(shard, reader)
+    store_members(shard, members)
+    bad = [(name, "bad_record", reason) for name, reason in members.ignored]
+    for number, key in enumerate(members.keys):
+        try:
+            raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", pictures=False)
+            # Stored ids stand for a picture here: how many there must be is the model's business, and the run checks it.
+            check_sample(key, {"png" if extension == VQ_EXTENSION else extension: data for extension, data in raw.fields.items()}, kind)
+        except SkipSample as skip:
+            bad.append((key, skip.fault, str(skip)))
+    return CheckedTar(size=shard.size, entries=len(members.keys) + len(members.ignored), bad=tuple(bad))
+
+
+@contextlib.contextmanager
+def _stream(name: str) -> Iterator[BinaryIO]:
+    if not name.startswith(PIPE):
+        with contextlib.closing(ShardReader()) as reader:
+            yield io.BufferedReader(_Ranges(reader, reader.stat(name)), _BLOCK)
+        return
+    words = command_words(name)
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        except OSError as error:
+            raise DataError(f"{name!r}: the command cannot be started: {error}") from None
+        with process:
+            try:
+                assert process.stdout is not None
+                yield process.stdout
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            errors.seek(max(0, errors.seek(0, io.SEEK_END) - 500))
+            said = errors.read().decode(errors="replace").strip()
+            raise DataError(f"{name!r} ended with status {process.returncode}: {said or 'it said nothing'}")
+
+
+class _Ranges(io.RawIOBase):
+    """A shard as a stream of byte ranges, with the reader's retries."""
+
+    def __init__(self, reader: ShardReader, shard: Shard) -> None:
+        self._reader, self._shard, self._at = reader, shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        size = min(len(buffer), self._shard.size - self._at)
+        buffer[:size] = self._reader.read(self._shard, self._at, size) if size else b""
+        self._at += size
+        return size
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes were read already."""
+
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head, self._stream = head, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._head[: len(buffer)] or self._stream.read(len(buffer))
+        self._head = self._head[len(data) :] if self._head else b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _compression(head: bytes) -> str:
+    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
+
+
+def _copy(name: str, stream: BinaryIO, path: Path) -> str:
+    """Decompress a stream into a file, synced; returns the SHA-256 of what was written."""
+    head = stream.read(4)
+    kind = _compression(head)
+    if kind == "zstd":
+        raise DataError(
+            f"{name}: the stream is compressed with zstd, which this Python cannot read; let the command decompress it (zstd -dc)"
+        )
+    whole = io.BufferedReader(_Rejoined(head, stream), _BLOCK)
+    plain = _DECOMPRESSORS[kind](whole)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        while True:
+            try:
+                block = plain.read(_BLOCK)
+            except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                raise DataError(f"{name}: the {kind or 'tar'} stream is truncated or corrupt: {error}; download it again") from None
+            if not block:
+                break
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""`jp-train data index`: build every missing or stale sidecar in parallel, and say what the sources hold."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+from jp_train.config.schema import RunConfig
+from jp_train.data.index import IndexProgress, SourceIndex, index_sources
+from jp_train.data.tokenizer import load_tokenizer
+from jp_train.errors import ConfigError
+from jp_train.terminal import aligned, printable
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSummary:
+    """One line of the table: counts of a source, its size in MiB, the size of its stored token ids, and some of its bad samples."""
+
+    name: str
+    kind: str
+    samples: int
+    tokens: int
+    bad: int
+    shards: int
+    mib: float
+    id_bytes_per_sample: float
+    bad_examples: tuple[str, ...]
+
+
+def index_command(cfg: RunConfig, processes: int, *, table: TextIO | None = None, progress: TextIO | None = None) -> dict[str, Any]:
+    """Index the training and held-out sources of a run with `processes` processes.
+
+    Progress with an ETA goes to `progress` (default: stderr), the table to `table` (default: stdout). Returns
+    `{"sources": [SourceSummary fields...], "seconds": float}`, which is JSON-able.
+
+    Raises:
+        ConfigError: when the config names no source.
+        DataError: for missing, corrupt or empty shards.
+    """
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    sources = dict(cfg.data.sources) | {f"validation/{name}": source for name, source in cfg.validation.sources.items()}
+    if not sources:
+        raise ConfigError("the config has no data.sources: name a recipe, or list sources under data.sources")
+    started = time.monotonic()
+    indexes = index_sources(cfg, tokenizer, processes=processes, progress=IndexProgressLine(progress or sys.stderr), sources=sources)
+    summaries = [_summary(index) for index in indexes]
+    print(format_table(summaries), file=table or sys.stdout)
+    return {"sources": [asdict(summary) for summary in summaries], "seconds": time.monotonic() - started}
+
+
+def format_table(summaries: list[SourceSummary]) -> str:
+    """The sources as an aligned text table; bad samples are named below it."""
+    head = ("source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB", "id bytes/sample")
+    lines = [head] + [
+        (
+            one.name,
+            one.kind,
+            f"{one.samples:,}",
+            f"{one.tokens:,}",
+            f"{one.tokens / max(one.samples, 1):,.1f}",
+            f"{one.bad:,}",
+            f"{one.shards:,}",
+            f"{one.mib:,.1f}",
+            f"{one.id_bytes_per_sample:,.0f}",
+        )
+        for one in summaries
+    ]
+    text = aligned(lines)
+    for one in summaries:
+        text += [f"bad in {one.name}: {example}" for example in one.bad_examples]
+        if one.bad > len(one.bad_examples):
+            text.append(f"bad in {one.name}: … and {one.bad - len(one.bad_examples)} more (the ledger of a run names all)")
+    return "\n".join(map(printable, text))
+
+
+def _summary(index: SourceIndex) -> SourceSummary:
+    return SourceSummary(
+        name=index.name,
+        kind=index.kind.value,
+        samples=len(index),
+        tokens=int(index.tokens.sum(dtype="int64")),
+        bad=len(index.bad),
+        shards=len(index.shards),
+        mib=sum(shard.size for shard in index.shards) / 2**20,
+        id_bytes_per_sample=index.ids_bytes / max(len(index), 1),
+        bad_examples=tuple(f"{sample.info.key} in {sample.info.shard}: {sample.reason}" for sample in index.bad[:_EXAMPLES]),
+    )
+
+
+class IndexProgressLine:
+    """For `index_sources`: a line at most every half second, with the time left estimated from bytes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._started, self._last = stream, time.monotonic(), 0.0
+
+    def __call__(self, at: IndexProgress) -> None:
+        now = time.monotonic()
+        if not at.shards_done:
+            print(f"index: {at.announcement()}", file=self._stream, flush=True)
+            return
+        if at.shards_done < at.shards and now - self._last < 0.5:
+            return
+        self._last = now
+        elapsed = now - self._started
+        left = elapsed * (at.bytes - at.bytes_done) / max(at.bytes_done, 1)
+        print(
+            f"index: shard {at.shards_done}/{at.shards}, {at.samples:,} samples, {at.bytes_done / 2**20:,.1f} of "
+            f"{at.bytes / 2**20:,.1f} MiB, {elapsed:.0f} s, {left:.0f} s left",
+            file=self._stream,
+            flush=True,
+        )

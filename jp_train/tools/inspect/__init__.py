@@ -1,0 +1,1 @@
+"""`jp-train data inspect`: one page that shows packed rows."""

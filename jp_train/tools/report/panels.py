@@ -1,0 +1,263 @@
+"""Decides which panels a report has: by run when runs are compared, by kind within one run, one column a stage for consecutive stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+
+from jp_train.run.reading import RunData, Series
+from jp_train.run.summary import KIND_NAMES, as_int, configured_shares, held_out
+from jp_train.tools.report.curves import INK, Line, Mark, Panel, PanelGroup, shared_limits
+
+MARKED_EVENTS = ("resume", "save", "stop", "stopped_early", "spike")
+MAX_SOURCES = 7
+
+
+class Layout(Enum):
+    """How several runs share a page."""
+
+    overlay = "overlay"
+    stages = "stages"
+
+
+def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, ...]:
+    """The sections of the curves, in reading order. A group without any data is left out, an absent kind has no panel."""
+    groups = [
+        PanelGroup(
+            key="loss",
+            title="Loss",
+            note="Line: moving average. Faint: every step. Rings: held-out documents, the same ones every time.",
+            panels=_loss(runs, layout),
+        ),
+        PanelGroup(
+            key="loss_source",
+            title="Loss by source",
+            note="Training loss of each source, moving average.",
+            panels=_per_run(runs, _source_panel, share=layout is Layout.stages),
+        ),
+        PanelGroup(
+            key="mixture",
+            title="Mixture",
+            note="Share of each kind in a step. Dashed: configured.",
+            panels=_mixture(runs, layout),
+        ),
+        PanelGroup(key="packing", title="Packing", note="How full the rows were.", panels=_simple(runs, layout, "packing/fill", "Packing fill",
+                   "share of seq_len used", percent=True)),
+        PanelGroup(
+            key="speed",
+            title="Speed",
+            note="Tokens of all ranks, and the time a step waited for data. The first step, which compiles and allocates, is left out.",
+            panels=(
+                *_simple(runs, layout, "perf/tokens_per_s", "Throughput", "tokens a second, all ranks", derive=_throughput),
+                *_simple(runs, layout, "data_wait_share", "Data wait", "share of the step's time", percent=True, derive=_wait_share),
+            ),
+        ),
+        PanelGroup(
+            key="optim",
+            title="Optimizer",
+            note="Gradient norm before clipping.",
+            panels=(
+                *_simple(runs, layout, "optim/lr", "Learning rate", "of the schedule, before module factors", window=1),
+                *_simple(runs, layout, "optim/grad_norm", "Gradient norm", "global L2 norm, log scale", log_y=True, threshold=_clip),
+            ),
+        ),
+    ]  # fmt: skip
+    return tuple(group for group in groups if any(line for panel in group.panels for line in panel.lines))
+
+
+def is_sequence_of_stages(runs: Sequence[RunData]) -> bool:
+    """Whether the folders are stage1, stage2, ... under one parent: one training, not competitors."""
+    names = [run.path.resolve().name for run in runs]
+    parents = {run.path.resolve().parent for run in runs}
+    return len(runs) > 1 and len(parents) == 1 and len(set(names)) == len(names) and all(stage_number(n) is not None for n in names)
+
+
+def stage_number(name: str) -> int | None:
+    """3 for `stage3` and `stage_3`; None for a folder that is no stage."""
+    digits = name.lower().removeprefix("stage").lstrip("_-")
+    return int(digits) if name.lower().startswith("stage") and digits.isdecimal() else None
+
+
+def marks_of(run: RunData) -> tuple[Mark, ...]:
+    """The run's events that belong on a step axis. Saves are left out where they would make a fence of ticks."""
+    marks = []
+    for event in run.events:
+        step = as_int(event.get("step"))
+        if step is not None and event["event"] in MARKED_EVENTS:
+            marks.append(Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"])))
+    ends_early = {m.step for m in marks if m.kind == "stopped early"}
+    marks = [m for m in marks if not (m.kind == "stop" and (m.step in ends_early or m.step >= run.last_step))]
+    if sum(m.kind == "save" for m in marks) > 40:
+        marks = [m for m in marks if m.kind != "save"]
+    return tuple(marks)
+
+
+def window_of(series: Series | None) -> int:
+    """Steps to average over: a fortieth of the run, 1 (nothing) for a very short one, at most 500."""
+    count = len(series) if series is not None else 0
+    return 1 if count < 20 else min(500, max(5, count // 40))
+
+
+def _line(run: RunData, key: str, label: str, color: int, **more: object) -> Line | None:
+    series = run.series.get(key)
+    measured = more.get("held_out")
+    if (series is None or not len(series.finite())) and (measured is None or not len(measured)):  # type: ignore[arg-type]
+        return None
+    return Line(label=label, color=color, series=series, window=window_of(series), **more)  # type: ignore[arg-type]
+
+
+def _present(lines: Sequence[Line | None]) -> tuple[Line, ...]:
+    return tuple(line for line in lines if line is not None)
+
+
+def _title(run: RunData, title: str, runs: Sequence[RunData]) -> str:
+    return f"{run.label} · {title}" if len(runs) > 1 else title.capitalize()
+
+
+def _per_run(runs: Sequence[RunData], make: Callable[[RunData, Sequence[RunData]], Panel], *, share: bool) -> tuple[Panel, ...]:
+    panels = [make(run, runs) for run in runs]
+    if not any(panel.lines for panel in panels):
+        return ()
+    return _same_scale(panels) if share else tuple(panels)
+
+
+def _same_scale(panels: Sequence[Panel]) -> tuple[Panel, ...]:
+    limits = shared_limits(panels)
+    return tuple(replace(panel, limits=limits) for panel in panels)
+
+
+def _loss(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
+    unit = "nats a supervised token"
+    if layout is Layout.stages and len(runs) > 1:
+
+        def of_stage(run: RunData, among: Sequence[RunData]) -> Panel:
+            lines = [_line(run, f"loss/{kind}", kind, i, held_out=held_out(run, kind)) for i, kind in enumerate(KIND_NAMES)]
+            return Panel(title=_title(run, "loss", among), unit=unit, lines=_present(lines), marks=marks_of(run))
+
+        return _per_run(runs, of_stage, share=True)
+    panels = []
+    for i, name in enumerate(("total", *KIND_NAMES)):
+        color = INK if name == "total" else i - 1
+        lines = []
+        for j, run in enumerate(runs):
+            label, number = ("", color) if len(runs) == 1 else (run.label, j)
+            lines.append(_line(run, f"loss/{name}", label, number, held_out=held_out(run, name)))
+        marks = marks_of(runs[0]) if len(runs) == 1 else ()
+        title = "All kinds" if name == "total" else name.capitalize()
+        panels.append(Panel(title=title, unit=unit, lines=_present(lines), marks=marks))
+    return tuple(panel for panel in panels if panel.lines)
+
+
+def _source_panel(run: RunData, runs: Sequence[RunData]) -> Panel:
+    prefix = "loss/source/"
+    everywhere = sorted({key.removeprefix(prefix) for other in runs for key in other.series if key.startswith(prefix)})
+    names = [name for name in everywhere if prefix + name in run.series]  # a source has one colour in all stages
+    lines = [_line(run, prefix + name, name, everywhere.index(name)) for name in names[:MAX_SOURCES]]
+    quiet = tuple(replace(line, held_out=None) for line in _present(lines))
+    more = f", {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
+    return Panel(title=_title(run, "loss by source", runs), unit=f"nats a supervised token{more}", lines=quiet, marks=marks_of(run))
+
+
+def _mixture(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
+    def unit(run: RunData) -> str:
+        return f"share of a step's {run.configured('stage.ratio_unit', 'documents')}"
+
+    if layout is Layout.stages or len(runs) == 1:
+
+        def of_run(run: RunData, among: Sequence[RunData]) -> Panel:
+            shares = configured_shares(run)
+            lines = [
+                _line(run, f"mixture/{kind}", kind, i, reference=shares[i]) for i, kind in enumerate(KIND_NAMES) if _takes_part(run, kind)
+            ]
+            return Panel(title=_title(run, "realised mixture", among), unit=unit(run), lines=_present(lines), percent=True)
+
+        return _per_run(runs, of_run, share=True)
+    panels = []
+    for i, kind in enumerate(KIND_NAMES):
+        lines = [_line(run, f"mixture/{kind}", run.label, j, reference=configured_shares(run)[i]) for j, run in enumerate(runs)]
+        if not any(_takes_part(run, kind) for run in runs):
+            continue
+        panels.append(Panel(title=f"Share of {kind}", unit=unit(runs[0]), lines=_present(lines), percent=True))
+    return tuple(panel for panel in panels if panel.lines)
+
+
+def _takes_part(run: RunData, kind: str) -> bool:
+    """Whether the kind was asked for or seen: a kind at 0 from the first to the last step has no line."""
+    series = run.series.get(f"mixture/{kind}")
+    return bool(configured_shares(run)[KIND_NAMES.index(kind)]) or (series is not None and bool((series.finite().values > 0).any()))
+
+
+def _simple(
+    runs: Sequence[RunData],
+    layout: Layout,
+    key: str,
+    title: str,
+    unit: str,
+    *,
+    window: int | None = None,
+    derive: Callable[[RunData], Series | None] | None = None,
+    threshold: Callable[[RunData], tuple[str, float] | None] | None = None,
+    percent: bool = False,
+    log_y: bool = False,
+) -> tuple[Panel, ...]:
+    """One metric: a panel a stage on a common scale, or one panel with a line a run."""
+
+    def line(run: RunData, label: str, color: int) -> Line | None:
+        series = derive(run) if derive is not None else run.series.get(key)
+        if series is None or not len(series.finite()):
+            return None
+        return Line(label=label, color=color, series=series, window=window or window_of(series))
+
+    def limit(run: RunData) -> tuple[str, float] | None:
+        return threshold(run) if threshold is not None else None
+
+    if layout is Layout.stages and len(runs) > 1:
+        panels = [
+            Panel(title=_title(run, title.lower(), runs), unit=unit, lines=_present([line(run, "", INK)]), marks=marks_of(run), percent=percent,
+                  log_y=log_y, threshold=limit(run))
+            for run in runs
+        ]  # fmt: skip
+        return _same_scale(panels) if any(panel.lines for panel in panels) else ()
+    single = len(runs) == 1
+    lines = _present([line(run, "" if single else run.label, INK if single else j) for j, run in enumerate(runs)])
+    panel = Panel(
+        title=title,
+        unit=unit,
+        lines=lines,
+        percent=percent,
+        log_y=log_y,
+        marks=marks_of(runs[0]) if single else (),
+        threshold=limit(runs[0]),
+    )
+    return (panel,) if lines else ()
+
+
+def _throughput(run: RunData) -> Series | None:
+    return _without_first(run.series.get("perf/tokens_per_s"))
+
+
+def _without_first(series: Series | None) -> Series | None:
+    if series is None or len(series) < 3:
+        return series
+    return Series(steps=series.steps[1:], values=series.values[1:])
+
+
+def _wait_share(run: RunData) -> Series | None:
+    step, wait = run.series.get("time/step_s"), run.series.get("time/data_wait_s")
+    if step is None or wait is None:
+        return None
+    waits = dict(zip(wait.steps.tolist(), wait.values.tolist(), strict=True))
+    points = [(s, waits[s] / t) for s, t in zip(step.steps.tolist(), step.values.tolist(), strict=True) if s in waits and t > 0]
+    return _without_first(_series(points)) if points else None
+
+
+def _series(points: Sequence[tuple[int, float]]) -> Series:
+    import numpy as np
+
+    return Series(steps=np.array([p[0] for p in points], dtype=np.int64), values=np.array([p[1] for p in points], dtype=np.float64))
+
+
+def _clip(run: RunData) -> tuple[str, float] | None:
+    clip = run.configured("optimizer.clip")
+    return ("clip " + f"{clip:g}", float(clip)) if isinstance(clip, (int, float)) and clip > 0 else None

@@ -1,0 +1,55 @@
+"""How many bytes training reads for a document, from the sidecars: only the fields that its kind needs count, or the token ids in place of texts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jp_train.config.schema import DataConfig, VqIds
+from jp_train.data.index import SourceIndex
+from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, wanted_fields
+from jp_train.data.sidecar import load_members
+from jp_train.data.vq_use import ids_summary
+from jp_train.errors import DataError
+from jp_train.tools.simulate.walk import SourceReads
+from jp_train.types import Kind
+
+SAMPLED_SHARDS = 64
+"""Shards of a source whose sidecars are looked into, at even distances; shards are alike enough for a mean."""
+NPY_HEADER = 128
+
+
+def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceReads:
+    """The mean bytes of a document of a source, with its picture and with VQ ids in the picture's place (`slots` uint16).
+
+    Ids that lie in the shards as members replace pictures as in training. Ids beside the shards are counted, not compared with the run's VQ.
+
+    Raises:
+        DataError: if a shard's index is gone.
+    """
+    shards = index.shards
+    chosen = sorted({round(number) for number in np.linspace(0, len(shards) - 1, min(len(shards), SAMPLED_SHARDS))})
+    samples = embedded = 0
+    sums = {"pictures": 0, "ids": 0, "others": 0}
+    for number in chosen:
+        members = load_members(shards[number])
+        if members is None:
+            raise DataError(f"the index of shard {shards[number].path} is gone or stale; start again so that it is rebuilt")
+        samples += len(members.keys)
+        by_extension = {
+            extension: int(members.size[members.extension == code].sum(dtype=np.int64)) for code, extension in enumerate(members.extensions)
+        }
+        if VQ_EXTENSION in members.extensions:
+            embedded += int((members.extension == members.extensions.index(VQ_EXTENSION)).sum())
+        for extension in set(by_extension) & {*wanted_fields(index.kind, by_extension, data.crop), *IMAGE_EXTENSIONS}:
+            what = "pictures" if extension in IMAGE_EXTENSIONS else "ids" if extension == VQ_EXTENSION else "others"
+            sums[what] += by_extension[extension]
+    others, pictures = sums["others"] / max(samples, 1), sums["pictures"] / max(samples, 1)
+    if index.locator.token_ids:
+        others = index.ids_bytes / max(len(index), 1)
+    if index.kind is not Kind.GENERATION:
+        with_pictures = others + pictures * (index.kind is Kind.UNDERSTANDING)
+        return SourceReads(with_pictures=with_pictures, with_ids=with_pictures, stored=0.0, samples=len(index))
+    beside = max(ids_summary(index).values(), default=0) / len(shards)
+    stored = 0.0 if data.vq_ids is VqIds.off and pictures else max(beside, embedded / max(samples, 1))
+    with_ids = others + 2 * slots + NPY_HEADER * (embedded > 0)
+    return SourceReads(with_pictures=others + pictures if pictures else with_ids, with_ids=with_ids, stored=stored, samples=len(index))

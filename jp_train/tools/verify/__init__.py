@@ -1,0 +1,1 @@
+"""`jp-train data verify`: every shard, picture and text once."""

@@ -1,0 +1,217 @@
+"""What `jp-train data verify` found: as a table, as JSON, and as a picture of the lengths."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jp_train.config.schema import RunConfig
+from jp_train.terminal import aligned, printable
+from jp_train.tools.verify.faults import REMEDIES
+from jp_train.tools.verify.plot import plot_lengths
+from jp_train.tools.verify.shard import EDGES, Fault, ShardReport
+
+EXAMPLES = 3
+"""Faults of one class and source that the text names; the JSON names all."""
+
+Sample = tuple[str, str, str]
+"""Source, shard, key."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """`sources`: name -> kind; `unreachable`: shards that could not even be looked at; `excluded`: samples that the index leaves out
+    because of an exclusion, `newly_excluded` those of this pass, written to `exclusion_files`; `decode`: pictures decoded per source
+    (None: all)."""
+
+    sources: dict[str, str]
+    shards: list[ShardReport]
+    unreachable: list[Fault]
+    decode: int | None
+    seconds: float
+    excluded: set[Sample] = field(default_factory=set)
+    newly_excluded: set[Sample] = field(default_factory=set)
+    exclusion_files: list[Path] = field(default_factory=list)
+
+    @property
+    def findings(self) -> Iterator[Fault]:
+        """Every fault and warning, source by source, in tar order."""
+        for name in self.sources:
+            yield from (fault for fault in self.unreachable if fault.source == name)
+            for shard in self.shards:
+                if shard.source == name:
+                    yield from shard.faults
+
+    def is_excluded(self, fault: Fault) -> bool:
+        """Whether the index leaves the sample out because of an exclusion."""
+        return fault.picture and (fault.source, fault.shard, fault.key) in self.excluded
+
+    @property
+    def clean(self) -> bool:
+        """No fault, except those of samples that were excluded before this pass."""
+        return all(fault.warning or (self.is_excluded(fault) and not self._is_new(fault)) for fault in self.findings)
+
+    def _is_new(self, fault: Fault) -> bool:
+        return (fault.source, fault.shard, fault.key) in self.newly_excluded
+
+
+def write_report(report: Report, cfg: RunConfig, folder: Path) -> dict[str, Any]:
+    """Write verify.json and lengths.png to `folder`, which exists; returns what the JSON holds."""
+    histogram = folder / "lengths.png"
+    by_source = lengths_by_source(report)
+    document = _document(report, cfg) | {"files": {"report": str(folder / "verify.json"), "histogram": str(histogram)}}
+    plot_lengths(by_source, report.sources, EDGES, cfg.data.seq_len, histogram)
+    temporary = folder / f".verify.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / "verify.json")
+    return document
+
+
+def lengths_by_source(report: Report) -> dict[str, np.ndarray]:
+    """Histogram of tokens per document over EDGES, by source."""
+    found = {name: np.zeros(len(EDGES), np.int64) for name in report.sources}
+    for shard in report.shards:
+        found[shard.source] += shard.lengths
+    return found
+
+
+def format_report(report: Report, document: dict[str, Any]) -> str:
+    """The table of sources, the faults by class with examples and remedies, and what follows for training."""
+    head = ("source", "kind", "shards", "samples", "usable", "faults", "warnings", "excluded", "tokens/doc", "longest", "> seq_len")
+    lines = aligned(
+        [head]
+        + [
+            (
+                one["name"],
+                one["kind"],
+                f"{one['shards']:,}" + (f" ({one['broken_shards']} broken)" if one["broken_shards"] else ""),
+                f"{one['samples']:,}",
+                f"{one['usable']:,}",
+                f"{sum(one['faults'].values()):,}",
+                f"{sum(one['warnings'].values()):,}",
+                f"{one['excluded']:,}",
+                f"{one['tokens'] / max(one['usable'], 1):,.1f}",
+                f"{one['longest']:,}",
+                f"{one['over_seq_len']:,}",
+            )
+            for one in document["sources"]
+        ],
+    )
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in report.findings:
+        groups.setdefault((fault.source, fault.fault), []).append(fault)
+    if groups:
+        counts = [(source, fault, f"{len(all_of):,}") for (source, fault), all_of in groups.items()]
+        lines += ["", *aligned([("source", "fault", "count"), *counts])]
+    for (source, fault), all_of in groups.items():
+        lines += ["", f"{'warning' if all_of[0].warning else 'fault'} {fault} in {source}:"]
+        lines += [f"  {_where(one)}: {one.reason}" for one in all_of[:EXAMPLES]]
+        if len(all_of) > EXAMPLES:
+            lines.append(f"  … and {len(all_of) - EXAMPLES:,} more, all in {document['files']['report']}")
+        lines.append(f"  remedy: {REMEDIES[fault]}")
+    return "\n".join(printable(line) for line in [*lines, "", *_conclusion(report, document)])
+
+
+def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
+    lines = []
+    if report.decode is not None:
+        decoded = sum(shard.decoded for shard in report.shards)
+        lines.append(f"only {decoded:,} pictures were decoded: of the others only the header was read, so damage may have been missed")
+    if report.exclusion_files:
+        lines += [
+            f"excluded {len(report.newly_excluded):,} samples that only decoding shows to be bad ({len(report.exclusion_files)} files, e.g. "
+            f"{report.exclusion_files[0]}); the next index leaves them out and ledger.jsonl names them",
+            "this changes the plan: a run that was started before goes on as it is, but will be refused when it resumes; delete the "
+            ".jp-excluded.json files to resume it",
+        ]
+    broken = [shard for shard in report.shards if not shard.whole]
+    if broken or report.unreachable:
+        lines.append(f"{len(broken) + len(report.unreachable)} shards cannot be used: training refuses to start with them")
+    state = "clean" if report.clean else "faults found"
+    lines.append(
+        f"{state}: {document['samples']:,} samples in {len(report.shards):,} shards, {document['bytes'] / 2**20:,.1f} MiB in "
+        f"{report.seconds:.1f} s; {document['files']['report']}, {document['files']['histogram']}"
+    )
+    return lines
+
+
+def _document(report: Report, cfg: RunConfig) -> dict[str, Any]:
+    findings = list(report.findings)
+    lengths = lengths_by_source(report)
+    used = np.flatnonzero(sum(lengths.values()))
+    bins = int(used[-1]) + 1 if len(used) else 1
+    return {
+        "clean": report.clean,
+        "seconds": report.seconds,
+        "seq_len": cfg.data.seq_len,
+        "samples": sum(shard.samples for shard in report.shards),
+        "bytes": sum(shard.shard.size for shard in report.shards),
+        "pictures_decoded": sum(shard.decoded for shard in report.shards),
+        "all_pictures_decoded": report.decode is None,
+        "sources": [_source(report, name, kind, findings) for name, kind in report.sources.items()],
+        "shards": [
+            {
+                "source": one.source,
+                "shard": one.shard.path,
+                "size": one.shard.size,
+                "stamp": one.shard.stamp,
+                "samples": one.samples,
+                "usable": one.good,
+                "whole": one.whole,
+                "last_readable_key": one.last_key,
+            }
+            for one in report.shards
+        ],
+        "findings": [
+            {
+                "fault": one.fault,
+                "source": one.source,
+                "shard": one.shard,
+                "key": one.key,
+                "offset": one.offset,
+                "reason": one.reason,
+                "remedy": REMEDIES[one.fault],
+                "warning": one.warning,
+                "excluded": report.is_excluded(one),
+            }
+            for one in findings
+        ],
+        "exclusions": [str(path) for path in report.exclusion_files],
+        "lengths": {
+            "edges": EDGES[:bins].tolist(),
+            "documents": {name: counts[:bins].tolist() for name, counts in lengths.items()},
+        },
+    }
+
+
+def _source(report: Report, name: str, kind: str, findings: list[Fault]) -> dict[str, Any]:
+    shards = [shard for shard in report.shards if shard.source == name]
+    mine = [fault for fault in findings if fault.source == name]
+    unreachable = sum(fault.source == name for fault in report.unreachable)
+    return {
+        "name": name,
+        "kind": kind,
+        "shards": len(shards) + unreachable,
+        "broken_shards": sum(not shard.whole for shard in shards) + unreachable,
+        "samples": sum(shard.samples for shard in shards),
+        "usable": sum(shard.good for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "longest": max((shard.longest for shard in shards), default=0),
+        "over_seq_len": sum(shard.over_seq_len for shard in shards),
+        "excluded": sum(report.is_excluded(fault) for fault in mine),
+        "faults": dict(Counter(fault.fault for fault in mine if not fault.warning)),
+        "warnings": dict(Counter(fault.fault for fault in mine if fault.warning)),
+    }
+
+
+def _where(fault: Fault) -> str:
+    shard = fault.shard.rsplit("/", 1)[-1]
+    at = "" if fault.offset is None else f" at byte {fault.offset:,}"
+    return f"{shard}{at}" if fault.key is None else f"{fault.key} in {shard}{at}"

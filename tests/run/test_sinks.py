@@ -1,0 +1,181 @@
+"""Run-folder files that survive kills, one console line a step, and wandb that tells no secrets."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jp_train.config.schema import WandbConfig, WandbMode
+from jp_train.errors import ConfigError
+from jp_train.run.sinks import (
+    Console,
+    Events,
+    MetricsFile,
+    Progress,
+    StatusFile,
+    TensorBoard,
+    Wandb,
+    drop_later_lines,
+    format_seconds,
+    kept_run_id,
+    wandb_mode,
+    without_secrets,
+)
+
+VALUES = {
+    "loss/total": 2.5,
+    "loss/text": 3.0,
+    "loss/generation": 2.0,
+    "optim/lr": 1e-4,
+    "optim/grad_norm": 0.5,
+    "packing/fill": 0.998,
+    "perf/tokens_per_s": 12345.0,
+    "time/step_s": 2.0,
+    "time/data_wait_s": 0.01,
+    "data/skipped": 0.0,
+}
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_metrics_file_has_every_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, None)
+    for step in range(7):
+        first.log(step, {"loss/total": float(step)})
+    first.close()
+    path.write_text(path.read_text() + '{"step": 7, "loss/to')  # killed in the middle of a line
+    resumed = MetricsFile(path, 4)
+    assert steps(path) == [0, 1, 2, 3, 4]
+    for step in (5, 6, 7):
+        resumed.log(step, {"loss/total": -1.0})
+    assert steps(path) == list(range(8)) and json.loads(path.read_text().splitlines()[5])["loss/total"] == -1.0
+
+
+def test_a_run_that_starts_anew_starts_an_empty_metrics_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "val/total": 1}\n{"step": 1, "loss/total": 1}\n')
+    MetricsFile(path, None).log(1, {"loss/total": float("nan")})
+    assert path.read_text() == '{"step": 1, "loss/total": null}\n'
+
+
+def test_later_ledger_lines_are_dropped_and_lines_without_a_step_stay(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"step": null, "key": "a"}\n{"step": 3, "key": "b"}\n{"step": 5, "key": "c"}\n{"st')
+    drop_later_lines(path, 3)
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b"]
+    drop_later_lines(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_events_follow_a_torn_line_on_a_line_of_their_own(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "sta')
+    Events(path).write("resume", 4, loss=float("inf"))
+    found = json.loads(path.read_text().splitlines()[1])
+    assert (found["event"], found["step"], found["loss"]) == ("resume", 4, None) and found["time"] > 1.7e9
+
+
+def test_status_keeps_earlier_values_and_is_never_half_written(tmp_path):
+    status = StatusFile(tmp_path / "status.json", stage="stage2")
+    status.update(state="running", step=3)
+    status.update(step=4)
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["stage"], found["state"], found["step"]) == ("stage2", "running", 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_eta_is_the_smoothed_step_time_times_the_steps_left():
+    times = iter([100.0, 102.0, 104.0, 116.0])
+    progress = Progress(10, clock=lambda: next(times))
+    assert progress.eta_s(0) is None
+    progress.tick()
+    assert progress.eta_s(1) is None, "one step has no length yet"
+    progress.tick(), progress.tick()
+    assert progress.eta_s(3) == pytest.approx(7 * 2.0)
+    progress.tick()
+    assert progress.eta_s(4) == pytest.approx(6 * 3.0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(9, "0:09"), (249, "4:09"), (7449, "2:04:09"), (266640.4, "3d 02:04")])
+def test_durations_read_like_a_clock(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_the_console_prints_one_line_every_n_steps_and_every_validation():
+    stream = io.StringIO()
+    console = Console(10, Progress(25), stream)
+    console.log(0, {"val/text": 4.0, "val/total": 4.0})
+    for step in range(1, 26):
+        console.log(step, VALUES)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["0/25", "1/25", "10/25", "20/25", "25/25"]
+    assert "held out  text 4.0000 total 4.0000" in lines[0]
+    for part in (
+        "loss 2.5000 (text 3.0000 gen 2.0000)",
+        "lr 1.00e-04",
+        "fill 99.8%",
+        "12,345 tok/s",
+        "2.00 s/step",
+        "wait 0.01 s",
+        "ETA --",
+    ):
+        assert part in lines[1]
+    assert "skipped" not in lines[1] and max(map(len, lines)) < 200
+
+
+def test_wandb_is_online_only_when_logged_in(tmp_path):
+    def mode(**environment: str) -> str:
+        return wandb_mode(WandbConfig(), {"HOME": str(tmp_path), **environment})
+
+    assert mode() == "offline"
+    assert mode(WANDB_API_KEY="k") == "online"
+    assert mode(WANDB_API_KEY="k", WANDB_MODE="disabled") == "disabled"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert mode() == "online" and mode(WANDB_BASE_URL="https://wandb.example.org") == "offline"
+    assert wandb_mode(WandbConfig(mode=WandbMode.disabled), {"WANDB_API_KEY": "k"}) == "disabled"
+
+
+def test_what_is_sent_to_wandb_has_no_secrets():
+    config = {
+        "data": {"sources": {"a": {"shards": "https://user:pw@host/x/{0..9}.tar?token=abc", "weight": 1.0}}},
+        "tokenizer": {"path": "tok", "bos": "<s>"},
+        "engine": {"deepspeed": {"api_key": "k", "auth_token": "t", "max_tokens": 5}},
+        "tags": ["ok", "s3://bucket/key"],
+    }
+    found = without_secrets(config)
+    assert found["data"]["sources"]["a"]["shards"] == "https://***@host/x/{0..9}.tar?***"
+    assert found["engine"]["deepspeed"] == {"api_key": "***", "auth_token": "***", "max_tokens": 5}
+    assert found["tokenizer"] == config["tokenizer"] and found["tags"] == config["tags"]
+
+
+def test_the_wandb_id_is_kept_across_resumes(tmp_path):
+    ids = iter(["first", "second"])
+    assert [kept_run_id(tmp_path / "run_id", lambda: next(ids)) for _ in range(3)] == ["first"] * 3
+
+
+def test_an_offline_wandb_run_is_written_and_continues_under_its_id(tmp_path):
+    for step in (1, 2):
+        sink = Wandb(tmp_path, WandbConfig(project="p"), mode="offline", config={"seed": 7}, name="run")
+        sink.log(step, VALUES)
+        sink.close()
+    kept = (tmp_path / "wandb" / "run_id").read_text().strip()
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert runs and all(name.endswith(kept) for name in runs)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_missing_packages_are_a_clear_error(tmp_path, monkeypatch):
+    for module in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match="pip install wandb, or set logging.wandb.mode: disabled"):
+        Wandb(tmp_path, WandbConfig(), mode="offline", config={}, name="x")
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        TensorBoard(tmp_path, None)
