@@ -20,7 +20,7 @@ are refused, and a whole step is compared with the counts in its metrics.jsonl. 
   jp-train data explain --run runs/janus_pro_1b/stage1 --step 12345 --row 7    its documents
   jp-train data explain launch/janus_pro_1b_stage1.yaml --step 1 --row 0       before there is a run
 
---save writes the micro-batch as it went into the model; in Python jp_train.tools.explain.describe.load_batch(path) reads it back."""
+--save writes the micro-batch as it went into the model; in Python jp_train.data.batch_file.load_batch(path) reads it back."""
 
 
 def register(tools: argparse._SubParsersAction) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jp_train.cluster.signals import LAUNCH_ID
+from jp_train.run.lock import LAUNCH_ID
 
 PASSED_PREFIXES = (
     "CUDA_",

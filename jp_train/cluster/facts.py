@@ -21,7 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jp_train.cluster.signals import LAUNCH_ID, read_proc
+from jp_train.cluster.signals import read_proc
+from jp_train.run.lock import LAUNCH_ID
 
 if TYPE_CHECKING:
     from jp_train.config import RunConfig

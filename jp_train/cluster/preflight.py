@@ -26,9 +26,9 @@ from jp_train.cluster.hostfile import parse_hostfile, runs_locally
 from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.reach import CONNECTS_AT_ONCE
 from jp_train.cluster.remote import CONNECT_TIMEOUT_S, Cause, run_on_hosts
-from jp_train.cluster.signals import LAUNCH_ID
 from jp_train.config import RunConfig, dump_config, load_config
 from jp_train.errors import ConfigError
+from jp_train.run.lock import LAUNCH_ID
 
 DEFAULT_TIMEOUT_S = 10.0
 """Seconds that a host may take for one answer. Loading torch, and the all-reduce, may take twice as long."""

@@ -13,7 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-LAUNCH_ID = "JP_TRAIN_LAUNCH_ID"
+from jp_train.run.lock import LAUNCH_ID
+
 REACHED = "jp_train: reached"
 SUPERVISOR = [b"-u", b"-m", b"jp_train.cluster.rank"]
 """First arguments of the process that has a rank for its child. Launchers have the same words further back in theirs."""

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 
 from jp_train.config import RunConfig
+from jp_train.data.batch_file import describe_batch, save_batch
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.engine.init import Ranks, gather_objects
-from jp_train.engine.metrics import json_safe
 from jp_train.engine.outliers import Verdict
 from jp_train.errors import JpTrainError
+from jp_train.files import json_safe
 from jp_train.model.freeze import module_of
-from jp_train.tools.explain.describe import describe_batch, save_batch
 from jp_train.types import PackedBatch
 
 FOLDER = "forensics"

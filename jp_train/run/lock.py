@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jp_train.cluster.signals import LAUNCH_ID
 from jp_train.errors import LaunchError
 
+LAUNCH_ID = "JP_TRAIN_LAUNCH_ID"
+"""Environment variable that marks every process of one launch."""
 LOCK_FILE = "run.lock"
 BEAT_S = 5.0
 """Seconds between two renewals."""

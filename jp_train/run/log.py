@@ -15,7 +15,8 @@ from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot
 from jp_train.engine.checkpoint.identity import plain
 from jp_train.engine.watch.stop import Stop, last_step
 from jp_train.errors import JpTrainError
-from jp_train.run.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, drop_later_lines, wandb_mode
+from jp_train.files import drop_later_lines
+from jp_train.run.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, wandb_mode
 from jp_train.types import KINDS
 
 STATUS_FILE = "status.json"

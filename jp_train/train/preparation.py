@@ -23,13 +23,13 @@ from jp_train.engine.main_first import main_first
 from jp_train.engine.proof import frozen_checksum
 from jp_train.engine.state import TrainState
 from jp_train.engine.update_gate import UpdateGate
+from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.engine.watch.guard import INDEXING, Pace, SequenceGuard
 from jp_train.engine.watch.stop import GraceCheck, SignalFlag
 from jp_train.engine.watch.watchdog import Watchdog
 from jp_train.errors import CheckpointError, ConfigError
 from jp_train.run.log import RunLog
 from jp_train.run.sinks import format_seconds
-from jp_train.tools.encode_images.encoder import ids_recipe
 from jp_train.types import Kind
 
 REPORT_S = 30.0

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from jp_train.cluster import facts
-from jp_train.cluster.signals import LAUNCH_ID
+from jp_train.run.lock import LAUNCH_ID
 
 
 def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None:

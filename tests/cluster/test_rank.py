@@ -14,7 +14,8 @@ import pytest
 
 from jp_train.cluster.rank import Log
 from jp_train.cluster.records import RankRecord, culprits, log_path, new_launch_id, open_logs, read_records
-from jp_train.cluster.signals import LAUNCH_ID, rank_processes
+from jp_train.cluster.signals import rank_processes
+from jp_train.run.lock import LAUNCH_ID
 
 ROOT = Path(__file__).resolve().parents[2]
 

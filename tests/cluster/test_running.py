@@ -14,7 +14,8 @@ import pytest
 
 from jp_train.cluster import running
 from jp_train.cluster.running import Run, StopSignals
-from jp_train.cluster.signals import LAUNCH_ID, launched_processes
+from jp_train.cluster.signals import launched_processes
+from jp_train.run.lock import LAUNCH_ID
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = """

@@ -11,15 +11,20 @@ from jp_train.config import batch_plan, load_config
 from jp_train.config.load import check_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
-RECIPES = sorted((ROOT / "data_recipes").glob("*.yaml"))
+LAUNCH_FILES = sorted([*(ROOT / "launch").glob("*.yaml"), *(ROOT / "examples").glob("*/stage*.yaml")])
+RECIPES = sorted([*(ROOT / "data_recipes").glob("*.yaml"), *(ROOT / "examples").glob("*/recipe_*.yaml")])
 PAPER_HOSTFILE = {"janus_pro_1b": "a100_16x8", "janus_pro_7b": "a100_32x8", "smoke": "local", "showcase": "local"}
 
 
-@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def launch_file(model: str, stage: str) -> Path:
+    """`launch/MODEL_STAGE.yaml`, or that of an example."""
+    return ROOT / "examples" / model / f"{stage}.yaml" if PAPER_HOSTFILE[model] == "local" else ROOT / "launch" / f"{model}_{stage}.yaml"
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_launch_config_loads_and_fits_its_cluster(file):
     config = load_config(file)
-    model, _, stage = file.stem.rpartition("_")
+    model, _, stage = file.stem.rpartition("_") if file.parent.name == "launch" else (file.parent.name, "", file.stem)
     hostfile = "a100_16x8" if file.stem == "janus_pro_7b_stage3" else PAPER_HOSTFILE[model]
     ranks = sum(host.slots for host in parse_hostfile(ROOT / "hostfiles" / hostfile))
     plan = batch_plan(config, ranks)
@@ -31,11 +36,11 @@ def test_every_launch_config_loads_and_fits_its_cluster(file):
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
 @pytest.mark.parametrize("model", PAPER_HOSTFILE)
 def test_a_stage_starts_from_the_run_folder_of_the_one_before(model, stage):
-    before = load_config(ROOT / "launch" / f"{model}_stage{int(stage[-1]) - 1}.yaml")
-    assert load_config(ROOT / "launch" / f"{model}_{stage}.yaml").model.init_from == before.run_dir
+    before = load_config(launch_file(model, f"stage{int(stage[-1]) - 1}"))
+    assert load_config(launch_file(model, stage)).model.init_from == before.run_dir
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_recipe_has_known_keys_only_and_names_a_licence_for_each_training_source(file):
     recipe = OmegaConf.load(file)
     check_keys(recipe, str(file))

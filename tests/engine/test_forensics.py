@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from jp_train.data.batch_file import load_batch
 from jp_train.engine.forensics import Forensics, block_of
 from jp_train.engine.init import Ranks
 from jp_train.engine.outliers import Verdict
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.errors import JpTrainError
-from jp_train.tools.explain.describe import load_batch
 from jp_train.types import Kind, Provenance
 from tests.distributed import Launch, Nursery
 from tests.engine.tiny_run import tiny_run

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jp_train.config.schema import RatioUnit
-from jp_train.engine.metrics import StepTally, StepTotals, exchange, fields, json_safe, step_values, validation_values
+from jp_train.engine.metrics import StepTally, StepTotals, exchange, fields, step_values, validation_values
+from jp_train.files import json_safe
 from jp_train.types import KINDS, DocumentRef, Kind, LossTerms, PackedBatch, Provenance, SkippedDocument, SourceInfo
 from tests.model.janus_tiny import N_SOURCES, pack, random_docs
 

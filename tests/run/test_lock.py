@@ -19,7 +19,7 @@ from jp_train.run import lock as run_lock
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys, time
-from jp_train import run_lock
+from jp_train.run import lock as run_lock
 from jp_train.errors import LaunchError
 folder, host, lease_s, go = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4]
 run_lock.BEAT_S, run_lock.LEASE_S = 0.05, lease_s

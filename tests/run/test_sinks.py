@@ -11,6 +11,7 @@ import pytest
 
 from jp_train.config.schema import WandbConfig, WandbMode
 from jp_train.errors import ConfigError
+from jp_train.files import drop_later_lines
 from jp_train.run.sinks import (
     Console,
     Events,
@@ -19,7 +20,6 @@ from jp_train.run.sinks import (
     StatusFile,
     TensorBoard,
     Wandb,
-    drop_later_lines,
     format_seconds,
     kept_run_id,
     wandb_mode,

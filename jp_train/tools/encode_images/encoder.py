@@ -18,14 +18,14 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from jp_train.config.schema import RunConfig, SourceKind
-from jp_train.data.image import TRANSFORM_VERSION
+from jp_train.config.schema import RunConfig
 from jp_train.data.index import shard_members
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
-from jp_train.data.vq_ids import NO_IDS, IdsManifest, IdsRecipe, ids_problem, load_manifest, open_ids, restamp_ids, store_ids
+from jp_train.data.vq_ids import NO_IDS, IdsManifest, ids_problem, load_manifest, open_ids, restamp_ids, store_ids
+from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.pretrained import load_vq
-from jp_train.model.vq import PICTURES_AT_ONCE, VQTokenizer
+from jp_train.model.vq import PICTURES_AT_ONCE
 from jp_train.terminal import printable
 from jp_train.tools.encode_images.work import (
     READ_AHEAD,
@@ -43,24 +43,6 @@ from jp_train.tools.encode_images.work import (
 
 PROGRESS_S = 2.0
 OTHER_RANKS_PROGRESS_S = 60.0
-
-
-def ids_recipe(cfg: RunConfig, vq: VQTokenizer | None = None) -> IdsRecipe | None:
-    """What decides the ids of this configuration's pictures; None when it has no generation source. Reads the VQ's weights, no others.
-
-    Raises CheckpointError when they do not fit.
-    """
-    sources = [*cfg.data.sources.values(), *cfg.validation.sources.values()]
-    if vq is None and not any(source.kind is SourceKind.generation for source in sources):
-        return None
-    vq = load_vq(cfg.model, seed=cfg.seed) if vq is None else vq
-    return IdsRecipe(
-        vq=vq.fingerprint(),
-        transform=TRANSFORM_VERSION,
-        image_side=cfg.model.vision.image_size,
-        max_image_pixels=cfg.data.max_image_pixels,
-        decode=cfg.data.image_decode.value,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

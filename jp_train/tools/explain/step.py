@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jp_train.config import RunConfig, load_config
+from jp_train.data.batch_file import describe_batch, save_batch
 from jp_train.data.loader import rows_hash
 from jp_train.data.vq_ids import IdsRecipe
 from jp_train.engine.checkpoint.identity import git_commit
 from jp_train.engine.metrics import row_digest
+from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import CheckpointError, ConfigError, DataError
-from jp_train.tools.encode_images.encoder import ids_recipe
-from jp_train.tools.explain.describe import describe_batch, save_batch, totals
 from jp_train.tools.explain.replay import Replay
-from jp_train.tools.explain.table import format_row, format_rows
+from jp_train.tools.explain.table import format_row, format_rows, totals
 
 
 def open_replay(config: Path | None, overrides: Sequence[str], run_dir: Path | None, *, progress: TextIO | None = None) -> Replay:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jp_train.data.batch_file import HEADS
 from jp_train.data.batch_text import printable
 from jp_train.terminal import aligned
+from jp_train.types import KINDS
 
 MOST_SPANS = 2
 """Loss spans of a document that a table cell spells out."""
@@ -129,3 +131,33 @@ def _loss(loss: dict[str, Any]) -> str:
 
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
+
+
+def totals(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over described rows: rows, tokens, fill, documents and tokens by kind, supervised positions by head, cuts, truncated, skipped."""
+    rows = list(rows)
+    documents = [document for row in rows for document in row["documents"]]
+    capacity = sum(row["seq_len"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+    truncated = [row["truncated_tokens"] for row in rows]
+    kinds = {}
+    for kind in map(str, KINDS):
+        own = [document for document in documents if document["kind"] == kind]
+        kinds[kind] = {
+            "documents": len(own),
+            "tokens": sum(document["row_span"][1] - document["row_span"][0] for document in own),
+            "text": sum(document["loss"]["text"]["tokens"] for document in own),
+            "image": sum(document["loss"]["image"]["tokens"] for document in own),
+        }
+    return {
+        "rows": len(rows),
+        "documents": len(documents),
+        "tokens": tokens,
+        "capacity": capacity,
+        "fill": tokens / capacity if capacity else 0.0,
+        "supervised": {head: sum(row["supervised"][head] for row in rows) for head in HEADS},
+        "kinds": kinds,
+        "cut": sum(document["goes_on"] for document in documents),
+        "truncated_tokens": None if None in truncated else sum(truncated),
+        "skipped": sum(len(row["skipped"]) for row in rows),
+    }

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from jp_train.data.tokenizer import Tokenizer
-from jp_train.tools.explain.describe import totals
+from jp_train.tools.explain.table import totals
 from jp_train.tools.inspect.row import OPEN_ROWS, InspectedRow, esc, row_section, source_class
 from jp_train.tools.inspect.style import CSS
 

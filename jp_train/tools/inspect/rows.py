@@ -17,10 +17,10 @@ import torch
 
 from jp_train.config import RunConfig
 from jp_train.config.schema import InitPartsConfig
+from jp_train.data.batch_file import describe_batch
 from jp_train.errors import CheckpointError, ConfigError, DataError
 from jp_train.model.pretrained import load_vq
 from jp_train.model.vq import VQTokenizer
-from jp_train.tools.explain.describe import describe_batch
 from jp_train.tools.explain.replay import MicroBatch, Replay
 from jp_train.tools.inspect.page import inspect_page
 from jp_train.tools.inspect.pictures import ShownPicture

@@ -26,11 +26,12 @@ from jp_train.data.shards import ShardReader
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.data.vq_ids import load_manifest, open_ids
 from jp_train.data.vq_use import use_stored_ids
+from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.pretrained import load_vq, prepare_weights
 from jp_train.model.vq import VQTokenizer, fill_pending
 from jp_train.tools.encode_images.command import encode_images, encode_on_hosts
-from jp_train.tools.encode_images.encoder import Place, ids_recipe
+from jp_train.tools.encode_images.encoder import Place
 from jp_train.types import PackedBatch
 from tests.data.data_samples import generation_samples, write_shard
 from tests.distributed import Launch, Nursery

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jp_train.train.trainer as training
-from jp_train.tools.explain.describe import save_batch
+from jp_train.data.batch_file import save_batch
 from tests.distributed import run_scenarios, serve
 from tests.engine import worker
 

@@ -14,11 +14,11 @@ import jp_train.data.plan as plan_module
 from jp_train.cli.main import main
 from jp_train.config import RunConfig, batch_plan, load_config
 from jp_train.config.schema import WandbMode
+from jp_train.data.batch_file import load_batch
 from jp_train.data.loader import rows_hash
 from jp_train.data.snapshots import SNAPSHOTS_FILE
 from jp_train.errors import ConfigError, DataError
 from jp_train.run.log import RunLog
-from jp_train.tools.explain.describe import load_batch
 from jp_train.tools.explain.replay import Replay
 from jp_train.tools.explain.step import compare_with_metrics, explain_step, open_replay
 from jp_train.types import PackedBatch

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from jp_train.config.schema import MixtureConfig, SourceConfig, SourceKind
+from jp_train.data.batch_file import describe_batch
 from jp_train.data.batch_text import printable
-from jp_train.tools.explain.describe import describe_batch
 from jp_train.tools.explain.replay import Replay
 from jp_train.tools.inspect.page import POLICY, inspect_page
 from jp_train.tools.inspect.pictures import EXACT_SIDE, LARGEST_SIDE, ShownPicture, data_uri

@@ -13,15 +13,15 @@ import torch
 import jp_train.data.plan as plan_module
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import SourceConfig, SourceKind, TokenizerConfig
+from jp_train.data.batch_file import describe_batch, describe_row, load_batch, save_batch, sidecar_of
 from jp_train.data.batch_text import Shown, pieces, printable, snippet
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot, nearest_snapshots
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import ConfigError, DataError
-from jp_train.tools.explain.describe import describe_batch, describe_row, load_batch, save_batch, sidecar_of, totals
 from jp_train.tools.explain.replay import Replay
-from jp_train.tools.explain.table import format_row, format_rows
+from jp_train.tools.explain.table import format_row, format_rows, totals
 from jp_train.types import IGNORE_INDEX, PackedBatch, Provenance
 from tests.data.data_samples import text_samples
 from tests.engine.tiny_run import write_tokenizer

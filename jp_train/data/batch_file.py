@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,10 @@ from safetensors.torch import load, save
 from jp_train.data.batch_text import snippet
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import DataError
-from jp_train.types import IGNORE_INDEX, KINDS, DocumentRef, Kind, PackedBatch, Provenance, Row, RowSpec, SkippedDocument, SourceInfo
+from jp_train.types import IGNORE_INDEX, DocumentRef, Kind, PackedBatch, Provenance, Row, RowSpec, SkippedDocument, SourceInfo
 
 BATCH_FORMAT = 1
-_HEADS = {"text": "labels", "image": "gen_labels"}
+HEADS = {"text": "labels", "image": "gen_labels"}
 
 
 def describe_batch(
@@ -58,12 +58,12 @@ def describe_batch(
     """
     if specs and len(specs) != batch.rows:
         raise ValueError(f"the batch has {batch.rows} rows, got {len(specs)} specs")
-    arrays = {name: getattr(batch, name).cpu().numpy() for name in ("input_ids", "und_slots", "gen_slots", *_HEADS.values())}
+    arrays = {name: getattr(batch, name).cpu().numpy() for name in ("input_ids", "und_slots", "gen_slots", *HEADS.values())}
     described = []
     start = 0
     for number, provenance in enumerate(batch.provenance):
         end = start + sum(document.length for document in provenance)
-        inside = {name: arrays[name][start:end] for name in ("input_ids", *_HEADS.values())}
+        inside = {name: arrays[name][start:end] for name in ("input_ids", *HEADS.values())}
         for name in ("und_slots", "gen_slots"):
             slots = arrays[name]
             inside[name] = slots[(slots >= start) & (slots < end)] - start
@@ -103,7 +103,7 @@ def describe_row(
     if seq_len is None:
         raise ValueError("a Row does not know data.seq_len: give it")
     starts = np.concatenate([[0], np.cumsum([len(document) for document in row.documents])]).astype(np.int64)
-    inside = {name: _joined([getattr(document, name) for document in row.documents]) for name in ("input_ids", *_HEADS.values())}
+    inside = {name: _joined([getattr(document, name) for document in row.documents]) for name in ("input_ids", *HEADS.values())}
     for name in ("und_slots", "gen_slots"):
         inside[name] = _joined([getattr(document, name) + start for document, start in zip(row.documents, starts, strict=False)])
     return _described(
@@ -131,7 +131,7 @@ def _described(
     truncated: int | None,
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
-    supervised = {head: arrays[name] != IGNORE_INDEX for head, name in _HEADS.items()}
+    supervised = {head: arrays[name] != IGNORE_INDEX for head, name in HEADS.items()}
     refs = [ref for ref in spec.documents if all(ref != skip.ref for skip in skipped)] if spec is not None else []
     documents = []
     start = 0
@@ -262,36 +262,6 @@ def load_batch(path: str | Path) -> PackedBatch:
         raise DataError(
             f"{path} and {sidecar_of(path).name} beside it are not a saved batch ({type(error).__name__}: {error}); save it again"
         ) from error
-
-
-def totals(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over described rows: rows, tokens, fill, documents and tokens by kind, supervised positions by head, cuts, truncated, skipped."""
-    rows = list(rows)
-    documents = [document for row in rows for document in row["documents"]]
-    capacity = sum(row["seq_len"] for row in rows)
-    tokens = sum(row["tokens"] for row in rows)
-    truncated = [row["truncated_tokens"] for row in rows]
-    kinds = {}
-    for kind in map(str, KINDS):
-        own = [document for document in documents if document["kind"] == kind]
-        kinds[kind] = {
-            "documents": len(own),
-            "tokens": sum(document["row_span"][1] - document["row_span"][0] for document in own),
-            "text": sum(document["loss"]["text"]["tokens"] for document in own),
-            "image": sum(document["loss"]["image"]["tokens"] for document in own),
-        }
-    return {
-        "rows": len(rows),
-        "documents": len(documents),
-        "tokens": tokens,
-        "capacity": capacity,
-        "fill": tokens / capacity if capacity else 0.0,
-        "supervised": {head: sum(row["supervised"][head] for row in rows) for head in _HEADS},
-        "kinds": kinds,
-        "cut": sum(document["goes_on"] for document in documents),
-        "truncated_tokens": None if None in truncated else sum(truncated),
-        "skipped": sum(len(row["skipped"]) for row in rows),
-    }
 
 
 def _provenance(saved: dict[str, Any]) -> Provenance:
