@@ -19,7 +19,9 @@ def main() -> int:
             continue
         print(f"== {script.stem}", flush=True)
         began = time.monotonic()
-        done = subprocess.run([sys.executable, str(script), "--save", str(results / f"{script.stem}.json")], check=False)
+        done = subprocess.run(
+            [sys.executable, str(script), "--save", str(results / f"{script.stem}.json")], check=False
+        )
         if done.returncode:
             return done.returncode
         print(f"   {time.monotonic() - began:.0f} s\n", flush=True)

@@ -1,11 +1,14 @@
-"""What a checkpoint costs: stall and total time of a save, memory of save, load, export and start, on ZeRO-3 ranks with a model of about 100M parameters.
+"""What a checkpoint costs: stall and total time of a save, memory of save, load, export and start, on ZeRO-3 ranks with
+a model of about 100M parameters.
 
     python bench/checkpoint.py [--world 2] [--folder DIR] [--json] [--save FILE]
 
-Stage 2 of a Janus-Pro whose language model holds most weights, bf16 with fp32 master weights. Beside our own save: the same bytes by plain torch.save
-(every rank its own file, fsynced), and DeepSpeed's save_checkpoint. Times are of the slowest rank; the best of `--repeats`. "while training" is a save in
-the background of matrix products that stand in for steps: how much slower they get. Memory is the rise of a rank's resident set over what it held before,
-the largest of all ranks; the files' pages are not in it. The last lines scale the figures to the 7B model by arithmetic. Nothing is trained.
+Stage 2 of a Janus-Pro whose language model holds most weights, bf16 with fp32 master weights. Beside our own save: the
+same bytes by plain torch.save (every rank its own file, fsynced), and DeepSpeed's save_checkpoint. Times are of the
+slowest rank; the best of `--repeats`. "while training" is a save in
+the background of matrix products that stand in for steps: how much slower they get. Memory is the rise of a rank's
+resident set over what it held before, the largest of all ranks; the files' pages are not in it. The last lines scale
+the figures to the 7B model by arithmetic. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -64,14 +67,21 @@ def configuration(folder: Path):
     cfg = RunConfig(run_dir=str(folder / "run"), precision=Precision.bf16)
     cfg.model.vision = VisionConfig(hidden_size=256, layers=6, heads=4, image_size=64, patch_size=16)
     cfg.model.vq = VQConfig(
-        codebook_size=4096, embed_dim=8, base_channels=32, channel_multiplier=[1, 1, 1, 1, 2], res_blocks=1, latent_channels=64
+        codebook_size=4096,
+        embed_dim=8,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1, 2],
+        res_blocks=1,
+        latent_channels=64,
     )
     cfg.model.language = LanguageConfig(
         hidden_size=768, intermediate_size=2048, layers=8, heads=12, vocab_size=20_000, max_position_embeddings=1024
     )
     cfg.stage.trainable = ["aligner", "language_model", "gen_embed", "gen_aligner", "gen_head"]
     cfg.stage.batch_unit, cfg.stage.batch_size = BatchUnit.packed, 2
-    cfg.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}}
+    cfg.engine.deepspeed = {
+        "zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+    }
     return cfg
 
 
@@ -134,7 +144,9 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
     def store(**policy) -> CheckpointStore:
         for key, value in {"keep_last": 1, **policy}.items():
             setattr(cfg.checkpoint, key, value)
-        return CheckpointStore(Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
+        return CheckpointStore(
+            Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size
+        )
 
     step, saved = 0, None
     times: dict[str, list[float]] = {}
@@ -182,7 +194,9 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
         times.setdefault("torch_save", []).append(elapsed(plain))
         times.setdefault("deepspeed", []).append(
             elapsed(
-                lambda: engine.deepspeed.save_checkpoint(str(folder / "ds"), tag="t", save_latest=False, exclude_frozen_parameters=True)
+                lambda: engine.deepspeed.save_checkpoint(
+                    str(folder / "ds"), tag="t", save_latest=False, exclude_frozen_parameters=True
+                )
             )
         )
     plain_bytes = (folder / f"plain_{ranks.dp_rank}.pt").stat().st_size
@@ -201,7 +215,11 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
     with Peak.watched() as peak:
         out = folder / "export"
         times["export"] = [
-            elapsed(lambda: export(engine, out, tokenizer=None, precision=cfg.precision, config_text="", is_main=ranks.is_main))
+            elapsed(
+                lambda: export(
+                    engine, out, tokenizer=None, precision=cfg.precision, config_text="", is_main=ranks.is_main
+                )
+            )
         ]
     memory["export"] = peak.bytes
     return {
@@ -268,11 +286,19 @@ def launch(folder: Path, world: int, repeats: int) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     environment |= {"MASTER_PORT": str(port), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, "--folder", str(folder), "--repeats", str(repeats), "--rank"]
     started = [
-        subprocess.Popen([*command, str(rank)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=sys.stderr)
+        subprocess.Popen(
+            [*command, str(rank)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=sys.stderr
+        )
         for rank in range(world)
     ]
     codes = [process.wait() for process in started]
@@ -319,7 +345,9 @@ def main() -> None:
         (arguments.folder / f"result_{arguments.rank}.json").write_text(json.dumps(result))
         return
     if arguments.offline is not None:
-        (arguments.folder / "offline.json").write_text(json.dumps(offline_export(arguments.offline, arguments.folder / "offline")))
+        (arguments.folder / "offline.json").write_text(
+            json.dumps(offline_export(arguments.offline, arguments.folder / "offline"))
+        )
         return
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=arguments.folder))
     try:
@@ -370,7 +398,9 @@ def show(figures: dict[str, Any]) -> None:
         f"peak memory of a rank over what it held (the whole model in bf16 is {whole:.2f} GiB, its largest tensor {2 * figures['largest'] / GIB:.3f} GiB)"
     )
     for phase in PHASES:
-        print(f"  {phase:42}{figures['memory'][phase] / GIB:8.3f} GiB (last rank {figures['memory_rank_1'][phase] / GIB:.3f})")
+        print(
+            f"  {phase:42}{figures['memory'][phase] / GIB:8.3f} GiB (last rank {figures['memory_rank_1'][phase] / GIB:.3f})"
+        )
     print(f"  {'export of the checkpoint, offline':42}{figures['offline']['peak'] / GIB:8.3f} GiB")
     big = figures["at_7b"]
     print(

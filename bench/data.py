@@ -1,17 +1,19 @@
 """Samples per CPU second of the loader beside a bare loop and beside other loaders, on the same samples, in one run.
 
-    python bench/data.py [--samples 2400] [--rounds 9] [--workers 2] [--quick] [--no-rivals] [--install] [--json] [--save FILE]
+    python bench/data.py [--samples 2400] [--rounds 9] [--workers 2] [--quick] [--no-rivals] [--install] [--json]
+    [--save FILE]
 
-Every loader works in turn, A B A B ..., each round on the same number of samples, and a ratio is taken within each round (the median and the
-quartiles are shown), because other work on the machine changes a speed by far more than the loaders differ. CPU is user and system time of the
-process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids as .vq.npy members, no picture read; "stored": VQ ids beside the shards of photos, as
-`jp-train data encode-images` leaves them; "large": 2048 x 1536 JPEG, also with data.image_decode=fast. The last two are cases that the other loaders do not
+Every loader works in turn, A B A B ..., each round on the same number of samples, and a ratio is taken within each
+round (the median and the quartiles are shown), because other work on the machine changes a speed by far more than the
+loaders differ. CPU is user and system time of the process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids as
+.vq.npy members, no picture read; "stored": VQ ids beside the shards of photos, as `jp-train data encode-images` leaves
+them; "large": 2048 x 1536 JPEG, also with data.image_decode=fast. The last two are cases that the other loaders do not
 have. The bare loop packs nothing and
-checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms (the same function). The
-loader takes the token ids that its index stores, as it does by default; where no picture is decoded, it is shown with data.token_ids=off too, where it tokenises as
-the others do.
-The files are made once, in .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that
-moving rows between processes counts too; the bare loop has none.
+checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms
+(the same function). The loader takes the token ids that its index stores, as it does by default; where no picture is
+decoded, it is shown with data.token_ids=off too, where it tokenises as the others do. The files are made once, in
+.cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that moving
+rows between processes counts too; the bare loop has none.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
-WORKLOADS = {"photos": ("photos-*.tar", 120), "ids": ("ids-*.tar", 1200), "stored": ("photos-*.tar", 1200), "large": ("large-*.tar", 40)}
+WORKLOADS = {
+    "photos": ("photos-*.tar", 120),
+    "ids": ("ids-*.tar", 1200),
+    "stored": ("photos-*.tar", 1200),
+    "large": ("large-*.tar", 40),
+}
 """Shards, and samples of one round."""
 WITH_RIVALS = ("photos", "ids")
 WITHOUT_TOKEN_IDS = ("ids", "stored")
@@ -84,7 +91,10 @@ def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) ->
     sides = [Ours(cfg, recipe=recipe), Bare(cfg, recipe=recipe)]
     if kind == "large":
         sides.append(
-            Ours(config(CACHE / "data", shards, tokenizer, workers=workers, image_decode=ImageDecode.fast), "jp_train, fast decode")
+            Ours(
+                config(CACHE / "data", shards, tokenizer, workers=workers, image_decode=ImageDecode.fast),
+                "jp_train, fast decode",
+            )
         )
     if kind in WITHOUT_TOKEN_IDS:
         tokenising = config(CACHE / "data", shards, tokenizer, workers=workers, token_ids=TokenIds.off)
@@ -110,10 +120,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2400, help="samples made (default 2400)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: a look, not a measurement")
-    parser.add_argument("--workers", type=int, default=0, help="worker processes of every loader but the bare loop (default 0)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="worker processes of every loader but the bare loop (default 0)"
+    )
     parser.add_argument("--only", choices=WORKLOADS, help="one workload")
     parser.add_argument("--no-rivals", action="store_true", help="only the bare loop")
-    parser.add_argument("--install", action="store_true", help=f"fetch Energon and Streaming with pip into {CACHE / 'rivals'} first")
+    parser.add_argument(
+        "--install", action="store_true", help=f"fetch Energon and Streaming with pip into {CACHE / 'rivals'} first"
+    )
     add_options(parser)
     arguments = parser.parse_args()
 
@@ -135,7 +149,9 @@ def main() -> None:
     if delivered(arguments, {"rounds": rounds, "workers": arguments.workers, **found}):
         return
     for kind, figures in found.items():
-        print(f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall")
+        print(
+            f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall"
+        )
         for figure in figures:
             low, high = figure["jp_train_over_it_cpu_quartiles"]
             print(

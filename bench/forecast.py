@@ -1,17 +1,22 @@
-"""Is the forecast of memory right? Predicted against measured peaks of real ZeRO-3 runs, and of the true 1B and 7B shapes on fake tensors.
+"""Is the forecast of memory right? Predicted against measured peaks of real ZeRO-3 runs, and of the true 1B and 7B
+shapes on fake tensors.
 
     python bench/forecast.py [--sizes 10M 40M 100M] [--worlds 2 4] [--precision fp32] [--json] [--save FILE]
 
-Real runs: our engine (`engine.init.build_engine`) on this machine's CPU, three steps of one micro-batch each; the prediction comes from the same
-formulas as a GPU's with `cuda=False` (the CPU's attention, gloo's copies, no context and no communicator's buffers). Measured is the process's resident
-set: its peak during the last two steps (VmHWM, reset by writing 5 to /proc/self/clear_refs) minus what it held after the same with a tiny model that was
-made and dropped. glibc is told to take every tensor from the kernel and to give it back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set
-follows the tensors. It sees all that the process touches: torch's tensors, gloo's buffers, Python's objects. It does not see memory that is allocated and
-never written (a bucket that no gradient fills), and it includes what no tensor accounts for, which the prediction leaves out: in bf16 oneDNN's scratch
-is 40 MiB, a fifth of the smallest model. So `states` is measured beside it as the bytes of all live tensors between two steps.
+Real runs: our engine (`engine.init.build_engine`) on this machine's CPU, three steps of one micro-batch each; the
+prediction comes from the same formulas as a GPU's with `cuda=False` (the CPU's attention, gloo's copies, no context and
+no communicator's buffers). Measured is the process's resident
+set: its peak during the last two steps (VmHWM, reset by writing 5 to /proc/self/clear_refs) minus what it held after
+the same with a tiny model that was made and dropped. glibc is told to take every tensor from the kernel and to give it
+back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows the tensors. It sees all that the process
+touches: torch's tensors, gloo's buffers, Python's objects. It does not see memory that is allocated and never written
+(a bucket that no gradient fills), and it includes what no tensor accounts for, which the prediction leaves out: in bf16
+oneDNN's scratch is 40 MiB, a fifth of the smallest model. So `states` is measured beside it as the bytes of all live
+tensors between two steps.
 
-Fake tensors: one forward and backward pass of the whole model with the true sizes on torch's FakeTensorMode (nothing is computed), every storage that an
-operation makes followed until it is freed. Exact to the byte for tensors; it knows no ZeRO, no allocator, and no kernel's workspace.
+Fake tensors: one forward and backward pass of the whole model with the true sizes on torch's FakeTensorMode (nothing is
+computed), every storage that an operation makes followed until it is freed. Exact to the byte for tensors; it knows no
+ZeRO, no allocator, and no kernel's workspace.
 """
 
 from __future__ import annotations
@@ -31,9 +36,33 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 SIZES = {
     "tiny": {"width": 64, "hidden": 128, "layers": 1, "heads": 2, "vocabulary": 500, "vision": 32, "vision_layers": 1},
-    "10M": {"width": 256, "hidden": 704, "layers": 6, "heads": 4, "vocabulary": 8_000, "vision": 128, "vision_layers": 4},
-    "40M": {"width": 512, "hidden": 1408, "layers": 8, "heads": 8, "vocabulary": 12_000, "vision": 192, "vision_layers": 4},
-    "100M": {"width": 768, "hidden": 2048, "layers": 10, "heads": 12, "vocabulary": 16_000, "vision": 256, "vision_layers": 6},
+    "10M": {
+        "width": 256,
+        "hidden": 704,
+        "layers": 6,
+        "heads": 4,
+        "vocabulary": 8_000,
+        "vision": 128,
+        "vision_layers": 4,
+    },
+    "40M": {
+        "width": 512,
+        "hidden": 1408,
+        "layers": 8,
+        "heads": 8,
+        "vocabulary": 12_000,
+        "vision": 192,
+        "vision_layers": 4,
+    },
+    "100M": {
+        "width": 768,
+        "hidden": 2048,
+        "layers": 10,
+        "heads": 12,
+        "vocabulary": 16_000,
+        "vision": 256,
+        "vision_layers": 6,
+    },
 }
 STAGES = {
     1: ["aligner", "gen_embed", "gen_aligner", "gen_head"],
@@ -43,7 +72,14 @@ STAGES = {
 
 
 def configuration(
-    size: str, *, stage: int = 3, rows: int = 2, checkpointing: bool = True, precision: str = "fp32", hpz: int = 1, world: int = 2
+    size: str,
+    *,
+    stage: int = 3,
+    rows: int = 2,
+    checkpointing: bool = True,
+    precision: str = "fp32",
+    hpz: int = 1,
+    world: int = 2,
 ):
     """A Janus-Pro of about `size` parameters; 36 tokens a picture, rows of 512 tokens."""
     from jp_train.config import RunConfig
@@ -51,9 +87,16 @@ def configuration(
 
     s = SIZES[size]
     cfg = RunConfig(precision=Precision(precision))
-    cfg.model.vision = VisionConfig(hidden_size=s["vision"], layers=s["vision_layers"], heads=4, image_size=96, patch_size=16)
+    cfg.model.vision = VisionConfig(
+        hidden_size=s["vision"], layers=s["vision_layers"], heads=4, image_size=96, patch_size=16
+    )
     cfg.model.vq = VQConfig(
-        codebook_size=2048, embed_dim=8, base_channels=32, channel_multiplier=[1, 1, 1, 1, 2], res_blocks=1, latent_channels=32
+        codebook_size=2048,
+        embed_dim=8,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1, 2],
+        res_blocks=1,
+        latent_channels=32,
     )
     cfg.model.language = LanguageConfig(
         hidden_size=s["width"],
@@ -72,12 +115,15 @@ def configuration(
     cfg.engine.hpz_partition_size = hpz
     cfg.engine.collective_timeout_s = 300.0
     cfg.loss.chunk_tokens = 256
-    cfg.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 4_000_000, "stage3_prefetch_bucket_size": 1_000_000}}
+    cfg.engine.deepspeed = {
+        "zero_optimization": {"reduce_bucket_size": 4_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+    }
     return cfg
 
 
 def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str = "ugt"):
-    """`rows` full rows that repeat the kinds of `documents` (u, g: a picture and 40 tokens; t: what is left of a third of the row)."""
+    """`rows` full rows that repeat the kinds of `documents` (u, g: a picture and 40 tokens; t: what is left of a
+    third of the row)."""
     import torch
 
     from jp_train.types import IGNORE_INDEX, PackedBatch
@@ -169,7 +215,8 @@ def live_tensors() -> int:
 
 
 def as_rank(spec: dict[str, Any]) -> dict[str, Any]:
-    """Three real steps on this rank; its peaks in bytes above what the process held after the same with a tiny model, made and dropped."""
+    """Three real steps on this rank; its peaks in bytes above what the process held after the same with a tiny
+    model, made and dropped."""
     import gc
 
     import torch
@@ -178,7 +225,8 @@ def as_rank(spec: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     ranks = init_process_group(configuration(**spec))
-    _steps(configuration(**{**spec, "size": "tiny"}), ranks)  # modules imported late, gloo's connections, threads: not the model's
+    # modules imported late, gloo's connections, threads: not the model's
+    _steps(configuration(**{**spec, "size": "tiny"}), ranks)
     gc.collect()
     before, tensors = resident(), live_tensors()
     found = _steps(configuration(**spec), ranks)
@@ -194,7 +242,8 @@ def as_rank(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(cfg: Any, ranks: Any) -> dict[str, Any]:
-    """Resident bytes of a fresh engine during its second and third step, and the order of modules that DeepSpeed recorded."""
+    """Resident bytes of a fresh engine during its second and third step, and the order of modules that DeepSpeed
+    recorded."""
     import gc
 
     from jp_train.config import batch_plan
@@ -299,7 +348,8 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
-    """Bytes of tensors at the peak of one forward and backward pass of the true model in bf16 on a GPU that is not there; parameters not counted.
+    """Bytes of tensors at the peak of one forward and backward pass of the true model in bf16 on a GPU that is not
+    there; parameters not counted.
 
     A weight's gradient is dropped as soon as it is whole, as ZeRO-3 does. `saved`: what is left between the passes.
     """
@@ -358,19 +408,31 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
         setattr(owner, name, stand_in)
     try:
         with torch.device("meta"):
-            model = janus_pro.JanusPro(cfg.model, LossConfig(chunk_tokens=cfg.loss.chunk_tokens), 1, checkpointing, 0).to(torch.bfloat16)
+            model = janus_pro.JanusPro(
+                cfg.model, LossConfig(chunk_tokens=cfg.loss.chunk_tokens), 1, checkpointing, 0
+            ).to(torch.bfloat16)
         with FakeTensorMode():
             for module in model.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16, device="cpu")))
+                    setattr(
+                        module,
+                        name,
+                        torch.nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16, device="cpu")),
+                    )
                 for name, buffer in list(module.named_buffers(recurse=False)):
-                    module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"), persistent=False)
+                    module.register_buffer(
+                        name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"), persistent=False
+                    )
             set_trainable(model, cfg.stage.trainable)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            tensors = {name: value for name in batch.__slots__ if isinstance(value := getattr(batch, name), torch.Tensor)}
-            batch = replace(batch, **{name: torch.empty(x.shape, dtype=x.dtype, device="cpu") for name, x in tensors.items()})
+            tensors = {
+                name: value for name in batch.__slots__ if isinstance(value := getattr(batch, name), torch.Tensor)
+            }
+            batch = replace(
+                batch, **{name: torch.empty(x.shape, dtype=x.dtype, device="cpu") for name, x in tensors.items()}
+            )
             follow = Follow()
             for there in (*model.parameters(), *model.buffers(), *(getattr(batch, name) for name in tensors)):
                 follow.known[there.untyped_storage()] = 0
@@ -393,14 +455,21 @@ def predicted_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, 
     from jp_train.tools.forecast.walk import FORWARD, walk
 
     shapes = shapes_of(cfg)
-    visits = walk(shapes, contents(batch), Numerics(size=2, fused_attention=True, chunk=cfg.loss.chunk_tokens), checkpointing=checkpointing)
+    visits = walk(
+        shapes,
+        contents(batch),
+        Numerics(size=2, fused_attention=True, chunk=cfg.loss.chunk_tokens),
+        checkpointing=checkpointing,
+    )
     gradient: dict[str, int] = {}
     for p in shapes.parameters:
         if p.trained:
             gradient[p.path] = max(gradient.get(p.path, 0), 2 * p.numel)
     forward = max(v.activation for v in visits if v.phase == FORWARD)
     backward = max(
-        v.activation + (gradient.get(v.path, 0) if v.phase in ("backward", "continued") else 0) for v in visits if v.phase != FORWARD
+        v.activation + (gradient.get(v.path, 0) if v.phase in ("backward", "continued") else 0)
+        for v in visits
+        if v.phase != FORWARD
     )
     return {"forward": forward, "backward": backward}
 
@@ -435,7 +504,9 @@ def main() -> None:
     from _figures import add_options, delivered
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=[name for name in SIZES if name != "tiny"], default=["10M", "40M", "100M"])
+    parser.add_argument(
+        "--sizes", nargs="+", choices=[name for name in SIZES if name != "tiny"], default=["10M", "40M", "100M"]
+    )
     parser.add_argument("--worlds", nargs="+", type=int, default=[2, 4], help="numbers of ranks (default 2 4)")
     parser.add_argument("--rows", type=int, default=1, help="rows of 512 tokens a micro-batch (default 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -458,12 +529,16 @@ def main() -> None:
     for model in () if arguments.no_shapes else ("1b", "7b"):
         for stage in (1, 2, 3):
             for checkpointing in (True, False):
-                print(f"fake tensors: {model} stage {stage}, checkpointing {checkpointing}", file=sys.stderr, flush=True)
+                print(
+                    f"fake tensors: {model} stage {stage}, checkpointing {checkpointing}", file=sys.stderr, flush=True
+                )
                 shapes.append(compare_shapes(model, stage, checkpointing))
     figures = {"runs": runs, "shapes": shapes}
     if delivered(arguments, figures):
         return
-    print(f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}{'states MiB':>12}{'predicted':>11}  peak in")
+    print(
+        f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}{'states MiB':>12}{'predicted':>11}  peak in"
+    )
     for one in runs:
         print(
             f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}{one['error']:>+8.1%}"

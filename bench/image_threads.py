@@ -2,9 +2,10 @@
 
     python bench/image_threads.py [--rounds 5] [--samples 2400] [--json] [--save FILE]
 
-Loaders of W worker processes x T threads (`data.workers`, `data.image_threads`) work in turn on the same pictures, A B A B ...; each ratio is to
-1 x 1 within a round (medians). CPU is user and system time of the process and its workers; memory is what a worker has for itself (unique set),
-the sum over workers. "photos": 640 x 480 JPEG; "large": 2048 x 1536. The files are those of bench/data.py.
+Loaders of W worker processes x T threads (`data.workers`, `data.image_threads`) work in turn on the same pictures, A B
+A B ...; each ratio is to 1 x 1 within a round (medians). CPU is user and system time of the process and its workers;
+memory is what a worker has for itself (unique set), the sum over workers. "photos": 640 x 480 JPEG; "large": 2048 x
+1536. The files are those of bench/data.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def measure(shards: str, pictures: int, tokenizer, rounds: int) -> list[dict]:
     """A figure for each of SETTINGS."""
     from loaders.sides import Ours, config
 
-    sides = {setting: Ours(config(CACHE / "data", shards, tokenizer, workers=setting[0], image_threads=setting[1])) for setting in SETTINGS}
+    sides = {
+        setting: Ours(config(CACHE / "data", shards, tokenizer, workers=setting[0], image_threads=setting[1]))
+        for setting in SETTINGS
+    }
     spent: dict[tuple[int, int], list[tuple[float, float]]] = {setting: [] for setting in SETTINGS}
     for number in range(rounds + 1):
         for setting in SETTINGS if number % 2 else SETTINGS[::-1]:
@@ -74,11 +78,15 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tokenizer = prepare(CACHE / "data", arguments.samples)
-    found = {kind: measure(shards, pictures, tokenizer, arguments.rounds) for kind, (shards, pictures) in WORKLOADS.items()}
+    found = {
+        kind: measure(shards, pictures, tokenizer, arguments.rounds) for kind, (shards, pictures) in WORKLOADS.items()
+    }
     if delivered(arguments, {"rounds": arguments.rounds, **found}):
         return
     for kind, figures in found.items():
-        print(f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: CPU   wall   own memory of the workers, MiB")
+        print(
+            f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: CPU   wall   own memory of the workers, MiB"
+        )
         for figure in figures:
             print(
                 f"  {figure['workers']:16} x {figure['threads']:<7} {figure['cpu_ms']:8.1f} {figure['wall_ms']:9.1f} "

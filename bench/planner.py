@@ -1,14 +1,17 @@
-"""How well and how fast the plan packs: fill, ratio error, milliseconds a step, bytes of state, time to the first row; against targets.
+"""How well and how fast the plan packs: fill, ratio error, milliseconds a step, bytes of state, time to the first row;
+against targets.
 
     python bench/planner.py [--steps 40] [--rows 512] [--pool 32] [--json] [--save FILE]
 
-Lengths are simulated: an understanding document is 579 tokens of image, BOS and markers, and a log-normal text (mean 200); a text is
-log-normal (mean 1000, up to 20000 tokens, so some span rows); a generation document is 580 tokens and a log-normal caption (mean 80). Four
-sources a kind. No file is read. "x2": rows that close after 2 documents (stage 1), which fills nothing.
+Lengths are simulated: an understanding document is 579 tokens of image, BOS and markers, and a log-normal text (mean
+200); a text is log-normal (mean 1000, up to 20000 tokens, so some span rows); a generation document is 580 tokens and a
+log-normal caption (mean 80). Four sources a kind. No file is read. "x2": rows that close after 2 documents (stage 1),
+which fills nothing.
 
-Times are CPU times. `ms/step`: planning all rows of a step and making those of one of 128 ranks, as the loader does (median, and the least,
-which is what a machine without other work takes); `all rows`: making every row, as a single rank does. `first row`: from a constructed state
-of step 10, 1,000 and 100,000 to the first rows, least of several in turns; flat is within 20 %. The exit status does not depend on the targets.
+Times are CPU times. `ms/step`: planning all rows of a step and making those of one of 128 ranks, as the loader does
+(median, and the least, which is what a machine without other work takes); `all rows`: making every row, as a single
+rank does. `first row`: from a constructed state of step 10, 1,000 and 100,000 to the first rows, least of several in
+turns; flat is within 20 %. The exit status does not depend on the targets.
 """
 
 from __future__ import annotations
@@ -51,7 +54,11 @@ def simulated_sources(samples: int = 20_000, per_kind: int = 4) -> list[PlanSour
 
 def make_plan(sources: list[PlanSource], name: str, rows: int, **settings) -> Plan:
     return Plan(
-        sources, seed=0, rows_per_step=rows, mixture=MIXTURES[name], **{"seq_len": 4096, "pool_size": DataConfig().pool_size, **settings}
+        sources,
+        seed=0,
+        rows_per_step=rows,
+        mixture=MIXTURES[name],
+        **{"seq_len": 4096, "pool_size": DataConfig().pool_size, **settings},
     )
 
 
@@ -107,14 +114,18 @@ def cpu_ms(action) -> float:
 
 
 def measure_restores(sources: list[PlanSource], *, rows: int, repeats: int = 15, **settings) -> dict[str, object]:
-    """CPU milliseconds from the state of a step to its first rows, for RESTORED_STEPS: the plan itself exists, as in a trainer that resumes.
+    """CPU milliseconds from the state of a step to its first rows, for RESTORED_STEPS: the plan itself exists, as in a
+    trainer that resumes.
 
-    The states are those of a run that reached the step: constructed, and planned on for 3 steps so that the pool is full.
+    The states are those of a run that reached the step: constructed, and planned on for 3 steps so that the pool is
+    full.
     """
     plan = make_plan(sources, "2:3:5", rows, **settings)
     states = {}
     for step in RESTORED_STEPS:
-        plan.restore(plan.state_at(step - 3, {source.name: (step - 3) * rows * 5 // len(sources) for source in sources}))
+        plan.restore(
+            plan.state_at(step - 3, {source.name: (step - 3) * rows * 5 // len(sources) for source in sources})
+        )
         for _ in range(3):
             plan.next_step(0, 0)
         assert plan.step == step
@@ -123,7 +134,9 @@ def measure_restores(sources: list[PlanSource], *, rows: int, repeats: int = 15,
     one_row = make_plan(sources, "2:3:5", rows, **settings)
     for _ in range(repeats):
         for step, state in states.items():
-            times[step].append(cpu_ms(lambda state=state: (one_row.restore(json.loads(state)), one_row.next_step(0, 1))))
+            times[step].append(
+                cpu_ms(lambda state=state: (one_row.restore(json.loads(state)), one_row.next_step(0, 1)))
+            )
     least = {step: min(values) for step, values in times.items()}
     spread = max(least.values()) / min(least.values())
     target = f"restores within {100 * (MOST_SPREAD - 1):.0f} %"
@@ -148,7 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--pool", type=int, default=DataConfig().pool_size, help="data.pool_size (default: of the schema)")
+    parser.add_argument(
+        "--pool", type=int, default=DataConfig().pool_size, help="data.pool_size (default: of the schema)"
+    )
     add_options(parser)
     arguments = parser.parse_args()
     sources = simulated_sources()

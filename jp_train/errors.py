@@ -1,7 +1,7 @@
 """The errors a user can meet. Each carries one message: what was found, what was expected, what to change.
 
-`EXIT_CODES` maps them to the exit status of `jp-train` (see DESIGN section 7), so that scripts and schedulers can tell a
-wrong config from a broken disk.
+`EXIT_CODES` maps them to the exit status of `jp-train` (see DESIGN section 7), so that scripts and schedulers can tell
+a wrong config from a broken disk.
 """
 
 
@@ -38,8 +38,8 @@ class LaunchError(JpTrainError):
 class SkipSample(JpTrainError):  # noqa: N818 - it is a decision about one sample, not an error of the run
     """One sample cannot be used. Its place in the row stays empty, and the ledger names it.
 
-    `fault` is its class, a short stable name (`jp-train data verify` counts by it). Never raised for I/O errors: those are retried and
-    then stop the run.
+    `fault` is its class, a short stable name (`jp-train data verify` counts by it). Never raised for I/O errors: those
+    are retried and then stop the run.
     """
 
     def __init__(self, reason: str, fault: str = "bad_sample") -> None:

@@ -24,8 +24,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Appender:
-    """Lines at the end of a file, each on its way to the disk at once. On a disk that takes none (full, read-only) they wait in memory, in order, and
-    go with the next one: what stops a run then is `checkpoint.on_error`, not its log. More than MAX_WAITING bytes raise the error."""
+    """Lines at the end of a file, each on its way to the disk at once. On a disk that takes none (full, read-only) they
+    wait in memory, in order, and
+    go with the next one: what stops a run then is `checkpoint.on_error`, not its log. More than MAX_WAITING bytes
+    raise the error."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -60,7 +62,8 @@ def lines_until(path: Path, last_step: int | None) -> list[str]:
 
 
 def drop_later_lines(path: Path, last_step: int) -> None:
-    """Take the lines of steps after `last_step` out of a JSON-lines file (a resumed run writes them again); lines without a step stay."""
+    """Take the lines of steps after `last_step` out of a JSON-lines file (a resumed run writes them again); lines
+    without a step stay."""
     if not path.exists():
         return
     kept = []

@@ -1,9 +1,10 @@
 """The frozen dataclasses that cross module boundaries: from a reference in the plan to the loss.
 
-    RowSpec -> RawSample -> UnderstandingSample | TextSample | GenerationSample -> EncodedDocument -> Row -> PackedBatch -> LossTerms
+    RowSpec -> RawSample -> UnderstandingSample | TextSample | GenerationSample -> EncodedDocument -> Row -> PackedBatch
+    -> LossTerms
 
-Shape letters: T tokens of a document, row or micro-batch; D documents; U understanding images; G generation images; S slots an
-image (576 in Janus-Pro); H, W pixels.
+Shape letters: T tokens of a document, row or micro-batch; D documents; U understanding images; G generation images; S
+slots an image (576 in Janus-Pro); H, W pixels.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ class SourceInfo:
 class DocumentRef:
     """One document, or a span of one long text, as the plan names it. Integers only: no file is read to make one.
 
-    `source` indexes the recipe's sources; `epoch` and `sample` give the sample's number in the source's index; `start` and `length`
-    are the token span used (the whole document unless a text was cut at a row's end); `short_caption` says that the plan
-    drew the first-sentence caption, whose length the index knows; `truncated` counts tokens of an over-long document that are lost.
+    `source` indexes the recipe's sources; `epoch` and `sample` give the sample's number in the source's index; `start`
+    and `length` are the token span used (the whole document unless a text was cut at a row's end); `short_caption` says
+    that the plan drew the first-sentence caption, whose length the index knows; `truncated` counts tokens of an
+    over-long document that are lost.
     """
 
     source: int
@@ -80,9 +82,9 @@ class RowSpec:
 class RawSample:
     """The tar members of one sample: `fields` maps an extension without its dot ("jpg", "json", "vq.npy") to its bytes.
 
-    `vq_ids` uint16 [S] are those stored beside the shard, `picture_fault` is why there are none: what decoding the picture would
-    say. With either, the picture's bytes are left empty. `token_ids` is the stored record of its texts (data/token_ids.py): with it the
-    bytes of the texts are left empty.
+    `vq_ids` uint16 [S] are those stored beside the shard, `picture_fault` is why there are none: what decoding the
+    picture would say. With either, the picture's bytes are left empty. `token_ids` is the stored record of its texts
+    (data/token_ids.py): with it the bytes of the texts are left empty.
     """
 
     info: SourceInfo
@@ -102,8 +104,8 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnderstandingSample:
-    """Pictures and a dialogue about them. `image` is the undecoded picture file; the first question refers to it. With the stored record
-    `token_ids` there are no turns."""
+    """Pictures and a dialogue about them. `image` is the undecoded picture file; the first question refers to it.
+    With the stored record `token_ids` there are no turns."""
 
     info: SourceInfo
     image: bytes
@@ -113,7 +115,8 @@ class UnderstandingSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSample:
-    """Pure text: a plain document (`text`), a dialogue (`turns`), or the stored record of either (`token_ids`); exactly one is set."""
+    """Pure text: a plain document (`text`), a dialogue (`turns`), or the stored record of either (`token_ids`);
+    exactly one is set."""
 
     info: SourceInfo
     text: str | None = None
@@ -123,8 +126,8 @@ class TextSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSample:
-    """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or `picture_fault`, why
-    it cannot be used. With the stored record `token_ids` the caption is empty."""
+    """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or
+    `picture_fault`, why it cannot be used. With the stored record `token_ids` the caption is empty."""
 
     info: SourceInfo
     caption: str
@@ -138,9 +141,10 @@ class GenerationSample:
 class EncodedDocument:
     """One sample as tokens, next-token shifted once, here: `labels[i]` is what position i must predict.
 
-    All arrays have length T. `labels` are the text head's targets, `gen_labels` the image head's (VQ ids, or PENDING_VQ_ID);
-    IGNORE_INDEX elsewhere; never both set at one position. `und_slots` / `gen_slots` int64 [S] are the positions filled by image
-    features / by VQ embeddings (empty when the document has no such image). Pictures are uint8 [3, H, W], already at model size.
+    All arrays have length T. `labels` are the text head's targets, `gen_labels` the image head's (VQ ids, or
+    PENDING_VQ_ID); IGNORE_INDEX elsewhere; never both set at one position. `und_slots` / `gen_slots` int64 [S] are the
+    positions filled by image features / by VQ embeddings (empty when the document has no such image). Pictures are
+    uint8 [3, H, W], already at model size.
     """
 
     info: SourceInfo
@@ -183,11 +187,13 @@ class Provenance:
 class Row:
     """One packed sequence of at most `seq_len` tokens: whole documents, save a text cut at the row's end.
 
-    Its D documents lie end to end in a few arrays, so that a row crosses processes as one small message, with the pictures in shared
-    memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_starts` [D] the first image slot of each document within the
-    document (-1 without an image), of `image_slots` each; `und_images` uint8 [U, 3, H, W] and `gen_images` uint8 [P, 3, H, W] the pictures of
-    the understanding documents, and of the generation documents whose ids are pending, in order. `provenance` and `source_indices` are
-    parallel to the documents; provenance holds their lengths.
+    Its D documents lie end to end in a few arrays, so that a row crosses processes as one small message, with the
+    pictures in shared
+    memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_starts` [D] the first image slot of each
+    document within the document (-1 without an image), of `image_slots` each; `und_images` uint8 [U, 3, H, W] and
+    `gen_images` uint8 [P, 3, H, W] the pictures of the understanding documents, and of the generation documents whose
+    ids are pending, in order. `provenance` and `source_indices` are parallel to the documents; provenance holds their
+    lengths.
     """
 
     step: int
@@ -234,10 +240,15 @@ class Row:
         """As plain tuples: pickling thousands of small dataclasses costs more than making their rows."""
         provenance = tuple([(p.source, p.shard, p.key, p.kind.value, p.start, p.length) for p in self.provenance])
         arrays = (self.tokens, self.image_slots, self.image_starts, self.und_images, self.gen_images)
-        return (_received_row, (self.step, self.row, *arrays, provenance, self.source_indices, self.skipped, self.truncated_tokens))
+        return (
+            _received_row,
+            (self.step, self.row, *arrays, provenance, self.source_indices, self.skipped, self.truncated_tokens),
+        )
 
 
-def _received_row(step, row, tokens, image_slots, image_starts, und_images, gen_images, provenance, sources, skipped, truncated) -> Row:
+def _received_row(
+    step, row, tokens, image_slots, image_starts, und_images, gen_images, provenance, sources, skipped, truncated
+) -> Row:
     return Row(
         step=step,
         row=row,
@@ -262,12 +273,13 @@ def _received_row(step, row, tokens, image_slots, image_starts, und_images, gen_
 class PackedBatch:
     """One micro-batch of rows, laid end to end without a padding token.
 
-    input_ids, position_ids, labels, gen_labels: int64 [T]; `position_ids` restart per document (per row with `packing: causal`);
+    input_ids, position_ids, labels, gen_labels: int64 [T]; `position_ids` restart per document (per row with `packing:
+    causal`);
     cu_seqlens: int32 [segments + 1], the attention segments; `max_seqlen` a plain int;
-    und_images uint8 [U, 3, H, W] and und_slots int64 [U * S]; gen_slots int64 [G * S], gen_ids int64 [G, S] (PENDING_VQ_ID rows where
-    `gen_pending` int64 [P] points: those pictures are in gen_images uint8 [P, 3, H, W], and VQ encoding fills them in);
-    document_lengths, document_kinds (index into KINDS) and document_sources: int64 [D].
-    All zero-size where absent, never None.
+    und_images uint8 [U, 3, H, W] and und_slots int64 [U * S]; gen_slots int64 [G * S], gen_ids int64 [G, S]
+    (PENDING_VQ_ID rows where `gen_pending` int64 [P] points: those pictures are in gen_images uint8 [P, 3, H, W], and
+    VQ encoding fills them in); document_lengths, document_kinds (index into KINDS) and document_sources: int64 [D]. All
+    zero-size where absent, never None.
     """
 
     input_ids: torch.Tensor
@@ -315,14 +327,15 @@ class PackedBatch:
 class LossTerms(NamedTuple):
     """What one forward pass returns. Sums, not means: the caller divides by the global count.
 
-    A named tuple, not a dataclass: DeepSpeed's hooks look for the output tensors inside tuples, lists and dicts only, and would
-    miss (or fail on) any other class. Construct it by keyword.
+    A named tuple, not a dataclass: DeepSpeed's hooks look for the output tensors inside tuples, lists and dicts only,
+    and would miss (or fail on) any other class. Construct it by keyword.
 
     text_sum, image_sum: scalars with gradient, the summed cross-entropy (nats) of each head (head weights not applied);
     text_tokens, image_tokens: supervised positions of each head;
-    kind_sums float32 [3] and kind_tokens int64 [3] in KINDS order, source_sums float32 [n_sources] and source_tokens int64
-    [n_sources]: detached, for the curves.
-    document_mean_sum: scalar with gradient, the sum over documents of the document's mean loss (used by loss.reduction: sample_mean).
+    kind_sums float32 [3] and kind_tokens int64 [3] in KINDS order, source_sums float32 [n_sources] and source_tokens
+    int64 [n_sources]: detached, for the curves.
+    document_mean_sum: scalar with gradient, the sum over documents of the document's mean loss (used by loss.reduction:
+    sample_mean).
     """
 
     text_sum: torch.Tensor
@@ -338,7 +351,8 @@ class LossTerms(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialTokens:
-    """Ids of the tokens that layouts need, always looked up by their string (Janus and Janus-Pro number them differently)."""
+    """Ids of the tokens that layouts need, always looked up by their string (Janus and Janus-Pro number them
+    differently)."""
 
     bos: int
     eos: int

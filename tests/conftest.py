@@ -1,4 +1,5 @@
-"""Artefacts that several rooms' tests share: the smoke run's data, tokenizer and starting weights at their smallest, made once."""
+"""Artefacts that several rooms' tests share: the smoke run's data, tokenizer and starting weights at their smallest,
+made once."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ LONG = (
     "test_watchdog.py",
     "test_chaos.py",
 )
-"""Files that take a minute or more. They come first: where files run side by side, one of them at the end would keep everybody waiting."""
+"""Files that take a minute or more. They come first: where files run side by side, one of them at the end would keep
+everybody waiting."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,9 @@
 """Starts ranks of real DeepSpeed as processes of their own, with a hard time limit, and collects what they leave.
 
-A process costs 10 s of imports before it is a rank, so two things are shared. `Nursery` keeps one process that has imported everything and
-forks the ranks of each launch; and a launch runs a list of scenarios one after another in the same ranks. No collective is left to hang:
-the ranks' own timeout is shorter than the launch's, and what still runs at its end is killed by process id.
+A process costs 10 s of imports before it is a rank, so two things are shared. `Nursery` keeps one process that has
+imported everything and forks the ranks of each launch; and a launch runs a list of scenarios one after another in the
+same ranks. No collective is left to hang: the ranks' own timeout is shorter than the launch's, and what still runs at
+its end is killed by process id.
 
 The worker module is a script with `SCENARIOS: dict[str, function]`; a scenario {"name", "kind", other arguments} calls
 SCENARIOS[kind](**arguments) on every rank, whose result goes to FOLDER/NAME.rankR.json.
@@ -60,7 +61,12 @@ class Nursery:
             "PYTHONWARNINGS": "ignore",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(worker)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, str(worker)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         self.pid = self._process.pid
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -103,14 +109,16 @@ class Nursery:
         while_running: Callable[[list[int]], None] | None = None,
         grace_s: float = 30.0,
     ) -> Launch:
-        """Run `scenarios` on `world` gloo ranks. `while_running` gets the ranks' process ids: it may watch files and send signals.
+        """Run `scenarios` on `world` gloo ranks. `while_running` gets the ranks' process ids: it may watch files and
+        send signals.
 
         Once one rank has failed, the others get `grace_s` to notice.
         """
         folder.mkdir(parents=True, exist_ok=True)
         assert self._process.stdin is not None
         self._process.stdin.write(
-            json.dumps({"folder": str(folder), "world": world, "port": _free_port(), "scenarios": list(scenarios)}) + "\n"
+            json.dumps({"folder": str(folder), "world": world, "port": _free_port(), "scenarios": list(scenarios)})
+            + "\n"
         )
         self._process.stdin.flush()
         started = self._answer(300.0)
@@ -149,8 +157,10 @@ LATE_IMPORTS = (
 
 
 def serve(run: Callable[[Path, list[dict[str, Any]]], int]) -> None:
-    """The nursery's side: read launches from stdin, fork ranks that call `run(folder, scenarios)`, report how they end."""
-    del sys.modules["__main__"].__file__  # else every loader worker of a rank imports the script again, with DeepSpeed and all
+    """The nursery's side: read launches from stdin, fork ranks that call `run(folder, scenarios)`, report how they
+    end."""
+    # else every loader worker of a rank imports the script again, with DeepSpeed and all
+    del sys.modules["__main__"].__file__
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):  # another version: slower, no less right
             importlib.import_module(name)
@@ -181,7 +191,11 @@ def _be_rank(run: Callable[[Path, list[dict[str, Any]]], int], order: dict[str, 
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(order["port"])
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(order["world"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(order["port"]),
     )
     code = 70
     try:
@@ -194,14 +208,18 @@ def _be_rank(run: Callable[[Path, list[dict[str, Any]]], int], order: dict[str, 
 
 
 def run_scenarios(scenarios: dict[str, Callable[..., Any]], folder: Path, wanted: list[dict[str, Any]]) -> int:
-    """On a rank: every wanted scenario in order. One with `exit_with_code` decides the exit code (its result's `code` or `exit_code`)."""
+    """On a rank: every wanted scenario in order. One with `exit_with_code` decides the exit code (its result's
+    `code` or `exit_code`)."""
     code = 0
     for scenario in wanted:
         name, kind = scenario.pop("name"), scenario.pop("kind")
         decides = scenario.pop("exit_with_code", False)
         began, worked = time.monotonic(), time.process_time()
         result = scenarios[kind](**scenario)
-        print(f"scenario {name}: {time.monotonic() - began:.1f} s, {time.process_time() - worked:.1f} s of CPU", file=sys.stderr)
+        print(
+            f"scenario {name}: {time.monotonic() - began:.1f} s, {time.process_time() - worked:.1f} s of CPU",
+            file=sys.stderr,
+        )
         (folder / f"{name}.rank{os.environ['RANK']}.json").write_text(json.dumps(result))
         if decides:
             code = result.get("code", result.get("exit_code", 1))

@@ -12,7 +12,9 @@ from jp_train.engine.checkpoint.disk import free_bytes
 
 def mount(place: Path, size: str) -> str:
     """Mount one of `size` (as tmpfs takes it: 8m) at a folder; why that cannot be done here, empty when it is done."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
     return done.stderr.strip() or "mount failed" if done.returncode else ""
 
 

@@ -30,7 +30,8 @@ def imports_of(path: Path) -> frozenset[str]:
 
 
 def imports_in(source: str, package: str) -> set[str]:
-    """Every module that `source` imports anywhere, also inside functions, as absolute names; `from a import b` gives `a` and `a.b`."""
+    """Every module that `source` imports anywhere, also inside functions, as absolute names; `from a import b` gives
+    `a` and `a.b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -49,12 +50,18 @@ def imports_in(source: str, package: str) -> set[str]:
 
 def importers(of: str, among: list[Path] = MODULES) -> set[str]:
     """Names of the modules that import `of` or anything in it."""
-    return {module_name(path) for path in among if any(name == of or name.startswith(of + ".") for name in imports_of(path))}
+    return {
+        module_name(path) for path in among if any(name == of or name.startswith(of + ".") for name in imports_of(path))
+    }
 
 
 def within(*rooms: str) -> list[Path]:
     """The files of these packages or modules."""
-    return [path for path in MODULES if any(module_name(path) == room or module_name(path).startswith(room + ".") for room in rooms)]
+    return [
+        path
+        for path in MODULES
+        if any(module_name(path) == room or module_name(path).startswith(room + ".") for room in rooms)
+    ]
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
@@ -82,9 +89,9 @@ def test_data_and_model_import_neither_each_other_nor_upwards(room: str) -> None
 def test_the_lowest_modules_import_nothing_above_them() -> None:
     for path in within("jp_train.types", "jp_train.errors", "jp_train.config"):
         own = {name for name in imports_of(path) if name.startswith("jp_train.")}
-        assert {name for name in own if not name.startswith(("jp_train.errors", "jp_train.types", "jp_train.config"))} == set(), (
-            module_name(path)
-        )
+        assert {
+            name for name in own if not name.startswith(("jp_train.errors", "jp_train.types", "jp_train.config"))
+        } == set(), module_name(path)
 
 
 def test_only_the_engine_and_the_launcher_import_deepspeed() -> None:
@@ -98,7 +105,9 @@ def test_only_the_sinks_import_wandb() -> None:
 
 def test_the_report_needs_no_torch() -> None:
     rooms = within("jp_train.tools.report", "jp_train.run.status")
-    assert importers("torch", rooms) == importers("jp_train.types", rooms) == importers("jp_train.config", rooms) == set()
+    assert (
+        importers("torch", rooms) == importers("jp_train.types", rooms) == importers("jp_train.config", rooms) == set()
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
@@ -149,13 +158,17 @@ def test_importing_touches_no_device_process_group_network_seed_or_logger() -> N
         "jp_train.cluster.launch",
         "jp_train.cli.main",
     } <= set(light)
-    done = subprocess.run([sys.executable, "-c", CHECK, *light], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, *light], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def _reaches(path: Path, heavy: set[str]) -> bool:
     """Whether a module imports the engine at its top level (inside a function it costs nothing at import time)."""
     top = "\n".join(
-        ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ast.unparse(node)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
     )
     return bool(imports_in(top, module_name(path).rpartition(".")[0]) & heavy)

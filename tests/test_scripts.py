@@ -1,4 +1,5 @@
-"""What ships to be run: every shell script is clean, every launch YAML is checked and becomes a command on the cluster that it is meant for."""
+"""What ships to be run: every shell script is clean, every launch YAML is checked and becomes a command on the
+cluster that it is meant for."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def test_every_script_parses_and_is_clean(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (Debian: apt-get install shellcheck)")
-    done = subprocess.run(["shellcheck", "--severity", "style", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "--severity", "style", str(script)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -67,7 +70,8 @@ def test_train_all_launches_the_stages_in_order_and_stops_at_the_first_that_fail
 
 @pytest.mark.parametrize("code", [143, 0])
 def test_a_signal_to_train_all_reaches_the_launch_and_no_further_stage_starts(tmp_path: Path, code: int) -> None:
-    """`jp-train` stands for a launch that saves and ends with `code`: 0 where the signal comes in the last step of its stage."""
+    """`jp-train` stands for a launch that saves and ends with `code`: 0 where the signal comes in the last step of
+    its stage."""
     program = tmp_path / "jp-train"
     wait = f'trap "echo saved >> calls; exit {code}" TERM; kill -TERM "$PPID"; while :; do sleep 0.05; done'
     program.write_text(f'#!/bin/sh\necho "$2" >> calls\n{wait}\n')
@@ -79,13 +83,21 @@ def test_a_signal_to_train_all_reaches_the_launch_and_no_further_stage_starts(tm
     assert (tmp_path / "calls").read_text().splitlines() == ["launch/janus_pro_1b_stage1.yaml", "saved"]
 
 
-@pytest.mark.parametrize(("signal_name", "code", "requeued"), [("USR1", 143, True), ("TERM", 143, False), ("", 0, False), ("", 5, False)])
+@pytest.mark.parametrize(
+    ("signal_name", "code", "requeued"), [("USR1", 143, True), ("TERM", 143, False), ("", 0, False), ("", 5, False)]
+)
 def test_the_slurm_script_queues_the_job_again_only_when_time_ran_out_after_a_save(
     tmp_path: Path, signal_name: str, code: int, requeued: bool
 ) -> None:
     """`jp-train` stands for a launch: it waits for the stop signal, where there is one, and ends with `code`."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\ncase "$1" in show) printf "node1\\nnode2\\n";; *) echo "$@" >> requeued;; esac\n')
-    wait = f'trap "exit {code}" TERM; kill -{signal_name} "$PPID"; while :; do sleep 0.05; done' if signal_name else f"exit {code}"
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\ncase "$1" in show) printf "node1\\nnode2\\n";; *) echo "$@" >> requeued;; esac\n'
+    )
+    wait = (
+        f'trap "exit {code}" TERM; kill -{signal_name} "$PPID"; while :; do sleep 0.05; done'
+        if signal_name
+        else f"exit {code}"
+    )
     (tmp_path / "jp-train").write_text(f'#!/bin/sh\necho "$@" > call\ncat "$4" > hosts\n{wait}\n')
     for name in ("scontrol", "jp-train"):
         (tmp_path / name).chmod(0o755)

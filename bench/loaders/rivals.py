@@ -1,8 +1,10 @@
-"""The loaders that others use, on the same samples: webdataset, Megatron-Energon, MosaicML Streaming. Each reads, decodes, tokenises and packs.
+"""The loaders that others use, on the same samples: webdataset, Megatron-Energon, MosaicML Streaming. Each reads,
+decodes, tokenises and packs.
 
-All use the loader's own picture function and the bare loop's tokenizer call, and lay rows out with the same few array operations (`RowMaker`),
-so that what differs is the loader. None shuffles, which is to their advantage. Energon and Streaming pin other versions of what jp_train uses;
-`install` puts them, without their dependencies' dependencies, into a folder that only this benchmark looks into.
+All use the loader's own picture function and the bare loop's tokenizer call, and lay rows out with the same few array
+operations (`RowMaker`), so that what differs is the loader. None shuffles, which is to their advantage. Energon and
+Streaming pin other versions of what jp_train uses; `install` puts them, without their dependencies' dependencies, into
+a folder that only this benchmark looks into.
 """
 
 from __future__ import annotations
@@ -77,12 +79,23 @@ PACKAGES = [
 
 def install(folder: Path) -> None:
     """Put the rivals into `folder`. Raises subprocess.CalledProcessError when pip cannot get them."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        str(folder),
+    ]
     subprocess.run([*command, *PACKAGES], check=True)
 
 
 class RowMaker:
-    """Samples -> rows ready for the device: ids, labels and image labels int64 [T], cu_seqlens, pictures uint8 or ids stacked."""
+    """Samples -> rows ready for the device: ids, labels and image labels int64 [T], cu_seqlens, pictures uint8 or
+    ids stacked."""
 
     def __init__(self, cfg: RunConfig) -> None:
         tokenizer = load_tokenizer(cfg.tokenizer)
@@ -132,7 +145,9 @@ class RowMaker:
 class Rival:
     """A side over an endless iterator of rows, made by `start(workers)`."""
 
-    def __init__(self, name: str, cfg: RunConfig, start: Callable[[RunConfig, RowMaker], Iterable[dict[str, torch.Tensor]]]) -> None:
+    def __init__(
+        self, name: str, cfg: RunConfig, start: Callable[[RunConfig, RowMaker], Iterable[dict[str, torch.Tensor]]]
+    ) -> None:
         self.name = name
         self._rows = iter(start(cfg, RowMaker(cfg)))
 
@@ -144,7 +159,9 @@ class Rival:
         return done, rows
 
     def processes(self) -> list[psutil.Process]:
-        return [process for process in psutil.Process().children() if "resource_tracker" not in " ".join(process.cmdline())]
+        return [
+            process for process in psutil.Process().children() if "resource_tracker" not in " ".join(process.cmdline())
+        ]
 
     def close(self) -> None:
         self._rows = iter(())
@@ -163,7 +180,8 @@ def webdataset_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch
 
 
 def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Tensor]]:
-    """Megatron-Energon: a crude dataset with a cooker, packing over a buffer of 100 samples (longest first, first fit)."""
+    """Megatron-Energon: a crude dataset with a cooker, packing over a buffer of 100 samples (longest first, first
+    fit)."""
     from megatron import energon
 
     folder = _energon_folder(cfg)
@@ -240,12 +258,18 @@ def available(folder: Path) -> dict[str, Callable]:
         site.addsitedir(str(folder))
     found = {}
     for name, start in RIVALS.items():
-        module = {"webdataset": "webdataset", "Megatron-Energon": "megatron.energon", "MosaicML Streaming": "streaming"}[name]
+        module = {
+            "webdataset": "webdataset",
+            "Megatron-Energon": "megatron.energon",
+            "MosaicML Streaming": "streaming",
+        }[name]
         try:
             _import_streaming() if module == "streaming" else importlib.import_module(module)
             found[name] = start
         except Exception as error:  # whatever a foreign package raises while it is imported
-            print(f"bench: {name} is left out: {type(error).__name__}: {error} (`--install` fetches it)", file=sys.stderr)
+            print(
+                f"bench: {name} is left out: {type(error).__name__}: {error} (`--install` fetches it)", file=sys.stderr
+            )
     return found
 
 
@@ -262,13 +286,17 @@ def _loaded(dataset: IterableDataset, workers: int) -> Iterable[dict[str, torch.
 
 
 def _import_streaming() -> types.ModuleType:
-    """Streaming imports torchvision for its ready-made picture datasets, which are not used here: a stand-in serves while it is imported."""
+    """Streaming imports torchvision for its ready-made picture datasets, which are not used here: a stand-in serves
+    while it is imported."""
     import transformers  # noqa: F401  - it looks for torchvision while it is imported, and must not find the stand-in
 
     names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
     stands_in = {name: types.ModuleType(name) for name in names if "torchvision" not in sys.modules}
     sys.modules.update(stands_in)
-    for name, attribute in (("torchvision.datasets", "VisionDataset"), ("torchvision.transforms.functional", "to_tensor")):
+    for name, attribute in (
+        ("torchvision.datasets", "VisionDataset"),
+        ("torchvision.transforms.functional", "to_tensor"),
+    ):
         if name in stands_in:
             setattr(stands_in[name], attribute, object)
     try:

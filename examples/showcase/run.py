@@ -1,7 +1,8 @@
 """`make showcase`: the smoke run's code with another recipe, emoji in three drawing styles and WordNet's glosses.
 
-Downloads once into `.cache/showcase` (npm and Debian packages, see `showcase_sources`), then shards, tokenizer, pretrained parts, the three
-stages of `examples/showcase/stage*.yaml`, judgement and report, with the same marks and resume as `make smoke`.
+Downloads once into `.cache/showcase` (npm and Debian packages, see `showcase_sources`), then shards, tokenizer,
+pretrained parts, the three stages of `examples/showcase/stage*.yaml`, judgement and report, with the same marks and
+resume as `make smoke`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from examples.smoke.run import (
 from examples.smoke.sizes import SmokeSizes
 
 PARTS_FACTOR = {"vq": 2.5, "vision": 2.0, "text": 3.0}
-"""The pretraining of each part takes this many times the smoke run's steps: emoji have more to draw than scenes, WordNet more to read."""
+"""The pretraining of each part takes this many times the smoke run's steps: emoji have more to draw than scenes,
+WordNet more to read."""
 EXPECTED_S = {
     "data": 90,
     "tokenizer": 30,
@@ -40,7 +42,8 @@ EXPECTED_S = {
     "evaluation": 120,
     "report": 10,
 }
-"""Estimated, not measured: smoke's times, scaled; the stages as the comments of `examples/showcase/stage*.yaml` reckon."""
+"""Estimated, not measured: smoke's times, scaled; the stages as the comments of `examples/showcase/stage*.yaml`
+reckon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,9 @@ class ShowcaseOptions(Options):
     @property
     def counts(self) -> ShowcaseCounts:
         if self.tiny:
-            return ShowcaseCounts(names=12, held_out_names=4, held_out_drawings=3, documents=600, dialogues=60, held_out_texts=40)
+            return ShowcaseCounts(
+                names=12, held_out_names=4, held_out_drawings=3, documents=600, dialogues=60, held_out_texts=40
+            )
         return ShowcaseCounts()
 
     @property
@@ -62,7 +67,10 @@ class ShowcaseOptions(Options):
         sizes = SmokeSizes.minute() if self.tiny else SmokeSizes()
         if self.tiny:
             return sizes
-        longer = {part: replace(getattr(sizes, part), steps=round(getattr(sizes, part).steps * by)) for part, by in PARTS_FACTOR.items()}
+        longer = {
+            part: replace(getattr(sizes, part), steps=round(getattr(sizes, part).steps * by))
+            for part, by in PARTS_FACTOR.items()
+        }
         return replace(sizes, **longer)
 
 
@@ -82,7 +90,11 @@ def run_showcase(options: ShowcaseOptions, *, only_data: bool = False, fresh: bo
 
 def _steps(options: ShowcaseOptions) -> list[Step]:
     return all_steps(
-        options, data=_build_data, parts=_build_parts, evaluate=_evaluate, title="jp_train showcase: emoji in three styles, three stages"
+        options,
+        data=_build_data,
+        parts=_build_parts,
+        evaluate=_evaluate,
+        title="jp_train showcase: emoji in three styles, three stages",
     )
 
 
@@ -121,9 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a tiny Janus-Pro on emoji in three drawing styles and WordNet, judge it, and write a report. About 40 minutes on 2 cores.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/showcase"), help="folder for everything the run makes (default runs/showcase)"
+        "--out",
+        type=Path,
+        default=Path("runs/showcase"),
+        help="folder for everything the run makes (default runs/showcase)",
     )
-    parser.add_argument("--cache", type=Path, default=ShowcaseOptions.cache, help="folder that keeps the downloads (--fresh keeps it too)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ShowcaseOptions.cache,
+        help="folder that keeps the downloads (--fresh keeps it too)",
+    )
     parser.add_argument("--only-data", action="store_true", help="download and write the shards, train nothing")
     add_run_arguments(parser)
     arguments = parser.parse_args(argv)

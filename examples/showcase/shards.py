@@ -1,12 +1,15 @@
 """Write the showcase's WebDataset shards: emoji in three styles for both directions, WordNet's glosses as text.
 
-Per style ``emoji-{style}-gen`` (captions) and ``emoji-{style}-und`` (questions about name, kind and style, and descriptions);
-``text`` (a gloss a document) and ``text-dialogues`` (what a word means). Two things are kept from training:
+Per style ``emoji-{style}-gen`` (captions) and ``emoji-{style}-und`` (questions about name, kind and style, and
+descriptions); ``text`` (a gloss a document) and ``text-dialogues`` (what a word means). Two things are kept from
+training:
 
-- *names*: no drawing of them in any style, no caption with them; ``emoji-{style}-gen-val`` and ``emoji-{style}-und-val`` hold them;
+- *names*: no drawing of them in any style, no caption with them; ``emoji-{style}-gen-val`` and
+  ``emoji-{style}-und-val`` hold them;
 - *drawings*: one style of some trained names; ``drawings-gen-val`` and ``drawings-und-val`` hold them.
 
-Text is WordNet's and may mention any word; held-out text is other synsets. Equal seed, counts and downloads give equal bytes.
+Text is WordNet's and may mention any word; held-out text is other synsets. Equal seed, counts and downloads give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ SHARED_SOURCES = ("drawings-gen-val", "drawings-und-val")
 SAMPLES_PER_SHARD = 2000
 MAX_GLOSS_CHARACTERS = 240
 SHRINK, SHIFT = 0.12, 0.06
-"""Trained drawings for questions are shrunk and moved by up to this share of the side: three drawings a name are few."""
+"""Trained drawings for questions are shrunk and moved by up to this share of the side: three drawings a name are
+few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,17 @@ class ShowcaseCounts:
     held_out_texts: int = 400
 
     def __post_init__(self) -> None:
-        if min(self.names, self.held_out_names, self.held_out_drawings, self.documents, self.dialogues, self.held_out_texts) < 1:
+        if (
+            min(
+                self.names,
+                self.held_out_names,
+                self.held_out_drawings,
+                self.documents,
+                self.dialogues,
+                self.held_out_texts,
+            )
+            < 1
+        ):
             raise ConfigError(f"every count of the showcase must be at least 1, got {self}")
         if self.held_out_drawings > self.names:
             raise ConfigError(f"held_out_drawings={self.held_out_drawings} is more than names={self.names}")
@@ -76,7 +90,10 @@ def split_emoji(emoji: Sequence[Emoji], seed: int, counts: ShowcaseCounts) -> Sp
     if len(emoji) < wanted:
         raise ConfigError(f"{wanted} names were asked for, but there are {len(emoji)} emoji")
     order = generator(seed, "showcase", "names").permutation(len(emoji))[:wanted]
-    held_out, chosen = [emoji[n] for n in order[: counts.held_out_names]], [emoji[n] for n in order[counts.held_out_names :]]
+    held_out, chosen = (
+        [emoji[n] for n in order[: counts.held_out_names]],
+        [emoji[n] for n in order[counts.held_out_names :]],
+    )
     kept_back = [(item, STYLES[number % len(STYLES)]) for number, item in enumerate(chosen[: counts.held_out_drawings])]
     return Split(
         trained=tuple((item, style) for item in chosen for style in STYLES if (item, style) not in kept_back),
@@ -106,18 +123,28 @@ def questions(item: Emoji, style: str) -> list[tuple[str, str, str]]:
 
 def detail(item: Emoji, style: str) -> str:
     """The answer to `DETAIL_QUESTION`: the caption, with the gloss where WordNet has one."""
-    return f"{caption(item, style)}: {item.gloss}" if 0 < len(item.gloss) <= MAX_GLOSS_CHARACTERS else caption(item, style)
+    return (
+        f"{caption(item, style)}: {item.gloss}" if 0 < len(item.gloss) <= MAX_GLOSS_CHARACTERS else caption(item, style)
+    )
 
 
 def _sample(picture: Image.Image, note: dict, item: Emoji, style: str) -> dict:
     about = {"name": item.name, "kind": item.kind, "style": style}
-    return {"png": png_bytes(picture), "json": json.dumps({**note, **about}, ensure_ascii=False, sort_keys=True).encode()}
+    return {
+        "png": png_bytes(picture),
+        "json": json.dumps({**note, **about}, ensure_ascii=False, sort_keys=True).encode(),
+    }
 
 
 def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iterator[dict]:
     for wording in range(wordings):
         for item, style in drawings:
-            yield _sample(open_drawing(item.pictures[style], PICTURE_SIDE), {"caption": caption(item, style, wording)}, item, style)
+            yield _sample(
+                open_drawing(item.pictures[style], PICTURE_SIDE),
+                {"caption": caption(item, style, wording)},
+                item,
+                style,
+            )
 
 
 def _understanding(seed: int, source: str, drawings: Sequence[tuple[Emoji, str]], *, trained: bool) -> Iterator[dict]:
@@ -151,7 +178,11 @@ def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def split_text(synsets: Sequence[Synset], seed: int, counts: ShowcaseCounts) -> tuple[list[Synset], list[Synset]]:
     """Training and held-out synsets, mixed, glosses of moderate length only."""
-    usable = [synset for synset in synsets if synset.words and 0 < len(synset.gloss) <= MAX_GLOSS_CHARACTERS and synset.gloss.isascii()]
+    usable = [
+        synset
+        for synset in synsets
+        if synset.words and 0 < len(synset.gloss) <= MAX_GLOSS_CHARACTERS and synset.gloss.isascii()
+    ]
     order = generator(seed, "showcase", "text").permutation(len(usable))
     held_out = min(counts.held_out_texts, max(len(usable) // 5, 1))
     return [usable[n] for n in order[held_out:]], [usable[n] for n in order[:held_out]]
@@ -201,15 +232,17 @@ def build_showcase_shards(out_dir: Path, cache: Path, seed: int, counts: Showcas
     sources["text-val"] = _documents(text_val, counts.held_out_texts)
     sources["text-dialogues"] = _dialogues(seed, "text-dialogues", text, counts.dialogues)
     sources["text-dialogues-val"] = _dialogues(seed, "text-dialogues-val", text_val, counts.held_out_texts)
-    written = {name: write_source(Path(out_dir) / name, name, samples, SAMPLES_PER_SHARD) for name, samples in sources.items()}
+    written = {
+        name: write_source(Path(out_dir) / name, name, samples, SAMPLES_PER_SHARD) for name, samples in sources.items()
+    }
     return BuiltShards(root=Path(out_dir), samples=written)
 
 
 def link_pretraining_sources(data_dir: Path, folder: Path) -> Path:
     """Show the trained shards to `examples.smoke.pretrain` under the source names it reads; returns `folder`.
 
-    It reads two folders of either kind of picture, the smoke run's; here they hold links to this run's shards: google's and fluent's
-    drawings under the first name, twitter's under the second.
+    It reads two folders of either kind of picture, the smoke run's; here they hold links to this run's shards: google's
+    and fluent's drawings under the first name, twitter's under the second.
     """
     from examples.smoke.shards import GENERATION_SOURCES, UNDERSTANDING_SOURCES
 

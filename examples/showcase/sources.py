@@ -1,8 +1,9 @@
 """What `make showcase` downloads, and how it is read: emoji in three drawing styles (npm) and WordNet (Debian).
 
-Everything lands in one cache folder, a subfolder a package, which appears only when it is complete; nothing is downloaded twice.
-Names inside an archive never become paths: a member is kept only if its whole name has the one form expected of it, under a name
-made of that form's hexadecimal digits; an archive with a member that points outside is refused as a whole.
+Everything lands in one cache folder, a subfolder a package, which appears only when it is complete; nothing is
+downloaded twice.
+Names inside an archive never become paths: a member is kept only if its whole name has the one form expected of it,
+under a name made of that form's hexadecimal digits; an archive with a member that points outside is refused as a whole.
 """
 
 from __future__ import annotations
@@ -100,12 +101,17 @@ def download(cache: Path) -> None:
             unpack_emoji(_only(scratch, "*.tgz"), style, folder)
     if wordnet:
         with _appearing(cache / "wordnet") as folder, _scratch(cache / ".wordnet.download") as scratch:
-            _run(["apt-get", "download", "-q", WORDNET_PACKAGE], scratch, hint="(`apt-get update` brings the package lists)")
+            _run(
+                ["apt-get", "download", "-q", WORDNET_PACKAGE],
+                scratch,
+                hint="(`apt-get update` brings the package lists)",
+            )
             unpack_wordnet(_only(scratch, "*.deb"), folder)
 
 
 def unpack_emoji(tarball: Path, style: str, folder: Path) -> int:
-    """Keep `emoji.json` (google's) and the drawings of one code point under `folder`; returns the number of drawings. Raises DataError."""
+    """Keep `emoji.json` (google's) and the drawings of one code point under `folder`; returns the number of
+    drawings. Raises DataError."""
     drawings = 0
     try:
         with tarfile.open(tarball, "r|gz") as archive:
@@ -124,12 +130,15 @@ def unpack_emoji(tarball: Path, style: str, folder: Path) -> int:
 
 
 def unpack_wordnet(package: Path, folder: Path) -> None:
-    """Keep WordNet's data files under `folder`; the package's own tree is never laid out on the disk. Raises DataError, LaunchError."""
+    """Keep WordNet's data files under `folder`; the package's own tree is never laid out on the disk. Raises
+    DataError, LaunchError."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as process:
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member, stream in _members(archive, package):
-                    if (name := PurePosixPath(member.name).name) in WORDNET_FILES and member.name == f"./usr/share/wordnet/{name}":
+                    if (
+                        name := PurePosixPath(member.name).name
+                    ) in WORDNET_FILES and member.name == f"./usr/share/wordnet/{name}":
                         (folder / name).write_bytes(stream().read())
             process.stdout.read()  # type: ignore[union-attr]
         except tarfile.TarError as error:
@@ -142,7 +151,8 @@ def unpack_wordnet(package: Path, folder: Path) -> None:
 
 
 def _members(archive: tarfile.TarFile, source: Path) -> Iterator[tuple[tarfile.TarInfo, object]]:
-    """Plain files of the archive with a function that opens each; a name that leaves the archive's own tree raises DataError."""
+    """Plain files of the archive with a function that opens each; a name that leaves the archive's own tree raises
+    DataError."""
     for member in archive:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts or "\\" in member.name:
@@ -158,7 +168,9 @@ def _members(archive: tarfile.TarFile, source: Path) -> Iterator[tuple[tarfile.T
 def _check_tools(tools: list[str]) -> None:
     for tool in tools:
         if shutil.which(tool) is None:
-            raise LaunchError(f"make showcase downloads with {tool}, which is not on PATH: install it ({INSTALL[tool]})")
+            raise LaunchError(
+                f"make showcase downloads with {tool}, which is not on PATH: install it ({INSTALL[tool]})"
+            )
 
 
 def _run(command: list[str], folder: Path, hint: str = "") -> None:
@@ -225,12 +237,18 @@ def first_senses(cache: Path, synsets: list[Synset]) -> dict[str, Synset]:
 
 
 def read_emoji(cache: Path, senses: dict[str, Synset]) -> list[Emoji]:
-    """Emoji that have one code point, a plain name of at most three words, a kind of `KINDS` and a drawing in every style, by name."""
+    """Emoji that have one code point, a plain name of at most three words, a kind of `KINDS` and a drawing in every
+    style, by name."""
     table = json.loads((cache / "emoji-google" / "emoji.json").read_text())
     found: dict[str, Emoji] = {}
     for entry in table:
         name, kind = entry["name"].lower(), entry["category"]
-        if kind not in KINDS or not _NAME.fullmatch(name) or len(name.split()) > MAX_NAME_WORDS or name.startswith("clock face"):
+        if (
+            kind not in KINDS
+            or not _NAME.fullmatch(name)
+            or len(name.split()) > MAX_NAME_WORDS
+            or name.startswith("clock face")
+        ):
             continue
         code = entry["unified"].lower()
         pictures = {style: picture for style in STYLES if (picture := _picture_file(cache / f"emoji-{style}", code))}
@@ -238,7 +256,10 @@ def read_emoji(cache: Path, senses: dict[str, Synset]) -> list[Emoji]:
             animal = name.removesuffix(" face") if kind == "Animals & Nature" else name
             sense = senses.get(name) or senses.get(animal)
             found[name] = Emoji(
-                name=name, kind=kind.lower().replace("&", "and"), gloss=sense.definition if sense else "", pictures=pictures
+                name=name,
+                kind=kind.lower().replace("&", "and"),
+                gloss=sense.definition if sense else "",
+                pictures=pictures,
             )
     if not found:
         raise DataError(f"{cache} holds no emoji that all of {', '.join(STYLES)} draw")
@@ -248,7 +269,9 @@ def read_emoji(cache: Path, senses: dict[str, Synset]) -> list[Emoji]:
 def _picture_file(folder: Path, code: str) -> Path | None:
     if not re.fullmatch(_CODE, code):
         return None
-    names = [f"{c}.{extension}" for c in (code, code.removesuffix("-fe0f"), f"{code}-fe0f") for extension in ("png", "webp")]
+    names = [
+        f"{c}.{extension}" for c in (code, code.removesuffix("-fe0f"), f"{code}-fe0f") for extension in ("png", "webp")
+    ]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 

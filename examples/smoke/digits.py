@@ -48,7 +48,9 @@ def load_digit_split(seed: int, *, held_out_share: float = 0.2) -> tuple[DigitSe
         ValueError: (from scikit-learn) if ``held_out_share`` is not between 0 and 1.
     """
     ink, labels = load_digits(return_X_y=True)
-    train, held_out = train_test_split(np.arange(len(labels)), test_size=held_out_share, random_state=seed, stratify=labels)
+    train, held_out = train_test_split(
+        np.arange(len(labels)), test_size=held_out_share, random_state=seed, stratify=labels
+    )
     return tuple(  # type: ignore[return-value]
         DigitSet(
             ink=ink[sorted(rows)].reshape(-1, DIGIT_PIXELS, DIGIT_PIXELS).astype(np.float32),
@@ -74,7 +76,9 @@ def draw_digit(ink: np.ndarray, *, side: int = PICTURE_SIDE, rng: np.random.Gene
     if rng is not None:
         angle = rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES)
         shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, size=2) * side
-        picture = picture.rotate(angle, resample=Image.Resampling.BILINEAR, translate=(round(shift[0]), round(shift[1])), fillcolor=255)
+        picture = picture.rotate(
+            angle, resample=Image.Resampling.BILINEAR, translate=(round(shift[0]), round(shift[1])), fillcolor=255
+        )
     return picture.convert("RGB")
 
 

@@ -70,7 +70,9 @@ def score_scene_pictures(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[
             continue
         right = np.mean([satisfies(found[n], scenes[n]) for n in rows])
         others = [satisfies(found[n], scenes[m]) for n in rows for m in rows if n != m]
-        scores[category] = Score(accuracy=float(right), chance=float(np.mean(others)) if others else 0.0, count=len(rows))
+        scores[category] = Score(
+            accuracy=float(right), chance=float(np.mean(others)) if others else 0.0, count=len(rows)
+        )
     return scores
 
 
@@ -101,7 +103,9 @@ def scene_pictures(scenes: Sequence[Scene], side: int) -> np.ndarray:
     return np.stack([np.asarray(draw_scene(s).resize((side, side), Image.Resampling.BICUBIC)) for s in scenes])
 
 
-def digit_ceiling(ink: np.ndarray, labels: Sequence[int], judge: DigitJudge, round_trip: RoundTrip, *, side: int) -> Score:
+def digit_ceiling(
+    ink: np.ndarray, labels: Sequence[int], judge: DigitJudge, round_trip: RoundTrip, *, side: int
+) -> Score:
     """Score of true digits, ink ``[n, 8, 8]``, after the VQ round trip: no generation can be expected to do better."""
     return score_digit_pictures(round_trip(drawn(ink, side)), labels, judge)
 
@@ -127,7 +131,8 @@ def save_grid(
     marks: Sequence[bool] | None = None,
     heading: str = "",
 ) -> Path:
-    """Write a PNG of the pictures, uint8 ``[n, H, W, 3]``, each with its title (prompt or answer) below it; returns ``path``.
+    """Write a PNG of the pictures, uint8 ``[n, H, W, 3]``, each with its title (prompt or answer) below it; returns
+    ``path``.
 
     ``marks`` draws a green or a red frame around each picture: right or wrong.
 
@@ -135,7 +140,9 @@ def save_grid(
         ValueError: if there are no pictures, or titles or marks are not as many as the pictures.
     """
     if len(pictures) == 0 or len(titles) != len(pictures) or (marks is not None and len(marks) != len(pictures)):
-        raise ValueError(f"a grid needs pictures and one title and mark each, got {len(pictures)} pictures, {len(titles)} titles")
+        raise ValueError(
+            f"a grid needs pictures and one title and mark each, got {len(pictures)} pictures, {len(titles)} titles"
+        )
     font = ImageFont.load_default(size=11)
     gap, line = 10, 14
     cell = picture_side + gap
@@ -152,7 +159,9 @@ def save_grid(
         shown = Image.fromarray(picture).resize((picture_side, picture_side), Image.Resampling.BICUBIC)
         canvas.paste(shown, (x, y))
         frame = (200, 200, 200) if marks is None else ((40, 150, 70) if marks[n] else (205, 60, 50))
-        pen.rectangle((x - 1, y - 1, x + picture_side, y + picture_side), outline=frame, width=1 if marks is None else 2)
+        pen.rectangle(
+            (x - 1, y - 1, x + picture_side, y + picture_side), outline=frame, width=1 if marks is None else 2
+        )
         for k, text in enumerate(lines_of[n]):
             pen.text((x, y + picture_side + 4 + k * line), text, fill=(50, 50, 50), font=font)
     path = Path(path)

@@ -1,4 +1,5 @@
-"""The independent judge of digit pictures: a support vector classifier on 8x8 ink amounts, trained on real digits only."""
+"""The independent judge of digit pictures: a support vector classifier on 8x8 ink amounts, trained on real digits
+only."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from examples.smoke.seeding import generator
 
 
 def ink_of(pictures: np.ndarray) -> np.ndarray:
-    """Ink amounts float32 ``[n, 64]`` in 0..16 of uint8 pictures ``[n, H, W, 3]`` (dark ink on white), by area averaging.
+    """Ink amounts float32 ``[n, 64]`` in 0..16 of uint8 pictures ``[n, H, W, 3]`` (dark ink on white), by area
+    averaging.
 
     Raises:
         ValueError: if the pictures are not uint8 RGB.
@@ -29,7 +31,8 @@ def ink_of(pictures: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigitJudge:
-    """Names digits in pictures.  ``held_out_accuracy`` is its share of right names on digits that nothing was trained on."""
+    """Names digits in pictures.  ``held_out_accuracy`` is its share of right names on digits that nothing was trained
+    on."""
 
     classifier: SVC
     held_out_accuracy: float

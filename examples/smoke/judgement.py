@@ -1,7 +1,8 @@
-"""Judge the trained model: generated digits and scenes, answers about held-out pictures; figures, picture grids, transformers' own load.
+"""Judge the trained model: generated digits and scenes, answers about held-out pictures; figures, picture grids,
+transformers' own load.
 
-Writes `stage3/evaluation.json` (rows of name, value, chance, ceiling, target, note) and `stage3/samples/*.png`. The guidance scale is swept on one
-seed and the figures are taken on another, so the choice does not flatter them.
+Writes `stage3/evaluation.json` (rows of name, value, chance, ceiling, target, note) and `stage3/samples/*.png`. The
+guidance scale is swept on one seed and the figures are taken on another, so the choice does not flatter them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from jp_train.tools.inference import InferenceModel, answer_questions, generate_
 CFG_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 """5 is the paper's; a small model that has memorised its data does better near 1."""
 TEMPERATURE = 0.6
-"""The paper samples at 1; after minutes of training the head's distribution still has a long tail of codes that fit nowhere."""
+"""The paper samples at 1; after minutes of training the head's distribution still has a long tail of codes that fit
+nowhere."""
 DIGITS_EACH = 20
 """Pictures of every digit for the final figure (and a quarter of it for the sweep)."""
 SCENES_EACH = 30
@@ -65,7 +67,9 @@ def judge(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict]:
     _check_transformers_load(run / "export")
     model = load_for_inference(run / "export")
     side = model.janus.janus_config.vision_config.image_size
-    bench = Bench(model, train_digit_judge(seed, side=side), side, seed, 2 if tiny else DIGITS_EACH, 2 if tiny else SCENES_EACH)
+    bench = Bench(
+        model, train_digit_judge(seed, side=side), side, seed, 2 if tiny else DIGITS_EACH, 2 if tiny else SCENES_EACH
+    )
     samples = run / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -79,9 +83,22 @@ def judge(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict]:
 
 
 def _row(
-    name: str, value: float, *, chance: float | None = None, ceiling: float | None = None, target: float | None = None, note: str = ""
+    name: str,
+    value: float,
+    *,
+    chance: float | None = None,
+    ceiling: float | None = None,
+    target: float | None = None,
+    note: str = "",
 ) -> dict:
-    return {"name": name, "value": round(value, 4), "chance": chance, "ceiling": ceiling, "target": target, "note": note}
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "chance": chance,
+        "ceiling": ceiling,
+        "target": target,
+        "note": note,
+    }
 
 
 def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
@@ -110,7 +127,16 @@ def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
     )
     swept = ", ".join(f"{scale:g}: {value:.2f}" for scale, value in sweep.items())
     note = f"{score.count} pictures at CFG {best:g}, temperature {TEMPERATURE:g}; sweep {swept}; judge (SVC on real digits) {bench.judge.held_out_accuracy:.3f} on held-out ones; ceiling: VQ round trip"
-    return [_row("digits generated", score.accuracy, chance=0.1, ceiling=ceiling.accuracy, target=TARGETS["digits generated"], note=note)]
+    return [
+        _row(
+            "digits generated",
+            score.accuracy,
+            chance=0.1,
+            ceiling=ceiling.accuracy,
+            target=TARGETS["digits generated"],
+            note=note,
+        )
+    ]
 
 
 def _held_out_scenes(bench: Bench, source: str, categories: Sequence[str]) -> list[Scene]:
@@ -124,13 +150,17 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
     easy = [scene for scene in scenes if scene.category in SHOWN_CATEGORIES]
     sweep = {}
     for scale in CFG_SCALES:
-        scores = evaluate.score_scene_pictures(bench.generate([scene_prompt(s) for s in easy], scale, bench.seed + 1), easy)
+        scores = evaluate.score_scene_pictures(
+            bench.generate([scene_prompt(s) for s in easy], scale, bench.seed + 1), easy
+        )
         sweep[scale] = float(np.mean([scores[category].accuracy for category in SHOWN_CATEGORIES]))
     best = max(sweep, key=sweep.__getitem__)
     pictures = bench.generate([scene_prompt(scene) for scene in scenes], best, bench.seed + 2)
     scores = evaluate.score_scene_pictures(pictures, scenes)
     ceilings = evaluate.scene_ceiling(scenes, bench.round_trip, side=bench.side)
-    chosen = [number for category in CATEGORIES for number in [n for n, s in enumerate(scenes) if s.category == category][:8]]
+    chosen = [
+        number for category in CATEGORIES for number in [n for n, s in enumerate(scenes) if s.category == category][:8]
+    ]
     _grid(
         samples / "2_scenes_generated",
         pictures[chosen],
@@ -152,10 +182,17 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
         for category in CATEGORIES
     ]
     unseen = _held_out_scenes(bench, "pairs-gen-val", ("colours",))
-    score = evaluate.score_scene_pictures(bench.generate([scene_prompt(s) for s in unseen], best, bench.seed + 3), unseen)["colours"]
+    score = evaluate.score_scene_pictures(
+        bench.generate([scene_prompt(s) for s in unseen], best, bench.seed + 3), unseen
+    )["colours"]
     return [
         *rows,
-        _row("scenes generated, unseen colour-shape pairs", score.accuracy, chance=round(score.chance, 4), note=f"{score.count} prompts"),
+        _row(
+            "scenes generated, unseen colour-shape pairs",
+            score.accuracy,
+            chance=round(score.chance, 4),
+            note=f"{score.count} prompts",
+        ),
     ]
 
 
@@ -182,7 +219,11 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
     )
     return [
         _row(
-            "digits named", float(np.mean(right)), chance=0.1, target=TARGETS["digits named"], note=f"{count} held-out pictures, exact word"
+            "digits named",
+            float(np.mean(right)),
+            chance=0.1,
+            target=TARGETS["digits named"],
+            note=f"{count} held-out pictures, exact word",
         )
     ]
 
@@ -192,9 +233,15 @@ def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
     asked = [(scene, question) for scene in scenes for question in scene_questions(scene)]
     pictures = evaluate.scene_pictures([scene for scene, _ in asked], bench.side)
     answers = answer_questions(
-        bench.model, [draw_scene(scene) for scene, _ in asked], [question.text for _, question in asked], max_new_tokens=16, batch_size=64
+        bench.model,
+        [draw_scene(scene) for scene, _ in asked],
+        [question.text for _, question in asked],
+        max_new_tokens=16,
+        batch_size=64,
     )
-    scores = evaluate.score_answers(answers, [question.answer for _, question in asked], [question.skill for _, question in asked])
+    scores = evaluate.score_answers(
+        answers, [question.answer for _, question in asked], [question.skill for _, question in asked]
+    )
     chosen = [number for number in range(0, len(asked), max(len(asked) // (8 * GRID_ROWS), 1))][: 8 * GRID_ROWS]
     _grid(
         samples / "4_scenes_answered",
@@ -216,7 +263,9 @@ def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
     ]
 
 
-def _grid(path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequence[bool], *, title: str, columns: int) -> None:
+def _grid(
+    path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequence[bool], *, title: str, columns: int
+) -> None:
     evaluate.save_grid(path.with_suffix(".png"), pictures, titles, columns=columns, picture_side=64, marks=right)
     path.with_suffix(".json").write_text(json.dumps({"title": title, "text": "green frame: right, red: wrong"}))
 

@@ -8,7 +8,8 @@ import torch
 
 
 def bfloat16_pays() -> bool:
-    """True where the CPU multiplies bfloat16 tiles in hardware (Intel AMX): there it is several times faster than float32.
+    """True where the CPU multiplies bfloat16 tiles in hardware (Intel AMX): there it is several times faster than
+    float32.
 
     Elsewhere bfloat16 may be emulated and slower, so float32 is the choice.
     """

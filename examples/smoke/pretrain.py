@@ -30,7 +30,14 @@ def special_ids(tokenizer) -> dict[str, int]:
     Raises:
         ConfigError: if one of them is not a single token of the tokenizer.
     """
-    strings = {"bos": names.BOS, "eos": names.EOS, "pad": names.PAD, "boi": names.BOI, "eoi": names.EOI, "image": names.IMAGE}
+    strings = {
+        "bos": names.BOS,
+        "eos": names.EOS,
+        "pad": names.PAD,
+        "boi": names.BOI,
+        "eoi": names.EOI,
+        "image": names.IMAGE,
+    }
     vocabulary = tokenizer.get_vocab()
     missing = [string for string in strings.values() if string not in vocabulary]
     if missing:
@@ -44,7 +51,8 @@ def as_tensor(pictures) -> torch.Tensor:
 
 
 def image_text_pairs(data_dir: Path, tokenizer, side: int) -> tuple[torch.Tensor, list[list[int]]]:
-    """Pictures uint8 ``[n, 3, side, side]`` of all training sources with the token lists of their captions or dialogues."""
+    """Pictures uint8 ``[n, 3, side, side]`` of all training sources with the token lists of their captions or
+    dialogues."""
     pictures, texts = [], []
     for source in (*UNDERSTANDING_SOURCES, *GENERATION_SOURCES):
         for sample in read_source(Path(data_dir) / source):
@@ -66,8 +74,8 @@ def text_documents(data_dir: Path, tokenizer) -> list[list[int]]:
 def reset_adaptors(model: JanusForConditionalGeneration, *, seed: int) -> None:
     """Random adaptors and image head (normal, zero bias); generation embeddings start as the codebook.
 
-    The std is 1/sqrt(inputs), not the 0.02 of the full-size model: in a network this narrow 0.02 makes image embeddings a hundred times
-    smaller than text embeddings, and a run of minutes never recovers from that.
+    The std is 1/sqrt(inputs), not the 0.02 of the full-size model: in a network this narrow 0.02 makes image embeddings
+    a hundred times smaller than text embeddings, and a run of minutes never recovers from that.
     """
     generator = torch.Generator().manual_seed(seed)
     core = model.model
@@ -79,11 +87,14 @@ def reset_adaptors(model: JanusForConditionalGeneration, *, seed: int) -> None:
     core.generation_embeddings.weight.copy_(core.vqmodel.quantize.embedding.weight)
 
 
-def pretrain_all(out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: SmokeSizes | None = None, seed: int = 0) -> Path:
+def pretrain_all(
+    out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: SmokeSizes | None = None, seed: int = 0
+) -> Path:
     """Pretrain the VQ tokenizer, the vision encoder and the language model, and write the model stage 1 starts from.
 
     ``out_dir`` becomes a ``JanusForConditionalGeneration`` folder (config.json, model.safetensors) with the
-    tokenizer's files beside them; returns it.  The VQ tokenizer is trained in a process of its own beside the other two: two
+    tokenizer's files beside them; returns it.  The VQ tokenizer is trained in a process of its own beside the other
+                                                two: two
     processes of one thread do more than one of two.  The process's thread count is set for the time of the call only.
 
     Raises:
@@ -100,7 +111,9 @@ def pretrain_all(out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: Smok
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as beside:
             vq = beside.submit(_train_vq_beside, Path(data_dir), tokenizer_dir, sizes, seed)
             pictures, texts = image_text_pairs(data_dir, tokenizer, sizes.model.image_size)
-            vision = train_vision(config.vision_config, pictures, texts, sizes.vision, vocab_size=len(tokenizer), seed=seed)
+            vision = train_vision(
+                config.vision_config, pictures, texts, sizes.vision, vocab_size=len(tokenizer), seed=seed
+            )
             llm = train_llm(config.text_config, text_documents(data_dir, tokenizer), sizes.text, seed=seed)
             vq_weights = {name: torch.from_numpy(value) for name, value in vq.result().items()}
     finally:
@@ -118,7 +131,8 @@ def pretrain_all(out_dir: Path, data_dir: Path, tokenizer_dir: Path, sizes: Smok
 
 
 def _train_vq_beside(data_dir: Path, tokenizer_dir: Path, sizes: SmokeSizes, seed: int) -> dict[str, np.ndarray]:
-    """The VQ tokenizer's weights, trained in this process with one thread (numpy: plain bytes travel between processes)."""
+    """The VQ tokenizer's weights, trained in this process with one thread (numpy: plain bytes travel between
+    processes)."""
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = janus_config(sizes.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer))

@@ -24,7 +24,9 @@ class TextTraining:
     """Matrix products in bfloat16 where the CPU gains from it."""
 
 
-def train_llm(config: LlamaConfig, documents: list[list[int]], training: TextTraining, *, seed: int) -> LlamaForCausalLM:
+def train_llm(
+    config: LlamaConfig, documents: list[list[int]], training: TextTraining, *, seed: int
+) -> LlamaForCausalLM:
     """Train a Llama on documents (token lists that start with BOS and end with EOS); returns it in eval mode.
 
     Documents are laid end to end in a fresh order each pass and read in rows of ``row_tokens``.
@@ -38,8 +40,12 @@ def train_llm(config: LlamaConfig, documents: list[list[int]], training: TextTra
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 20) * max(0.05, 1 - s / training.steps))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 20) * max(0.05, 1 - s / training.steps)
+    )
     progress = Progress("language model", training.steps)
     needed = training.batch_rows * (training.row_tokens + 1)
     stream = torch.empty(0, dtype=torch.long)

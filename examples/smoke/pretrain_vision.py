@@ -1,4 +1,5 @@
-"""Pretrain the small vision encoder with SigLIP's sigmoid image-text loss (a text tower is trained along and thrown away).
+"""Pretrain the small vision encoder with SigLIP's sigmoid image-text loss (a text tower is trained along and thrown
+away).
 
 Only transformers' ``JanusVisionModel`` is kept: Janus uses the last block's tokens after the final LayerNorm, never
 the pooled vector, so the pooling here is a plain mean over tokens and carries no weights.
@@ -62,7 +63,9 @@ def pad_ids(encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, real
 
 
-def sigmoid_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+def sigmoid_loss(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, same: torch.Tensor
+) -> torch.Tensor:
     """SigLIP's loss of unit vectors ``[n, d]``: every pair is a yes/no question.
 
     ``same`` bool ``[n, n]`` marks the pairs that belong together: the diagonal, and pairs whose texts are equal.
@@ -81,7 +84,8 @@ def train_vision(
     vocab_size: int,
     seed: int,
 ) -> JanusVisionModel:
-    """Pretrain a vision encoder on uint8 pictures ``[n, 3, S, S]`` and the token lists of their texts; returns it in eval mode.
+    """Pretrain a vision encoder on uint8 pictures ``[n, 3, S, S]`` and the token lists of their texts; returns it in
+    eval mode.
 
     Raises:
         ValueError: if pictures and texts do not pair up, or the pictures have another side than the config.
@@ -104,8 +108,12 @@ def train_vision(
     log_scale, bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-10.0))
     modules = nn.ModuleList([vision, image_out, tower])
     trained = [*modules.parameters(), log_scale, bias]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 50) * max(0.02, 1 - s / training.steps))
+    optimizer = torch.optim.AdamW(
+        trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 50) * max(0.02, 1 - s / training.steps)
+    )
     progress = Progress("vision encoder", training.steps)
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pairs,), generator=generator)

@@ -1,7 +1,8 @@
 """Train the small VQ tokenizer of the smoke run: transformers' ``JanusVQVAE`` with unit-length codes.
 
 The released model normalises both the encoder's output and the codebook rows to unit length before it looks for
-the nearest row, and decodes from unit rows.  ``JanusVQVAE.encode`` normalises neither, so training here normalises both and
+the nearest row, and decodes from unit rows.  ``JanusVQVAE.encode`` normalises neither, so training here normalises both
+                                              and
 stores unit rows: then transformers' ids, which compare the raw encoder output with unit rows, are the same ids
 (for unit rows the nearest row by distance is the row with the largest dot product, whatever the output's length).
 """
@@ -22,8 +23,9 @@ from examples.smoke.progress import Progress
 PLAIN_INK = 0.08
 """A patch whose darkest channel value is nearer to white than this (of a range of 2) is plain paper."""
 PAPER = 0
-"""The code that every plain patch is taught to take. Left alone, the encoder hides what other patches show in the codes of plain ones, which are most
-of a scene, and the image head has to guess hundreds of codes that all mean white."""
+"""The code that every plain patch is taught to take. Left alone, the encoder hides what other patches show in the
+codes of plain ones, which are most of a scene, and the image head has to guess hundreds of codes that all mean
+white."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,15 @@ class VQTraining:
     """Steps at the start without quantization; then the codebook starts as k-means of the encoder's outputs."""
     commitment: float = 0.25
     colour_weight: float = 3.0
-    """Extra weight of a fully saturated pixel's error over a grey one's: small coloured shapes on white would else hardly count."""
+    """Extra weight of a fully saturated pixel's error over a grey one's: small coloured shapes on white would else
+    hardly count."""
     kmeans_pictures: int = 1500
     """Pictures whose encoder outputs the codebook's k-means sees."""
     codebook_decay: float = 0.98
     """Decay a step of the running means that codebook rows are."""
     restart_every: int = 50
-    """Rows that were used less than ``restart_below`` times a step on average are moved to a present output every so many steps."""
+    """Rows that were used less than ``restart_below`` times a step on average are moved to a present output every so
+    many steps."""
     restart_below: float = 0.05
     freeze_codebook_last: int = 100
     """In the last steps rows no longer restart, so that every row's meaning is settled."""
@@ -68,7 +72,8 @@ def scale_weights(module: nn.Module, generator: torch.Generator) -> None:
 class UnitCodebook:
     """Codebook rows of unit length as running means of the encoder outputs assigned to them.
 
-    Row 0 is plain paper (``PAPER``) and never moves. Holds a reference to the embedding weight ``[codes, dim]`` and writes it in place.
+    Row 0 is plain paper (``PAPER``) and never moves. Holds a reference to the embedding weight ``[codes, dim]`` and
+    writes it in place.
     """
 
     def __init__(self, weight: torch.Tensor, decay: float, generator: torch.Generator) -> None:
@@ -84,7 +89,8 @@ class UnitCodebook:
 
     @torch.no_grad()
     def kmeans(self, unit: torch.Tensor, iterations: int = 8) -> None:
-        """Set the rows to spherical k-means centres of unit vectors ``[n, dim]``; empty centres move to random vectors."""
+        """Set the rows to spherical k-means centres of unit vectors ``[n, dim]``; empty centres move to random
+        vectors."""
         self.weight.copy_(self._random_rows(unit, len(self.weight)))
         for _ in range(iterations):
             ids = self.nearest(unit)
@@ -129,7 +135,8 @@ def to_model_range(pictures: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_ids(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Nearest-row ids ``[n, tokens]`` of pictures ``[n, 3, S, S]`` in [-1, 1], both sides normalised as in the released code."""
+    """Nearest-row ids ``[n, tokens]`` of pictures ``[n, 3, S, S]`` in [-1, 1], both sides normalised as in the
+    released code."""
     latent = vq.quant_conv(vq.encoder(pixels))
     unit = F.normalize(latent.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)
     rows = F.normalize(vq.quantize.embedding.weight, dim=-1)
@@ -143,7 +150,8 @@ def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
 
 
 def shows_something(pixels: torch.Tensor, stride: int) -> torch.Tensor:
-    """Which tokens, bool ``[n * tokens]``, show anything: some pixel of their ``stride`` x ``stride`` patch is not white.
+    """Which tokens, bool ``[n * tokens]``, show anything: some pixel of their ``stride`` x ``stride`` patch is not
+    white.
 
     ``pixels`` is ``[n, 3, S, S]`` in [-1, 1].
     """
@@ -152,7 +160,9 @@ def shows_something(pixels: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _outputs_for_codes(vq: JanusVQVAE, pictures: torch.Tensor, count: int, stride: int, generator: torch.Generator) -> torch.Tensor:
+def _outputs_for_codes(
+    vq: JanusVQVAE, pictures: torch.Tensor, count: int, stride: int, generator: torch.Generator
+) -> torch.Tensor:
     """Unit encoder outputs ``[m, dim]`` of those tokens of ``count`` random pictures that show something."""
     rows = torch.randperm(len(pictures), generator=generator)[:count]
     outputs = []
@@ -167,7 +177,8 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
     """Train a VQ tokenizer on uint8 pictures ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
 
     The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their
-    rows (of plain patches: to the paper row, from the first step); gradients pass the quantizer straight through.  The learning rate falls linearly to zero after a short warm-up.
+    rows (of plain patches: to the paper row, from the first step); gradients pass the quantizer straight through.  The
+        learning rate falls linearly to zero after a short warm-up.
 
     Raises:
         ValueError: if the picture side does not fit the configured grid.
@@ -186,7 +197,9 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
     vq.quantize.embedding.weight.requires_grad_(False)
     trained = [p for p in vq.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps)
+    )
     progress = Progress("VQ tokenizer", training.steps)
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pictures,), generator=generator)

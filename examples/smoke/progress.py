@@ -25,4 +25,8 @@ class Progress:
         spent = self.shown - self.started
         left = spent / (step + 1) * (self.total - step - 1)
         timing = f"{spent:.0f} s" if step + 1 == self.total else f"{left:.0f} s left"
-        print(f"[{self.title}] {step + 1}/{self.total}, {timing}" + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+        print(
+            f"[{self.title}] {step + 1}/{self.total}, {timing}" + (f", {note}" if note else ""),
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,7 +1,7 @@
 """The smoke run: data, tokenizer, pretrained parts, the three stages under the deepspeed launcher, judging, report.
 
-Each step writes into `--out` and leaves a mark in `--out/steps/` when it is complete, so an interrupted run goes on where it was; the stages
-themselves resume from their checkpoints. A run that had finished starts afresh.
+Each step writes into `--out` and leaves a mark in `--out/steps/` when it is complete, so an interrupted run goes on
+where it was; the stages themselves resume from their checkpoints. A run that had finished starts afresh.
 """
 
 from __future__ import annotations
@@ -24,13 +24,23 @@ from jp_train.errors import ConfigError, JpTrainError, LaunchError
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (1, 2, 3)
 LAST = "report"
-EXPECTED_S = {"data": 15, "tokenizer": 5, "parts": 180, "stage1": 50, "stage2": 185, "stage3": 165, "evaluation": 20, "report": 10}
+EXPECTED_S = {
+    "data": 15,
+    "tokenizer": 5,
+    "parts": 180,
+    "stage1": 50,
+    "stage2": 185,
+    "stage3": 165,
+    "evaluation": 20,
+    "report": 10,
+}
 """What each step took where this was written (two cores): only the estimate of the time left is made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`out`: the folder everything goes to; `overrides`: key=value for every stage; `tiny`: a few steps of everything, for tests."""
+    """`out`: the folder everything goes to; `overrides`: key=value for every stage; `tiny`: a few steps of
+    everything, for tests."""
 
     out: Path
     seed: int = 0
@@ -63,9 +73,15 @@ def run_smoke(options: Options, *, only_stage: int | None = None, fresh: bool = 
 
 
 def run_steps(
-    options: Options, steps: Sequence[Step], expected_s: Mapping[str, float], *, only_stage: int | None = None, fresh: bool = False
+    options: Options,
+    steps: Sequence[Step],
+    expected_s: Mapping[str, float],
+    *,
+    only_stage: int | None = None,
+    fresh: bool = False,
 ) -> int:
-    """Run `steps` in order, without those that are marked done in `options.out`; the first status that is not 0 ends it and is returned.
+    """Run `steps` in order, without those that are marked done in `options.out`; the first status that is not 0 ends it
+    and is returned.
 
     `expected_s`: seconds of every step, for the estimate of the time left.
     """
@@ -91,7 +107,9 @@ def run_steps(
 
 
 def _steps(options: Options) -> list[Step]:
-    return all_steps(options, data=_build_data, parts=_build_parts, evaluate=_evaluate, title="jp_train smoke run: three stages")
+    return all_steps(
+        options, data=_build_data, parts=_build_parts, evaluate=_evaluate, title="jp_train smoke run: three stages"
+    )
 
 
 def all_steps(
@@ -102,7 +120,8 @@ def all_steps(
     evaluate: Callable[[OptionsT], int],
     title: str,
 ) -> list[Step]:
-    """Names and functions in order, with what a recipe does its own way; a function returns an exit status. `title`: of the report."""
+    """Names and functions in order, with what a recipe does its own way; a function returns an exit status. `title`:
+    of the report."""
     return [
         ("data", lambda: data(options)),
         ("tokenizer", lambda: build_tokenizer(options)),
@@ -158,11 +177,16 @@ def stage_overrides(options: Options, stage: int) -> list[str]:
 
 
 def train_stage(options: Options, stage: int) -> int:
-    """Train one stage under the deepspeed launcher; returns its exit status. Raises LaunchError if it wrote no export."""
+    """Train one stage under the deepspeed launcher; returns its exit status. Raises LaunchError if it wrote no
+    export."""
     from jp_train.cluster.launch import LaunchOptions, launch
 
     config = ROOT / "examples" / options.recipe / f"stage{stage}.yaml"
-    code = launch(config, stage_overrides(options, stage), LaunchOptions(hostfile=options.hostfile, master_port=options.master_port))
+    code = launch(
+        config,
+        stage_overrides(options, stage),
+        LaunchOptions(hostfile=options.hostfile, master_port=options.master_port),
+    )
     if code:
         say(f"stage {stage} ended with status {code}; run the same command again to resume it")
         return code
@@ -194,7 +218,8 @@ def rebuilt(folder: Path):
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier run. Raises ConfigError for a folder that holds something else: `--out ~ --fresh` must not empty a home."""
+    """Remove an earlier run. Raises ConfigError for a folder that holds something else: `--out ~ --fresh` must not
+    empty a home."""
     if not out.exists():
         return
     if any(out.iterdir()) and not (out / "steps" / "options.json").exists():
@@ -230,7 +255,9 @@ def _check_same_options(options: Options) -> None:
     if file.exists():
         found = json.loads(file.read_text())
         if found != mine:
-            raise ConfigError(f"{options.out} was begun with {found}, not {mine}; add --fresh to start over, or give another --out")
+            raise ConfigError(
+                f"{options.out} was begun with {found}, not {mine}; add --fresh to start over, or give another --out"
+            )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(mine))
 
@@ -244,8 +271,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What the smoke and the showcase run both take."""
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="start over even if an interrupted run could go on")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing")
-    parser.add_argument("--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing"
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks"
+    )
     parser.add_argument("--master-port", type=int, default=29500)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override keys of all three stages")
 
@@ -281,8 +312,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m examples.smoke",
         description="Train a tiny Janus-Pro through all three stages on real pictures and text, judge it, and write a report. About 12 minutes on 2 cores.",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="folder for everything the run makes (default runs/smoke)")
-    parser.add_argument("--only-stage", type=int, choices=STAGES, help="only this stage, anew; what it needs is made first")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/smoke"), help="folder for everything the run makes (default runs/smoke)"
+    )
+    parser.add_argument(
+        "--only-stage", type=int, choices=STAGES, help="only this stage, anew; what it needs is made first"
+    )
     add_run_arguments(parser)
     arguments = parser.parse_args(argv)
     options = Options(**run_options(arguments))

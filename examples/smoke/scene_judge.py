@@ -58,7 +58,9 @@ def _templates() -> dict[str, np.ndarray]:
 def _stretched(mask: np.ndarray) -> np.ndarray:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    picture = Image.fromarray(crop.astype(np.uint8) * 255).resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.Resampling.BILINEAR)
+    picture = Image.fromarray(crop.astype(np.uint8) * 255).resize(
+        (_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.Resampling.BILINEAR
+    )
     return np.asarray(picture) > 127
 
 
@@ -70,7 +72,8 @@ def _name_shape(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _palette_index(pixels: np.ndarray) -> np.ndarray:
-    """Index of the nearest palette colour of float pixels ``[..., 3]``, comparing saturated directions, not brightness."""
+    """Index of the nearest palette colour of float pixels ``[..., 3]``, comparing saturated directions, not
+    brightness."""
 
     def direction(rgb: np.ndarray) -> np.ndarray:
         low = rgb.min(-1, keepdims=True)

@@ -102,7 +102,9 @@ def scene_questions(scene: Scene) -> tuple[Question, ...]:
     second = scene.objects[1]
     asked, other = (first, second)
     return (
-        Question(skill="two", text="Which shapes are there?", answer=f"{article(first.shape)} and {article(second.shape)}"),
+        Question(
+            skill="two", text="Which shapes are there?", answer=f"{article(first.shape)} and {article(second.shape)}"
+        ),
         Question(skill="attribution", text=f"What colour is the {asked.shape}?", answer=asked.colour),
         Question(skill="attribution", text=f"What colour is the {other.shape}?", answer=other.colour),
         Question(

@@ -129,7 +129,20 @@ def shape_outline(shape: str, x: float, y: float, radius: float) -> tuple[str, l
         return "polygon", [(x, y - radius), (x + radius, y + 0.85 * radius), (x - radius, y + 0.85 * radius)]
     if shape == "cross":
         a, b = radius, 0.36 * radius
-        corners = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+        corners = [
+            (-b, -a),
+            (b, -a),
+            (b, -b),
+            (a, -b),
+            (a, b),
+            (b, b),
+            (b, a),
+            (-b, a),
+            (-b, b),
+            (-a, b),
+            (-a, -b),
+            (-b, -b),
+        ]
         return "polygon", [(x + dx, y + dy) for dx, dy in corners]
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 

@@ -111,16 +111,24 @@ class SmokeSizes:
 
     model: ModelSizes = field(default_factory=ModelSizes)
     shards: ShardSizes = field(default_factory=ShardSizes)
-    vq: VQTraining = field(default_factory=lambda: VQTraining(steps=580, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150))
-    vision: VisionTraining = field(default_factory=lambda: VisionTraining(steps=300, batch_pairs=112, learning_rate=1e-3))
-    text: TextTraining = field(default_factory=lambda: TextTraining(steps=80, batch_rows=8, row_tokens=256, learning_rate=2e-3))
+    vq: VQTraining = field(
+        default_factory=lambda: VQTraining(steps=580, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150)
+    )
+    vision: VisionTraining = field(
+        default_factory=lambda: VisionTraining(steps=300, batch_pairs=112, learning_rate=1e-3)
+    )
+    text: TextTraining = field(
+        default_factory=lambda: TextTraining(steps=80, batch_rows=8, row_tokens=256, learning_rate=2e-3)
+    )
 
     @classmethod
     def minute(cls) -> SmokeSizes:
         """A few steps of everything: the same path in well under a minute, learning nothing worth showing."""
         full = cls()
         return cls(
-            shards=ShardSizes(digits_gen=60, scenes_gen=60, digits_und=60, scenes_und=60, val_each=12, samples_per_shard=40),
+            shards=ShardSizes(
+                digits_gen=60, scenes_gen=60, digits_und=60, scenes_und=60, val_each=12, samples_per_shard=40
+            ),
             vq=replace(full.vq, steps=6, continuous_steps=3, freeze_codebook_last=1, batch_pictures=8),
             vision=replace(full.vision, steps=3, batch_pairs=16),
             text=replace(full.text, steps=3, batch_rows=2, row_tokens=64),

@@ -1,4 +1,5 @@
-"""The short text a smoke run ends with: losses, ratio, fill and speed of every stage, scores beside chance, where to look."""
+"""The short text a smoke run ends with: losses, ratio, fill and speed of every stage, scores beside chance, where to
+look."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from jp_train.run.summary import LossChange, Summary, summarize
 
 
 def format_summary(out: Path, *, seconds: float) -> str:
-    """The summary of the smoke run in `out`; `seconds` is what this call of it took. Raises DataError for a stage without metrics."""
+    """The summary of the smoke run in `out`; `seconds` is what this call of it took. Raises DataError for a stage
+    without metrics."""
     lines = ["", f"smoke run in {out}: {seconds / 60:.1f} minutes"]
     for folder in sorted(out.glob("stage[0-9]")):
         lines += _stage(summarize(read_run(folder)))
@@ -56,4 +58,6 @@ def _score(row: dict) -> str:
 
     target = row.get("target")
     verdict = "" if target is None else ("  met" if row["value"] >= target else "  MISSED")
-    return f"{row['name'][:43]:<44}{cell('value', 7)}{cell('chance', 8)}{cell('ceiling', 9)}{cell('target', 8)}{verdict}"
+    return (
+        f"{row['name'][:43]:<44}{cell('value', 7)}{cell('chance', 8)}{cell('ceiling', 9)}{cell('target', 8)}{verdict}"
+    )

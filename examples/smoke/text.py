@@ -1,4 +1,5 @@
-"""The text of the smoke run: the English reference of the Python language, which ships inside Python as ``pydoc_data.topics``."""
+"""The text of the smoke run: the English reference of the Python language, which ships inside Python as
+``pydoc_data.topics``."""
 
 from __future__ import annotations
 
@@ -10,15 +11,13 @@ from dataclasses import dataclass
 from examples.smoke.seeding import generator
 
 DOCUMENT_CHARACTERS = 80
-"""Documents are runs of whole sentences of about this many characters, so that they are of a length with the other kinds."""
+"""Documents are runs of whole sentences of about this many characters, so that they are of a length with the other
+kinds."""
 MAX_SENTENCE_CHARACTERS = 160
-"""A longer sentence is cut between words: grammars and tables of thousands of characters would fill whole steps with text."""
+"""A longer sentence is cut between words: grammars and tables of thousands of characters would fill whole steps with
+text."""
 MAX_ANSWER_CHARACTERS = 80
-DIALOGUE_QUESTIONS = (
-    'What does Python say about "{}"?',
-    'Explain "{}" in Python.',
-    'Tell me about "{}".',
-)
+DIALOGUE_QUESTIONS = ('What does Python say about "{}"?', 'Explain "{}" in Python.', 'Tell me about "{}".')
 
 _WRAPPER = textwrap.TextWrapper(MAX_SENTENCE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 _RULE = re.compile(r"^[*=~\-^\"]{4,}$", re.MULTILINE)
@@ -47,7 +46,9 @@ def load_topics() -> tuple[Topic, ...]:
     """All topics of the running Python's reference in alphabetical order."""
     topics = []
     for key in sorted(pydoc_data.topics.topics):
-        blocks = [_SPACES.sub(" ", block).strip() for block in _RULE.sub("", pydoc_data.topics.topics[key]).split("\n\n")]
+        blocks = [
+            _SPACES.sub(" ", block).strip() for block in _RULE.sub("", pydoc_data.topics.topics[key]).split("\n\n")
+        ]
         paragraphs = tuple(block for block in blocks if block)
         if len(paragraphs) > 1:
             topics.append(Topic(key=key, title=paragraphs[0].replace(chr(34), ""), paragraphs=paragraphs[1:]))
@@ -97,8 +98,8 @@ def _first_sentences(paragraph: str) -> str:
 def split_dialogues(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Dialogue], list[Dialogue]]:
     """Return training and held-out dialogues: every paragraph of a topic answers one question about the topic.
 
-    No two dialogues have the same answer, so none is on both sides of the split. One dialogue a paragraph, and not many a topic: with few
-    distinct answers a run of minutes learns them by heart, and its held-out loss rises.
+    No two dialogues have the same answer, so none is on both sides of the split. One dialogue a paragraph, and not many
+    a topic: with few distinct answers a run of minutes learns them by heart, and its held-out loss rises.
     """
     sides: tuple[list[Dialogue], list[Dialogue]] = ([], [])
     seen: set[str] = set()

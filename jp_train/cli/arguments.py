@@ -9,8 +9,15 @@ from pathlib import Path
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG and any number of key=value overrides."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML of launch/, or the config.yaml of a run folder")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, for example optimizer.lr=5e-5 data.workers=0")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, help="a YAML of launch/, or the config.yaml of a run folder"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="override any key, for example optimizer.lr=5e-5 data.workers=0",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +48,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_command(commands: argparse._SubParsersAction, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+def add_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, details: str = ""
+) -> argparse.ArgumentParser:
     """A subparser whose help starts with what the command is for."""
     return commands.add_parser(
         name, help=summary, description=f"{summary}.\n\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter

@@ -26,5 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise DataError(f"--image {arguments.image}: {error.strerror or error}") from None
     model = load_for_inference(arguments.model)
-    print(*answer_questions(model, [picture], [arguments.question], template=arguments.template, max_new_tokens=arguments.max_new_tokens))
+    print(
+        *answer_questions(
+            model, [picture], [arguments.question], template=arguments.template, max_new_tokens=arguments.max_new_tokens
+        )
+    )
     return 0

@@ -19,7 +19,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     add_config(parser)
     parser.add_argument("--hostfile", type=Path, default=None, help="take the world size from this hostfile")
     parser.add_argument(
-        "--config-only", action="store_true", help="do not look at tokenizer, weights and shards (they are on another machine)"
+        "--config-only",
+        action="store_true",
+        help="do not look at tokenizer, weights and shards (they are on another machine)",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -29,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
     from jp_train.tools.check import check, format_check
 
-    found = check(load_config(arguments.config, arguments.overrides), arguments.hostfile, config_only=arguments.config_only)
+    found = check(
+        load_config(arguments.config, arguments.overrides), arguments.hostfile, config_only=arguments.config_only
+    )
     print(json.dumps(found) if arguments.json else format_check(found))
     return 2 if found["problems"] else 0

@@ -24,16 +24,29 @@ A picture that cannot be decoded is named, and skipped in training as it would b
 
 
 def register(tools: argparse._SubParsersAction) -> None:
-    parser = add_command(tools, "encode-images", "compute the VQ ids of all generation pictures once, beside the shards", DETAILS)
+    parser = add_command(
+        tools, "encode-images", "compute the VQ ids of all generation pictures once, beside the shards", DETAILS
+    )
     add_config(parser)
     parser.add_argument(
-        "--hostfile", type=Path, help="share the shards among the ranks of these hosts; prints and runs the deepspeed command"
+        "--hostfile",
+        type=Path,
+        help="share the shards among the ranks of these hosts; prints and runs the deepspeed command",
     )
     parser.add_argument("--include", default="", help="with --hostfile: only these hosts or slots, deepspeed syntax")
     parser.add_argument("--exclude", default="", help="with --hostfile: all but these hosts or slots")
-    parser.add_argument("--master-port", type=int, default=29500, help="with --hostfile: rendezvous port of the launcher (default 29500)")
     parser.add_argument(
-        "--batch", type=int, metavar="N", default=8, help="pictures that go through the VQ together (default 8, as in training)"
+        "--master-port",
+        type=int,
+        default=29500,
+        help="with --hostfile: rendezvous port of the launcher (default 29500)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        default=8,
+        help="pictures that go through the VQ together (default 8, as in training)",
     )
     parser.add_argument(
         "--verify-sample",
@@ -50,7 +63,9 @@ def register(tools: argparse._SubParsersAction) -> None:
         help="share of the verified ids that may differ (default 0; other hardware: 0.001)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what each rank has and has left (with --hostfile: and the command), and stop"
+        "--dry-run",
+        action="store_true",
+        help="say what each rank has and has left (with --hostfile: and the command), and stop",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -71,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         return encode_on_hosts(arguments.config, arguments.overrides, options, as_json=arguments.json, **work)
     config = load_config(arguments.config, arguments.overrides)
     place = Place.of_environment()
-    told, code = encode_images(config, place, table=sys.stderr if arguments.json else sys.stdout, dry_run=arguments.dry_run, **work)
+    told, code = encode_images(
+        config, place, table=sys.stderr if arguments.json else sys.stdout, dry_run=arguments.dry_run, **work
+    )
     if arguments.json and place.rank == 0:
         print(json.dumps(told))
     return code

@@ -26,10 +26,20 @@ are refused, and a whole step is compared with the counts in its metrics.jsonl. 
 def register(tools: argparse._SubParsersAction) -> None:
     parser = add_command(tools, "explain", "which documents the rows of an optimizer step were made of", DETAILS)
     add_replay(parser, step_required=True)
-    parser.add_argument("--row", type=int, default=None, help="only this row of the step, counted from 0 over all ranks")
-    parser.add_argument("--rank", type=int, default=None, help="only the rows of this data-parallel rank (give --world too)")
+    parser.add_argument(
+        "--row", type=int, default=None, help="only this row of the step, counted from 0 over all ranks"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=None, help="only the rows of this data-parallel rank (give --world too)"
+    )
     parser.add_argument("--world", type=int, default=None, help="how many data-parallel ranks there are")
-    parser.add_argument("--save", metavar="OUT.safetensors", type=Path, default=None, help="write the micro-batches that hold these rows")
+    parser.add_argument(
+        "--save",
+        metavar="OUT.safetensors",
+        type=Path,
+        default=None,
+        help="write the micro-batches that hold these rows",
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -43,7 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     config, overrides = config_and_overrides(arguments)
     with open_replay(config, overrides, arguments.run_dir) as replay:
         found = explain_step(
-            replay, arguments.step, row=arguments.row, rank=arguments.rank, world=arguments.world or 1, save=arguments.save
+            replay,
+            arguments.step,
+            row=arguments.row,
+            rank=arguments.rank,
+            world=arguments.world or 1,
+            save=arguments.save,
         )
     agrees = compare_with_metrics(found, arguments.run_dir) if arguments.run_dir else None
     for note in [*found["notes"], *([agrees] if agrees else [])]:

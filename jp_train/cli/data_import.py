@@ -29,7 +29,12 @@ KINDS = ("understanding", "generation")
 
 
 def register(tools: argparse._SubParsersAction) -> None:
-    parser = add_command(tools, "import", "turn published data into shards: folders, JSON, CSV, text, Parquet, other WebDatasets", DETAILS)
+    parser = add_command(
+        tools,
+        "import",
+        "turn published data into shards: folders, JSON, CSV, text, Parquet, other WebDatasets",
+        DETAILS,
+    )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     _imagenet(formats)
     _coco(formats)
@@ -44,7 +49,9 @@ def _imagenet(formats: argparse._SubParsersAction) -> None:
     details = """\
 SOURCE/CLASS/picture: each picture becomes a generation sample whose caption is the name of its class. The recipe's `class_prompt` shapes it in training
 (first_lemma: "tench, Tinca tinca" -> "tench")."""
-    parser = _format(formats, "imagenet", "a folder with one folder a class -> generation", details, "folder of class folders")
+    parser = _format(
+        formats, "imagenet", "a folder with one folder a class -> generation", details, "folder of class folders"
+    )
     parser.add_argument(
         "--class-names",
         metavar="FILE",
@@ -84,7 +91,12 @@ a picture are skipped and counted, or with --text-out written as text shards."""
         "JSON, JSONL, a folder or glob of them",
     )
     _images(parser, required=True)
-    parser.add_argument("--text-out", metavar="FOLDER", type=Path, help="write dialogues without a picture there, as shards of kind text")
+    parser.add_argument(
+        "--text-out",
+        metavar="FOLDER",
+        type=Path,
+        help="write dialogues without a picture there, as shards of kind text",
+    )
     _columns(parser, image="image", conversations="conversations")
     _pictures(parser)
     _run(parser, lambda a: _records(a, "conversations", "understanding"))
@@ -94,7 +106,9 @@ def _pairs(formats: argparse._SubParsersAction) -> None:
     details = """\
 One picture and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column, understanding samples ask that column and
 answer with --caption-column."""
-    parser = _format(formats, "pairs", "image-text JSONL or CSV -> understanding or generation", details, "file, folder or glob")
+    parser = _format(
+        formats, "pairs", "image-text JSONL or CSV -> understanding or generation", details, "file, folder or glob"
+    )
     _images(parser, required=False, default="the folder of SOURCE")
     parser.add_argument("--kind", choices=KINDS, required=True)
     _columns(parser, image="image", caption="caption", question=None)
@@ -108,7 +122,10 @@ Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text", or "c
 paragraph or line."""
     parser = _format(formats, "text", "text JSONL or plain text files -> text", details, "file, folder or glob")
     parser.add_argument(
-        "--document", choices=("file", "paragraph", "line"), default="file", help="what a document is in plain text (default: file)"
+        "--document",
+        choices=("file", "paragraph", "line"),
+        default="file",
+        help="what a document is in plain text (default: file)",
     )
     parser.set_defaults(shard_samples=100_000)
     _columns(parser, text="text", conversations="conversations")
@@ -119,7 +136,9 @@ def _parquet(formats: argparse._SubParsersAction) -> None:
     details = """\
 Rows with a picture as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text. Needs pyarrow: pip install 'jp_train[parquet]'.
 A process reads one row group at a time."""
-    parser = _format(formats, "parquet", "Parquet with picture bytes or text -> any kind", details, ".parquet file, folder or glob")
+    parser = _format(
+        formats, "parquet", "Parquet with picture bytes or text -> any kind", details, ".parquet file, folder or glob"
+    )
     parser.add_argument("--kind", choices=(*KINDS, "text"), required=True)
     _images(parser, required=False, default="none: pictures come as bytes")
     _columns(parser, image="image", caption="caption", question=None, text="text", conversations="conversations")
@@ -135,29 +154,49 @@ def _webdataset(formats: argparse._SubParsersAction) -> None:
 Shards that already exist are validated and indexed in place; OUT gets the reports. Compressed tars (.gz, .bz2, .xz) are written again as plain ones into OUT. 'pipe:COMMAND'
 (braces work: 'pipe:aws s3 cp s3://bucket/{000..127}.tar -') needs --allow-pipe; the command runs without a shell, and its tar stream becomes a plain shard in OUT."""
     parser = add_command(formats, "webdataset", "an existing WebDataset -> validated, indexed, plain", details)
-    parser.add_argument("source", metavar="SOURCE", help="shards as in a recipe (braces, glob, folder, http), or pipe:COMMAND")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for reports, and for shards that must be written again")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="shards as in a recipe (braces, glob, folder, http), or pipe:COMMAND"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder for reports, and for shards that must be written again"
+    )
     parser.add_argument("--kind", choices=(*KINDS, "text"), required=True, help="what the samples are checked as")
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of a pipe: source")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="tars at a time (default: all cores)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="tars at a time (default: all cores)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     add_json(parser)
     parser.set_defaults(run=run_webdataset)
 
 
-def _format(formats: argparse._SubParsersAction, name: str, summary: str, details: str, source: str) -> argparse.ArgumentParser:
+def _format(
+    formats: argparse._SubParsersAction, name: str, summary: str, details: str, source: str
+) -> argparse.ArgumentParser:
     parser = add_command(formats, name, summary, details)
     parser.add_argument("source", metavar="SOURCE", type=Path, help=source)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards, manifest.json and skipped.jsonl")
     parser.add_argument(
-        "--shard-size", metavar="MIB", type=float, default=256, help="a shard is closed before it grows past this (default: 256)"
+        "--shard-size",
+        metavar="MIB",
+        type=float,
+        default=256,
+        help="a shard is closed before it grows past this (default: 256)",
     )
     parser.add_argument(
-        "--shard-samples", metavar="N", type=int, default=10_000, help="... or holds more samples than this (default: %(default)s)"
+        "--shard-samples",
+        metavar="N",
+        type=int,
+        default=10_000,
+        help="... or holds more samples than this (default: %(default)s)",
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that make samples (default: all cores)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="read the listing and some pictures, say what would be written, write nothing"
+        "--processes", type=int, default=os.cpu_count() or 1, help="processes that make samples (default: all cores)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read the listing and some pictures, say what would be written, write nothing",
     )
     add_json(parser)
     return parser
@@ -166,29 +205,44 @@ def _format(formats: argparse._SubParsersAction, name: str, summary: str, detail
 def _images(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
     note = "" if required else f" (default: {default})"
     parser.add_argument(
-        "--images", metavar="FOLDER", type=Path, required=required, help=f"paths of pictures start here and must stay inside{note}"
+        "--images",
+        metavar="FOLDER",
+        type=Path,
+        required=required,
+        help=f"paths of pictures start here and must stay inside{note}",
     )
 
 
 def _pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--decode", action="store_true", help="decode every picture whole: finds truncated ones, about 10 times slower (default: headers)"
+        "--decode",
+        action="store_true",
+        help="decode every picture whole: finds truncated ones, about 10 times slower (default: headers)",
     )
     parser.add_argument(
-        "--max-image-pixels", metavar="N", type=int, default=100_000_000, help="refuse larger pictures (default: 100000000)"
+        "--max-image-pixels",
+        metavar="N",
+        type=int,
+        default=100_000_000,
+        help="refuse larger pictures (default: 100000000)",
     )
 
 
 def _columns(parser: argparse.ArgumentParser, **defaults: str | None) -> None:
     for name, default in defaults.items():
         parser.add_argument(
-            f"--{name}-column", metavar="NAME", default=default, help=f"column that holds the {name} (default: {default or 'none'})"
+            f"--{name}-column",
+            metavar="NAME",
+            default=default,
+            help=f"column that holds the {name} (default: {default or 'none'})",
         )
 
 
 def _given_columns(arguments: argparse.Namespace):
     given = {
-        name.removesuffix("_column"): value for name, value in vars(arguments).items() if name.endswith("_column") and value is not None
+        name.removesuffix("_column"): value
+        for name, value in vars(arguments).items()
+        if name.endswith("_column") and value is not None
     }
     return _readers().Columns(**given)
 

@@ -22,7 +22,11 @@ def register(tools: argparse._SubParsersAction) -> None:
     )
     add_config(parser)
     parser.add_argument(
-        "--processes", type=whole_number(1), default=os.cpu_count() or 1, metavar="N", help="shards indexed at a time (default: all cores)"
+        "--processes",
+        type=whole_number(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="shards indexed at a time (default: all cores)",
     )
     add_json(parser)
     parser.set_defaults(run=run)

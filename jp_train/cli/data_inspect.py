@@ -22,14 +22,26 @@ VQ ids are decoded with the weights of --model, else with those the configuratio
 
 
 def register(tools: argparse._SubParsersAction) -> None:
-    parser = add_command(tools, "inspect", "packed rows of a step as one HTML page: text, pictures, boundaries, loss masks", DETAILS)
+    parser = add_command(
+        tools, "inspect", "packed rows of a step as one HTML page: text, pictures, boundaries, loss masks", DETAILS
+    )
     add_replay(parser, step_required=False)
-    parser.add_argument("--rows", type=int, default=8, help="how many rows of the step to show, from its first (default: 8)")
     parser.add_argument(
-        "--model", metavar="DIR", type=Path, default=None, help="take the VQ from this model (an export, a run folder, a released model)"
+        "--rows", type=int, default=8, help="how many rows of the step to show, from its first (default: 8)"
     )
     parser.add_argument(
-        "--out", metavar="FILE.html", type=Path, default=Path("inspect.html"), help="where to write (default: inspect.html)"
+        "--model",
+        metavar="DIR",
+        type=Path,
+        default=None,
+        help="take the VQ from this model (an export, a run folder, a released model)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE.html",
+        type=Path,
+        default=Path("inspect.html"),
+        help="where to write (default: inspect.html)",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -42,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     config, overrides = config_and_overrides(arguments)
     where = place_of(config, arguments.run_dir)
     with open_replay(config, overrides, arguments.run_dir) as replay:
-        found = inspect_rows(replay, arguments.step, rows=arguments.rows, out=arguments.out, model=arguments.model, where=where)
+        found = inspect_rows(
+            replay, arguments.step, rows=arguments.rows, out=arguments.out, model=arguments.model, where=where
+        )
         notes = list(replay.notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

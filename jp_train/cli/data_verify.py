@@ -28,20 +28,34 @@ def register(tools: argparse._SubParsersAction) -> None:
     )
     add_config(parser)
     parser.add_argument(
-        "--processes", type=whole_number(1), default=os.cpu_count() or 1, metavar="N", help="shards read at a time (default: all cores)"
+        "--processes",
+        type=whole_number(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="shards read at a time (default: all cores)",
     )
     how_many = parser.add_mutually_exclusive_group()
     how_many.add_argument(
-        "--sample", type=whole_number(0), metavar="N", default=None, help="decode N pictures of each source, evenly spread, not all"
+        "--sample",
+        type=whole_number(0),
+        metavar="N",
+        default=None,
+        help="decode N pictures of each source, evenly spread, not all",
     )
-    how_many.add_argument("--fast", action="store_true", help="decode no picture, read their headers only (the same as --sample 0)")
+    how_many.add_argument(
+        "--fast", action="store_true", help="decode no picture, read their headers only (the same as --sample 0)"
+    )
     parser.add_argument(
         "--exclude",
         action="store_true",
         help="write samples whose pictures cannot be used to SHARD.jp-excluded.json, so that the index leaves them out; this changes the plan",
     )
     parser.add_argument(
-        "--out", type=Path, default=None, metavar="DIR", help="folder of verify.json and lengths.png (default: RUN_DIR/verify)"
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of verify.json and lengths.png (default: RUN_DIR/verify)",
     )
     add_json(parser)
     parser.set_defaults(run=run)

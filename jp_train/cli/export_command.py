@@ -14,12 +14,17 @@ SOURCE: a finished run folder, its export/, a checkpoint folder (checkpoints/ste
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = add_command(commands, "export", "write a run's weights as safetensors, in transformers' or the released layout", DETAILS)
+    parser = add_command(
+        commands, "export", "write a run's weights as safetensors, in transformers' or the released layout", DETAILS
+    )
     parser.add_argument("source", metavar="SOURCE", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; complete or absent")
     parser.add_argument("--layout", choices=("hf", "deepseek"), default="hf")
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)"
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)",
     )
     parser.set_defaults(run=run)
 

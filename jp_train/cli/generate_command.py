@@ -18,9 +18,14 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     add_model(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times; one picture each")
-    parser.add_argument("--out", type=Path, required=True, help="PNG; several prompts are written as OUT-1.png, OUT-2.png, ...")
     parser.add_argument(
-        "--cfg-scale", type=float, default=5.0, help="logits = uncond + scale x (cond - uncond); 1 turns guidance off (default 5)"
+        "--out", type=Path, required=True, help="PNG; several prompts are written as OUT-1.png, OUT-2.png, ..."
+    )
+    parser.add_argument(
+        "--cfg-scale",
+        type=float,
+        default=5.0,
+        help="logits = uncond + scale x (cond - uncond); 1 turns guidance off (default 5)",
     )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -31,18 +31,30 @@ saving"""
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "launch", "start a training run on every host of a hostfile", DETAILS)
     add_config(parser)
-    parser.add_argument("--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line (hostfiles/README.md)")
+    parser.add_argument(
+        "--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line (hostfiles/README.md)"
+    )
     parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
     parser.add_argument("--exclude", default="", help="all but these hosts or slots")
-    parser.add_argument("--master-port", type=int, default=DEFAULT_PORT, help=f"rendezvous port on the first host (default {DEFAULT_PORT})")
     parser.add_argument(
-        "--master-addr", default="", help="the first host's address for the others (default: what its `hostname -I` names first)"
+        "--master-port",
+        type=int,
+        default=DEFAULT_PORT,
+        help=f"rendezvous port on the first host (default {DEFAULT_PORT})",
+    )
+    parser.add_argument(
+        "--master-addr",
+        default="",
+        help="the first host's address for the others (default: what its `hostname -I` names first)",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts remote ranks (default pdsh)")
     parser.add_argument("--launcher-args", default="", help="more words for mpirun or srun")
     parser.add_argument("--skip-preflight", action="store_true", help="start without checking the hosts")
     parser.add_argument(
-        "--max-restarts", type=whole_number(0), default=0, help="start again so often after a fault of a host or a rank (default 0)"
+        "--max-restarts",
+        type=whole_number(0),
+        default=0,
+        help="start again so often after a fault of a host or a rank (default 0)",
     )
     parser.add_argument(
         "--patience", type=float, default=DEFAULT_PATIENCE_S, metavar="SECONDS",

@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from jp_train import __version__
 from jp_train.errors import JpTrainError
 
-COMMANDS = ("train", "launch", "preflight", "check", "forecast", "data", "import", "export", "generate", "ask", "report", "status")
+COMMANDS = (
+    "train",
+    "launch",
+    "preflight",
+    "check",
+    "forecast",
+    "data",
+    "import",
+    "export",
+    "generate",
+    "ask",
+    "report",
+    "status",
+)
 
 EPILOG = """\
 the way through:
@@ -36,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # a bare deepspeed launcher puts it here
+    # a bare deepspeed launcher puts it here
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"jp_train {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -45,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; `key=value` may stand anywhere, also behind options (argparse alone would refuse it there). Exits with 2 on a usage error."""
+    """The arguments; `key=value` may stand anywhere, also behind options (argparse alone would refuse it there).
+    Exits with 2 on a usage error."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     wrong = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]

@@ -25,17 +25,28 @@ exit status 0 when there is no fault (warnings do not count), 5 when there is on
 
 def register(commands: argparse._SubParsersAction) -> None:
     listed = "\n".join(f"  {name:<10}{what}" for name, what in CHECKS.items())
-    parser = add_command(commands, "preflight", "examine every host of a hostfile before a run", DETAILS.format(checks=listed))
+    parser = add_command(
+        commands, "preflight", "examine every host of a hostfile before a run", DETAILS.format(checks=listed)
+    )
     parser.add_argument(
-        "config", metavar="CONFIG", type=Path, nargs="?", default=None, help="a YAML of launch/: look at what this run needs"
+        "config",
+        metavar="CONFIG",
+        type=Path,
+        nargs="?",
+        default=None,
+        help="a YAML of launch/: look at what this run needs",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as for the run itself")
     parser.add_argument("--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line")
     parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
     parser.add_argument("--exclude", default="", help="all but these hosts or slots")
-    parser.add_argument("--master-port", type=int, default=29500, help="rendezvous port on the first host (default 29500)")
     parser.add_argument(
-        "--master-addr", default="", help="the first host's address for the others (default: what its `hostname -I` names first)"
+        "--master-port", type=int, default=29500, help="rendezvous port on the first host (default 29500)"
+    )
+    parser.add_argument(
+        "--master-addr",
+        default="",
+        help="the first host's address for the others (default: what its `hostname -I` names first)",
     )
     parser.add_argument(
         "--timeout", type=float, default=10.0, metavar="S", help="seconds that a host may take for one answer (default 10; more for slow file servers)"

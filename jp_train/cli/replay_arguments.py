@@ -11,23 +11,36 @@ from jp_train.errors import ConfigError
 def add_replay(parser: argparse.ArgumentParser, *, step_required: bool) -> None:
     """[CONFIG] [key=value ...] --run RUN_DIR --step S."""
     parser.add_argument(
-        "config", metavar="CONFIG", nargs="?", default=None, help="a YAML of launch/; default with --run: the run's own config.yaml"
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        default=None,
+        help="a YAML of launch/; default with --run: the run's own config.yaml",
     )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, for example data.root=/other/place")
     parser.add_argument(
-        "--run", dest="run_dir", metavar="RUN_DIR", type=Path, default=None, help="a run folder: its configuration, and its plan snapshots"
+        "overrides", metavar="key=value", nargs="*", help="override any key, for example data.root=/other/place"
+    )
+    parser.add_argument(
+        "--run",
+        dest="run_dir",
+        metavar="RUN_DIR",
+        type=Path,
+        default=None,
+        help="a run folder: its configuration, and its plan snapshots",
     )
     parser.add_argument(
         "--step",
         type=int,
         required=step_required,
         default=1,
-        help="optimizer step as metrics.jsonl and wandb count: the first is 1" + ("" if step_required else " (default: 1)"),
+        help="optimizer step as metrics.jsonl and wandb count: the first is 1"
+        + ("" if step_required else " (default: 1)"),
     )
 
 
 def config_and_overrides(arguments: argparse.Namespace) -> tuple[Path | None, list[str]]:
-    """The configuration file, if one is named, and the overrides, in whatever order they stand: a word with "=" is an override.
+    """The configuration file, if one is named, and the overrides, in whatever order they stand: a word with "=" is an
+    override.
 
     Raises ConfigError when two files are named.
     """

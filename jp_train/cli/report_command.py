@@ -13,10 +13,15 @@ consecutive stages of one training are laid side by side."""
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = add_command(commands, "report", "loss curves, mixture, throughput, events and samples as one HTML page and PNGs", DETAILS)
+    parser = add_command(
+        commands, "report", "loss curves, mixture, throughput, events and samples as one HTML page and PNGs", DETAILS
+    )
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+")
     parser.add_argument(
-        "--out", type=Path, default=None, help="where to write report.html (default: the run folder, or the folder above several)"
+        "--out",
+        type=Path,
+        default=None,
+        help="where to write report.html (default: the run folder, or the folder above several)",
     )
     parser.add_argument("--title", default=None)
     parser.set_defaults(run=run)

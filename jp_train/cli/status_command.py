@@ -11,9 +11,13 @@ from jp_train.cli.arguments import add_command, add_json
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = add_command(commands, "status", "one screen about a run: step, losses, ETA, data wait, checkpoint age, skipped samples")
+    parser = add_command(
+        commands, "status", "one screen about a run: step, losses, ETA, data wait, checkpoint age, skipped samples"
+    )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    parser.add_argument("--watch", type=float, metavar="SECONDS", default=0, help="print again every SECONDS until Ctrl-C")
+    parser.add_argument(
+        "--watch", type=float, metavar="SECONDS", default=0, help="print again every SECONDS until Ctrl-C"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -1,8 +1,9 @@
 """An all-reduce over one process a host, and what every host sends and receives: run by each host's probe, with torch.
 
-The all-reduce says what the whole cluster can do, and nothing of who holds it back: every rank sees the time of the slowest. So single links are measured
-too: each host sends to the next one of a ring and to the one after it, while neither end of the link does anything else. A host is as fast as its better
-neighbour lets it be, in each direction.
+The all-reduce says what the whole cluster can do, and nothing of who holds it back: every rank sees the time of the
+slowest. So single links are measured
+too: each host sends to the next one of a ring and to the one after it, while neither end of the link does anything
+else. A host is as fast as its better neighbour lets it be, in each direction.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ TOO_LONG_S = 1.0
 
 
 def measure(rank: int, world: int, address: str, port: int, *, timeout_s: float, gpu: int | None) -> dict[str, Any]:
-    """Of this host, in bytes/s: `all_reduce` (bus bandwidth: what each host's link carries, with `bytes` each) and `sends` {receiving rank: rate}.
+    """Of this host, in bytes/s: `all_reduce` (bus bandwidth: what each host's link carries, with `bytes` each) and
+    `sends` {receiving rank: rate}.
 
-    `gpu`: index of the one to use, for NCCL; None for gloo. Collective over `world` processes with ranks 0 to world - 1; rank 0 serves the rendezvous at `address:port`. Raises torch's DistError or
-    RuntimeError when the others do not come within `timeout_s` seconds, or a transfer fails.
+    `gpu`: index of the one to use, for NCCL; None for gloo. Collective over `world` processes with ranks 0 to world -
+    1; rank 0 serves the rendezvous at `address:port`. Raises torch's DistError or RuntimeError when the others do not
+    come within `timeout_s` seconds, or a transfer fails.
     """
     import torch
     import torch.distributed as dist
@@ -44,19 +47,27 @@ def measure(rank: int, world: int, address: str, port: int, *, timeout_s: float,
         for links in rounds(world):
             for sender, receiver in links:
                 if rank == sender:
-                    length, spent = _timed(lambda length, to=receiver: _send_s(payload[:length], to), float, len(payload))
+                    length, spent = _timed(
+                        lambda length, to=receiver: _send_s(payload[:length], to), float, len(payload)
+                    )
                     dist.send(_number(0, device), receiver)
                     sends[receiver] = length / spent
                 elif rank == receiver:
                     _receive(payload, sender)
         dist.barrier()
-        return {"backend": backend, "bytes": size, "all_reduce": 2 * (world - 1) / world * size / seconds, "sends": sends}
+        return {
+            "backend": backend,
+            "bytes": size,
+            "all_reduce": 2 * (world - 1) / world * size / seconds,
+            "sends": sends,
+        }
     finally:
         dist.destroy_process_group()
 
 
 def rounds(world: int) -> list[list[tuple[int, int]]]:
-    """The links (sender, receiver) of a ring with neighbours at distance 1 and 2, in rounds in which no rank has two of them."""
+    """The links (sender, receiver) of a ring with neighbours at distance 1 and 2, in rounds in which no rank has two
+    of them."""
     links = [(rank, (rank + shift) % world) for shift in range(1, min(3, world)) for rank in range(world)]
     found: list[list[tuple[int, int]]] = []
     for link in links:
@@ -69,11 +80,17 @@ def rounds(world: int) -> list[list[tuple[int, int]]]:
 
 
 def host_rates(names: Sequence[str], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """{host: {"sends", "receives"}} in bytes/s: the better of two neighbours in each direction, so that one slow host does not make its neighbours look slow.
+    """{host: {"sends", "receives"}} in bytes/s: the better of two neighbours in each direction, so that one slow host
+    does not make its neighbours look slow.
 
-    `names`: the host of each rank; `measured`: what `measure` returned on each host (through JSON, which makes ranks text).
+    `names`: the host of each rank; `measured`: what `measure` returned on each host (through JSON, which makes ranks
+    text).
     """
-    links = {(name, names[int(receiver)]): float(rate) for name in names for receiver, rate in measured[name]["sends"].items()}
+    links = {
+        (name, names[int(receiver)]): float(rate)
+        for name in names
+        for receiver, rate in measured[name]["sends"].items()
+    }
     return {
         name: {
             "sends": max(rate for (sender, _), rate in links.items() if sender == name),
@@ -84,7 +101,8 @@ def host_rates(names: Sequence[str], measured: Mapping[str, Mapping[str, Any]]) 
 
 
 def _timed(action: Callable[[int], float], agreed: Callable[[float], float], largest: int) -> tuple[int, float]:
-    """(bytes, seconds) of `action(bytes)` at a size that takes LONG_ENOUGH_S, the best of REPEATS. `agreed` makes all that take part decide alike."""
+    """(bytes, seconds) of `action(bytes)` at a size that takes LONG_ENOUGH_S, the best of REPEATS. `agreed` makes
+    all that take part decide alike."""
     length = FIRST_BYTES
     action(length)  # connections are made
     while (longest := agreed(best := action(length))) < LONG_ENOUGH_S and length < largest:
@@ -114,7 +132,8 @@ def _all_reduce_s(part: Any) -> float:
 
 
 def _send_s(part: Any, receiver: int) -> float:
-    """Seconds until the receiver has said that it has everything: a sender is done when the kernel has its bytes, which says little of the link."""
+    """Seconds until the receiver has said that it has everything: a sender is done when the kernel has its bytes,
+    which says little of the link."""
     import torch.distributed as dist
 
     began = time.perf_counter()

@@ -1,6 +1,8 @@
-"""Facts of all hosts -> what is wrong, on which host, and what to do about it. Pure functions: no host is asked anything here.
+"""Facts of all hosts -> what is wrong, on which host, and what to do about it. Pure functions: no host is asked
+anything here.
 
-Where hosts must agree, the odd ones are named: what most hosts have is taken for right, and at a tie what the launching host has.
+Where hosts must agree, the odd ones are named: what most hosts have is taken for right, and at a tie what the launching
+host has.
 """
 
 from __future__ import annotations
@@ -40,17 +42,21 @@ HARMLESS: dict[str, Any] = {
     "host_name": "", "python": "unknown", "packages": {}, "driver": "", "devices": 0, "gpu_memory": [], "cores": 1 << 20, "addresses": [], "disks": {}, "locks": [], "jobs": [],
 }  # fmt: skip
 LITTLE = {"temporary files": GIB // 4, "shared memory": 64 << 20}
-"""Free bytes below which a folder is worth a warning; the caches 1 GiB. 64 MiB is what a container gets as shared memory if nobody asks for more."""
+"""Free bytes below which a folder is worth a warning; the caches 1 GiB. 64 MiB is what a container gets as shared
+memory if nobody asks for more."""
 PREFLIGHT = "preflight-"
 """What the ids of preflights begin with: their probes are nobody's left-overs, and end by themselves."""
 NEEDED = ("run folder", "temporary files", "shared memory")
 """What a run cannot do without; an unwritable cache only costs time."""
 SLOW_SHARE = {"nccl": 0.5, "gloo": 0.25}
-"""A host below this share of the median is slow. gloo shares its cores with everything else, so its figures scatter more."""
+"""A host below this share of the median is slow. gloo shares its cores with everything else, so its figures scatter
+more."""
 SLOW_GLOO = 125e6
-"""Bytes/s (1 Gbit/s) below which a slow host is a fault on CPU hosts too; above it may be noise of busy cores, so it is a warning."""
+"""Bytes/s (1 Gbit/s) below which a slow host is a fault on CPU hosts too; above it may be noise of busy cores, so it
+is a warning."""
 SLOW_ALL = 25e6
-"""Bytes/s (0.2 Gbit/s) that no link between training hosts may go below, whatever the others do: a port that has fallen back to 100 Mbit/s does."""
+"""Bytes/s (0.2 Gbit/s) that no link between training hosts may go below, whatever the others do: a port that has
+fallen back to 100 Mbit/s does."""
 NAMED = 3
 
 
@@ -76,7 +82,8 @@ def check_answers(lost: Mapping[str, Answer], python: str, cwd: str) -> Iterator
 def settled(facts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
     """The facts with a harmless value where one could not be had, and a warning for each of those.
 
-    Code and configuration stay errors, for their checks. A fact that a host does not tell at all belongs to another version of the code.
+    Code and configuration stay errors, for their checks. A fact that a host does not tell at all belongs to another
+    version of the code.
     """
     found, faults = {}, []
     for host, fact in facts.items():
@@ -85,7 +92,15 @@ def settled(facts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str,
         for name, harmless in HARMLESS.items():
             if isinstance(found[host][name], Mapping) and "error" in found[host][name]:
                 remedy = f"see why on {host}; what depends on it was not looked at there"
-                faults.append(Fault(host, "answer", f"{name} could not be found out: {found[host][name]['error']}", remedy, warning=True))
+                faults.append(
+                    Fault(
+                        host,
+                        "answer",
+                        f"{name} could not be found out: {found[host][name]['error']}",
+                        remedy,
+                        warning=True,
+                    )
+                )
                 found[host][name] = harmless
     return found, faults
 
@@ -100,7 +115,11 @@ def check_versions(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
     for name, versions in found.items():
         versions = {host: versions.get(host, "not installed") for host in facts}
         usual, odd = odd_ones(versions)
-        how = f"pip install {name}=={usual}" if name not in ("python", "driver", "nccl") else f"install the {name} that the others have"
+        how = (
+            f"pip install {name}=={usual}"
+            if name not in ("python", "driver", "nccl")
+            else f"install the {name} that the others have"
+        )
         for host in odd:
             others = f"{usual or 'none'} on {len(facts) - len(odd)} of {len(facts)} hosts"
             yield Fault(
@@ -112,19 +131,28 @@ def check_versions(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
             )  # the ranks meet all the same
         if usual == "not installed" and name in ("torch", "deepspeed"):
             for host in facts.keys() - set(odd):
-                yield Fault(host, "versions", f"{name} is not installed", f"on {host}: install jp_train's requirements (setup.cfg)")
+                yield Fault(
+                    host,
+                    "versions",
+                    f"{name} is not installed",
+                    f"on {host}: install jp_train's requirements (setup.cfg)",
+                )
 
 
 def check_torch(
-    torch: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, Sequence[int]]
+    torch: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Mapping[str, Any]],
+    selection: Mapping[str, Sequence[int]],
 ) -> Iterator[Fault]:
-    """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use, against the selected slots."""
+    """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use, against the
+    selected slots."""
     for name in ("version", "cuda", "nccl"):
         values = {host: str(told.get(name, "")) for host, told in torch.items()}
         usual, odd = odd_ones(values)
         for host in odd:
             what = "torch" if name == "version" else f"{name} of torch"
-            if name != "version" or values[host] != facts[host]["packages"].get("torch"):  # else its metadata has told it
+            # else its metadata has told it
+            if name != "version" or values[host] != facts[host]["packages"].get("torch"):
                 yield Fault(
                     host,
                     "versions",
@@ -147,7 +175,9 @@ def check_code(facts: Mapping[str, Mapping[str, Any]], here: Mapping[str, str]) 
     for host, fact in facts.items():
         if host not in known:
             yield Fault(host, "code", fact["code"]["error"], f"make the package readable on {host}")
-    usual, odd = odd_ones({host: tuple(sorted(code.items())) for host, code in known.items()}, tuple(sorted(here.items())))
+    usual, odd = odd_ones(
+        {host: tuple(sorted(code.items())) for host, code in known.items()}, tuple(sorted(here.items()))
+    )
     right = dict(usual or ())
     for host in odd:
         files = sorted(name for name in known[host].keys() | right.keys() if known[host].get(name) != right.get(name))
@@ -170,7 +200,9 @@ def check_config(facts: Mapping[str, Mapping[str, Any]], here: str | None) -> It
         if here is None or config == here:
             continue
         if isinstance(config, dict):
-            yield Fault(host, "config", config["error"], f"put the configuration, and what it names, at the same path on {host}")
+            yield Fault(
+                host, "config", config["error"], f"put the configuration, and what it names, at the same path on {host}"
+            )
             continue
         changed = sorted(set(str(config).splitlines()) - set(here.splitlines()))
         named = "; ".join(line.strip() for line in changed[:NAMED]) or "keys are missing"
@@ -193,7 +225,11 @@ def check_devices(
                 )  # fmt: skip
             elif slots[host] < count:
                 yield Fault(
-                    host, "devices", f"{slots[host]} slots for {count} GPUs", f"write `{host} slots={count}` to use all", warning=True
+                    host,
+                    "devices",
+                    f"{slots[host]} slots for {count} GPUs",
+                    f"write `{host} slots={count}` to use all",
+                    warning=True,
                 )
         elif with_gpus:
             yield Fault(
@@ -207,8 +243,11 @@ def check_devices(
             )  # fmt: skip
 
 
-def check_busy(facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, Sequence[int]], *, local: bool) -> Iterator[Fault]:
-    """`gpu_memory` of the selected slots: somebody else's job, of whatever program. A run on this host alone (`local`) may share it."""
+def check_busy(
+    facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, Sequence[int]], *, local: bool
+) -> Iterator[Fault]:
+    """`gpu_memory` of the selected slots: somebody else's job, of whatever program. A run on this host alone
+    (`local`) may share it."""
     for host, fact in facts.items():
         busy = [(gpu, used) for gpu, used, _ in fact["gpu_memory"] if gpu in selection[host] and used > GPU_FREE_MIB]
         if busy:
@@ -220,7 +259,8 @@ def check_busy(facts: Mapping[str, Mapping[str, Any]], selection: Mapping[str, S
 
 
 def check_machines(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
-    """`host_name` and `addresses` of each host: two lines of a hostfile that are one machine would give its GPUs to two ranks each."""
+    """`host_name` and `addresses` of each host: two lines of a hostfile that are one machine would give its GPUs to
+    two ranks each."""
     known: dict[tuple[str, ...], str] = {}
     for host, fact in facts.items():
         if fact["host_name"] and fact["addresses"]:
@@ -233,7 +273,8 @@ def check_machines(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
 
 
 def check_clocks(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Fault]:
-    """(seconds ahead of the launching host, uncertainty) of each host, against the median of all and the launching host."""
+    """(seconds ahead of the launching host, uncertainty) of each host, against the median of all and the launching
+    host."""
     middle = statistics.median([0.0, *(offset for offset, _ in offsets.values())]) if offsets else 0.0
     for host, (offset, uncertainty) in offsets.items():
         away = offset - middle
@@ -264,16 +305,24 @@ def check_disks(facts: Mapping[str, Mapping[str, Any]], checkpoint_bytes: int) -
         for (_, reason, number), names in by_device.items():
             places = ", ".join(f"{name} ({fact['disks'][name]['there']})" for name in names)
             first = fact["disks"][names[0]]
-            remedy = _room(host, names[0], first) if number in (errno.ENOSPC, errno.EDQUOT) else f"make {first['there']} writable on {host}"
+            remedy = (
+                _room(host, names[0], first)
+                if number in (errno.ENOSPC, errno.EDQUOT)
+                else f"make {first['there']} writable on {host}"
+            )
             if number == errno.EROFS:
                 remedy += f" (`mount -o remount,rw`; a disk with errors is remounted read-only: `dmesg` on {host})"
-            yield Fault(host, "disk", f"{reason}: {places} cannot be written", remedy, warning=not set(names) & set(NEEDED))
+            yield Fault(
+                host, "disk", f"{reason}: {places} cannot be written", remedy, warning=not set(names) & set(NEEDED)
+            )
 
 
 def check_shared(first: str, folder: str, missing: Sequence[str], error: str) -> Iterator[Fault]:
     """Hosts that do not see the file that `first` wrote into the run folder; `error` when it could not write one."""
     if error:
-        yield Fault(first, "shared", f"run folder {folder}: {error}", f"make it writable on {first}, or choose another run_dir")
+        yield Fault(
+            first, "shared", f"run folder {folder}: {error}", f"make it writable on {first}, or choose another run_dir"
+        )
     for host in missing:
         yield Fault(
             host, "shared", f"a file that {first} wrote into {folder} is not there on {host}",
@@ -332,9 +381,14 @@ def check_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
         )  # fmt: skip
 
 
-def check_jobs(facts: Mapping[str, Mapping[str, Any]], here: Sequence[Mapping[str, Any]], *, local: bool) -> Iterator[Fault]:
-    """`jobs` of each host: processes of launches, and whether the runner of each lives anywhere. A run on this host alone (`local`) may share it."""
-    alive = {job["launch"] for jobs in (here, *(fact["jobs"] for fact in facts.values())) for job in jobs if job["runner"]}
+def check_jobs(
+    facts: Mapping[str, Mapping[str, Any]], here: Sequence[Mapping[str, Any]], *, local: bool
+) -> Iterator[Fault]:
+    """`jobs` of each host: processes of launches, and whether the runner of each lives anywhere. A run on this host
+    alone (`local`) may share it."""
+    alive = {
+        job["launch"] for jobs in (here, *(fact["jobs"] for fact in facts.values())) for job in jobs if job["runner"]
+    }
     for host, fact in facts.items():
         launches: dict[str, list[Mapping[str, Any]]] = {}
         for job in fact["jobs"]:
@@ -343,9 +397,21 @@ def check_jobs(facts: Mapping[str, Mapping[str, Any]], here: Sequence[Mapping[st
             pids = " ".join(str(job["pid"]) for job in jobs)
             what = f"{len(jobs)} {'process' if len(jobs) == 1 else 'processes'} of launch {launch} ({jobs[0]['command'][:60]} ...)"
             if launch.startswith(PREFLIGHT):
-                yield Fault(host, "jobs", f"{what}: another preflight examines this host", "start again when it has ended", warning=True)
+                yield Fault(
+                    host,
+                    "jobs",
+                    f"{what}: another preflight examines this host",
+                    "start again when it has ended",
+                    warning=True,
+                )
             elif launch in alive:
-                yield Fault(host, "jobs", f"{what}: another run is on this host", "wait for it, or leave the host out", warning=True)
+                yield Fault(
+                    host,
+                    "jobs",
+                    f"{what}: another run is on this host",
+                    "wait for it, or leave the host out",
+                    warning=True,
+                )
             else:
                 yield Fault(
                     host, "jobs", f"{what}, whose launcher is gone: they hold devices, memory and ports",
@@ -364,7 +430,9 @@ def check_locks(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
             )  # fmt: skip
 
 
-def check_port(first: str, address: str, port: int, listening: Mapping[str, Any] | None, unreached: Mapping[str, str]) -> Iterator[Fault]:
+def check_port(
+    first: str, address: str, port: int, listening: Mapping[str, Any] | None, unreached: Mapping[str, str]
+) -> Iterator[Fault]:
     """`master` as the first host's `listen` told it, and the hosts that did not reach it, with the reason."""
     if listening and listening.get("error"):
         holder = f" by {listening['holder']}" if listening.get("holder") else ""
@@ -380,8 +448,11 @@ def check_port(first: str, address: str, port: int, listening: Mapping[str, Any]
         )  # fmt: skip
 
 
-def check_reach(listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], *, alone: bool) -> Iterator[Fault]:
-    """`fabric` of each host, and {host: {other: why not reached}}. One fault a pair, or one a host that nobody reaches."""
+def check_reach(
+    listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], *, alone: bool
+) -> Iterator[Fault]:
+    """`fabric` of each host, and {host: {other: why not reached}}. One fault a pair, or one a host that nobody
+    reaches."""
     unusable = set()
     for host, told in listening.items():
         fabric = told["fabric"]
@@ -389,7 +460,10 @@ def check_reach(listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str,
         if "error" in fabric:
             unusable.add(host)
             yield Fault(
-                host, "reach", fabric["error"], f"export {variable}=NAME of the interface that the hosts share (`ip addr` on {host})"
+                host,
+                "reach",
+                fabric["error"],
+                f"export {variable}=NAME of the interface that the hosts share (`ip addr` on {host})",
             )
         elif not alone and fabric["address"].startswith("127."):
             unusable.add(host)
@@ -399,7 +473,9 @@ def check_reach(listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str,
             )  # fmt: skip
     pairs = {(host, other): why for host, others in failed.items() for other, why in others.items()}
     hosts = [host for host in listening if host not in unusable]
-    nobody = [host for host in hosts if len(hosts) > 2 and all((other, host) in pairs for other in hosts if other != host)]
+    nobody = [
+        host for host in hosts if len(hosts) > 2 and all((other, host) in pairs for other in hosts if other != host)
+    ]
     for host in nobody:
         why = next(why for (_, other), why in pairs.items() if other == host)
         yield Fault(host, "reach", f"no other host reaches it: {why}", f"open the fabric of {host} for all ports from the other hosts (firewall, cable, switch port)")  # fmt: skip
@@ -437,7 +513,8 @@ def check_bandwidth(rates: Mapping[str, Mapping[str, float]], backend: str) -> I
 
 
 def odd_ones(values: Mapping[str, Hashable], here: Hashable = None) -> tuple[Any, list[str]]:
-    """What most hosts have (at a tie: `here` if it is among them, else the first host's), and the hosts that have something else."""
+    """What most hosts have (at a tie: `here` if it is among them, else the first host's), and the hosts that have
+    something else."""
     if not values:
         return None, []
     counts = Counter(values.values())

@@ -1,8 +1,9 @@
 """The one command that starts all ranks: DeepSpeed's runner (on this host, or through pdsh), mpirun, or srun.
 
-What DeepSpeed's runner does silently is repaired here (DEEPSPEED.md section 7): a filter that leaves one remote host is not run locally, and arguments
-survive the remote shell. mpirun and srun are called directly, as DeepSpeed's own runners for them start ranks without RANK or without `-m`; whatever starts
-a rank, it starts `jp_train.cluster.rank`, which finds out the rank's number and keeps its log.
+What DeepSpeed's runner does silently is repaired here (DEEPSPEED.md section 7): a filter that leaves one remote host is
+not run locally, and arguments survive the remote shell. mpirun and srun are called directly, as DeepSpeed's own runners
+for them start ranks without RANK or without `-m`; whatever starts a rank, it starts `jp_train.cluster.rank`, which
+finds out the rank's number and keeps its log.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ LOGS = "JP_TRAIN_LOGS"
 
 
 def ranks_command(target: Sequence[str], options: LaunchOptions, passed: PassedEnvironment | None = None) -> list[str]:
-    """The argv that starts `jp_train TARGET...` on every rank. `passed`: for mpirun, which wants the names of the variables.
+    """The argv that starts `jp_train TARGET...` on every rank. `passed`: for mpirun, which wants the names of the
+    variables.
 
-    Raises LaunchError (hostfile, an argument that no quoting can save) or ConfigError (filter, or slots that the launcher cannot express).
+    Raises LaunchError (hostfile, an argument that no quoting can save) or ConfigError (filter, or slots that the
+    launcher cannot express).
     """
     selection = options.selection()
     if options.launcher == "pdsh" or runs_locally(selection):
@@ -44,14 +47,18 @@ def rank_variables(options: LaunchOptions, logs: str) -> dict[str, str]:
     selection = options.selection()
     found = {WORLD: filter_text(selection)} | ({LOGS: logs} if logs else {})
     if options.launcher != "pdsh" and not runs_locally(selection):
-        found |= {"JP_TRAIN_MASTER_ADDR": options.master_addr or next(iter(selection)), "JP_TRAIN_MASTER_PORT": str(options.master_port)}
+        found |= {
+            "JP_TRAIN_MASTER_ADDR": options.master_addr or next(iter(selection)),
+            "JP_TRAIN_MASTER_PORT": str(options.master_port),
+        }
     return found
 
 
 def remote_argument(argument: str) -> str:
     """`argument` in the form in which DeepSpeed's pdsh runner and the shell behind it deliver it unchanged.
 
-    The runner wraps an argument with a space in double quotes (escaping `"`) and passes any other one raw to the remote shell.
+    The runner wraps an argument with a space in double quotes (escaping `"`) and passes any other one raw to the remote
+    shell.
     """
     spaced = " " in argument
     forbidden = set("\n\r%") | (set("$`\\") if spaced else set())
@@ -77,7 +84,8 @@ def _runner_command(target: Sequence[str], options: LaunchOptions, *, local: boo
     argv += ["--include", options.include] if options.include else []
     argv += ["--exclude", options.exclude] if options.exclude else []
     if local:
-        argv += ["--no_ssh_check", "--master_addr", "127.0.0.1"]  # else the runner wants an ssh server on this very host
+        # else the runner wants an ssh server on this very host
+        argv += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
     else:
         argv += ["--master_addr", options.master_addr] if options.master_addr else []
         argv += ["--launcher", "pdsh", "--force_multi"]
@@ -98,7 +106,8 @@ def _mpirun(selection: Mapping[str, Sequence[int]], passed: PassedEnvironment | 
     ]  # a rank's threads and loader workers use the cores that are free
     argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     for line in passed.lines if passed else ():
-        argv += ["-x", line.partition("=")[0]]  # the values come from mpirun's own environment, not from its command line
+        # the values come from mpirun's own environment, not from its command line
+        argv += ["-x", line.partition("=")[0]]
     return argv
 
 
@@ -106,8 +115,31 @@ def _srun(selection: Mapping[str, Sequence[int]]) -> list[str]:
     counts = {len(slots) for slots in selection.values()}
     if len(counts) > 1:
         listed = ", ".join(f"{host} {len(slots)}" for host, slots in selection.items())
-        raise ConfigError(f"srun starts the same number of ranks on every host, found {listed}; choose slots alike, or use --launcher pdsh")
+        raise ConfigError(
+            f"srun starts the same number of ranks on every host, found {listed}; choose slots alike, or use --launcher pdsh"
+        )
     hosts, each = len(selection), counts.pop()
-    argv = ["srun", "--nodes", str(hosts), "--ntasks", str(hosts * each), "--ntasks-per-node", str(each), "--nodelist", ",".join(selection)]
-    # block: ranks in the order of the hosts, as everywhere else; one rank that fails ends the step; lines appear as they are written
-    return [*argv, "--distribution", "block", "--kill-on-bad-exit=1", "--unbuffered", "--export", "ALL", "--chdir", os.getcwd()]
+    argv = [
+        "srun",
+        "--nodes",
+        str(hosts),
+        "--ntasks",
+        str(hosts * each),
+        "--ntasks-per-node",
+        str(each),
+        "--nodelist",
+        ",".join(selection),
+    ]
+    # block: ranks in the order of the hosts, as everywhere else; one rank that fails ends the step; lines appear as
+    # they are written
+    return [
+        *argv,
+        "--distribution",
+        "block",
+        "--kill-on-bad-exit=1",
+        "--unbuffered",
+        "--export",
+        "ALL",
+        "--chdir",
+        os.getcwd(),
+    ]

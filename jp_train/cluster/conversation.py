@@ -1,7 +1,8 @@
 """Questions to one program on each of many hosts, asked and answered as lines of JSON over the pipes of one ssh a host.
 
-Starting Python and importing torch costs seconds, so a host gets one process that answers everything. Lines without MARK are what shell start-up files
-print, and are left out. A host that stops answering is lost for the rest of the conversation, with the cause.
+Starting Python and importing torch costs seconds, so a host gets one process that answers everything. Lines without
+MARK are what shell start-up files print, and are left out. A host that stops answering is lost for the rest of the
+conversation, with the cause.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ LEAVE_S = 3.0
 
 
 class Conversation:
-    """`argv` running on every host, and its answers. A context: at its end every program has been told to leave, or is killed."""
+    """`argv` running on every host, and its answers. A context: at its end every program has been told to leave, or
+    is killed."""
 
     def __init__(
         self,
@@ -51,7 +53,13 @@ class Conversation:
         try:
             for host in hosts:
                 command = command_for(
-                    host, argv, local=host in self._local, cwd=cwd, env=env, limit_s=limit_s, connect_timeout_s=connect_timeout_s
+                    host,
+                    argv,
+                    local=host in self._local,
+                    cwd=cwd,
+                    env=env,
+                    limit_s=limit_s,
+                    connect_timeout_s=connect_timeout_s,
                 )
                 self._start(host, command)
         except BaseException:
@@ -69,11 +77,15 @@ class Conversation:
         """Those that still answer, in their order."""
         return [host for host in self._processes if host not in self.lost]
 
-    def ask(self, questions: Mapping[str, Mapping[str, Any]], *, timeout_s: float, what: str) -> dict[str, dict[str, Any]]:
-        """Ask each host its own question, all at once; answers of those that gave one within `timeout_s` seconds. The others are in `lost`.
+    def ask(
+        self, questions: Mapping[str, Mapping[str, Any]], *, timeout_s: float, what: str
+    ) -> dict[str, dict[str, Any]]:
+        """Ask each host its own question, all at once; answers of those that gave one within `timeout_s` seconds. The
+        others are in `lost`.
 
-        `what` says in words what they were asked, for the cause of a host that falls silent. An answer is an object with `answer`, or with `error`, the
-        reason why the host could not give one; `came` is when it arrived here, in seconds since the epoch.
+        `what` says in words what they were asked, for the cause of a host that falls silent. An answer is an object
+        with `answer`, or with `error`, the reason why the host could not give one; `came` is when it arrived here, in
+        seconds since the epoch.
         """
         self._number += 1
         waiting = set()
@@ -98,7 +110,9 @@ class Conversation:
                     waiting.discard(host)
                     answers[host] = {**said, "came": came}
         for host in waiting:
-            self.lost[host] = self._answer(host, None, Cause.TIMEOUT, f"no answer within {timeout_s:g} s when asked for {what}")
+            self.lost[host] = self._answer(
+                host, None, Cause.TIMEOUT, f"no answer within {timeout_s:g} s when asked for {what}"
+            )
             self._end(host)
         return answers
 

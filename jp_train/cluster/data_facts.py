@@ -1,6 +1,8 @@
-"""What one host sees of a run's data: names and sizes of the shards, what is indexed, one sample of every source read, tokenizer and starting weights.
+"""What one host sees of a run's data: names and sizes of the shards, what is indexed, one sample of every source read,
+tokenizer and starting weights.
 
-A digest is equal on two hosts when they see the same files; times are left out, because copies have their own. Large files count with name and size.
+A digest is equal on two hosts when they see the same files; times are left out, because copies have their own. Large
+files count with name and size.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ TABLE = ".jp-tokens-"
 
 
 def data_facts(config: str, overrides: Sequence[str], number: int) -> dict[str, Any]:
-    """`sources`: {name: facts} and `files`: {config key: facts}, each with `digest`, or `error`. Host `number` reads a sample of another shard than its
-    neighbours. Raises ConfigError."""
+    """`sources`: {name: facts} and `files`: {config key: facts}, each with `digest`, or `error`. Host `number` reads
+    a sample of another shard than its neighbours. Raises ConfigError."""
     cfg = loaded_config(config, tuple(overrides))
     sources = {**cfg.data.sources, **{f"{name} (held out)": source for name, source in cfg.validation.sources.items()}}
     reader = ShardReader(1)  # a source that answers only now and then is worth knowing beforehand
@@ -63,7 +65,8 @@ def source_facts(source: SourceConfig, root: str, number: int, reader: ShardRead
 
 
 def index_digests(shards: Sequence[Shard]) -> dict[str, str]:
-    """{which tokenizer and settings: digest of the token tables}, for those that all of `shards` have (beside them, or in the cache of this host).
+    """{which tokenizer and settings: digest of the token tables}, for those that all of `shards` have (beside them, or
+    in the cache of this host).
 
     Of the tables' own check sums, so that nothing is read.
     """
@@ -110,7 +113,8 @@ def read_sample(shard: Shard, reader: ShardReader) -> int:
 
 
 def tree_facts(path: str, read_up_to: int) -> dict[str, Any]:
-    """Digest of a file or folder: names and sizes, and the contents of files of at most `read_up_to` bytes. Raises OSError."""
+    """Digest of a file or folder: names and sizes, and the contents of files of at most `read_up_to` bytes. Raises
+    OSError."""
     root = Path(path)
     files = [root] if root.is_file() else sorted(found for found in root.rglob("*") if found.is_file())
     if not files:

@@ -1,4 +1,5 @@
-"""What the ranks of a launch get of this shell's environment: settings by name, never a secret, nothing that a remote shell would change."""
+"""What the ranks of a launch get of this shell's environment: settings by name, never a secret, nothing that a
+remote shell would change."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ SAFE_VALUE = re.compile(r"[\w@%+=:,./ -]*")
 
 @dataclass(frozen=True)
 class PassedEnvironment:
-    """What remote ranks get of this shell's environment, and what is held back: secrets, and values that a shell would change."""
+    """What remote ranks get of this shell's environment, and what is held back: secrets, and values that a shell
+    would change."""
 
     lines: tuple[str, ...]
     secrets: tuple[str, ...]
@@ -59,7 +61,8 @@ class PassedEnvironment:
 
 
 def passed_environment(environ: Mapping[str, str]) -> PassedEnvironment:
-    """Choose by name what remote ranks inherit. Secrets never: the runner would show them in every process list of the cluster."""
+    """Choose by name what remote ranks inherit. Secrets never: the runner would show them in every process list of
+    the cluster."""
     lines, secrets, unsafe = [], [], []
     for name, value in sorted(environ.items()):
         if name in NOT_PASSED or not (name.startswith(PASSED_PREFIXES) or name in PASSED_NAMES):
@@ -78,16 +81,20 @@ def is_secret(name: str) -> bool:
     return bool(SECRET.search(name)) and not name.startswith(SECRET_LOOKALIKES)
 
 
-def runner_environment(environ: Mapping[str, str], launch_id: str, *, local: bool, launcher: str = "pdsh") -> dict[str, str]:
-    """The environment of the runner (and, locally, of the ranks): this one, the launch's mark, and CPU settings where there is no GPU.
+def runner_environment(
+    environ: Mapping[str, str], launch_id: str, *, local: bool, launcher: str = "pdsh"
+) -> dict[str, str]:
+    """The environment of the runner (and, locally, of the ranks): this one, the launch's mark, and CPU settings where
+    there is no GPU.
 
-    For remote hosts, what the launcher would pass on of its own accord is taken out where it is secret (srun passes everything), and with pdsh also where a
-    shell would change it.
+    For remote hosts, what the launcher would pass on of its own accord is taken out where it is secret (srun passes
+    everything), and with pdsh also where a shell would change it.
     """
     env = {**environ, LAUNCH_ID: launch_id}
     if local and not has_gpu():
         env.setdefault("DS_ACCELERATOR", "cpu")
-        env.setdefault("OMP_NUM_THREADS", "1")  # two ranks with two threads each on two busy cores are 20 times slower (FACTS.md)
+        # two ranks with two threads each on two busy cores are 20 times slower (FACTS.md)
+        env.setdefault("OMP_NUM_THREADS", "1")
     if local:
         return env
     for name in list(env):
@@ -98,7 +105,8 @@ def runner_environment(environ: Mapping[str, str], launch_id: str, *, local: boo
 
 
 def has_gpu() -> bool:
-    """By the driver's device files (NVIDIA, AMD): importing torch to ask it takes seconds, and the ranks ask it anyway."""
+    """By the driver's device files (NVIDIA, AMD): importing torch to ask it takes seconds, and the ranks ask it
+    anyway."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 
 

@@ -1,7 +1,8 @@
-"""What one host is, found without importing torch: versions, code, configuration, devices, disks, left-over processes and locks.
+"""What one host is, found without importing torch: versions, code, configuration, devices, disks, left-over processes
+and locks.
 
-Facts only: what is wrong with them is decided in `checks.py`, where those of all hosts are together. Linux; standard library and, for the configuration,
-`jp_train.config`. Each fact fails alone: its place then holds {"error": reason}.
+Facts only: what is wrong with them is decided in `checks.py`, where those of all hosts are together. Linux; standard
+library and, for the configuration, `jp_train.config`. Each fact fails alone: its place then holds {"error": reason}.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ WRITTEN_BYTES = 64 << 10
 """Written and synced to find out whether a folder takes data: a disk may be full though it lists free inodes."""
 
 
-def host_facts(question: Mapping[str, Any], *, proc: Path = Path("/proc"), devices: Path = Path("/dev")) -> dict[str, Any]:
-    """Everything below about this host. `question` has `config`, `overrides`, `run_dir` (None without a configuration) and `own_launches`."""
+def host_facts(
+    question: Mapping[str, Any], *, proc: Path = Path("/proc"), devices: Path = Path("/dev")
+) -> dict[str, Any]:
+    """Everything below about this host. `question` has `config`, `overrides`, `run_dir` (None without a
+    configuration) and `own_launches`."""
     folders = cache_folders(os.environ)
     if question.get("run_dir"):
         folders["run folder"] = str(question["run_dir"])
@@ -90,7 +94,8 @@ def driver_version(proc: Path = Path("/proc")) -> str:
 
 
 def device_count(devices: Path = Path("/dev")) -> int:
-    """GPUs by the driver's device files, as NVIDIA (nvidia0, nvidia1, ...) and AMD (one render node each, beside kfd) make them; 0 on a CPU host.
+    """GPUs by the driver's device files, as NVIDIA (nvidia0, nvidia1, ...) and AMD (one render node each, beside kfd)
+    make them; 0 on a CPU host.
 
     torch would say the same, seconds later, and only when its build fits the driver.
     """
@@ -101,13 +106,16 @@ def device_count(devices: Path = Path("/dev")) -> int:
 
 
 def gpu_memory(command: Sequence[str] = ("nvidia-smi",)) -> list[list[int]]:
-    """[index, MiB in use, MiB in all] of each GPU as nvidia-smi tells it, whoever uses it; empty where there is no nvidia-smi.
+    """[index, MiB in use, MiB in all] of each GPU as nvidia-smi tells it, whoever uses it; empty where there is no
+    nvidia-smi.
 
     Raises RuntimeError when it fails or hangs, which is what it does on a host with a broken GPU.
     """
     question = ["--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run([*command, *question], capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S, check=False)
+        done = subprocess.run(
+            [*command, *question], capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S, check=False
+        )
     except FileNotFoundError:
         return []
     except subprocess.TimeoutExpired:
@@ -115,13 +123,17 @@ def gpu_memory(command: Sequence[str] = ("nvidia-smi",)) -> list[list[int]]:
             f"nvidia-smi gave no answer within {NVIDIA_SMI_S:g} s: a GPU hangs, or persistence mode is off (`nvidia-smi -pm 1`)"
         ) from None
     if done.returncode:
-        raise RuntimeError(f"nvidia-smi ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-200:]}")
+        raise RuntimeError(
+            f"nvidia-smi ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-200:]}"
+        )
     rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
-    return [[int(field) for field in row] for row in rows if len(row) == 3 and all(field.isdigit() for field in row)]  # MIG: [N/A]
+    # MIG: [N/A]
+    return [[int(field) for field in row] for row in rows if len(row) == 3 and all(field.isdigit() for field in row)]
 
 
 def gpu_memory_at_rest(read: Callable[[], list[list[int]]] = gpu_memory) -> list[list[int]]:
-    """`gpu_memory`, read again while a GPU is in use, for GPU_REST_S: a restart examines hosts whose ranks have only just been killed."""
+    """`gpu_memory`, read again while a GPU is in use, for GPU_REST_S: a restart examines hosts whose ranks have only
+    just been killed."""
     deadline = time.monotonic() + GPU_REST_S
     found = read()
     while any(used > GPU_FREE_MIB for _, used, _ in found) and time.monotonic() < deadline:
@@ -131,7 +143,8 @@ def gpu_memory_at_rest(read: Callable[[], list[list[int]]] = gpu_memory) -> list
 
 
 def host_addresses() -> list[str]:
-    """All addresses of the host as `hostname -I` lists them: DeepSpeed's runner makes the first host's first one the rendezvous."""
+    """All addresses of the host as `hostname -I` lists them: DeepSpeed's runner makes the first host's first one the
+    rendezvous."""
     done = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=5, check=True)
     return done.stdout.split()
 
@@ -139,7 +152,9 @@ def host_addresses() -> list[str]:
 def code_digests(package: Path | None = None) -> dict[str, str]:
     """{path inside the package: digest} of the jp_train that this process has imported."""
     root = package or Path(__file__).resolve().parent.parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts]
+    files = [
+        path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts
+    ]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
 
 
@@ -154,14 +169,16 @@ def config_text(config: str | None, overrides: Sequence[str]) -> str | None:
 
 @lru_cache(maxsize=1)
 def loaded_config(config: str, overrides: tuple[str, ...]) -> RunConfig:
-    """The configuration, read once for all questions: resolving it takes longer than most of them. Raises ConfigError."""
+    """The configuration, read once for all questions: resolving it takes longer than most of them. Raises
+    ConfigError."""
     from jp_train.config import load_config
 
     return load_config(config, overrides)
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
-    """{what it is for: path} of the folders that a rank writes besides the run folder, as the libraries choose them from their variables."""
+    """{what it is for: path} of the folders that a rank writes besides the run folder, as the libraries choose them
+    from their variables."""
     cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return {
         "torch extensions": environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"),
@@ -173,13 +190,18 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Where `folder` lies (or will: its nearest folder that exists), the bytes free there, and whether a file could be written: `error` if not."""
+    """Where `folder` lies (or will: its nearest folder that exists), the bytes free there, and whether a file could
+    be written: `error` if not."""
     found: dict[str, Any] = {"path": str(folder), "there": str(folder)}
     try:
         there = nearest(folder)
         found["there"] = str(there)
         about = os.statvfs(there)
-        found |= {"free": about.f_bavail * about.f_frsize, "size": about.f_blocks * about.f_frsize, "device": os.stat(there).st_dev}
+        found |= {
+            "free": about.f_bavail * about.f_frsize,
+            "size": about.f_blocks * about.f_frsize,
+            "device": os.stat(there).st_dev,
+        }
         with tempfile.NamedTemporaryFile(dir=there, prefix=".jp_train_preflight_") as file:
             file.write(b"\0" * WRITTEN_BYTES)
             file.flush()
@@ -190,7 +212,8 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists. Raises OSError when that cannot be told: no permission, a stale file handle, a link to nowhere."""
+    """The folder, or its nearest parent that exists. Raises OSError when that cannot be told: no permission, a stale
+    file handle, a link to nowhere."""
     while True:
         try:
             folder.stat()
@@ -202,23 +225,30 @@ def nearest(folder: Path) -> Path:
 
 
 def build_locks(folder: Path) -> list[dict[str, Any]]:
-    """Lock files of torch's extension builder, with their age in seconds: whoever loads that extension waits until the file is gone."""
+    """Lock files of torch's extension builder, with their age in seconds: whoever loads that extension waits until
+    the file is gone."""
     locks = sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
     return [{"path": str(path), "age_s": max(0.0, time.time() - path.stat().st_mtime)} for path in locks]
 
 
 def launched_jobs(own_launches: Sequence[str], *, proc: Path = Path("/proc")) -> list[dict[str, Any]]:
-    """Processes of other launches on this host, by the mark in their environment: `launch`, `pid`, `command`, and whether it is the launch's runner."""
+    """Processes of other launches on this host, by the mark in their environment: `launch`, `pid`, `command`, and
+    whether it is the launch's runner."""
     jobs = []
     for entry in proc.iterdir():
         if not entry.name.isdigit():
             continue
-        mark = next((item for item in read_proc(entry / "environ").split(b"\0") if item.startswith(LAUNCH_ID.encode() + b"=")), b"")
+        mark = next(
+            (item for item in read_proc(entry / "environ").split(b"\0") if item.startswith(LAUNCH_ID.encode() + b"=")),
+            b"",
+        )
         launch = mark.partition(b"=")[2].decode(errors="replace")
         words = read_proc(entry / "cmdline").split(b"\0")
         if launch and launch not in own_launches and words != [b""]:  # a zombie has no command line
             command = b" ".join(words).decode(errors="replace").strip()
-            jobs.append({"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)})
+            jobs.append(
+                {"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)}
+            )
     return sorted(jobs, key=lambda job: job["pid"])
 
 
@@ -227,7 +257,8 @@ def _is_runner(words: Sequence[bytes]) -> bool:
 
 
 def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
-    """`pid 12 (python -m ...)` that listens on a TCP port of this host; empty when it cannot be found (somebody else's process)."""
+    """`pid 12 (python -m ...)` that listens on a TCP port of this host; empty when it cannot be found (somebody
+    else's process)."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         for line in read_proc(proc / "net" / table).decode().splitlines()[1:]:
@@ -252,10 +283,11 @@ def _open_files(process: Path) -> set[str]:
 
 
 def place(folder: Path, name: str, text: str) -> str:
-    """Write a file that other hosts are to see into the folder, or its nearest parent that exists. Returns that folder. Raises OSError.
+    """Write a file that other hosts are to see into the folder, or its nearest parent that exists. Returns that folder.
+    Raises OSError.
 
-    Nothing is made: an NFS client that has just been told that a folder is not there believes it for up to a minute, whatever another host makes.
-    A name that nobody has asked for is looked up on the server at once.
+    Nothing is made: an NFS client that has just been told that a folder is not there believes it for up to a minute,
+    whatever another host makes. A name that nobody has asked for is looked up on the server at once.
     """
     there = nearest(folder)
     (there / name).write_text(text, encoding="utf-8")

@@ -15,7 +15,8 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: on which host, found by which check, what it is, what to do. A `warning` does not stop a launch."""
+    """One thing that is wrong: on which host, found by which check, what it is, what to do. A `warning` does not
+    stop a launch."""
 
     host: str
     check: str
@@ -55,7 +56,10 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything, as one JSON-able object."""
         told = {"ok": self.ok, "seconds": round(self.seconds, 2)}
-        told |= {"faults": [_plain(fault) for fault in self.faults], "warnings": [_plain(fault) for fault in self.warnings]}
+        told |= {
+            "faults": [_plain(fault) for fault in self.faults],
+            "warnings": [_plain(fault) for fault in self.warnings],
+        }
         return told | {"notes": self.notes, "hosts": self.hosts}
 
     def table(self) -> str:
@@ -63,13 +67,17 @@ class Report:
         lines = []
         for word, found in (("FAULT", self.faults), ("warning", self.warnings)):
             for hosts, fault in _alike(found):
-                lines += [f"{word}  {hosts}  {fault.check}: {printable(fault.found)}", f"{' ' * len(word)}  -> {printable(fault.remedy)}"]
+                lines += [
+                    f"{word}  {hosts}  {fault.check}: {printable(fault.found)}",
+                    f"{' ' * len(word)}  -> {printable(fault.remedy)}",
+                ]
         if lines:
             lines.append("")
         if self.hosts:
             columns = list(dict.fromkeys(name for facts in self.hosts.values() for name in facts))
             rows = [["host", *columns]] + [
-                [host, *(printable(str(facts.get(name, "-"))) for name in columns)] for host, facts in self.hosts.items()
+                [host, *(printable(str(facts.get(name, "-"))) for name in columns)]
+                for host, facts in self.hosts.items()
             ]
             lines += [*aligned(rows, left=(0,)), ""]
         lines += [printable(note) for note in self.notes]
@@ -96,7 +104,9 @@ def _alike(faults: list[Fault]) -> list[tuple[str, Fault]]:
     """Faults that say the same of several hosts as one line each: (hosts, the first's)."""
     groups: dict[tuple[str, str, str], list[Fault]] = {}
     for fault in faults:
-        groups.setdefault((fault.check, fault.found.replace(fault.host, "\0"), fault.remedy.replace(fault.host, "\0")), []).append(fault)
+        groups.setdefault(
+            (fault.check, fault.found.replace(fault.host, "\0"), fault.remedy.replace(fault.host, "\0")), []
+        ).append(fault)
     return [(_hosts_text([fault.host for fault in group]), group[0]) for group in groups.values()]
 
 

@@ -1,4 +1,5 @@
-"""Hostfiles and filters: which slots of which hosts a run uses. Stricter than DeepSpeed's parser, and every fault has its line number."""
+"""Hostfiles and filters: which slots of which hosts a run uses. Stricter than DeepSpeed's parser, and every fault
+has its line number."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ class Host:
 def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
     """The hosts of a DeepSpeed hostfile, in rank order: `name slots=N` a line, `#` comments and blank lines.
 
-    Raises LaunchError with the line number and what is wrong: missing or empty file, a line of another form, no slots, a repeated host, a name
-    with characters that a shell would interpret.
+    Raises LaunchError with the line number and what is wrong: missing or empty file, a line of another form, no slots,
+    a repeated host, a name with characters that a shell would interpret.
     """
     path = Path(path)
     if not path.is_file():
-        raise LaunchError(f"hostfile {path} is not there; expected a file with `name slots=N` lines (see hostfiles/README.md)")
+        raise LaunchError(
+            f"hostfile {path} is not there; expected a file with `name slots=N` lines (see hostfiles/README.md)"
+        )
     hosts: dict[str, tuple[int, int]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         text = line.strip()
@@ -45,7 +48,9 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
         where = f"hostfile {path}, line {number}: {text!r}"
         match = HOST_LINE.fullmatch(text)
         if not match:
-            raise LaunchError(f"{where}: expected `name slots=N` with a whole number N, and nothing else but a # comment")
+            raise LaunchError(
+                f"{where}: expected `name slots=N` with a whole number N, and nothing else but a # comment"
+            )
         name, slots = match[1], int(match[2])
         if not HOST_NAME.fullmatch(name):
             raise LaunchError(
@@ -54,7 +59,9 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
         if slots == 0:
             raise LaunchError(f"{where}: 0 slots; give the number of GPUs, or comment the line out")
         if name in hosts:
-            raise LaunchError(f"{where}: host {name} is already on line {hosts[name][1]}; write every host once, with all its slots")
+            raise LaunchError(
+                f"{where}: host {name} is already on line {hosts[name][1]}; write every host once, with all its slots"
+            )
         hosts[name] = (slots, number)
     if not hosts:
         raise LaunchError(f"hostfile {path} names no host; expected at least one `name slots=N` line")
@@ -76,7 +83,9 @@ def select_slots(hosts: Sequence[Host], *, include: str = "", exclude: str = "")
     for part in (include or exclude).split("@"):
         name, _, numbers = part.partition(":")
         if name not in everything:
-            raise ConfigError(f"{option} {include or exclude!r}: host {name!r} is not in the hostfile; it has {', '.join(everything)}")
+            raise ConfigError(
+                f"{option} {include or exclude!r}: host {name!r} is not in the hostfile; it has {', '.join(everything)}"
+            )
         if ":" in part and not re.fullmatch(r"\d+(,\d+)*", numbers):
             raise ConfigError(f"{option} {include or exclude!r}: {part!r} is not of the form host or host:0,1")
         slots = {int(n) for n in numbers.split(",")} if numbers else set(everything[name])

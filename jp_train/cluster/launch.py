@@ -1,8 +1,9 @@
 """Hostfile -> checked cluster -> the deepspeed command, watched to its end and started again where that helps.
 
-`launch` is the whole way of a training run: configuration, preflight, command, `_start` (one start of all ranks), and the restarts. The parts are
-in `jp_train/cluster/`: hostfile, options, environment, command, running (signals, and nothing left behind), supervision (what no launcher notices), records (logs
-and ends of ranks), outcome (exit code and cause) and restarts. What DeepSpeed's runner does silently is refused or repaired there. One local host needs no ssh.
+`launch` is the whole way of a training run: configuration, preflight, command, `_start` (one start of all ranks), and
+the restarts. The parts are in `jp_train/cluster/`: hostfile, options, environment, command, running (signals, and
+nothing left behind), supervision (what no launcher notices), records (logs and ends of ranks), outcome (exit code and
+cause) and restarts. What DeepSpeed's runner does silently is refused or repaired there. One local host needs no ssh.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from jp_train.cluster.hostfile import Host, Selection, parse_hostfile, runs_loca
 from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
 from jp_train.cluster.records import new_launch_id, open_logs, read_records
-from jp_train.cluster.restarts import Progress, Restart, has_checkpoints, largest_usable, plan_restart, standing, worth_starting
+from jp_train.cluster.restarts import (
+    Progress,
+    Restart,
+    has_checkpoints,
+    largest_usable,
+    plan_restart,
+    standing,
+    worth_starting,
+)
 from jp_train.cluster.running import Run, StopSignals, say, sweep
 from jp_train.cluster.supervision import Supervision
 from jp_train.config import RunConfig, batch_plan, load_config
@@ -47,11 +56,16 @@ __all__ = [
     "select_slots",
 ]
 
-PROGRAMS = {"pdsh": ("pdsh", "pdsh openssh-client"), "openmpi": ("mpirun", "openmpi-bin openssh-client"), "slurm": ("srun", "slurm-client")}
+PROGRAMS = {
+    "pdsh": ("pdsh", "pdsh openssh-client"),
+    "openmpi": ("mpirun", "openmpi-bin openssh-client"),
+    "slurm": ("srun", "slurm-client"),
+}
 """What each launcher needs on this host, and Debian's packages with it."""
 BLAMED_TWICE = 2
 SETTLE_S = 15.0
-"""Killed processes give back GPU memory, ports and locks seconds after they are gone: a host is left out for a fault that is still there then."""
+"""Killed processes give back GPU memory, ports and locks seconds after they are gone: a host is left out for a fault
+that is still there then."""
 
 
 def launch_command(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> list[str]:
@@ -60,12 +74,14 @@ def launch_command(config_path: str | os.PathLike[str], overrides: Sequence[str]
 
 
 def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> int:
-    """Check everything that can be known, print the batch arithmetic and the command, run it, and return the ranks' exit code.
+    """Check everything that can be known, print the batch arithmetic and the command, run it, and return the ranks'
+    exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 go to every rank at once; the ranks save and exit, or are killed after `grace_s` seconds or by a second signal. A run that ends
-    because of a host or a rank goes on from its newest checkpoint, `max_restarts` times, without the hosts that do not answer. `dry_run` stops after
-    printing and returns 0. Raises ConfigError (configuration, filter, ranks that do not divide the rows) and LaunchError (hostfile, preflight, busy port, missing
-    program, a run folder in use, a rank that was killed, a host that is gone).
+    SIGTERM, SIGINT and SIGUSR1 go to every rank at once; the ranks save and exit, or are killed after `grace_s` seconds
+    or by a second signal. A run that ends because of a host or a rank goes on from its newest checkpoint,
+    `max_restarts` times, without the hosts that do not answer. `dry_run` stops after printing and returns 0. Raises
+    ConfigError (configuration, filter, ranks that do not divide the rows) and LaunchError (hostfile, preflight, busy
+    port, missing program, a run folder in use, a rank that was killed, a host that is gone).
     """
     cfg = load_config(config_path, overrides)
     run_dir = Path(cfg.run_dir)
@@ -93,20 +109,28 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
             outcome = _start(target, options, stop, launch_id=launch_id, facts=facts, run_dir=run_dir, restart=restart)
             last = standing(run_dir)
             advanced = last.updated >= began and last.step > furthest
-            fell_short_before, fell_short = fell_short, not advanced and not (last.updated >= began and last.step == furthest)
+            fell_short_before, fell_short = (
+                fell_short,
+                not advanced and not (last.updated >= began and last.step == furthest),
+            )
             furthest = max(furthest, last.step)
             done = 0 if restart is None else restart.number
             if (
                 stop.number is not None
                 or done >= options.max_restarts
                 or not worth_starting(
-                    outcome.again, first=restart is None, advanced=advanced, fell_short=fell_short, before=fell_short_before
+                    outcome.again,
+                    first=restart is None,
+                    advanced=advanced,
+                    fell_short=fell_short,
+                    before=fell_short_before,
                 )
             ):
                 return _final_code(outcome, done)
             blamed.update(outcome.blamed)
             earlier.append(launch_id)
-            new = [host for host in everything if host not in selection]  # idle, or lost before: they may be well by now
+            # idle, or lost before: they may be well by now
+            new = [host for host in everything if host not in selection]
             silent = dict(outcome.lost) | {host: told.found for host, told in sweep(new, *earlier, lost=new).items()}
             left = {host: slots for host, slots in everything.items() if host not in silent}
             try:
@@ -114,16 +138,20 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
                     after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)
             except KeyboardInterrupt:
                 return _stopped_before_start(stop)
-            if next(iter(selection)) in after:  # rank 0's host has answered that nothing of the old launch is left there
+            # rank 0's host has answered that nothing of the old launch is left there
+            if next(iter(selection)) in after:
                 release_dead_launch(run_dir, launch_id)
-            restart = plan_restart(done + 1, options.max_restarts, outcome.cause, everything, selection, after, last, began=began)
+            restart = plan_restart(
+                done + 1, options.max_restarts, outcome.cause, everything, selection, after, last, began=began
+            )
             say(restart.describe())
             _event(run_dir, "restart", restart.failed_at_step, **restart.event())
             options = options.restricted(after)
 
 
 def launch_ranks(target: Sequence[str], options: LaunchOptions) -> int:
-    """Run `jp_train TARGET...` on every slot of a hostfile, once, and return the ranks' exit code. Signals, `dry_run` and errors as in `launch`."""
+    """Run `jp_train TARGET...` on every slot of a hostfile, once, and return the ranks' exit code. Signals,
+    `dry_run` and errors as in `launch`."""
     with StopSignals().installed() as stop:
         return _final_code(_start(target, options, stop, launch_id=new_launch_id()), 0)
 
@@ -132,15 +160,21 @@ def _start(
     target: Sequence[str], options: LaunchOptions, stop: StopSignals, *,
     launch_id: str, facts: str = "", run_dir: Path | None = None, restart: Restart | None = None,
 ) -> Outcome:  # fmt: skip
-    """One start of all ranks, to its end. `facts` is printed before the command. Without `run_dir` there are no logs, and all ranks write to the terminal."""
+    """One start of all ranks, to its end. `facts` is printed before the command. Without `run_dir` there are no
+    logs, and all ranks write to the terminal."""
     selection = options.selection()
     local = runs_locally(selection)
     logs = None if run_dir is None or options.dry_run else _logs(run_dir, launch_id)
-    env = runner_environment(os.environ, launch_id, local=local, launcher=options.launcher) | rank_variables(options, str(logs or ""))
+    env = runner_environment(os.environ, launch_id, local=local, launcher=options.launcher) | rank_variables(
+        options, str(logs or "")
+    )
     passed = passed_environment(env)
     command = ranks_command(target, options, passed)
     out = sys.stdout if options.dry_run else sys.stderr
-    lines = [f"{world_size(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}", *([facts] if facts else [])]
+    lines = [
+        f"{world_size(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}",
+        *([facts] if facts else []),
+    ]
     lines += [] if local else passed.describe()
     lines += [f"logs of the ranks: {logs}"] if logs else []
     print("\n".join([*lines, f"command: {shlex.join(command)}"]), file=out, flush=True)
@@ -169,7 +203,8 @@ def _start(
     outcome = judge(ending, records, stop.number, _failure(run_dir, since=began))
     if outcome.code and stop.number is None:
         told = explain(records, len(placed))
-        if not told and outcome.again == "if_advanced":  # nobody else says it: the cause of a "yes" becomes the error's message
+        # nobody else says it: the cause of a "yes" becomes the error's message
+        if not told and outcome.again == "if_advanced":
             told = [outcome.cause]
         for line in told:
             say(line)
@@ -197,7 +232,8 @@ class _Preflight:
         self._config, self._overrides = Path(config_path), tuple(overrides)
 
     def refuse(self, options: LaunchOptions, selection: Selection) -> None:
-        """Print the table of facts and faults; raises LaunchError when there is a fault. One local host is checked by `_check_ready`."""
+        """Print the table of facts and faults; raises LaunchError when there is a fault. One local host is checked
+        by `_check_ready`."""
         if options.skip_preflight or options.dry_run or runs_locally(selection):
             return
         report = self._ask(options)
@@ -232,9 +268,15 @@ class _Preflight:
 
 
 def _hosts_for_restart(
-    cfg: RunConfig, options: LaunchOptions, left: Selection, silent: dict[str, str], checked: _Preflight, blamed: Counter[str]
+    cfg: RunConfig,
+    options: LaunchOptions,
+    left: Selection,
+    silent: dict[str, str],
+    checked: _Preflight,
+    blamed: Counter[str],
 ) -> dict[str, tuple[int, ...]]:
-    """Of the hosts that are `left`, those without fault, as many as the rows of a step divide among. Raises LaunchError when that leaves none.
+    """Of the hosts that are `left`, those without fault, as many as the rows of a step divide among. Raises LaunchError
+    when that leaves none.
 
     `silent`: the others, and why; for the message.
     """
@@ -266,7 +308,8 @@ def _divides(cfg: RunConfig, world: int, *, shrink: bool) -> bool:
 
 
 def _refuse_second_job(run_dir: Path, options: LaunchOptions) -> None:
-    """Two jobs in one run folder would mix their metrics and delete each other's checkpoints. (The ranks see a job on another host, too.)"""
+    """Two jobs in one run folder would mix their metrics and delete each other's checkpoints. (The ranks see a job
+    on another host, too.)"""
     if options.dry_run:
         return
     try:

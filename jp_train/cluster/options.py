@@ -40,7 +40,8 @@ class LaunchOptions:
     max_restarts: int = 0
     """Times that a run which a host or a rank has ended is started again."""
     patience_s: float = DEFAULT_PATIENCE_S
-    """Seconds that a host may give no sign of life before it is asked, and that ranks may outlive one that failed before they are ended."""
+    """Seconds that a host may give no sign of life before it is asked, and that ranks may outlive one that failed
+    before they are ended."""
 
     def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
@@ -64,7 +65,8 @@ class LaunchOptions:
             raise ConfigError(f"--launcher-args {self.launcher_args!r} does not split into words: {error}") from None
 
     def selection(self) -> dict[str, tuple[int, ...]]:
-        """The slots that the run uses on each host, in rank order. Raises LaunchError (hostfile) and ConfigError (filter)."""
+        """The slots that the run uses on each host, in rank order. Raises LaunchError (hostfile) and ConfigError
+        (filter)."""
         return select_slots(parse_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
 
     def restricted(self, selection: Mapping[str, Sequence[int]]) -> LaunchOptions:
@@ -80,4 +82,9 @@ def filter_text(selection: Mapping[str, Sequence[int]]) -> str:
 
 def ranks_of(text: str) -> list[tuple[str, int]]:
     """Host and slot of every rank, from a `filter_text`."""
-    return [(host, int(slot)) for part in text.split("@") for host, _, slots in [part.partition(":")] for slot in slots.split(",")]
+    return [
+        (host, int(slot))
+        for part in text.split("@")
+        for host, _, slots in [part.partition(":")]
+        for slot in slots.split(",")
+    ]

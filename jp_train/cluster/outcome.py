@@ -1,7 +1,8 @@
 """What the end of a start means: the exit code, the cause in words with host and rank, and whether to start again.
 
-Which rank's code a launcher reports is a matter of milliseconds, as the other ranks fail because the first one is gone. So three witnesses are heard: the
-launch itself (a host that is lost), the ranks' records (who was killed, who ended with which code), and the error that status.json names.
+Which rank's code a launcher reports is a matter of milliseconds, as the other ranks fail because the first one is gone.
+So three witnesses are heard: the launch itself (a host that is lost), the ranks' records (who was killed, who ended
+with which code), and the error that status.json names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """`code`: of `jp-train launch`. `again`: `no`, `yes`, or `if_advanced` (an exception comes back at the same place, a broken device does not)."""
+    """`code`: of `jp-train launch`. `again`: `no`, `yes`, or `if_advanced` (an exception comes back at the same
+    place, a broken device does not)."""
 
     code: int
     cause: str = ""
@@ -41,10 +43,18 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
     lost = dict(ending.silent)
     if ending.verdict is None and ending.code == 0:
         return Outcome(0)
-    if ending.verdict is not None and not lost and not ending.verdict.lost and records and all(record.code == 0 for record in records):
+    if (
+        ending.verdict is not None
+        and not lost
+        and not ending.verdict.lost
+        and records
+        and all(record.code == 0 for record in records)
+    ):
         return Outcome(0)  # only the launcher did not end
     if lost or (ending.verdict is not None and ending.verdict.lost):
-        gone = {host: answer.found for host, answer in lost.items()} or dict.fromkeys(ending.verdict.lost, ending.verdict.cause)  # type: ignore[union-attr]
+        gone = {host: answer.found for host, answer in lost.items()} or dict.fromkeys(
+            ending.verdict.lost, ending.verdict.cause
+        )  # type: ignore[union-attr]
         return Outcome(LaunchError.exit_code, _told(gone), "yes", lost=gone)
     if first is not None and (first.code or 0) < 0 and first.code != -signal.SIGTERM:
         return Outcome(LaunchError.exit_code, first.describe(), "yes", (first.host,))
@@ -60,7 +70,9 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
         return Outcome(code)
     if code == LaunchError.exit_code or code == 1:
         return Outcome(
-            code, failure or (first.describe() if first else f"the launcher ended with {how_it_ended(ending.code)}"), "if_advanced"
+            code,
+            failure or (first.describe() if first else f"the launcher ended with {how_it_ended(ending.code)}"),
+            "if_advanced",
         )
     if signalled(code):
         return Outcome(LaunchError.exit_code, f"a process of the run was {how_it_ended(-signalled(code))}", "yes")
@@ -70,10 +82,15 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
 
 
 def specific_code(code: int, failure: str, first: RankRecord | None) -> int:
-    """The launcher's code, or a better one where that only says that something failed: of the error in status.json, or of the first rank to fail."""
+    """The launcher's code, or a better one where that only says that something failed: of the error in status.json,
+    or of the first rank to fail."""
     if code == 0 or code in (2, 3, 4, 5) or code in STOPPED:
         return code
-    known = {cls.__name__: cls.exit_code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, JpTrainError)}
+    known = {
+        cls.__name__: cls.exit_code
+        for cls in vars(errors).values()
+        if isinstance(cls, type) and issubclass(cls, JpTrainError)
+    }
     told = known.get(failure.partition(":")[0], 1)
     if told == 1 and first is not None and first.code in (2, 3, 4, 5):
         return first.code
@@ -81,7 +98,8 @@ def specific_code(code: int, failure: str, first: RankRecord | None) -> int:
 
 
 def signalled(code: int) -> int:
-    """The signal that a launcher's code stands for, as -9, as 247 (what DeepSpeed's launcher makes of it), or as 137 (mpirun, srun, shells); 0 for none.
+    """The signal that a launcher's code stands for, as -9, as 247 (what DeepSpeed's launcher makes of it), or as 137
+    (mpirun, srun, shells); 0 for none.
 
     255 is what ssh returns when a connection breaks off, and no SIGHUP.
     """
@@ -101,7 +119,8 @@ def exit_code(code: int, stopped_by: int | None, failure: str) -> int:
 
 
 def explain(records: Sequence[RankRecord], world: int) -> list[str]:
-    """Lines for the terminal about the ranks that failed, the likely cause first, with the last words of that one unless rank 0 has shown its own."""
+    """Lines for the terminal about the ranks that failed, the likely cause first, with the last words of that one
+    unless rank 0 has shown its own."""
     failed = culprits(records)
     lines = [record.describe() for record in failed[:NAMED]]
     if len(failed) > NAMED:

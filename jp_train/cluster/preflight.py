@@ -1,6 +1,8 @@
-"""Is this cluster fit to train? Every host is asked in parallel, and what is wrong is named with host, cause and remedy: `jp-train preflight`.
+"""Is this cluster fit to train? Every host is asked in parallel, and what is wrong is named with host, cause and
+remedy: `jp-train preflight`.
 
-One process a host (`cluster/probe.py`, over ssh) answers all questions; `cluster/checks.py` judges the answers of all hosts together. Nothing is left on any
+One process a host (`cluster/probe.py`, over ssh) answers all questions; `cluster/checks.py` judges the answers of all
+hosts together. Nothing is left on any
 host afterwards: the probes end with their ssh, a hung one is killed, and each has a limited life in any case.
 """
 
@@ -56,9 +58,10 @@ def preflight(
 ) -> Report:
     """Examine the hosts that `options` select, and report.
 
-    With `config`, the run folder, the data and the configuration are looked at too. `skip`: names of CHECKS to leave out. `own_launches`: ids of
-    launches whose processes are expected. `environ`: the launching shell's; the probes get what the ranks would get of it. Raises ConfigError
-    (configuration, filter, unknown check) and LaunchError (hostfile).
+    With `config`, the run folder, the data and the configuration are looked at too. `skip`: names of CHECKS to leave
+    out. `own_launches`: ids of launches whose processes are expected. `environ`: the launching shell's; the probes get
+    what the ranks would get of it. Raises ConfigError (configuration, filter, unknown check) and LaunchError
+    (hostfile).
     """
     unknown = [name for name in skip if name not in CHECKS]
     if unknown:
@@ -67,7 +70,9 @@ def preflight(
         raise ConfigError(f"--timeout {timeout_s:g} is not between 0 and {LIFETIME_S // 4} seconds")
     cfg = None if config is None else load_config(config, overrides)
     question = {"config": None if config is None else str(config), "overrides": list(overrides)}
-    return _Examination(options, cfg, question, timeout_s, frozenset(skip), own_launches, os.environ if environ is None else environ).run()
+    return _Examination(
+        options, cfg, question, timeout_s, frozenset(skip), own_launches, os.environ if environ is None else environ
+    ).run()
 
 
 class _Examination:
@@ -102,7 +107,9 @@ class _Examination:
         argv = [sys.executable, "-m", "jp_train.cluster.probe"]
         env = probe_environment(self._environ) | {LAUNCH_ID: self._id, "JP_TRAIN_PROBE_LIFETIME_S": str(LIFETIME_S)}
         hosts = list(self._selection)
-        with Conversation(hosts, argv, limit_s=LIFETIME_S, local=hosts if self._local else (), cwd=os.getcwd(), env=env) as self._talk:
+        with Conversation(
+            hosts, argv, limit_s=LIFETIME_S, local=hosts if self._local else (), cwd=os.getcwd(), env=env
+        ) as self._talk:
             with self._progress("every host as it is", CONNECT_TIMEOUT_S + self._timeout_s):
                 facts = self._facts()
             with self._progress("clocks and the run folder", (PINGS + 3) * self._timeout_s + SHARED_WAIT_S):
@@ -138,7 +145,7 @@ class _Examination:
             asked=list(self._selection),
         )
 
-    # -- phases ---------------------------------------------------------------------------------------------------------------------
+    # -- phases ------------------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, dict[str, Any]]:
         question = {
@@ -146,7 +153,9 @@ class _Examination:
             "load_torch": "bandwidth" not in self._skip and len(self._selection) > 1,
         }  # fmt: skip
         facts = self._ask(
-            dict.fromkeys(self._selection, question), "its versions, disks and processes", CONNECT_TIMEOUT_S + self._timeout_s
+            dict.fromkeys(self._selection, question),
+            "its versions, disks and processes",
+            CONNECT_TIMEOUT_S + self._timeout_s,
         )
         facts, unknown = checks.settled(facts)
         self._find(None, unknown)
@@ -226,7 +235,8 @@ class _Examination:
             return False
         self._meeting_host = first
         told_first = [*facts[first]["addresses"], listening[first]["fabric"].get("address", "")]
-        given = self._address if first == next(iter(self._selection)) else ""  # another host stands in for a first one that does not answer
+        # another host stands in for a first one that does not answer
+        given = self._address if first == next(iter(self._selection)) else ""
         self._address = given or ("127.0.0.1" if self._local else told_first[0])
         doors = {
             host: [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]
@@ -242,7 +252,9 @@ class _Examination:
             questions[host] = {"ask": "reach", "targets": targets, "timeout_s": CONNECT_S}
         told = {
             host: answer["failed"]
-            for host, answer in self._ask(questions, "the other hosts", self._timeout_s + CONNECT_S * self._rounds()).items()
+            for host, answer in self._ask(
+                questions, "the other hosts", self._timeout_s + CONNECT_S * self._rounds()
+            ).items()
         }
         self._ask({host: {"ask": "close"} for host in listening}, "closing its ports", self._timeout_s)
         unreached = {host: failed.pop("(master)") for host, failed in told.items() if "(master)" in failed}
@@ -252,7 +264,9 @@ class _Examination:
             self._hosts[host]["address"] = answer["fabric"].get("address", "-")
         if len(hosts) < 2 or "bandwidth" in self._skip:
             return False
-        blocked = master.get("error") or unreached or any(told.values()) or len(doors) < len(hosts) or set(told) != set(hosts)
+        blocked = (
+            master.get("error") or unreached or any(told.values()) or len(doors) < len(hosts) or set(told) != set(hosts)
+        )
         if blocked:
             self._notes.append("no all-reduce was made: not all hosts reach each other")
         return not blocked
@@ -267,7 +281,12 @@ class _Examination:
         failed: dict[str, str] = {}
         told = self._ask({host: {"ask": "torch"} for host in hosts}, "torch", 2 * self._timeout_s, failed)
         broken = [
-            Fault(host, "versions", f"torch cannot be loaded: {error}", f"on {host}: install the torch that the others have")
+            Fault(
+                host,
+                "versions",
+                f"torch cannot be loaded: {error}",
+                f"on {host}: install the torch that the others have",
+            )
             for host, error in failed.items()
         ]
         self._find("versions", [*broken, *checks.check_torch(told, facts, self._selection)])
@@ -279,11 +298,19 @@ class _Examination:
 
     def _bandwidth(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
         if hosts[0] != self._meeting_host:
-            self._notes.append(f"no all-reduce was made: {self._meeting_host}, where the ranks would meet, cannot take part")
+            self._notes.append(
+                f"no all-reduce was made: {self._meeting_host}, where the ranks would meet, cannot take part"
+            )
             return
         gpu = all(facts[host]["devices"] for host in hosts)
         limit = (3 if gpu else 1) * self._timeout_s  # NCCL takes seconds to make its connections
-        common = {"ask": "bandwidth", "world": len(hosts), "address": self._address, "port": self._port, "timeout_s": limit}
+        common = {
+            "ask": "bandwidth",
+            "world": len(hosts),
+            "address": self._address,
+            "port": self._port,
+            "timeout_s": limit,
+        }
         devices = {host: self._selection[host][0] if gpu else None for host in hosts}
         failed: dict[str, str] = {}
         measured = self._ask(
@@ -293,14 +320,18 @@ class _Examination:
             failed,
         )
         if len(measured) < len(hosts):
-            silent = [host for host in hosts if host in self._talk.lost]  # they made it fail for the others, who are well
-            self._notes.append(f"the all-reduce failed{': ' + ', '.join(silent) + ' stopped answering' if silent else ''}")
+            # they made it fail for the others, who are well
+            silent = [host for host in hosts if host in self._talk.lost]
+            self._notes.append(
+                f"the all-reduce failed{': ' + ', '.join(silent) + ' stopped answering' if silent else ''}"
+            )
             if silent and gpu:
                 self._notes.append(
                     "NCCL ends the processes of an all-reduce that fails or hangs: of hosts that broke off there, look at the fabric "
                     "(NCCL_DEBUG=INFO, `ibstat`, NCCL_IB_HCA, NCCL_SOCKET_IFNAME) before their ssh"
                 )
-            own = {host: error for host, error in failed.items() if not WAITED.search(error)}  # the others only waited for these
+            # the others only waited for these
+            own = {host: error for host, error in failed.items() if not WAITED.search(error)}
             for host, error in (own or failed).items() if not silent else ():
                 remedy = f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {self._address}:{self._port} is its way to {hosts[0]}"
                 self._findings.append(Fault(host, "bandwidth", f"the all-reduce failed: {error}", remedy))
@@ -317,12 +348,17 @@ class _Examination:
         )
         self._find("bandwidth", checks.check_bandwidth(rates, backend))
 
-    # -- tools ----------------------------------------------------------------------------------------------------------------------
+    # -- tools -------------------------------------------------------------------------------------
 
     def _ask(
-        self, questions: Mapping[str, Mapping[str, Any]], what: str, timeout_s: float, failed: dict[str, str] | None = None
+        self,
+        questions: Mapping[str, Mapping[str, Any]],
+        what: str,
+        timeout_s: float,
+        failed: dict[str, str] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Answers of the hosts that could give one; a question that failed there is a fault of its own, or goes to `failed`."""
+        """Answers of the hosts that could give one; a question that failed there is a fault of its own, or goes to
+        `failed`."""
         answers = {}
         for host, said in self._talk.ask(questions, timeout_s=timeout_s, what=what).items():
             if "answer" in said:
@@ -351,10 +387,14 @@ class _Examination:
         if not hosts:
             return
         command = [sys.executable, "-m", "jp_train.cluster.signals", self._id, "9"]
-        answers = run_on_hosts(hosts, command, timeout_s=self._timeout_s / 2, cwd=os.getcwd(), local=hosts if self._local else ())
+        answers = run_on_hosts(
+            hosts, command, timeout_s=self._timeout_s / 2, cwd=os.getcwd(), local=hosts if self._local else ()
+        )
         for host, answer in answers.items():
             if not answer.ok:
-                self._notes.append(f"{host}: its probe could not be ended ({answer.found}); it ends by itself within {LIFETIME_S} s")
+                self._notes.append(
+                    f"{host}: its probe could not be ended ({answer.found}); it ends by itself within {LIFETIME_S} s"
+                )
 
     @contextmanager
     def _progress(self, what: str, limit_s: float) -> Iterator[None]:
@@ -370,14 +410,18 @@ class _Examination:
 
 
 def probe_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks would get of the launching shell: what `launch` passes on, and what DeepSpeed's runner exports by itself."""
+    """What the ranks would get of the launching shell: what `launch` passes on, and what DeepSpeed's runner exports
+    by itself."""
     env = dict(line.partition("=")[::2] for line in passed_environment(environ).lines)
-    exported = {name: value for name, value in environ.items() if name.startswith(EXPORTED_BY_DEEPSPEED) and not is_secret(name)}
+    exported = {
+        name: value for name, value in environ.items() if name.startswith(EXPORTED_BY_DEEPSPEED) and not is_secret(name)
+    }
     return {**exported, **env, "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", "1")}
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:
-    """At least so many bytes has one checkpoint of this run: weights and AdamW's moments in fp32 of the language model alone; 0 where that does not learn.
+    """At least so many bytes has one checkpoint of this run: weights and AdamW's moments in fp32 of the language model
+    alone; 0 where that does not learn.
 
     A lower bound without building the model, which would take seconds; `jp-train forecast` has the whole sum.
     """

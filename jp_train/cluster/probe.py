@@ -1,7 +1,8 @@
-"""`python -m jp_train.cluster.probe`: what preflight runs on every host. Reads questions as lines of JSON, answers with MARK in front of each.
+"""`python -m jp_train.cluster.probe`: what preflight runs on every host. Reads questions as lines of JSON, answers with
+MARK in front of each.
 
-One process does it all, because Python and torch take seconds to start; torch is loaded in the background while the quick questions are answered. It
-ends with its input, or when its time is over, whatever it is doing then.
+One process does it all, because Python and torch take seconds to start; torch is loaded in the background while the
+quick questions are answered. It ends with its input, or when its time is over, whatever it is doing then.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Probe:
 
     def seen(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Whether the first host's file is here."""
-        return {"seen": seen(Path(question["folder"]), question["name"], question["text"], wait_s=float(question["wait_s"]))}
+        return {
+            "seen": seen(Path(question["folder"]), question["name"], question["text"], wait_s=float(question["wait_s"]))
+        }
 
     def take_away(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Remove it."""
@@ -67,7 +70,8 @@ class Probe:
         return {"failed": reach(question["targets"], timeout_s=float(question["timeout_s"]))}
 
     def close(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        """Close the listeners: the all-reduce needs the master port, and no rank may take the listener there for rank 0."""
+        """Close the listeners: the all-reduce needs the master port, and no rank may take the listener there for
+        rank 0."""
         self._listeners.close()
         return {}
 
@@ -94,7 +98,11 @@ class Probe:
             self._torch.join()
         import torch
 
-        found = {"version": str(torch.__version__), "cuda": str(torch.version.cuda or ""), "devices": torch.cuda.device_count()}
+        found = {
+            "version": str(torch.__version__),
+            "cuda": str(torch.version.cuda or ""),
+            "devices": torch.cuda.device_count(),
+        }
         if found["devices"]:
             found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         return found
@@ -103,7 +111,8 @@ class Probe:
 def main() -> int:
     """Answer until the input ends."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(os.environ.get("JP_TRAIN_PROBE_LIFETIME_S", LIFETIME_S)))  # the kernel's: it ends a process that hangs in C code too
+    # the kernel's: it ends a process that hangs in C code too
+    signal.alarm(int(os.environ.get("JP_TRAIN_PROBE_LIFETIME_S", LIFETIME_S)))
     told = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     probe = Probe()

@@ -1,8 +1,10 @@
-"""One rank of a launch: `python -m jp_train.cluster.rank TARGET...` starts `jp_train TARGET...`, keeps what it prints, and says how it ended.
+"""One rank of a launch: `python -m jp_train.cluster.rank TARGET...` starts `jp_train TARGET...`, keeps what it prints,
+and says how it ended.
 
-Whatever started this process (DeepSpeed's launcher, mpirun, srun), the rank gets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Its output goes to
-RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal gets that of rank 0, and never makes a rank wait. How it ended goes to a record beside the log
-(`records.py`), from which the launch names the host, the rank and the cause. When the process that started this one dies, nobody would stop the rank any
+Whatever started this process (DeepSpeed's launcher, mpirun, srun), the rank gets RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. Its output goes to RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal gets that of rank 0,
+and never makes a rank wait. How it ended goes to a record beside the log (`records.py`), from which the launch names
+the host, the rank and the cause. When the process that started this one dies, nobody would stop the rank any
 more: it is asked to save and exit. Standard library only: it starts in a moment, on every host.
 """
 
@@ -39,7 +41,8 @@ NUMBERINGS = (
 PR_SET_PDEATHSIG = 1
 LOOK_S = 0.5
 DRAIN_S = 5.0
-"""Seconds after the rank's end that its children may still hold its output open, and that a slow terminal is waited for."""
+"""Seconds after the rank's end that its children may still hold its output open, and that a slow terminal is waited
+for."""
 OTHERS_S = 120.0
 """Seconds that a rank which has obeyed a stop signal waits for the others: they save together, so it takes a moment."""
 WAITING_LINES = 10_000
@@ -49,7 +52,8 @@ WAITING_LINES = 10_000
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the rank: RANK and its kin under their own names, and the devices of its host.
 
-    Raises LaunchError when this is no process of a launch, or the scheduler placed it on another host than the hostfile says.
+    Raises LaunchError when this is no process of a launch, or the scheduler placed it on another host than the hostfile
+    says.
     """
     env = dict(environ)
     names = next((names for names in NUMBERINGS if all(name in env for name in names)), None)
@@ -74,7 +78,8 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
             '(`scontrol show hostnames "$SLURM_JOB_NODELIST"`)'
         )
     env["MASTER_ADDR"], env["MASTER_PORT"] = env["JP_TRAIN_MASTER_ADDR"], env["JP_TRAIN_MASTER_PORT"]
-    # all local ranks see all devices that the run uses on the host, as under DeepSpeed's launcher; Slurm may have chosen them already
+    # all local ranks see all devices that the run uses on the host, as under DeepSpeed's launcher; Slurm may have
+    # chosen them already
     env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(str(slot) for name, slot in world if name == host))
     return env
 
@@ -118,7 +123,8 @@ class Log:
 
 
 class Terminal:
-    """Copies lines to this process's own stdout and stderr from a thread, so that a terminal or network that stands still stops no rank."""
+    """Copies lines to this process's own stdout and stderr from a thread, so that a terminal or network that stands
+    still stops no rank."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
@@ -152,7 +158,9 @@ class Supervisor:
         self._command = [sys.executable, "-u", "-m", "jp_train", *target]
         self._rank = int(env["RANK"])
         world = ranks_of(env[WORLD]) if env.get(WORLD) else []
-        self._host, self._slot = world[self._rank] if self._rank < len(world) else (socket.gethostname(), int(env["LOCAL_RANK"]))
+        self._host, self._slot = (
+            world[self._rank] if self._rank < len(world) else (socket.gethostname(), int(env["LOCAL_RANK"]))
+        )
         self._logs = Path(env[LOGS]) if env.get(LOGS) else None
         self._log = Log(log_path(self._logs, self._host, self._rank)) if self._logs else None
         self._tail: deque[bytes] = deque(maxlen=TAIL_LINES)
@@ -185,7 +193,8 @@ class Supervisor:
         return code
 
     def _wait_for_others(self) -> None:
-        """Stay until the other ranks have saved too: every launcher kills them as soon as it sees one end with a code other than 0."""
+        """Stay until the other ranks have saved too: every launcher kills them as soon as it sees one end with a
+        code other than 0."""
         until = time.monotonic() + OTHERS_S
         world = int(self._env["WORLD_SIZE"])
         while self._logs is not None and 0 < ranks_over(self._logs) < world and time.monotonic() < until:
@@ -234,7 +243,8 @@ class Supervisor:
             terminal.write(descriptor, line)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        """A scheduler may signal only the processes that it started. (Where it signals all, the rank takes a second one at once for the first.)"""
+        """A scheduler may signal only the processes that it started. (Where it signals all, the rank takes a second
+        one at once for the first.)"""
         if self._child is not None and self._child.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self._child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)

@@ -1,8 +1,9 @@
-"""Who reaches whom: the address that a rank of this host would use, a listener there, and connections to the listeners of the others.
+"""Who reaches whom: the address that a rank of this host would use, a listener there, and connections to the listeners
+of the others.
 
-gloo and NCCL choose the interface by rules that are a classic cause of ranks that never meet (a host name that resolves to the loopback
-address; a docker bridge taken for the fabric), so the address is found by those very rules, and every host connects to every other one at it.
-IPv4, standard library only.
+gloo and NCCL choose the interface by rules that are a classic cause of ranks that never meet (a host name that resolves
+to the loopback address; a docker bridge taken for the fabric), so the address is found by those very rules, and every
+host connects to every other one at it. IPv4, standard library only.
 """
 
 from __future__ import annotations
@@ -43,14 +44,20 @@ def interfaces() -> dict[str, str]:
 
 
 def fabric_address(present: Mapping[str, str], environ: Mapping[str, str], *, gpu: bool) -> dict[str, str]:
-    """`interface` and `address` that the ranks' collectives use on this host, by the rules of NCCL (`gpu`) or gloo; else `error`, and why."""
+    """`interface` and `address` that the ranks' collectives use on this host, by the rules of NCCL (`gpu`) or gloo;
+    else `error`, and why."""
     variable = "NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME"
     wanted = environ.get(variable, "")
     listed = ", ".join(f"{name} ({address})" for name, address in present.items()) or "none"
     if wanted:
-        chosen = _named_for_nccl(wanted, list(present)) if gpu else [name for name in wanted.split(",") if name in present]
+        chosen = (
+            _named_for_nccl(wanted, list(present)) if gpu else [name for name in wanted.split(",") if name in present]
+        )
         if not chosen:
-            return {"error": f"{variable}={wanted} fits no interface with an IPv4 address; there are {listed}", "variable": variable}
+            return {
+                "error": f"{variable}={wanted} fits no interface with an IPv4 address; there are {listed}",
+                "variable": variable,
+            }
         return {"interface": chosen[0], "address": present[chosen[0]], "chosen_by": f"{variable}={wanted}"}
     if gpu:
         usual = [name for name in present if not name.startswith(("lo", "docker"))]
@@ -64,7 +71,11 @@ def fabric_address(present: Mapping[str, str], environ: Mapping[str, str], *, gp
     except OSError as error:
         return {"error": f"the host's own name {name!r} does not resolve ({error}), and gloo would then take the loopback address", "variable": variable}  # fmt: skip
     interface = next((known for known, its in present.items() if its == address), "")
-    return {"interface": interface, "address": str(address), "chosen_by": f"the host's own name {name!r} resolves to it"}
+    return {
+        "interface": interface,
+        "address": str(address),
+        "chosen_by": f"the host's own name {name!r} resolves to it",
+    }
 
 
 def _named_for_nccl(wanted: str, names: Sequence[str]) -> list[str]:
@@ -77,7 +88,8 @@ def _named_for_nccl(wanted: str, names: Sequence[str]) -> list[str]:
 
 
 class Listeners:
-    """Sockets of this host that greet whoever connects: one at the fabric address, on the first host one at the master port too."""
+    """Sockets of this host that greet whoever connects: one at the fabric address, on the first host one at the
+    master port too."""
 
     def __init__(self) -> None:
         self.greeting = secrets.token_hex(GREETING // 2)
@@ -118,14 +130,17 @@ class Listeners:
 
 
 def listen(listeners: Listeners, *, gpu: bool, master_port: int | None) -> dict[str, Any]:
-    """Open this host's listeners. `fabric` with the address and `port`; `master`: {"error", "holder"} when the port cannot be had (None elsewhere)."""
+    """Open this host's listeners. `fabric` with the address and `port`; `master`: {"error", "holder"} when the port
+    cannot be had (None elsewhere)."""
     found: dict[str, Any] = {"greeting": listeners.greeting, "master": None}
     fabric: dict[str, Any] = dict(fabric_address(interfaces(), os.environ, gpu=gpu))
     if "error" not in fabric:
         try:
             fabric["port"] = listeners.open(fabric["address"], 0)
         except OSError as error:
-            fabric["error"] = f"{fabric['address']} ({fabric['chosen_by']}) is no address of this host: {error.strerror}"
+            fabric["error"] = (
+                f"{fabric['address']} ({fabric['chosen_by']}) is no address of this host: {error.strerror}"
+            )
     found["fabric"] = fabric
     if master_port is not None:
         try:
@@ -137,7 +152,8 @@ def listen(listeners: Listeners, *, gpu: bool, master_port: int | None) -> dict[
 
 
 def reach(targets: Mapping[str, Sequence[Any]], *, timeout_s: float) -> dict[str, str]:
-    """Connect to every (address, port, greeting), a few at a time. {target: why it was not reached}; nothing for those that were."""
+    """Connect to every (address, port, greeting), a few at a time. {target: why it was not reached}; nothing for
+    those that were."""
     if not targets:
         return {}
     with ThreadPoolExecutor(CONNECTS_AT_ONCE) as pool:

@@ -1,9 +1,11 @@
 """The logs of a launch and what they tell about its end.
 
-    RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.log    all that rank 9 printed; `.log.1`: what came before the newest LOG_BYTES
+    RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.log    all that rank 9 printed; `.log.1`: what came before the
+                                                             newest LOG_BYTES
     RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.json   that it started, and how it ended (`RankRecord`)
 
-Every start (a restart too) has a folder of its own; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are bounded, and a rank's usual output is a few lines.
+Every start (a restart too) has a folder of its own; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are
+bounded, and a rank's usual output is a few lines.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def open_logs(run_dir: Path, launch_id: str) -> Path:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank of one launch. `code` is as Popen's: negative for a signal, None while the rank runs. Times in seconds since 1970, of its host."""
+    """One rank of one launch. `code` is as Popen's: negative for a signal, None while the rank runs. Times in
+    seconds since 1970, of its host."""
 
     rank: int
     host: str
@@ -90,7 +93,8 @@ class RankRecord:
 
 
 def ranks_over(folder: Path) -> int:
-    """How many ranks of a launch have ended: one look at the folder, cheap enough for all ranks at the same time. 0 where it cannot be read."""
+    """How many ranks of a launch have ended: one look at the folder, cheap enough for all ranks at the same time. 0
+    where it cannot be read."""
     try:
         return sum(name.startswith(OVER) for name in os.listdir(folder))
     except OSError:
@@ -132,14 +136,25 @@ def read_records(folder: Path | None) -> list[RankRecord]:
 
 
 def culprits(records: Iterable[RankRecord]) -> list[RankRecord]:
-    """The ranks that ended in failure, the likely cause first: one that a signal killed, then one with a code that says what it was, then the first to end.
+    """The ranks that ended in failure, the likely cause first: one that a signal killed, then one with a code that says
+    what it was, then the first to end.
 
     When one rank dies the others fail because it is gone, with exit code 1 or 5.
     """
 
     def order(record: RankRecord) -> tuple[int, float]:
         assert record.code is not None
-        kind = 0 if record.code < 0 and record.code != -signal.SIGTERM else 1 if record.reason else 2 if record.code in (2, 3, 4) else 3
+        kind = (
+            0
+            if record.code < 0 and record.code != -signal.SIGTERM
+            else 1
+            if record.reason
+            else 2
+            if record.code in (2, 3, 4)
+            else 3
+        )
         return kind, record.ended or 0.0
 
-    return sorted((record for record in records if record.failed or (record.reason and record.code is not None)), key=order)
+    return sorted(
+        (record for record in records if record.failed or (record.reason and record.code is not None)), key=order
+    )

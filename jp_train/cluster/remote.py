@@ -1,8 +1,9 @@
 """One command on many hosts at a time, over ssh: what each answered, or in one word why it did not.
 
-No shell text is ever built from anything but quoted words: the remote shell gets `shlex.quote` of every one, and the host's name has passed
-`hostfile.HOST_NAME`, so that it can be no option. ssh never asks for a password or for trust in a key, and gives up connecting by itself. A command that
-outlives its time is ended on its host too (coreutils' `timeout`), because killing the local ssh alone leaves it running there.
+No shell text is ever built from anything but quoted words: the remote shell gets `shlex.quote` of every one, and the
+host's name has passed `hostfile.HOST_NAME`, so that it can be no option. ssh never asks for a password or for trust in
+a key, and gives up connecting by itself. A command that outlives its time is ended on its host too (coreutils'
+`timeout`), because killing the local ssh alone leaves it running there.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ _SIGNS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from one host. `cause` is None when the command ran there to its end, whatever its `returncode`."""
+    """What came back from one host. `cause` is None when the command ran there to its end, whatever its
+    `returncode`."""
 
     host: str
     returncode: int | None
@@ -122,7 +124,8 @@ def command_for(
     limit_s: float | None = None,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> list[str]:
-    """The argv that runs `argv` on `host` (`local`: here, without ssh), in folder `cwd`, with `env` added, for at most `limit_s` seconds.
+    """The argv that runs `argv` on `host` (`local`: here, without ssh), in folder `cwd`, with `env` added, for at most
+    `limit_s` seconds.
 
     Raises LaunchError for a host name that could be an option or shell text, and for a variable that is no name.
     """
@@ -149,7 +152,14 @@ def command_for(
         "LogLevel": "ERROR",
     }
     remote = f"{f'cd {shlex.quote(cwd)} && ' if cwd else ''}exec {shlex.join(words)}"
-    return ["ssh", "-T", *(word for name, value in options.items() for word in ("-o", f"{name}={value}")), "--", host, remote]
+    return [
+        "ssh",
+        "-T",
+        *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
+        "--",
+        host,
+        remote,
+    ]
 
 
 def run_on_hosts(
@@ -163,14 +173,22 @@ def run_on_hosts(
     env: Mapping[str, str] | None = None,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> dict[str, Answer]:
-    """Run `argv` on all hosts side by side and wait for every one, at most `timeout_s` seconds each. Answers in the order of `hosts`.
+    """Run `argv` on all hosts side by side and wait for every one, at most `timeout_s` seconds each. Answers in the
+    order of `hosts`.
 
-    Hosts in `local` are this machine: no ssh. `stdin` is what the command reads. Nothing is left behind after a time-out or a KeyboardInterrupt: local
-    processes are killed, and the command ends on its host at the latest `timeout_s` seconds after it began there. Raises LaunchError as `command_for`.
+    Hosts in `local` are this machine: no ssh. `stdin` is what the command reads. Nothing is left behind after a
+    time-out or a KeyboardInterrupt: local processes are killed, and the command ends on its host at the latest
+    `timeout_s` seconds after it began there. Raises LaunchError as `command_for`.
     """
     commands = {
         host: command_for(
-            host, argv, local=host in local, cwd=cwd, env=env, limit_s=timeout_s, connect_timeout_s=min(connect_timeout_s, timeout_s)
+            host,
+            argv,
+            local=host in local,
+            cwd=cwd,
+            env=env,
+            limit_s=timeout_s,
+            connect_timeout_s=min(connect_timeout_s, timeout_s),
         )
         for host in hosts
     }
@@ -180,9 +198,11 @@ def run_on_hosts(
     with ThreadPoolExecutor(min(len(commands), AT_ONCE)) as pool:
         try:
             answers = {
-                host: pool.submit(_one, running, host, command, stdin, timeout_s, host in local) for host, command in commands.items()
+                host: pool.submit(_one, running, host, command, stdin, timeout_s, host in local)
+                for host, command in commands.items()
             }
-            # in short waits: a signal that comes just as this thread lets go of the interpreter is not noticed before it wakes
+            # in short waits: a signal that comes just as this thread lets go of the interpreter is not noticed before
+            # it wakes
             while wait(answers.values(), timeout=LOOK_S).not_done:
                 pass
             return {host: answer.result() for host, answer in answers.items()}
@@ -205,7 +225,8 @@ def classify(returncode: int | None, stderr: str) -> Cause | None:
 
 
 def spawn(command: Sequence[str]) -> subprocess.Popen[str]:
-    """Start a `command_for`: pipes as text, in a session of its own, so that a terminal's Ctrl-C comes to us alone. Raises FileNotFoundError."""
+    """Start a `command_for`: pipes as text, in a session of its own, so that a terminal's Ctrl-C comes to us alone.
+    Raises FileNotFoundError."""
     return subprocess.Popen(
         list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
         start_new_session=True,

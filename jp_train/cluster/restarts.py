@@ -1,8 +1,9 @@
 """Starting a run again after a host or a rank has failed: whether, on which hosts, and what it cost.
 
-A run is started again when a host is gone, a rank was killed, ranks lost each other, or a rank ended with an exception (a broken device looks like that); never
-for a configuration, data or checkpoint error, which would come back, nor after a stop signal. Hosts that do not answer are left out, and so many others
-that the rows of a step divide among the ranks that remain.
+A run is started again when a host is gone, a rank was killed, ranks lost each other, or a rank ended with an exception
+(a broken device looks like that); never for a configuration, data or checkpoint error, which would come back, nor after
+a stop signal. Hosts that do not answer are left out, and so many others that the rows of a step divide among the ranks
+that remain.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _CHECKPOINT = re.compile(r"step_(\d{7,})")
 
 
 def largest_usable(selection: Selection, fits: Callable[[int], bool]) -> dict[str, tuple[int, ...]]:
-    """The whole hosts with the most slots whose number of ranks `fits`, in their order; among equals the first. Empty when none does."""
+    """The whole hosts with the most slots whose number of ranks `fits`, in their order; among equals the first.
+    Empty when none does."""
     best: dict[int, tuple[str, ...]] = {0: ()}
     for host, slots in selection.items():
         for total, chosen in sorted(best.items(), reverse=True):
@@ -37,16 +39,17 @@ def largest_usable(selection: Selection, fits: Callable[[int], bool]) -> dict[st
 def worth_starting(again: str, *, first: bool, advanced: bool, fell_short: bool, before: bool) -> bool:
     """Whether a start that ended with `Outcome.again` is worth another one.
 
-    An exception is: where the run had got further than ever (`advanced`), and once where a restart did not even reach the step at which the run had
-    stood (`fell_short`; `before`: so did the start before), as a network that has just lost a host may fail once more. One at the `first` start, or
-    at the same step again, would come back.
+    An exception is: where the run had got further than ever (`advanced`), and once where a restart did not even reach
+    the step at which the run had stood (`fell_short`; `before`: so did the start before), as a network that has just
+    lost a host may fail once more. One at the `first` start, or at the same step again, would come back.
     """
     return again == "yes" or (again == "if_advanced" and (advanced or (not first and fell_short and not before)))
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run is, from its run folder. `step_s`: seconds of its last step; `updated`: when it was completed, seconds since 1970."""
+    """Where a run is, from its run folder. `step_s`: seconds of its last step; `updated`: when it was completed,
+    seconds since 1970."""
 
     state: str = ""
     reason: str = ""
@@ -58,7 +61,11 @@ class Standing:
 
 def standing(run_dir: Path) -> Standing:
     """Read status.json and the names of the checkpoints; what is not there is left at its default."""
-    steps = [int(match[1]) for path in (run_dir / "checkpoints").glob("step_*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    steps = [
+        int(match[1])
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     newest = max(steps, default=None)
     try:
         told = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
@@ -122,8 +129,9 @@ def plan_restart(
     began: float,
     now: float | None = None,
 ) -> Restart:
-    """What a restart costs so far. `everything`, `before`, `after`: all slots of the launch, those of the failed start and of the next one; `last`: the
-    run folder after the failure; `began`: when the failed start began, seconds since 1970."""
+    """What a restart costs so far. `everything`, `before`, `after`: all slots of the launch, those of the failed
+    start and of the next one; `last`: the run folder after the failure; `began`: when the failed start began,
+    seconds since 1970."""
     now = time.time() if now is None else now
     resumes = last.checkpoint_step or 0
     lost = max(0, last.step - resumes)
@@ -143,7 +151,8 @@ class Progress:
         self._next_look = 0.0
 
     def look(self) -> dict[str, Any] | None:
-        """The whole cost, when the first new step is done: {"step", "start_s", "lost_s"}, in seconds; None before, and ever after."""
+        """The whole cost, when the first new step is done: {"step", "start_s", "lost_s"}, in seconds; None before,
+        and ever after."""
         if self._over or time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + 1.0

@@ -1,7 +1,8 @@
 """One start of a run: the launcher's process, the stop signals, and the certainty that nothing outlives it.
 
-A stop signal reaches every rank at once and only once (DeepSpeed's launcher would tell them one after the other, and its runner kills by command line whatever
-DeepSpeed job it finds on the hosts). The processes of a launch are found by its mark (`signals.py`), on this host and over ssh on the others.
+A stop signal reaches every rank at once and only once (DeepSpeed's launcher would tell them one after the other, and
+its runner kills by command line whatever DeepSpeed job it finds on the hosts). The processes of a launch are found by
+its mark (`signals.py`), on this host and over ssh on the others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ KILL_WAIT_S = 15.0
 SECOND_SIGNAL_S = 2.0
 """A repeat within this time belongs to the first signal (Ctrl-C may come twice); a later one kills at once."""
 SWEEP_WAIT_S = 30.0
-"""Seconds that a host which answers has to get rid of killed processes: one that waits for a disk or a device ends late, and its host is well."""
+"""Seconds that a host which answers has to get rid of killed processes: one that waits for a disk or a device ends
+late, and its host is well."""
 UNWATCHED_S = 60.0
 """Seconds without a finished look at the run folder after which that is said, and between two such lines."""
 TELL_AGAIN_S = 5.0
@@ -34,7 +36,8 @@ TELL_AGAIN_S = 5.0
 
 
 class StopSignals:
-    """The stop signals that this process gets, from `installed` on; the first counts, a later second one means `at once`."""
+    """The stop signals that this process gets, from `installed` on; the first counts, a later second one means `at
+    once`."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -46,9 +49,12 @@ class StopSignals:
     def installed(self) -> Iterator[StopSignals]:
         """Take the signals for the duration of the block; the handlers before are put back.
 
-        A terminal that goes away (SIGHUP) stops nothing: the ranks would train on, and nobody would watch them or start them again.
+        A terminal that goes away (SIGHUP) stops nothing: the ranks would train on, and nobody would watch them or start
+        them again.
         """
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
         terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: _let_go(terminals))
         try:
@@ -59,7 +65,8 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """In this block, where no rank runs, a stop signal raises KeyboardInterrupt at once; so does one that came before."""
+        """In this block, where no rank runs, a stop signal raises KeyboardInterrupt at once; so does one that came
+        before."""
         self._interrupts = True
         try:
             if self.number is not None:
@@ -81,7 +88,8 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class Ending:
-    """How one start ended. `code`: the launcher's, as Popen's. `silent`: remote hosts on which it is not known whether something is left."""
+    """How one start ended. `code`: the launcher's, as Popen's. `silent`: remote hosts on which it is not known
+    whether something is left."""
 
     code: int
     verdict: Verdict | None = None
@@ -89,7 +97,8 @@ class Ending:
 
 
 class Run:
-    """The launcher's process in a session of its own (so that a terminal's Ctrl-C comes to us alone). `remote`: hosts other than this one."""
+    """The launcher's process in a session of its own (so that a terminal's Ctrl-C comes to us alone). `remote`:
+    hosts other than this one."""
 
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals, *,
@@ -146,7 +155,8 @@ class Run:
         return Ending(self._process.wait(), verdict, silent)
 
     def _watch(self) -> None:
-        """Look until there is a verdict or the run is over. A thread of its own: a dead file server stops whoever looks, and no stop signal may wait for that.
+        """Look until there is a verdict or the run is over. A thread of its own: a dead file server stops whoever
+        looks, and no stop signal may wait for that.
 
         A run folder that cannot be read for a while, or a host too full to start ssh, ends no run.
         """
@@ -166,7 +176,8 @@ class Run:
             say(f"the run is not watched at the moment: {why}")
 
     def _stop_ranks(self, told: set[int]) -> set[int]:
-        """Signal each rank once: a second signal means `exit at once` to it. SIGINT is sent as SIGINT, so that the rank's code tells."""
+        """Signal each rank once: a second signal means `exit at once` to it. SIGINT is sent as SIGINT, so that the
+        rank's code tells."""
         number = self._stop.number
         assert number is not None
         if self._signal_launcher:
@@ -176,7 +187,8 @@ class Run:
             answers = ask_hosts(self._remote, self._launch_id, number, timeout_s=60.0)
             if missing := told_by(answers):
                 say(f"not told to stop, its ranks may go on: {missing}")
-            # ranks share the signal at the end of a step: one that has heard it is enough, and a second time would mean `at once` to it
+            # ranks share the signal at the end of a step: one that has heard it is enough, and a second time would mean
+            # `at once` to it
             self._unheard = all(answer.ok and reached(answer.stdout) == 0 for answer in answers.values())
             return set()
         return set(send([pid for pid in rank_processes(self._launch_id) if pid not in told], number))
@@ -206,9 +218,11 @@ class Run:
 
 
 def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) -> dict[str, Answer]:
-    """Kill every process of these launches on these hosts until there is none. Returns the hosts that did not answer, or kept some.
+    """Kill every process of these launches on these hosts until there is none. Returns the hosts that did not answer,
+    or kept some.
 
-    Hosts that may be `lost` are asked once, others that do not answer twice, and those that answer until nothing is left, or SWEEP_WAIT_S seconds.
+    Hosts that may be `lost` are asked once, others that do not answer twice, and those that answer until nothing is
+    left, or SWEEP_WAIT_S seconds.
     """
     silent: dict[str, Answer] = {}
     for launch_id in launch_ids:
@@ -236,7 +250,8 @@ def say(text: str) -> None:
 
 
 def _let_go(terminals: Sequence[int]) -> None:
-    """Writing to a terminal that is gone is an error, which would end the launch: what is written goes nowhere instead."""
+    """Writing to a terminal that is gone is an error, which would end the launch: what is written goes nowhere
+    instead."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in terminals:
         os.dup2(nowhere, descriptor)

@@ -1,9 +1,11 @@
-"""What a launch sees by itself of a run under way, where its runner sees nothing: DeepSpeed's runner waits for ever for a host that stands still.
+"""What a launch sees by itself of a run under way, where its runner sees nothing: DeepSpeed's runner waits for ever for
+a host that stands still.
 
-Three signs in the run folder are watched: the ranks' records (`records.py`: started, ended), their heartbeats (`engine/watch/heartbeat.py`: only whether the file
-changes, no clock of another host is believed), and the time since. A host without a sign of life is asked by ssh, and only the answer decides:
-it cannot be reached, or nothing of the launch runs there any more. A run that merely is slow is left alone, and what stands still on hosts that answer is
-the ranks' own watchdog's business, which ends them with the cause; then nothing may outlive it.
+Three signs in the run folder are watched: the ranks' records (`records.py`: started, ended), their heartbeats
+(`engine/watch/heartbeat.py`: only whether the file changes, no clock of another host is believed), and the time since.
+A host without a sign of life is asked by ssh, and only the answer decides: it cannot be reached, or nothing of the
+launch runs there any more. A run that merely is slow is left alone, and what stands still on hosts that answer is the
+ranks' own watchdog's business, which ends them with the cause; then nothing may outlive it.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ HEARTBEATS = "heartbeats"
 LOOK_S = 2.0
 """Seconds between two looks at the run folder."""
 SETTLED_S = 10.0
-"""A record that comes within the time stamps' resolution of the one before does not change the folder's: so long after a change all are read again anyway."""
+"""A record that comes within the time stamps' resolution of the one before does not change the folder's: so long
+after a change all are read again anyway."""
 REREAD_S = 60.0
-"""All records are read at least so often; else only when their folder has changed, as those of 256 ranks are many small files on a network file system."""
+"""All records are read at least so often; else only when their folder has changed, as those of 256 ranks are many
+small files on a network file system."""
 START_PATIENCE = 2.0
-"""Ranks import for minutes on a cold file system: hosts without a record are asked after START_PATIENCE times the patience, counted from the first record."""
+"""Ranks import for minutes on a cold file system: hosts without a record are asked after START_PATIENCE times the
+patience, counted from the first record."""
 ASK_S = 20.0
 """An ssh question that takes longer has no answer."""
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +99,8 @@ class Supervision:
         return self._outlived(records, now) or self._answered() or self._silent(records, now)
 
     def _current_records(self, logs: Path, now: float) -> list[RankRecord]:
-        """The ranks' records, read again where something may have changed: a record is replaced by renaming, which the folder's time shows."""
+        """The ranks' records, read again where something may have changed: a record is replaced by renaming, which
+        the folder's time shows."""
         try:
             stamp = os.stat(logs).st_mtime_ns
         except OSError:
@@ -113,7 +119,11 @@ class Supervision:
         self._first_end = self._first_end or now
         if len(ended) == len(self._placed):
             self._all_ended = self._all_ended or now
-            return Verdict("all ranks have ended, but not their launcher") if now - self._all_ended > self._patience_s else None
+            return (
+                Verdict("all ranks have ended, but not their launcher")
+                if now - self._all_ended > self._patience_s
+                else None
+            )
         failed = culprits(ended)
         if now - self._first_end <= (self._patience_s if failed else self._grace_s):
             return None
@@ -139,13 +149,17 @@ class Supervision:
                 continue
             self._suspicions[host] = self._suspicions.get(host, 0) + 1
             if self._suspicions[host] > 1:
-                (empty if left == 0 else lost).append(f"{host} ({'no process of the run is left there' if left == 0 else answer.found})")
+                (empty if left == 0 else lost).append(
+                    f"{host} ({'no process of the run is left there' if left == 0 else answer.found})"
+                )
             else:
                 self._asked_at.pop(host, None)  # again, at once
         if not lost and not empty:
             return None
         names = [told.partition(" ")[0] for told in lost]
-        told = ([f"cannot be reached any more: {', '.join(lost)}"] if lost else []) + ([f"gone: {', '.join(empty)}"] if empty else [])
+        told = ([f"cannot be reached any more: {', '.join(lost)}"] if lost else []) + (
+            [f"gone: {', '.join(empty)}"] if empty else []
+        )
         return Verdict("; ".join(told), tuple(names))
 
     def _silent(self, records: Sequence[RankRecord], now: float) -> Verdict | None:

@@ -1,4 +1,5 @@
-"""Batch arithmetic: global batch = micro_batch_rows x gradient_accumulation_steps x dp_world_size, in rows, without a remainder."""
+"""Batch arithmetic: global batch = micro_batch_rows x gradient_accumulation_steps x dp_world_size, in rows, without
+a remainder."""
 
 from __future__ import annotations
 
@@ -47,17 +48,23 @@ def rows_per_step(config: RunConfig) -> int:
 def batch_plan(config: RunConfig, dp_world_size: int, *, shrink: bool = False) -> BatchPlan:
     """The batch of every rank for this world size.
 
-    `shrink`, for a run that goes on with another number of ranks: where the rows of a rank are no multiple of engine.micro_batch_rows, the largest
-    smaller micro-batch that fits is taken. The rows of a step and the loss do not depend on it.
+    `shrink`, for a run that goes on with another number of ranks: where the rows of a rank are no multiple of
+    engine.micro_batch_rows, the largest smaller micro-batch that fits is taken. The rows of a step and the loss do not
+    depend on it.
 
-    Raises ConfigError when dp_world_size x micro_batch_rows does not divide the rows of a step, naming the nearest valid sizes.
+    Raises ConfigError when dp_world_size x micro_batch_rows does not divide the rows of a step, naming the nearest
+    valid sizes.
     """
     rows = rows_per_step(config)
     micro = config.engine.micro_batch_rows
     if dp_world_size < 1:
         raise ConfigError(f"the data-parallel world size must be at least 1, found {dp_world_size}")
     if shrink and rows % dp_world_size == 0:
-        micro = next(fitting for fitting in range(min(micro, rows // dp_world_size), 0, -1) if rows // dp_world_size % fitting == 0)
+        micro = next(
+            fitting
+            for fitting in range(min(micro, rows // dp_world_size), 0, -1)
+            if rows // dp_world_size % fitting == 0
+        )
     if rows % (dp_world_size * micro):
         valid = valid_world_sizes(config)
         near = sorted(valid, key=lambda size: (abs(size - dp_world_size), size))[:4]

@@ -1,4 +1,5 @@
-"""The values that a configuration key may take where they are words. What each means stands at the key that takes it, in schema.py."""
+"""The values that a configuration key may take where they are words. What each means stands at the key that takes
+it, in schema.py."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ class OutlierAction(Enum):
     off = "off"
 
 
-SaveErrorAction = Enum("SaveErrorAction", {"stop": "stop", "continue": "continue"})  # `continue` cannot be written as an attribute
+# `continue` cannot be written as an attribute
+SaveErrorAction = Enum("SaveErrorAction", {"stop": "stop", "continue": "continue"})
 
 
 class WandbMode(Enum):

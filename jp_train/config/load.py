@@ -1,7 +1,7 @@
 """Reading a run's configuration: defaults < preset < recipe < the YAML file < `key=value`, strict at every level.
 
-A key that the schema does not know stops the run with the nearest valid name: a misspelt `warmup_step` that is silently ignored costs a
-270K-step run. YAML is read by OmegaConf's safe loader; nothing in a configuration is executed.
+A key that the schema does not know stops the run with the nearest valid name: a misspelt `warmup_step` that is silently
+ignored costs a 270K-step run. YAML is read by OmegaConf's safe loader; nothing in a configuration is executed.
 """
 
 from __future__ import annotations
@@ -78,14 +78,20 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
 
 def preset_names() -> list[str]:
     """Names that `preset:` accepts."""
-    return sorted(str(file.relative_to(PRESETS).with_suffix("")) for file in PRESETS.glob("*/*.yaml") if file.name != SHARED_MODEL_FILE)
+    return sorted(
+        str(file.relative_to(PRESETS).with_suffix(""))
+        for file in PRESETS.glob("*/*.yaml")
+        if file.name != SHARED_MODEL_FILE
+    )
 
 
 def preset_files(name: str) -> list[Path]:
     """Files of one preset in merge order: the model shared by its stages, then the stage."""
     file = PRESETS / f"{name}.yaml"
     if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}{_nearest(name, preset_names())}; presets: {', '.join(preset_names())}")
+        raise ConfigError(
+            f"unknown preset {name!r}{_nearest(name, preset_names())}; presets: {', '.join(preset_names())}"
+        )
     model = file.parent / SHARED_MODEL_FILE
     return [model, file] if model.exists() else [file]
 
@@ -119,14 +125,16 @@ def _unknown_keys(given: Any, schema: Any, prefix: str) -> Iterator[str]:
 
 
 def _restore_off(given: Any, schema: Any) -> None:
-    """YAML reads a bare `off` as the boolean false: where the schema has an enumeration with that member, put the word back."""
+    """YAML reads a bare `off` as the boolean false: where the schema has an enumeration with that member, put the
+    word back."""
     if not isinstance(given, DictConfig):
         return
     types = get_type_hints(schema) if is_dataclass(schema) else {}
     for key in list(given):
         kind = get_args(schema)[1] if get_origin(schema) is dict else types.get(key)
         if isinstance(kind, type) and issubclass(kind, Enum):
-            if given._get_node(key)._value() is False and "off" in kind.__members__:  # as written, without resolving ${...}
+            # as written, without resolving ${...}
+            if given._get_node(key)._value() is False and "off" in kind.__members__:
                 given[key] = "off"
         elif kind is not None and (is_dataclass(kind) or get_origin(kind) is dict):
             _restore_off(given._get_node(key), kind)

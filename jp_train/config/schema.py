@@ -1,8 +1,9 @@
 """The structure of a run's configuration: every key, its default, unit and meaning.
 
-OmegaConf structured configs (the subset that versions 2.3 and 2.4 both accept). Numbers in brackets [n] refer to the open points of the
-specification, section 8 of JANUS_PRO_SPEC: where the paper is silent there is a key with a default. Presets override the defaults,
-a launch YAML overrides the preset, `key=value` overrides all.
+OmegaConf structured configs (the subset that versions 2.3 and 2.4 both accept). Numbers in brackets [n] refer to the
+open points of the
+specification, section 8 of JANUS_PRO_SPEC: where the paper is silent there is a key with a default. Presets override
+the defaults, a launch YAML overrides the preset, `key=value` overrides all.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from jp_train.config.choices import (
 )
 
 MODULES = ("vision_model", "aligner", "language_model", "gen_embed", "gen_aligner", "gen_head")
-"""Names that `stage.trainable` may list. `language_model` includes the token embeddings and the text head (paper, figure 2);
-the VQ tokenizer `gen_vision_model` is never trained here."""
+"""Names that `stage.trainable` may list. `language_model` includes the token embeddings and the text head (paper,
+figure 2); the VQ tokenizer `gen_vision_model` is never trained here."""
 
 
 @dataclass
@@ -95,7 +96,8 @@ class ModelConfig:
     vq: VQConfig = field(default_factory=VQConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     init_from: Optional[str] = None
-    """Weights the stage starts from: an exported folder, a released one, or a run folder / checkpoint of an earlier stage.
+    """Weights the stage starts from: an exported folder, a released one, or a run folder / checkpoint of an earlier
+    stage.
     Weights only: the optimizer and the data position start anew."""
     init_parts: InitPartsConfig = field(default_factory=InitPartsConfig)
     gen_embed_init: GenEmbedInit = GenEmbedInit.codebook
@@ -131,7 +133,8 @@ class MixtureConfig:
 @dataclass
 class EarlyStopConfig:
     at_step: Optional[int] = None
-    """[14] Stop after this step although `training_steps` (the schedule's length) is larger: 270000 of 360000 in stage 2."""
+    """[14] Stop after this step although `training_steps` (the schedule's length) is larger: 270000 of 360000 in
+    stage 2."""
     patience: Optional[int] = None
     """Stop when the held-out loss has not improved for this many validations (needs `validation.every_steps`)."""
 
@@ -148,7 +151,8 @@ class StageConfig:
     batch_size: int = 256
     """Global batch of one optimizer step, in `batch_unit`."""
     samples_per_row: int = 2
-    """Only with `batch_unit: samples`: a row closes after this many documents. Rows a step = batch_size / samples_per_row."""
+    """Only with `batch_unit: samples`: a row closes after this many documents. Rows a step = batch_size /
+    samples_per_row."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     ratio_unit: RatioUnit = RatioUnit.samples
     """[2] what the mixture's shares count."""
@@ -162,7 +166,8 @@ class StageConfig:
 class SourceConfig:
     kind: SourceKind = SourceKind.text
     shards: str = ""
-    """Tar shards: a path or URL with brace expansion or a glob, `folder/{000000..000127}.tar`, or a folder. Relative to `data.root`."""
+    """Tar shards: a path or URL with brace expansion or a glob, `folder/{000000..000127}.tar`, or a folder. Relative
+    to `data.root`."""
     weight: float = 1.0
     """Share within the kind: real 1 and synthetic 1 is the paper's 1:1."""
     from_step: int = 0
@@ -170,7 +175,8 @@ class SourceConfig:
     to_step: Optional[int] = None
     """First step at which it is no longer used (Janus: ImageNet generation until 120000)."""
     class_prompt: ClassPrompt = ClassPrompt.as_is
-    """[12] ImageNet-style captions: `first_lemma` keeps the text before the first comma, `template` puts it into `class_template`."""
+    """[12] ImageNet-style captions: `first_lemma` keeps the text before the first comma, `template` puts it into
+    `class_template`."""
     class_template: str = "a photo of {}"
     license: str = ""
     """A note for people: licence and origin."""
@@ -183,8 +189,9 @@ class DataConfig:
     seq_len: int = 4096
     """Tokens of a packed row, at most."""
     pool_size: int = 32
-    """Documents the packer may choose from. More fill rows better (64: 99.98% at 1:0:3, 32: 99.85%), fewer keep each single step closer to the
-    ratio (0.38 and 0.26 points in the worst of 200 steps at 1:0:3) and plan faster (bench/planner.py)."""
+    """Documents the packer may choose from. More fill rows better (64: 99.98% at 1:0:3, 32: 99.85%), fewer keep each
+    single step closer to the ratio (0.38 and 0.26 points in the worst of 200 steps at 1:0:3) and plan faster
+    (bench/planner.py)."""
     packing: Packing = Packing.document
     """[5] `document`: block-diagonal attention, positions restart; `causal`: the whole row attends."""
     pad_dropout: float = 0.1
@@ -204,19 +211,21 @@ class DataConfig:
     crop: Crop = Crop.centre
     """[13] where the long side of a generation picture is cropped."""
     image_decode: ImageDecode = ImageDecode.exact
-    """`fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size (scaled DCT) while twice the side that is wanted is left, and then resizes as
-    `exact` does; it pays for pictures of two megapixels and more and leaves smaller ones, PNG, WebP, and sides that the divisor does not divide,
-    exact. At 384 (measured on one core): 2048 x 1536 in 28 ms rather than 59, 4032 x 3024 in 88-109 rather than 252-333. Against exact,
-    photographs differ by at most 5 of 255 grey levels (mean 0.2-0.4, PSNR over 51 dB), drawn pages of coloured text and lines by up to 45 (mean
-    0.6-1.8, PSNR over 36 dB). Stored VQ ids of one are refused by the other; inference decodes exactly."""
+    """`fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size (scaled DCT) while twice the side that is wanted is left,
+    and then resizes as `exact` does; it pays for pictures of two megapixels and more and leaves smaller ones, PNG,
+    WebP, and sides that the divisor does not divide, exact. At 384 (measured on one core): 2048 x 1536 in 28 ms
+    rather than 59, 4032 x 3024 in 88-109 rather than 252-333. Against exact, photographs differ by at most 5 of 255
+    grey levels (mean 0.2-0.4, PSNR over 51 dB), drawn pages of coloured text and lines by up to 45 (mean 0.6-1.8,
+    PSNR over 36 dB). Stored VQ ids of one are refused by the other; inference decodes exactly."""
     vq_ids: VqIds = VqIds.auto
-    """VQ ids of generation pictures stored beside the shards (`jp-train data encode-images`). `auto`: used where they are, and
-    refused when they were made with another VQ or transform; `require`: every generation shard must have them; `off`: pictures are
-    read and encoded in training; `trust`: like auto, and `.vq.npy` members of unknown origin are taken as they are."""
+    """VQ ids of generation pictures stored beside the shards (`jp-train data encode-images`). `auto`: used where
+    they are, and refused when they were made with another VQ or transform; `require`: every generation shard must
+    have them; `off`: pictures are read and encoded in training; `trust`: like auto, and `.vq.npy` members of unknown
+    origin are taken as they are."""
     token_ids: TokenIds = TokenIds.auto
-    """Token ids of texts in the index beside the shards. `auto`: the index holds them (about 2.1 bytes a token with 102,400 ids) and rows are
-    made of them, so that training reads and tokenises no text; `off`: they are neither written nor used, and each text is read and tokenised
-    whenever it is drawn. Rows are the same."""
+    """Token ids of texts in the index beside the shards. `auto`: the index holds them (about 2.1 bytes a token with
+    102,400 ids) and rows are made of them, so that training reads and tokenises no text; `off`: they are neither
+    written nor used, and each text is read and tokenised whenever it is drawn. Rows are the same."""
     over_long: OverLong = OverLong.truncate
     """[22] a document longer than `seq_len`: cut its text, never its image; or drop it."""
     system_prompt: str = (
@@ -231,19 +240,22 @@ class DataConfig:
     workers: int = 2
     """Loader processes per rank; rows do not depend on it."""
     image_threads: int = 1
-    """Threads of each loader process (of the trainer, with no workers) that decode and resize the pictures of a row; rows do not depend on it.
-    Two threads do about the work of two workers with one each, for the memory of one; each holds one decoded picture."""
+    """Threads of each loader process (of the trainer, with no workers) that decode and resize the pictures of a row;
+    rows do not depend on it. Two threads do about the work of two workers with one each, for the memory of one; each
+    holds one decoded picture."""
     prefetch_rows: int = 2
     """Rows each worker prepares ahead."""
     skip_budget: float = 0.001
-    """Bad samples allowed per source, as a share of its samples used so far (at least `skip_minimum` are always allowed)."""
+    """Bad samples allowed per source, as a share of its samples used so far (at least `skip_minimum` are always
+    allowed)."""
     skip_minimum: int = 8
     skip_consecutive: int = 32
     """Bad samples in a row of one source that stop the run."""
     io_retries: int = 4
     """Tries for one byte-range read, with exponential back-off from 0.1 s."""
     snapshot_steps: int = 1000
-    """The plan keeps a snapshot of its few integers every this many steps, so that any row is reached by a short fold."""
+    """The plan keeps a snapshot of its few integers every this many steps, so that any row is reached by a short
+    fold."""
 
 
 @dataclass
@@ -300,27 +312,34 @@ class EngineConfig:
     collective_timeout_s: float = 1800.0
     """A collective that waits longer is an error, not a silent hang."""
     stall_timeout_s: float = 300.0
-    """A rank that makes no progress (no module entered, no row received) for so many seconds makes all ranks write their Python stacks, names the
-    rank, step, module and row at fault, and ends the run. Never more than 0.9 x `collective_timeout_s`, which is what start-up, the first step, saves,
-    validations and exports may take. 0: off."""
+    """A rank that makes no progress (no module entered, no row received) for so many seconds makes all ranks write
+    their Python stacks, names the rank, step, module and row at fault, and ends the run. Never more than 0.9 x
+    `collective_timeout_s`, which is what start-up, the first step, saves, validations and exports may take. 0: off."""
     grace_s: float = 300.0
-    """Seconds between the scheduler's stop signal and its kill. A warning says when the longest step and save so far take longer together."""
+    """Seconds between the scheduler's stop signal and its kill. A warning says when the longest step and save so far
+    take longer together."""
     deepspeed: Dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, merged last, for experts. A key that jp_train owns (batch sizes, clip, dtype, optimizer) is refused."""
+    """Raw DeepSpeed keys, merged last, for experts. A key that jp_train owns (batch sizes, clip, dtype, optimizer)
+    is refused."""
 
 
 @dataclass
 class GuardConfig:
-    """What happens to a step whose loss or gradient norm is not finite, or far above those of the steps before it (`engine/outliers.py`)."""
+    """What happens to a step whose loss or gradient norm is not finite, or far above those of the steps before it
+    (`engine/outliers.py`)."""
 
     nonfinite_action: NonfiniteAction = NonfiniteAction.skip
-    """`skip`: the update is left out, weights and optimizer stay bit for bit what they were; `stop`: left out, and the run ends."""
+    """`skip`: the update is left out, weights and optimizer stay bit for bit what they were; `stop`: left out, and
+    the run ends."""
     outlier_action: OutlierAction = OutlierAction.record
-    """`record`: the update is made, and the step dumped; `skip` and `stop` as above; `off`: outliers are not looked for."""
+    """`record`: the update is made, and the step dumped; `skip` and `stop` as above; `off`: outliers are not looked
+    for."""
     outlier_window: int = 128
-    """Steps before this one that say what is usual: their median, and their spread (1.4826 x the median distance from the median)."""
+    """Steps before this one that say what is usual: their median, and their spread (1.4826 x the median distance
+    from the median)."""
     outlier_factor: float = 20.0
-    """A loss or gradient norm is an outlier when it lies this many spreads above the median. A spread counts as at least 2% of the median."""
+    """A loss or gradient norm is an outlier when it lies this many spreads above the median. A spread counts as at
+    least 2% of the median."""
     max_consecutive_skips: int = 3
     """Updates left out in a row that stop the run: one can be a bad document, three are a diverged model."""
     skip_window: int = 1000
@@ -330,8 +349,8 @@ class GuardConfig:
     max_dumps: int = 20
     """Dumps under RUN_DIR/forensics that a run makes at most; later bad steps are only named in events.jsonl."""
     dump_tensors: bool = False
-    """Also store the step's exact input tensors of every rank (up to megabytes a picture). The rows can be rebuilt without:
-    `jp-train data explain`."""
+    """Also store the step's exact input tensors of every rank (up to megabytes a picture). The rows can be rebuilt
+    without: `jp-train data explain`."""
 
 
 @dataclass
@@ -341,18 +360,19 @@ class CheckpointConfig:
     keep_every: int = 0
     """Additionally keep every checkpoint whose step is a multiple of this; 0 for none."""
     keep_best: bool = False
-    """Additionally keep the checkpoint with the lowest held-out loss (`val/total`); `checkpoints/best` names it. `every_steps` must be a
-    multiple of `validation.every_steps`, so that each checkpoint has its own measurement."""
+    """Additionally keep the checkpoint with the lowest held-out loss (`val/total`); `checkpoints/best` names it.
+    `every_steps` must be a multiple of `validation.every_steps`, so that each checkpoint has its own measurement."""
     background: bool = True
-    """Training goes on as soon as weights and optimizer state are copied to host memory (as much again as this rank holds, kept for the next save);
-    a thread writes them. False: training waits for the disk."""
+    """Training goes on as soon as weights and optimizer state are copied to host memory (as much again as this rank
+    holds, kept for the next save); a thread writes them. False: training waits for the disk."""
     on_error: SaveErrorAction = SaveErrorAction.stop
-    """When a save fails (full disk, read-only or deleted folder): `stop` the run, or `continue` and try again at the next interval. A save that
-    ends the run (last step, early stop, signal) and fails always is an error."""
+    """When a save fails (full disk, read-only or deleted folder): `stop` the run, or `continue` and try again at the
+    next interval. A save that ends the run (last step, early stop, signal) and fails always is an error."""
     max_failed_saves: int = 3
     """With `on_error: continue`: failed saves in a row that stop the run."""
     accept: List[str] = field(default_factory=list)
-    """Keys that may differ from the checkpoint that is resumed, like `optimizer.lr`; for the once that they change on purpose (events.jsonl keeps it)."""
+    """Keys that may differ from the checkpoint that is resumed, like `optimizer.lr`; for the once that they change
+    on purpose (events.jsonl keeps it)."""
     export_at_end: bool = True
     """Write `export/` (transformers' format) when the stage ends: the next stage starts from it."""
 

@@ -87,7 +87,9 @@ def _fractions(config: RunConfig) -> None:
 
 def _guard(config: RunConfig) -> None:
     if config.guard.outlier_window < 8:
-        raise ConfigError(f"guard.outlier_window {config.guard.outlier_window} is too short to say what is usual; use at least 8 steps")
+        raise ConfigError(
+            f"guard.outlier_window {config.guard.outlier_window} is too short to say what is usual; use at least 8 steps"
+        )
     if not 0 <= config.guard.max_skip_share <= 1:
         raise ConfigError(f"guard.max_skip_share is a share between 0 and 1, found {config.guard.max_skip_share}")
 
@@ -105,7 +107,9 @@ def _model(config: RunConfig) -> None:
             f"{stride} (2 ** (len(model.vq.channel_multiplier) - 1)); make them equal"
         )
     if model.vq.base_channels % 32:
-        raise ConfigError(f"model.vq.base_channels must be a multiple of 32 (group normalisation), found {model.vq.base_channels}")
+        raise ConfigError(
+            f"model.vq.base_channels must be a multiple of 32 (group normalisation), found {model.vq.base_channels}"
+        )
     for part, width, heads in (
         ("vision", model.vision.hidden_size, model.vision.heads),
         ("language", model.language.hidden_size, model.language.heads),
@@ -135,7 +139,9 @@ def _stage(config: RunConfig) -> None:
             raise ConfigError(f"stage.trainable: unknown module {name!r}{hint} Valid: {', '.join(MODULES)}")
     at_step = stage.early_stop.at_step
     if at_step is not None and not 0 < at_step <= stage.training_steps:
-        raise ConfigError(f"stage.early_stop.at_step {at_step} must lie between 1 and stage.training_steps {stage.training_steps}")
+        raise ConfigError(
+            f"stage.early_stop.at_step {at_step} must lie between 1 and stage.training_steps {stage.training_steps}"
+        )
     if stage.early_stop.patience is not None and (stage.early_stop.patience < 1 or not config.validation.every_steps):
         raise ConfigError(
             f"stage.early_stop.patience {stage.early_stop.patience} needs a value of at least 1 and validation.every_steps > 0 "
@@ -143,7 +149,9 @@ def _stage(config: RunConfig) -> None:
         )
     shares = (stage.mixture.understanding, stage.mixture.text, stage.mixture.generation)
     if min(shares) < 0 or sum(shares) <= 0 or not all(map(math.isfinite, shares)):
-        raise ConfigError(f"stage.mixture needs shares >= 0 with a positive sum, found {':'.join(f'{share:g}' for share in shares)}")
+        raise ConfigError(
+            f"stage.mixture needs shares >= 0 with a positive sum, found {':'.join(f'{share:g}' for share in shares)}"
+        )
 
 
 def _checkpoint(config: RunConfig) -> None:
@@ -171,8 +179,14 @@ def _sources(config: RunConfig) -> None:
             raise ConfigError(
                 f"stage.mixture.{kind} is {share:g} but no source in data.sources has kind {kind}; add one, or set the share to 0"
             )
-    if config.stage.template is Template.stage1 and config.stage.mixture.text > 0 and "language_model" not in config.stage.trainable:
-        raise ConfigError("stage.mixture.text is above 0 while language_model is frozen: pure text would train nothing; set the share to 0")
+    if (
+        config.stage.template is Template.stage1
+        and config.stage.mixture.text > 0
+        and "language_model" not in config.stage.trainable
+    ):
+        raise ConfigError(
+            "stage.mixture.text is above 0 while language_model is frozen: pure text would train nothing; set the share to 0"
+        )
 
 
 def _source(key: str, source: SourceConfig) -> None:
@@ -181,6 +195,8 @@ def _source(key: str, source: SourceConfig) -> None:
     if source.weight < 0 or not math.isfinite(source.weight):
         raise ConfigError(f"{key}.weight must not be negative, found {source.weight}")
     if source.from_step < 0 or (source.to_step is not None and source.to_step <= source.from_step):
-        raise ConfigError(f"{key}: steps from {source.from_step} to {source.to_step} are empty; to_step must exceed from_step")
+        raise ConfigError(
+            f"{key}: steps from {source.from_step} to {source.to_step} are empty; to_step must exceed from_step"
+        )
     if source.class_template.count("{}") != 1:
         raise ConfigError(f"{key}.class_template needs exactly one {{}}, found {source.class_template!r}")

@@ -1,21 +1,26 @@
-"""What a row holds, in words and numbers, and a micro-batch as a file: the format of `data explain` and of the dumps of a bad step.
+"""What a row holds, in words and numbers, and a micro-batch as a file: the format of `data explain` and of the dumps of
+a bad step.
 
 A described row is made of plain values only (JSON-able):
 
-    step               as metrics.jsonl and wandb count: the optimizer step, from 1, that the row belongs to (plan step + 1)
+    step               as metrics.jsonl and wandb count: the optimizer step, from 1, that the row belongs to (plan step
+                       + 1)
     row                number of the row within the step
     tokens, seq_len    tokens in the row, and how many it could hold; fill = tokens / seq_len
     supervised         {"text": n, "image": n}: positions that each head is trained on
-    truncated_tokens   tokens lost because a document was longer than a row may be (None: not known from the batch alone)
+    truncated_tokens   tokens lost because a document was longer than a row may be (None: not known from the batch
+                       alone)
     documents          in the order they are laid out, each:
         source, shard, key, kind
         document_span  [a, b): the tokens of the whole document that lie here
-        row_span       [a, b): where they lie in the row; position_ids restart at a (at the row's start with data.packing causal)
+        row_span       [a, b): where they lie in the row; position_ids restart at a (at the row's start with
+                       data.packing causal)
         begun_before, goes_on
                        whether an earlier / a later row holds the start / the rest of this text
         truncated      tokens of this document that no row holds (None: not known from the batch alone)
         image_slots    {"understanding": [[a, b), ...], "generation": [[a, b), ...]} of the row
-        loss           {"text": {"tokens": n, "spans": [[a, b), ...]}, "image": ...}: positions of the row that carry a label, by head;
+        loss           {"text": {"tokens": n, "spans": [[a, b), ...]}, "image": ...}: positions of the row that carry a
+                       label, by head;
                        position i is trained to predict token i + 1
         snippet        a line of its text (only with a tokenizer)
     skipped            documents whose place in the row is empty, each: source, shard, key, document_span, reason
@@ -41,7 +46,17 @@ from safetensors.torch import load, save
 from jp_train.data.batch_text import snippet
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import DataError
-from jp_train.types import IGNORE_INDEX, DocumentRef, Kind, PackedBatch, Provenance, Row, RowSpec, SkippedDocument, SourceInfo
+from jp_train.types import (
+    IGNORE_INDEX,
+    DocumentRef,
+    Kind,
+    PackedBatch,
+    Provenance,
+    Row,
+    RowSpec,
+    SkippedDocument,
+    SourceInfo,
+)
 
 BATCH_FORMAT = 1
 HEADS = {"text": "labels", "image": "gen_labels"}
@@ -50,15 +65,19 @@ HEADS = {"text": "labels", "image": "gen_labels"}
 def describe_batch(
     batch: PackedBatch, tokenizer: Tokenizer | None = None, *, first_row: int = 0, specs: Sequence[RowSpec] = ()
 ) -> list[dict[str, Any]]:
-    """Every row of a micro-batch, described; see the module's docstring. The batch may lie on any device, before or after VQ encoding.
+    """Every row of a micro-batch, described; see the module's docstring. The batch may lie on any device, before or
+    after VQ encoding.
 
-    `first_row`: number within the step of the batch's first row. `specs`: the plan's answers for the rows, which tell what the batch
-    alone does not: truncated tokens of each document, and in which row a skipped document would have been. Without them the skipped
-    documents of a batch of several rows are listed with its first row.
+    `first_row`: number within the step of the batch's first row. `specs`: the plan's answers for the rows, which tell
+    what the batch
+    alone does not: truncated tokens of each document, and in which row a skipped document would have been. Without them
+    the skipped documents of a batch of several rows are listed with its first row.
     """
     if specs and len(specs) != batch.rows:
         raise ValueError(f"the batch has {batch.rows} rows, got {len(specs)} specs")
-    arrays = {name: getattr(batch, name).cpu().numpy() for name in ("input_ids", "und_slots", "gen_slots", *HEADS.values())}
+    arrays = {
+        name: getattr(batch, name).cpu().numpy() for name in ("input_ids", "und_slots", "gen_slots", *HEADS.values())
+    }
     described = []
     start = 0
     for number, provenance in enumerate(batch.provenance):
@@ -90,11 +109,17 @@ def describe_batch(
 
 
 def describe_row(
-    row: Row | PackedBatch, tokenizer: Tokenizer | None = None, *, seq_len: int | None = None, number: int = 0, spec: RowSpec | None = None
+    row: Row | PackedBatch,
+    tokenizer: Tokenizer | None = None,
+    *,
+    seq_len: int | None = None,
+    number: int = 0,
+    spec: RowSpec | None = None,
 ) -> dict[str, Any]:
     """One row, described; see the module's docstring.
 
-    `row`: a Row (give its `seq_len`), or a PackedBatch of one row (give its `number` within the step). `spec`: as in `describe_batch`.
+    `row`: a Row (give its `seq_len`), or a PackedBatch of one row (give its `number` within the step). `spec`: as in
+    `describe_batch`.
     """
     if isinstance(row, PackedBatch):
         if row.rows != 1:
@@ -103,9 +128,14 @@ def describe_row(
     if seq_len is None:
         raise ValueError("a Row does not know data.seq_len: give it")
     starts = np.concatenate([[0], np.cumsum([len(document) for document in row.documents])]).astype(np.int64)
-    inside = {name: _joined([getattr(document, name) for document in row.documents]) for name in ("input_ids", *HEADS.values())}
+    inside = {
+        name: _joined([getattr(document, name) for document in row.documents])
+        for name in ("input_ids", *HEADS.values())
+    }
     for name in ("und_slots", "gen_slots"):
-        inside[name] = _joined([getattr(document, name) + start for document, start in zip(row.documents, starts, strict=False)])
+        inside[name] = _joined(
+            [getattr(document, name) + start for document, start in zip(row.documents, starts, strict=False)]
+        )
     return _described(
         inside,
         row.provenance,
@@ -202,7 +232,7 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
-# -- a micro-batch as a file ------------------------------------------------------------------------------------------------------------
+# -- a micro-batch as a file -----------------------------------------------------------------------
 
 
 def sidecar_of(path: Path) -> Path:
@@ -211,10 +241,11 @@ def sidecar_of(path: Path) -> Path:
 
 
 def save_batch(batch: PackedBatch, path: str | Path) -> Path:
-    """Write a micro-batch bit for bit: its tensors to `path` (.safetensors), everything else to the JSON file beside it. Returns `path`.
+    """Write a micro-batch bit for bit: its tensors to `path` (.safetensors), everything else to the JSON file beside
+    it. Returns `path`.
 
-    Both are replaced whole, the JSON last; it holds the tensors' SHA-256, so that `load_batch` never pairs files of two batches.
-    Raises DataError when they cannot be written.
+    Both are replaced whole, the JSON last; it holds the tensors' SHA-256, so that `load_batch` never pairs files of two
+    batches. Raises DataError when they cannot be written.
     """
     path = Path(path)
     tensors = {name: getattr(batch, name).cpu().contiguous() for name in _tensor_fields()}
@@ -223,7 +254,9 @@ def save_batch(batch: PackedBatch, path: str | Path) -> Path:
         "format": BATCH_FORMAT,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         **{name: getattr(batch, name) for name in ("step", "rows", "seq_len", "max_seqlen", "truncated_tokens")},
-        "provenance": [[asdict(document) | {"kind": str(document.kind)} for document in row] for row in batch.provenance],
+        "provenance": [
+            [asdict(document) | {"kind": str(document.kind)} for document in row] for row in batch.provenance
+        ],
         "skipped": [asdict(skip) for skip in batch.skipped],
     }
     try:
@@ -245,7 +278,9 @@ def load_batch(path: str | Path) -> PackedBatch:
         data = path.read_bytes()
         sidecar = json.loads(sidecar_of(path).read_text(encoding="ascii"))
         if sidecar["format"] != BATCH_FORMAT:
-            raise DataError(f"{sidecar_of(path)} has format {sidecar['format']!r}, this program reads format {BATCH_FORMAT}")
+            raise DataError(
+                f"{sidecar_of(path)} has format {sidecar['format']!r}, this program reads format {BATCH_FORMAT}"
+            )
         if hashlib.sha256(data).hexdigest() != sidecar["tensors_sha256"]:
             raise DataError(f"{path} is not the file that {sidecar_of(path)} was written with: save the batch again")
         tensors = load(data)

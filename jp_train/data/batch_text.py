@@ -1,7 +1,8 @@
-"""Tokens as text that a person can read: special tokens named, image slots counted, nothing of a hostile text left to act.
+"""Tokens as text that a person can read: special tokens named, image slots counted, nothing of a hostile text left to
+act.
 
-`pieces` cuts the ids of a document into the shortest runs of tokens that decode on their own (a character may be spread over several byte
-tokens); `printable` turns control, bidirectional and other invisible characters into visible marks.
+`pieces` cuts the ids of a document into the shortest runs of tokens that decode on their own (a character may be spread
+over several byte tokens); `printable` turns control, bidirectional and other invisible characters into visible marks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from enum import Enum
 from jp_train.data.tokenizer import Tokenizer
 
 MOST_TOKENS = 8
-"""Tokens that one undecodable run may grow to before it is shown as it is: four bytes make a character, so this is past any."""
+"""Tokens that one undecodable run may grow to before it is shown as it is: four bytes make a character, so this is
+past any."""
 
 
 class Shown(Enum):
@@ -36,7 +38,8 @@ class Piece:
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer, *, short: bool = False) -> list[Piece]:
-    """`ids` as pieces that tile it, in order. The texts between two special tokens join to what the tokenizer decodes there.
+    """`ids` as pieces that tile it, in order. The texts between two special tokens join to what the tokenizer decodes
+    there.
 
     `short`: name the layout's tokens by their role (`<bos>`) instead of their own string.
     """
@@ -63,7 +66,8 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer, *, short: bool = False) -> 
 
 
 def special_names(tokenizer: Tokenizer, *, short: bool = False) -> dict[int, str]:
-    """Id -> string (`short`: role, like `<bos>`) of the special tokens that layouts use, role markers included where they are single tokens."""
+    """Id -> string (`short`: role, like `<bos>`) of the special tokens that layouts use, role markers included where
+    they are single tokens."""
     roles = ("bos", "eos", "pad", "boi", "eoi", "image_placeholder")
     names = {getattr(tokenizer.special, role): f"<{role}>" if short else getattr(tokenizer.cfg, role) for role in roles}
     for marker in (tokenizer.user, tokenizer.assistant):
@@ -74,7 +78,8 @@ def special_names(tokenizer: Tokenizer, *, short: bool = False) -> dict[int, str
 
 
 def snippet(ids: Sequence[int], tokenizer: Tokenizer, characters: int = 160) -> str:
-    """One line of at most about `characters`: the text of `ids`, special tokens named by role, image slots counted, its middle left out."""
+    """One line of at most about `characters`: the text of `ids`, special tokens named by role, image slots counted,
+    its middle left out."""
     line = ""
     last, times = "", 0
     for piece in [*pieces(ids, tokenizer, short=True), Piece(0, 0, Shown.text, "")]:
@@ -94,8 +99,8 @@ def snippet(ids: Sequence[int], tokenizer: Tokenizer, characters: int = 160) -> 
 def printable(text: str) -> str:
     """`text` with every character that could hide, reorder or break something shown as a mark; new lines and tabs stay.
 
-    Control characters become their Unicode pictures (NUL: ␀), format and bidirectional controls, lone surrogates, private and unassigned
-    characters `[U+202E]`. What is left can be encoded as UTF-8 and printed to a terminal.
+    Control characters become their Unicode pictures (NUL: ␀), format and bidirectional controls, lone surrogates,
+    private and unassigned characters `[U+202E]`. What is left can be encoded as UTF-8 and printed to a terminal.
     """
     return "".join(_mark(character) for character in text)
 
@@ -114,14 +119,15 @@ def _mark(character: str) -> str:
 
 
 def _vanishes(token: int, tokenizer: Tokenizer) -> bool:
-    """Whether a token leaves nothing in a text, not even a space (decoders drop spaces at the start, so it is tried between letters)."""
+    """Whether a token leaves nothing in a text, not even a space (decoders drop spaces at the start, so it is tried
+    between letters)."""
     letter = tokenizer.encode("a")[-1]
     return tokenizer.decode((letter, token, letter)) == tokenizer.decode((letter, letter))
 
 
 def _text_pieces(ids: list[int], offset: int, tokenizer: Tokenizer) -> list[Piece]:
-    """Pieces of a run without special tokens. Each is decoded behind the last piece that is more than spaces, on which a decoder's treatment of
-    spaces may depend."""
+    """Pieces of a run without special tokens. Each is decoded behind the last piece that is more than spaces, on
+    which a decoder's treatment of spaces may depend."""
     found: list[Piece] = []
     before, start = 0, 0  # ids[before:start] are decoded already
     for end in range(1, len(ids) + 1):

@@ -1,7 +1,8 @@
-"""Rows -> PackedBatch: documents laid end to end without a padding token, with everything that attention and the two heads need.
+"""Rows -> PackedBatch: documents laid end to end without a padding token, with everything that attention and the two
+heads need.
 
-A micro-batch without a document (every one was skipped) becomes one pad token without a label, with empty `provenance`: each rank
-still runs the same forward pass, and nothing is learnt from it.
+A micro-batch without a document (every one was skipped) becomes one pad token without a label, with empty `provenance`:
+each rank still runs the same forward pass, and nothing is learnt from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jp_train.types import IGNORE_INDEX, KINDS, PENDING_VQ_ID, Kind, PackedBatch
 
 
 class Collator:
-    """Makes PackedBatches of a run; `pad` is the tokenizer's pad id. Pictures of a micro-batch of one row are not copied."""
+    """Makes PackedBatches of a run; `pad` is the tokenizer's pad id. Pictures of a micro-batch of one row are not
+    copied."""
 
     def __init__(self, cfg: RunConfig, pad: int) -> None:
         self._packing = cfg.data.packing

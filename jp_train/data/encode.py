@@ -1,7 +1,8 @@
 """A sample -> tokens and labels (the layouts are those of layouts.py). The only place that shifts labels.
 
-Documents are encoded in three steps, so that a whole row is tokenised in one call and written into one array: `draft` lays out and tokenises, `Draft`
-knows the length, `write` fills ids and labels in. `encode` is the same for one document alone.
+Documents are encoded in three steps, so that a whole row is tokenised in one call and written into one array: `draft`
+lays out and tokenises, `Draft` knows the length, `write` fills ids and labels in. `encode` is the same for one document
+alone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ from jp_train.data.samples import Sample, first_sentence
 from jp_train.data.token_ids import IMAGE, Run, condition_runs, pack, planes_for, unpack
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import ConfigError, DataError, SkipSample
-from jp_train.types import IGNORE_INDEX, PENDING_VQ_ID, EncodedDocument, GenerationSample, Kind, TextSample, UnderstandingSample
+from jp_train.types import (
+    IGNORE_INDEX,
+    PENDING_VQ_ID,
+    EncodedDocument,
+    GenerationSample,
+    Kind,
+    TextSample,
+    UnderstandingSample,
+)
 
 ENCODING_VERSION = 1
-"""Part of every index fingerprint: raise it when a layout or the rule of first sentences changes, and old counts and ids become stale."""
+"""Part of every index fingerprint: raise it when a layout or the rule of first sentences changes, and old counts and
+ids become stale."""
 
 Piece = tuple[list[int] | np.ndarray | int | ImageBlock, int]
 """A part whose text has become ids."""
@@ -33,7 +43,8 @@ Piece = tuple[list[int] | np.ndarray | int | ImageBlock, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenCounts:
-    """Lengths of one sample in tokens: whole; with the first-sentence caption; with the text condition dropped (whole or short).
+    """Lengths of one sample in tokens: whole; with the first-sentence caption; with the text condition dropped (whole
+    or short).
 
     Without a caption to shorten or a condition to drop, all are equal.
     """
@@ -45,8 +56,8 @@ class TokenCounts:
 
 
 class Draft:
-    """A tokenised document that is not written yet: `length` in tokens, `pieces` in order, `image_start` the position of its first image
-    slot (-1 without an image)."""
+    """A tokenised document that is not written yet: `length` in tokens, `pieces` in order, `image_start` the
+    position of its first image slot (-1 without an image)."""
 
     __slots__ = ("image_start", "length", "pieces", "sample")
 
@@ -90,7 +101,8 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides a document's length and the ids of its texts, besides the sample and its source's class prompt."""
+        """Hex digest of all that decides a document's length and the ids of its texts, besides the sample and its
+        source's class prompt."""
         data = self._data
         parts = {
             "version": ENCODING_VERSION,
@@ -129,7 +141,8 @@ class Encoder:
         return pack(texts, self._planes)
 
     def token_counts(self, sample: Sample, texts: Sequence[Run] | None = None) -> TokenCounts:
-        """The lengths that the index stores; pictures are not touched. `texts` are those of the sample, where they are known.
+        """The lengths that the index stores; pictures are not touched. `texts` are those of the sample, where they are
+        known.
 
         Raises SkipSample for a text or caption that the tokenizer turns into nothing.
         """
@@ -148,7 +161,9 @@ class Encoder:
         dropped = self._layouts.dropped([(np.zeros(0, np.int32), READ)])
         counts = [rest + both + whole, rest + both + short]
         kept = counts if dropped and dropped[0][1] == PAD else [rest + len(dropped)] * 2
-        return TokenCounts(tokens=counts[0], dropped_tokens=kept[0], short_tokens=counts[1], short_dropped_tokens=kept[1])
+        return TokenCounts(
+            tokens=counts[0], dropped_tokens=kept[0], short_tokens=counts[1], short_dropped_tokens=kept[1]
+        )
 
     def length(self, sample: Sample, *, short_caption: bool = False, drop_condition: bool = False) -> int:
         """Tokens of `sample` as `encode` lays it out under these two draws."""
@@ -181,10 +196,14 @@ class Encoder:
         if not texts:
             return [Draft(sample, parts) for sample, parts in laid_out]
         ids = iter(self.tokenizer.encode_many(texts))
-        return [Draft(sample, [(next(ids) if type(piece) is str else piece, role) for piece, role in parts]) for sample, parts in laid_out]
+        return [
+            Draft(sample, [(next(ids) if type(piece) is str else piece, role) for piece, role in parts])
+            for sample, parts in laid_out
+        ]
 
     def _parts(self, sample: Sample, short: bool, drop: bool) -> list[Part]:
-        """The parts of a document, with ids in place of texts where they are stored. Raises DataError for a damaged record."""
+        """The parts of a document, with ids in place of texts where they are stored. Raises DataError for a damaged
+        record."""
         layouts = self._layouts
         if sample.token_ids is None:
             return layouts.parts(sample, short_caption=short, drop_condition=drop)
@@ -210,12 +229,18 @@ class Encoder:
             ) from None
         parts, at = [], 0
         for length, role in runs:
-            parts.append((layouts.understanding_block if role == IMAGE else ids[at : at + length], READ if role == IMAGE else role))
+            parts.append(
+                (
+                    layouts.understanding_block if role == IMAGE else ids[at : at + length],
+                    READ if role == IMAGE else role,
+                )
+            )
             at += length
         return parts
 
     def write(self, draft: Draft, tokens: np.ndarray) -> None:
-        """Fill `tokens` int [3, draft.length], that hold IGNORE_INDEX: ids, text labels and image labels, the labels shifted."""
+        """Fill `tokens` int [3, draft.length], that hold IGNORE_INDEX: ids, text labels and image labels, the labels
+        shifted."""
         ids, labels, gen_labels = tokens
         pad, at = self.tokenizer.special.pad, 0
         for piece, role in draft.pieces:
@@ -230,7 +255,8 @@ class Encoder:
                 labels[at - 1 : end - 1] = ids[at:end]
             at = end
         if isinstance(draft.sample, GenerationSample):
-            boi, found = draft.image_start - 1, draft.sample.vq_ids  # boi predicts the first id, slot i predicts id i + 1
+            # boi predicts the first id, slot i predicts id i + 1
+            boi, found = draft.image_start - 1, draft.sample.vq_ids
             gen_labels[boi : boi + self.image_slots] = PENDING_VQ_ID if found is None else found
 
     def written(self, draft: Draft) -> np.ndarray:
@@ -240,8 +266,8 @@ class Encoder:
         return tokens
 
     def truncated(self, draft: Draft, max_tokens: int) -> tuple[np.ndarray, int]:
-        """int64 [3, max_tokens] of a longer document, and its first image slot: the end of a dialogue or text is cut, or the end of a caption (the
-        template around it stays).
+        """int64 [3, max_tokens] of a longer document, and its first image slot: the end of a dialogue or text is cut,
+        or the end of a caption (the template around it stays).
 
         Raises SkipSample when nothing would be left to learn.
         """
@@ -252,21 +278,30 @@ class Encoder:
             cut_end = image_start - 1 - tail  # where the caption ends
             cut_start = cut_end - excess
             if cut_start < 1 + lead:
-                raise SkipSample(f"the image and the template alone exceed data.seq_len {max_tokens}", "nothing_to_learn")
+                raise SkipSample(
+                    f"the image and the template alone exceed data.seq_len {max_tokens}", "nothing_to_learn"
+                )
             return np.concatenate([tokens[:, :cut_start], tokens[:, cut_end:]], axis=1), image_start - excess
         if isinstance(draft.sample, UnderstandingSample) and image_start + self.image_slots + 1 > max_tokens:
             raise SkipSample(f"the image and what comes before it exceed data.seq_len {max_tokens}", "nothing_to_learn")
         tokens = tokens[:, :max_tokens].copy()
         tokens[1, -1] = IGNORE_INDEX  # the token that follows is lost
         if (tokens[1] == IGNORE_INDEX).all():
-            raise SkipSample(f"truncated to data.seq_len {max_tokens} tokens, nothing of its answers is left to learn", "nothing_to_learn")
+            raise SkipSample(
+                f"truncated to data.seq_len {max_tokens} tokens, nothing of its answers is left to learn",
+                "nothing_to_learn",
+            )
         return tokens, image_start
 
     def has_picture(self, sample: Sample) -> bool:
         """Whether `picture` decodes a file for this sample."""
-        return isinstance(sample, UnderstandingSample) or (isinstance(sample, GenerationSample) and sample.vq_ids is None)
+        return isinstance(sample, UnderstandingSample) or (
+            isinstance(sample, GenerationSample) and sample.vq_ids is None
+        )
 
-    def picture(self, sample: Sample, *, source: str, epoch: int, sample_index: int, held_out: bool) -> np.ndarray | None:
+    def picture(
+        self, sample: Sample, *, source: str, epoch: int, sample_index: int, held_out: bool
+    ) -> np.ndarray | None:
         """The picture of a sample as the model takes it, uint8 [3, H, W]; None where it has none, or stored ids.
 
         Raises SkipSample when it is undecodable.
@@ -281,7 +316,9 @@ class Encoder:
         crop, uniform = Crop.centre, 0.5
         if data.crop is Crop.random and not held_out:
             crop, uniform = Crop.random, document_uniform(self._seed, source, epoch, sample_index, "crop")
-        return load_generation_image(sample.image, self.image_size, crop, uniform, data.max_image_pixels, data.image_decode)
+        return load_generation_image(
+            sample.image, self.image_size, crop, uniform, data.max_image_pixels, data.image_decode
+        )
 
     def encode(
         self,
@@ -297,14 +334,16 @@ class Encoder:
     ) -> EncodedDocument:
         """The document of one sample; pictures are decoded here.
 
-        Random choices are functions of (seed, source, epoch, sample_index); `held_out` makes none (whole caption, condition kept,
-        centre crop). `max_tokens` truncates the text of a longer document, never its image.
+        Random choices are functions of (seed, source, epoch, sample_index); `held_out` makes none (whole caption,
+        condition kept, centre crop). `max_tokens` truncates the text of a longer document, never its image.
 
         Raises:
             DataError: if the length is not `expected_tokens`, the index's: the index is stale.
             SkipSample: if the picture is undecodable, or truncation would leave nothing to learn.
         """
-        drop = not held_out and isinstance(sample, GenerationSample) and self.drops_condition(source, epoch, sample_index)
+        drop = (
+            not held_out and isinstance(sample, GenerationSample) and self.drops_condition(source, epoch, sample_index)
+        )
         draft = self.draft(sample, short_caption=short_caption and not held_out, drop_condition=drop)
         if expected_tokens is not None:
             check_length(draft, expected_tokens)
@@ -335,12 +374,15 @@ class Encoder:
     def unconditional_prompt_ids(self, caption: str, template: Template | str | None = None) -> list[int]:
         """The prompt of guidance's other branch: the condition dropped just as training drops it."""
         layouts = self._layouts
-        return self._ids(layouts.generation_prompt(layouts.dropped(layouts.condition(caption, self._template(template)))))
+        return self._ids(
+            layouts.generation_prompt(layouts.dropped(layouts.condition(caption, self._template(template))))
+        )
 
     def understanding_prompt_ids(self, question: str, template: Template | str | None = None) -> list[int]:
         """The ids of a picture and a question, ending where the answer starts (its first token carries the space).
 
-        The S image slots hold the image_placeholder id. An empty question asks for a caption, as a captioned sample does.
+        The S image slots hold the image_placeholder id. An empty question asks for a caption, as a captioned sample
+        does.
         """
         return self._ids(self._layouts.question_prompt(question, self._template(template), image=True))
 
@@ -354,7 +396,13 @@ class Encoder:
     def _ids(self, parts: Sequence[Part]) -> list[int]:
         ids: list[int] = []
         for piece, role in parts:
-            found = self.tokenizer.encode(piece) if isinstance(piece, str) else [piece] if isinstance(piece, int) else piece.ids.tolist()
+            found = (
+                self.tokenizer.encode(piece)
+                if isinstance(piece, str)
+                else [piece]
+                if isinstance(piece, int)
+                else piece.ids.tolist()
+            )
             ids += [self.tokenizer.special.pad] * len(found) if role == PAD else found
         return ids
 
@@ -385,7 +433,8 @@ def kind_of(sample: Sample) -> Kind:
 
 
 def cut_text(document: EncodedDocument, start: int, length: int) -> EncodedDocument:
-    """Tokens [start, start + length) of a text document; the label at the cut still names the token after it, so none is lost."""
+    """Tokens [start, start + length) of a text document; the label at the cut still names the token after it, so
+    none is lost."""
     span = slice(start, start + length)
     return EncodedDocument(
         info=document.info,

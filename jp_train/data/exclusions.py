@@ -1,9 +1,11 @@
-"""Samples that `jp-train data verify --exclude` took out of a shard: the index leaves them out and the ledger names them.
+"""Samples that `jp-train data verify --exclude` took out of a shard: the index leaves them out and the ledger names
+them.
 
     X.tar.jp-excluded.json    {"format", "size", "stamp", "excluded": {kind of source: [[key, fault, reason], ...]}}
 
-The file lies where the sidecars lie and belongs to one size and stamp of the shard: when the shard is written again it no longer counts.
-It outlives any rebuild of the index. Only what shows by decoding a picture belongs here; the rest the index sees by itself.
+The file lies where the sidecars lie and belongs to one size and stamp of the shard: when the shard is written again it
+no longer counts. It outlives any rebuild of the index. Only what shows by decoding a picture belongs here; the rest the
+index sees by itself.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def known_exclusions(shard: Shard, kind: Kind) -> dict[str, Excluded]:
 
 
 def store_exclusions(shard: Shard, kind: Kind, excluded: Mapping[str, Excluded]) -> Path:
-    """Set what is taken out of a shard for sources of a kind; other kinds keep theirs. Returns the path that was written.
+    """Set what is taken out of a shard for sources of a kind; other kinds keep theirs. Returns the path that was
+    written.
 
     Raises DataError when no place can be written.
     """
@@ -69,7 +72,11 @@ def store_exclusions(shard: Shard, kind: Kind, excluded: Mapping[str, Excluded])
         "format": FORMAT,
         "size": shard.size,
         "stamp": shard.stamp,
-        "excluded": {str(one): [[key, why.fault, why.reason] for key, why in sorted(told[one].items())] for one in told if told[one]},
+        "excluded": {
+            str(one): [[key, why.fault, why.reason] for key, why in sorted(told[one].items())]
+            for one in told
+            if told[one]
+        },
     }
     blob = json.dumps(document, indent=1).encode()
     return write_sidecar(shard, _SUFFIX, lambda file: file.write(blob))
@@ -83,7 +90,10 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
             if document["format"] != FORMAT or (document["size"], document["stamp"]) != (shard.size, shard.stamp):
                 continue
             told = {
-                kind: {_text(key): Excluded(str(fault), str(reason)) for key, fault, reason in document["excluded"].get(str(kind), ())}
+                kind: {
+                    _text(key): Excluded(str(fault), str(reason))
+                    for key, fault, reason in document["excluded"].get(str(kind), ())
+                }
                 for kind in KINDS
             }
         except FileNotFoundError:

@@ -1,7 +1,9 @@
-"""Byte ranges over http(s): kept-alive connections, a bound on every whole read, and strict checks of what the server answers.
+"""Byte ranges over http(s): kept-alive connections, a bound on every whole read, and strict checks of what the server
+answers.
 
-A socket's own time-out starts anew with each packet, so a server that sends a byte a minute would hold a loader worker for days; here
-every receive gets only what is left of the read's time. Redirects are followed to http(s) only, never from https down to http.
+A socket's own time-out starts anew with each packet, so a server that sends a byte a minute would hold a loader worker
+for days; here every receive gets only what is left of the read's time. Redirects are followed to http(s) only, never
+from https down to http.
 """
 
 from __future__ import annotations
@@ -44,16 +46,19 @@ class HttpStatusError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What is known of a file: `size` in bytes and a `stamp` that changes with it (ETag, else Last-Modified, else empty)."""
+    """What is known of a file: `size` in bytes and a `stamp` that changes with it (ETag, else Last-Modified, else
+    empty)."""
 
     size: int
     stamp: str
 
 
 class HttpRanges:
-    """Ranges of http(s) files, one kept-alive connection per thread and server. Safe to use from threads and after a fork.
+    """Ranges of http(s) files, one kept-alive connection per thread and server. Safe to use from threads and after a
+    fork.
 
-    Every method raises OSError or http.client.HTTPException for what may pass (try again), and DataError for what will not.
+    Every method raises OSError or http.client.HTTPException for what may pass (try again), and DataError for what will
+    not.
     """
 
     def __init__(self) -> None:
@@ -87,7 +92,9 @@ class HttpRanges:
                 raise HttpStatusError(answer.status, answer.reason)
             now = _stamp(answer)
             if now != stamp:
-                raise DataError(f"shard {url} changed since it was indexed ({stamp!r} became {now!r}); start again to index it anew")
+                raise DataError(
+                    f"shard {url} changed since it was indexed ({stamp!r} became {now!r}); start again to index it anew"
+                )
             _check_range(url, answer, offset, size, file_size)
             data = bytearray()
             while len(data) < size:
@@ -115,7 +122,9 @@ class HttpRanges:
         return self._local.open
 
     @contextmanager
-    def _answer(self, method: str, url: str, headers: dict[str, str], limit_s: float) -> Iterator[http.client.HTTPResponse]:
+    def _answer(
+        self, method: str, url: str, headers: dict[str, str], limit_s: float
+    ) -> Iterator[http.client.HTTPResponse]:
         """The final answer, after redirects. A connection is kept only when its answer was read to the end."""
         deadline = time.monotonic() + limit_s
         at = url
@@ -134,7 +143,9 @@ class HttpRanges:
                     self._connections().pop(server, None)
         raise DataError(f"shard {url}: more than {MAX_REDIRECTS} redirects, the last to {at}")
 
-    def _ask(self, method: str, url: str, headers: dict[str, str], deadline: float) -> tuple[_Connection, http.client.HTTPResponse]:
+    def _ask(
+        self, method: str, url: str, headers: dict[str, str], deadline: float
+    ) -> tuple[_Connection, http.client.HTTPResponse]:
         open_here, server = self._connections(), _server(url)
         connection = open_here.get(server)
         reused = connection is not None and connection.sock is not None
@@ -151,7 +162,8 @@ class HttpRanges:
                 connection.close()
                 if not reused:
                     raise
-                connection.request(method, target, headers=headers)  # the server had closed the idle connection: not a fault
+                # the server had closed the idle connection: not a fault
+                connection.request(method, target, headers=headers)
                 return connection, connection.getresponse()
         except BaseException as error:
             connection.close()
@@ -223,7 +235,8 @@ def _left(deadline: float) -> float:
 
 
 def _connect(url: str) -> _Connection:
-    """A connection for `url`, through the proxy of the environment (http_proxy, https_proxy, no_proxy) where there is one."""
+    """A connection for `url`, through the proxy of the environment (http_proxy, https_proxy, no_proxy) where there
+    is one."""
     parts = urllib.parse.urlsplit(url)
     try:
         host, port = parts.hostname or "", parts.port
@@ -274,7 +287,9 @@ def _stamp(answer: http.client.HTTPResponse) -> str:
 
 def _check_range(url: str, answer: http.client.HTTPResponse, offset: int, size: int, file_size: int) -> None:
     if (coding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-        raise DataError(f"shard {url}: the server sends the range with Content-Encoding {coding!r}; serve tars as they are")
+        raise DataError(
+            f"shard {url}: the server sends the range with Content-Encoding {coding!r}; serve tars as they are"
+        )
     given = answer.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.fullmatch(given.strip())
     if match is None or (int(match[1]), int(match[2])) != (offset, offset + size - 1):

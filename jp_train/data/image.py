@@ -1,8 +1,8 @@
 """Pictures as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
 
-Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on white; grey,
-palette, CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard deviation 0.5 are the
-model's business.
+Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on
+white; grey, palette, CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard
+deviation 0.5 are the model's business.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ MIN_SIDE = 14
 """The understanding path's short side is at least this many pixels."""
 
 TRANSFORM_VERSION = 1
-"""Raise it when the generation path gives other pixels for any picture: VQ ids that were stored before are then refused."""
+"""Raise it when the generation path gives other pixels for any picture: VQ ids that were stored before are then
+refused."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _MAGICS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
@@ -37,7 +38,8 @@ _SCANS = 16
 _JPEG = ("JPEG", "MPO")
 _DIVISORS = (8, 4, 2)
 _SPARE = 2
-"""What scaled decoding leaves of a side is at least this many times what the resize makes of it: the bicubic filter then decides the pixels."""
+"""What scaled decoding leaves of a side is at least this many times what the resize makes of it: the bicubic filter
+then decides the pixels."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,8 +52,8 @@ _UPRIGHT = {
 }
 _DEFAULT_MAX_PIXELS = 100_000_000
 
-# Our own limit is checked before decoding. A filter set for the process, because changing filters around each picture is not safe in
-# threads; Pillow's remarks on odd but readable files would only fill the logs of the workers.
+# Our own limit is checked before decoding. A filter set for the process, because changing filters around each picture
+# is not safe in threads; Pillow's remarks on odd but readable files would only fill the logs of the workers.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 
@@ -59,8 +61,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 def decode_rgb(
     data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS, *, enough: Callable[[tuple[int, int]], bool] | None = None
 ) -> Image.Image:
-    """A picture file as an upright RGB image. With `enough`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, where that divides both sides
-    and is `enough` (width, height).
+    """A picture file as an upright RGB image. With `enough`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, where that
+    divides both sides and is `enough` (width, height).
 
     Raises:
         SkipSample: when it cannot be decoded whole, is not JPEG, PNG or WebP, or has more than `max_pixels` pixels.
@@ -86,13 +88,17 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
     except (SkipSample, DataError):
         raise
     except Image.DecompressionBombError as error:
-        raise SkipSample(f"{error}; data.max_image_pixels is {max_pixels}: refused before decoding", "picture_too_large") from None
+        raise SkipSample(
+            f"{error}; data.max_image_pixels is {max_pixels}: refused before decoding", "picture_too_large"
+        ) from None
     except MemoryError as error:
         if pixels:
             raise DataError(
                 f"out of memory while decoding a picture of {pixels} pixels; lower data.workers, data.prefetch_rows or data.max_image_pixels"
             ) from error
-        raise SkipSample(f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable") from None
+        raise SkipSample(
+            f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable"
+        ) from None
     except Exception as error:  # decoders raise many kinds on broken bytes: OSError, SyntaxError, struct.error, ...
         said = f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {_ADDRESS.sub('', str(error)[:200])}"
         if isinstance(error, UnidentifiedImageError) and not data.startswith(_MAGICS):
@@ -101,7 +107,8 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
 
 
 def _scale(image: Image.Image, enough: Callable[[tuple[int, int]], bool]) -> None:
-    """Have the decoder make a smaller picture of an opened JPEG. Only whole divisors, so that no pixel shifts by a part of one."""
+    """Have the decoder make a smaller picture of an opened JPEG. Only whole divisors, so that no pixel shifts by a
+    part of one."""
     for divisor in _DIVISORS:
         size = (image.width // divisor, image.height // divisor)
         if (size[0] * divisor, size[1] * divisor) == image.size and enough(size):
@@ -110,15 +117,16 @@ def _scale(image: Image.Image, enough: Callable[[tuple[int, int]], bool]) -> Non
 
 
 def check_header(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> None:
-    """Raises SkipSample for a picture file whose header alone shows that it cannot be used; its pixels are not decoded."""
+    """Raises SkipSample for a picture file whose header alone shows that it cannot be used; its pixels are not
+    decoded."""
     _opened(data, max_pixels, lambda image: None)
 
 
 def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
     """The pixels of a picture file that is opened and not yet decoded.
 
-    Raises SkipSample when decoding it would take more than `max_pixels` allow: in memory, or in time (a progressive JPEG may pass over
-    its pixels thousands of times).
+    Raises SkipSample when decoding it would take more than `max_pixels` allow: in memory, or in time (a progressive
+    JPEG may pass over its pixels thousands of times).
     """
     pixels = image.width * image.height
     if pixels > max_pixels:
@@ -146,8 +154,8 @@ def load_understanding_image(
 
 
 def understanding_transform(image: Image.Image, size: int) -> np.ndarray:
-    """The understanding path for a decoded RGB image, as the released processor computes it: int(side / long * size), not
-    rounded."""
+    """The understanding path for a decoded RGB image, as the released processor computes it: int(side / long *
+    size), not rounded."""
     longest = max(image.size)
     width, height = (max(int(side / longest * size), MIN_SIDE) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -167,8 +175,8 @@ def load_generation_image(
     max_pixels: int = _DEFAULT_MAX_PIXELS,
     decode: ImageDecode = ImageDecode.exact,
 ) -> np.ndarray:
-    """uint8 [3, size, size]: short side resized to `size`, the long side cropped; `uniform` in [0, 1) places a random crop.
-    Raises SkipSample."""
+    """uint8 [3, size, size]: short side resized to `size`, the long side cropped; `uniform` in [0, 1) places a
+    random crop. Raises SkipSample."""
     enough = None if decode is ImageDecode.exact else lambda sides: min(sides) >= _SPARE * size
     return generation_transform(decode_rgb(data, max_pixels, enough=enough), size, crop, uniform, max_pixels)
 
@@ -176,8 +184,8 @@ def load_generation_image(
 def generation_transform(
     image: Image.Image, size: int, crop: Crop = Crop.centre, uniform: float = 0.5, max_pixels: int = _DEFAULT_MAX_PIXELS
 ) -> np.ndarray:
-    """The generation path for a decoded RGB image. The whole image is resized, then cropped, so that no size shifts by part of a
-    pixel."""
+    """The generation path for a decoded RGB image. The whole image is resized, then cropped, so that no size shifts
+    by part of a pixel."""
     shortest = min(image.size)
     width, height = (int(side * size / shortest) for side in image.size)
     if width * height > max_pixels:
@@ -196,7 +204,8 @@ def generation_transform(
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation wants it. EXIF that cannot be read turns nothing: the pixels are whole all the same."""
+    """The picture as its EXIF orientation wants it. EXIF that cannot be read turns nothing: the pixels are whole all
+    the same."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
     except Exception:  # as many kinds as there are ways to break a header

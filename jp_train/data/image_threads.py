@@ -1,4 +1,5 @@
-"""The pictures of a row in a few threads of the process that builds it. PIL lets others run while it decodes and resizes."""
+"""The pictures of a row in a few threads of the process that builds it. PIL lets others run while it decodes and
+resizes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ Result = TypeVar("Result")
 
 
 class ImageThreads:
-    """Maps in `threads` threads (`data.image_threads`); with 1, in the caller's, one item after another as results are asked for.
+    """Maps in `threads` threads (`data.image_threads`); with 1, in the caller's, one item after another as results are
+    asked for.
 
     The threads start with the first work, so that an object may be made before its process forks, and end with `close`.
     """
@@ -21,8 +23,8 @@ class ImageThreads:
         self._pool: ThreadPoolExecutor | None = None
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results in the order of the items, whichever is done first. An exception of `work` comes in its item's place, and what has not
-        begun by then never does."""
+        """The results in the order of the items, whichever is done first. An exception of `work` comes in its item's
+        place, and what has not begun by then never does."""
         if self._threads == 1:
             return map(work, items)
         if self._pool is None:

@@ -1,7 +1,9 @@
 """The index of the sources: where every field of every sample lies, and how many tokens the sample has.
 
-It is kept in sidecars beside the shards (sidecar.py) and built, in parallel processes, where they are missing or stale. Pictures
-are not decoded here: an undecodable one is found when it is used, or beforehand by `data verify`, whose exclusions are left out.
+It is kept in sidecars beside the shards (sidecar.py) and built, in parallel processes, where they are missing or stale.
+Pictures
+are not decoded here: an undecodable one is found when it is used, or beforehand by `data verify`, whose exclusions are
+left out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from jp_train.data.processes import end_with_trainer, kill_workers, signals_defe
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import parse_sample
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
-from jp_train.data.sidecar import FORMAT, ShardTokens, has_members, load_members, load_tokens, store_members, store_tokens
+from jp_train.data.sidecar import (
+    FORMAT,
+    ShardTokens,
+    has_members,
+    load_members,
+    load_tokens,
+    store_members,
+    store_tokens,
+)
 from jp_train.data.token_ids import RecordSpool
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import DataError, SkipSample
@@ -44,8 +54,8 @@ class BadSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexProgress:
-    """What a progress callback gets, before the first shard and after each: counts of shards, samples and bytes done, of all that were stale.
-    `without_ids` of these shards lack nothing but token ids."""
+    """What a progress callback gets, before the first shard and after each: counts of shards, samples and bytes
+    done, of all that were stale. `without_ids` of these shards lack nothing but token ids."""
 
     shards_done: int
     shards: int
@@ -64,7 +74,8 @@ class IndexProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceLocator:
-    """What a loader worker needs to find the samples of a source: no per-sample array, so it is cheap to send to a process."""
+    """What a loader worker needs to find the samples of a source: no per-sample array, so it is cheap to send to a
+    process."""
 
     name: str
     kind: Kind
@@ -83,7 +94,8 @@ class SourceLocator:
     """Whether the token ids in the shards' sidecars stand for the texts."""
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Shard number, and number among the shard's usable samples. Raises DataError when the source has no such sample."""
+        """Shard number, and number among the shard's usable samples. Raises DataError when the source has no such
+        sample."""
         if not 0 <= sample < self.samples_before[-1]:
             raise DataError(
                 f"source {self.name!r} has {int(self.samples_before[-1])} samples, the plan asks for number {sample}: another index"
@@ -94,8 +106,8 @@ class SourceLocator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceIndex:
-    """The index of one source, over its shards in order: token counts int32 [N] of its N usable samples, and the bad ones; `ids_bytes` is the
-    size of the stored token ids, 0 where they are not used."""
+    """The index of one source, over its shards in order: token counts int32 [N] of its N usable samples, and the bad
+    ones; `ids_bytes` is the size of the stored token ids, 0 where they are not used."""
 
     locator: SourceLocator
     tokens: np.ndarray
@@ -172,10 +184,13 @@ def index_shard(
     crop: Crop,
     with_ids: bool = True,
 ) -> ShardTokens:
-    """Build and write both sidecars of one shard; returns the tokens one. Raises DataError for a corrupt tar or failed reads."""
+    """Build and write both sidecars of one shard; returns the tokens one. Raises DataError for a corrupt tar or
+    failed reads."""
     members = shard_members(shard, reader)
     with RecordSpool() if with_ids else nullcontext() as records:
-        tokens = _tokens_of(shard, members, name, source, encoder, reader, crop, None if records is None else records.add)
+        tokens = _tokens_of(
+            shard, members, name, source, encoder, reader, crop, None if records is None else records.add
+        )
         tokens = tokens if records is None else replace(tokens, ids_bytes=records.size)
         store_tokens(shard, fingerprint, tokens, records)
     return tokens
@@ -204,7 +219,9 @@ def _tokens_of(
             continue
         try:
             raw = read_fields(shard, members, number, kind, crop, reader, name, pictures=False)
-            sample = parse_sample(raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
+            sample = parse_sample(
+                raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
+            )
             texts = encoder.texts(sample)
             count = encoder.token_counts(sample, texts)
         except SkipSample as reason:
@@ -228,7 +245,8 @@ def _tokens_of(
 
 
 def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
-    """The members of a shard from its sidecar, which is written where it is missing. Raises DataError for a corrupt tar."""
+    """The members of a shard from its sidecar, which is written where it is missing. Raises DataError for a corrupt
+    tar."""
     members = load_members(shard)
     if members is None:
         members = scan_members(shard, reader)
@@ -266,7 +284,12 @@ def _build(
     def tell() -> None:
         if progress is not None and tasks:
             at = IndexProgress(
-                shards_done=done, shards=len(tasks), samples=samples, bytes_done=bytes_done, bytes=total, without_ids=without_ids
+                shards_done=done,
+                shards=len(tasks),
+                samples=samples,
+                bytes_done=bytes_done,
+                bytes=total,
+                without_ids=without_ids,
             )
             progress(at)
 
@@ -282,7 +305,10 @@ def _build(
         return
     with signals_deferred():
         pool = ProcessPoolExecutor(
-            min(processes, len(tasks)), mp_context=worker_context(), initializer=_start_worker, initargs=(cfg, tokenizer)
+            min(processes, len(tasks)),
+            mp_context=worker_context(),
+            initializer=_start_worker,
+            initargs=(cfg, tokenizer),
         )
         pending = {pool.submit(_run_in_worker, task): task for task in sorted(tasks, key=lambda task: -task.shard.size)}
     try:
@@ -349,7 +375,10 @@ def _assemble(
                 f"source {name!r}: the index of {shard.path} vanished while it was read, or the shard is being rewritten; start again"
             )
         parts.append(part)
-        bad += [BadSample(info=SourceInfo(source=name, shard=shard.path, key=key), reason=reason) for key, reason in part.bad]
+        bad += [
+            BadSample(info=SourceInfo(source=name, shard=shard.path, key=key), reason=reason)
+            for key, reason in part.bad
+        ]
     lengths = [len(part) for part in parts]
     if not sum(lengths):
         examples = "; ".join(f"{sample.info.key}: {sample.reason}" for sample in bad[:_NAMED_BAD])

@@ -1,18 +1,21 @@
-"""A sample -> the parts of its document, for every layout of the specification's table (section 3), before tokenisation.
+"""A sample -> the parts of its document, for every layout of the specification's table (section 3), before
+tokenisation.
 
     text, stages 1 and 2     BOS text EOS                                                   all text and EOS supervised
     text, stage 3            BOS <|User|>: question \\n\\n<|Assistant|>: answer EOS ...          answers and their EOS
     understanding, stage 1   BOS boi [S] eoi caption EOS                                    the text and EOS
-    understanding, stage 2   BOS boi [S] eoi question " " answer EOS                        the same (mask_question: answers and EOS)
+    understanding, stage 2   BOS boi [S] eoi question " " answer EOS                        the same (mask_question:
+        answers and EOS)
     understanding, stage 3   BOS system \\n\\n<|User|>: boi [S] eoi \\n question \\n\\n<|Assistant|>: answer EOS ...
                                                                                             answers and their EOS
     generation, stages 1, 2  BOS caption boi [S] eoi EOS                                    the S image tokens
     generation, stage 3      BOS <|User|>: caption \\n\\n<|Assistant|>: boi [S] eoi EOS         the S image tokens
 
-Decisions where the paper is silent: an answer begins with one space (it is what the prompt `<|Assistant|>:` leads to at inference);
-a caption without a question is asked `data.caption_question` from stage 2 on; further turns of a stage 1 or 2 dialogue start on a
-new line; a dialogue of a text source is plain lines in stages 1 and 2; plain text in stage 3 is laid out and supervised as in
-stage 2. All tokens stay in the input, the last one too, so a document is as long as the layout's row in the table.
+Decisions where the paper is silent: an answer begins with one space (it is what the prompt `<|Assistant|>:` leads to at
+inference); a caption without a question is asked `data.caption_question` from stage 2 on; further turns of a stage 1 or
+2 dialogue start on a new line; a dialogue of a text source is plain lines in stages 1 and 2; plain text in stage 3 is
+laid out and supervised as in stage 2. All tokens stay in the input, the last one too, so a document is as long as the
+layout's row in the table.
 """
 
 from __future__ import annotations
@@ -28,19 +31,21 @@ from jp_train.data.tokenizer import Tokenizer
 from jp_train.types import GenerationSample, SpecialTokens, TextSample, Turn, UnderstandingSample
 
 READ, LEARN, ASK, PAD = 0, 1, 2, 3
-"""What a part is: input only; supervised by the text head; a question, which is either; input of which only the number of tokens is kept, as
-pads."""
+"""What a part is: input only; supervised by the text head; a question, which is either; input of which only the
+number of tokens is kept, as pads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageBlock:
-    """boi, the slots of a picture, and (understanding) eoi, as one part of a document: `ids` int32; the first slot is its second."""
+    """boi, the slots of a picture, and (understanding) eoi, as one part of a document: `ids` int32; the first slot
+    is its second."""
 
     ids: np.ndarray
 
 
 Part = tuple[str | int | ImageBlock | np.ndarray, int]
-"""A text, a special id, a picture's tokens or ids that are known, and the role. Each text is tokenised by itself; none is empty."""
+"""A text, a special id, a picture's tokens or ids that are known, and the role. Each text is tokenised by itself;
+none is empty."""
 
 
 class Layouts:
@@ -55,7 +60,9 @@ class Layouts:
         slots = [special.image_placeholder] * image_slots
         self.understanding_block = ImageBlock(np.array([special.boi, *slots, special.eoi], np.int32))
         self._generation_block = ImageBlock(np.array([special.boi, *slots], np.int32))
-        end = {ImageEnd.eoi_eos: [special.eoi, special.eos], ImageEnd.eoi: [special.eoi], ImageEnd.none: []}[cfg.data.image_end]
+        end = {ImageEnd.eoi_eos: [special.eoi, special.eos], ImageEnd.eoi: [special.eoi], ImageEnd.none: []}[
+            cfg.data.image_end
+        ]
         after = LEARN if cfg.data.supervise_eoi else READ
         self._image_end: list[Part] = [(token, after) for token in end]
 

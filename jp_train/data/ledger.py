@@ -1,7 +1,7 @@
 """The ledger of bad samples: every document that was skipped is named in `ledger.jsonl`, and bounded by a budget.
 
-Past the budget, or after too many bad samples of one source on end, the run stops with the cause instead of training on what is
-left.
+Past the budget, or after too many bad samples of one source on end, the run stops with the cause instead of training on
+what is left.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Ledger:
     def record(self, skipped: Sequence[SkippedDocument], used_per_source: Mapping[str, int], step: int) -> None:
         """Take in one step: append its skipped documents, add the used ones, then check the limits.
 
-        The consecutive limit counts in whole steps: a step in which a source gave any good document starts its count anew.
+        The consecutive limit counts in whole steps: a step in which a source gave any good document starts its count
+        anew.
 
         Raises:
             DataError: when a source is past `data.skip_budget` (and `data.skip_minimum`) or `data.skip_consecutive`.
@@ -73,7 +74,8 @@ class Ledger:
             self._check(name, bad, step)
 
     def record_index(self, indexes: Sequence[SourceIndex]) -> int:
-        """Name the samples that the indexes leave out, each once however often the run starts. Returns how many there are.
+        """Name the samples that the indexes leave out, each once however often the run starts. Returns how many there
+        are.
 
         They are not part of the plan, so they do not count against the budget.
         """
@@ -94,8 +96,8 @@ class Ledger:
         return len(bad)
 
     def record_held_out(self, indexes: Sequence[SourceIndex], skipped: Sequence[SkippedDocument]) -> int:
-        """Name what held-out sources lack, each once however often the run starts: what their indexes leave out, and documents that
-        could not be used, as source `validation/NAME`. Returns how many documents `skipped` holds.
+        """Name what held-out sources lack, each once however often the run starts: what their indexes leave out, and
+        documents that could not be used, as source `validation/NAME`. Returns how many documents `skipped` holds.
 
         They take nothing from training, so they count against no budget.
         """
@@ -103,7 +105,10 @@ class Ledger:
         entries += [(bad.info, bad.reason) for bad in skipped]
         if entries and self._write:
             known = self._named_at_index()
-            told = [{"step": None, "source": f"validation/{i.source}", "shard": i.shard, "key": i.key, "reason": r} for i, r in entries]
+            told = [
+                {"step": None, "source": f"validation/{i.source}", "shard": i.shard, "key": i.key, "reason": r}
+                for i, r in entries
+            ]
             self._append(one for one in told if (one["source"], one["shard"], one["key"]) not in known)
         return len(skipped)
 
@@ -124,7 +129,9 @@ class Ledger:
     def _check(self, name: str, bad: SkippedDocument, step: int) -> None:
         skipped, used = self._skipped[name], self._used.get(name, 0)
         allowed = max(self._data.skip_minimum, self._data.skip_budget * (used + skipped))
-        example = f"the last one: shard {bad.info.shard}, key {bad.info.key!r}: {bad.reason}. All are named in {self._path}"
+        example = (
+            f"the last one: shard {bad.info.shard}, key {bad.info.key!r}: {bad.reason}. All are named in {self._path}"
+        )
         if skipped > allowed:
             raise DataError(
                 f"source {name!r}: {skipped} bad samples of {used + skipped} by step {step} exceed the budget of {allowed:g} "
@@ -153,7 +160,8 @@ class Ledger:
         if not self._path.exists():
             return set()
         named = set()
-        for line in self._path.read_bytes().split(b"\n"):  # not splitlines: a key may hold U+2028, which it would split at
+        # not splitlines: a key may hold U+2028, which it would split at
+        for line in self._path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
             except ValueError:

@@ -1,9 +1,9 @@
 """The step loader: the plan is the sampler of an ordinary torch DataLoader whose workers are stateless.
 
-The sampler runs in the trainer's process and hands out RowSpecs, so the order of the data knows nothing of ranks or workers: rank
-k of W builds rows [kR/W, (k+1)R/W) of each step, with any number of worker processes. The plan runs ahead of training by the
-prefetch; each step therefore carries the plan's state as it was right after that step, which is what a checkpoint of the step must
-store.
+The sampler runs in the trainer's process and hands out RowSpecs, so the order of the data knows nothing of ranks or
+workers: rank k of W builds rows [kR/W, (k+1)R/W) of each step, with any number of worker processes. The plan runs ahead
+of training by the prefetch; each step therefore carries the plan's state as it was right after that step, which is what
+a checkpoint of the step must store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from jp_train.types import KINDS, DocumentRef, Kind, PackedBatch, Provenance, Ro
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatches:
-    """One optimizer step of one rank: its micro-batches in order, and the plan's state after the step (JSON-able, kilobytes)."""
+    """One optimizer step of one rank: its micro-batches in order, and the plan's state after the step (JSON-able,
+    kilobytes)."""
 
     step: int
     micro_batches: list[PackedBatch]
@@ -104,7 +105,8 @@ def _plan_source(cfg: RunConfig, index: SourceIndex, encoder: Encoder) -> PlanSo
 
 
 class StepLoader:
-    """Iterates over the steps of one rank, endlessly, from the plan's current step. Close it when done (or use it as a context).
+    """Iterates over the steps of one rank, endlessly, from the plan's current step. Close it when done (or use it as a
+    context).
 
     The plan belongs to the loader from now on: it runs ahead. `cfg.data.workers` = 0 builds rows in this process.
 
@@ -191,10 +193,12 @@ class StepLoader:
         self._builder.close()
 
     def awaited(self) -> dict[str, Any]:
-        """The row that is waited for, for somebody who looks from another thread: {"row", "step" (from 1), "document" (its first), "workers": [{"pid",
-        "state"}]}. Finding the document's name may read an index file."""
+        """The row that is waited for, for somebody who looks from another thread: {"row", "step" (from 1),
+        "document" (its first), "workers": [{"pid", "state"}]}. Finding the document's name may read an index file."""
         workers = [process.pid for process in getattr(self._iterator, "_workers", ())]
-        found: dict[str, Any] = {"workers": [{"pid": pid, "state": process_state(pid)} for pid in workers if pid is not None]}
+        found: dict[str, Any] = {
+            "workers": [{"pid": pid, "state": process_state(pid)} for pid in workers if pid is not None]
+        }
         spec = next(iter(self._sampler.handed_out), None)
         if spec is not None:
             first = self._builder.describe(spec.documents[0]) if spec.documents else "none"
@@ -206,10 +210,15 @@ class StepLoader:
         waiting = self._sampler.handed_out
         try:
             result = next(self._iterator)
-        except (RuntimeError, OSError, EOFError) as error:  # how torch reports a dead worker, or pictures that died with it
+        except (RuntimeError, OSError, EOFError) as error:
+            # how torch reports a dead worker, or pictures that died with it
             spec = waiting[0] if waiting else None
             where = f"row {spec.row} of step {spec.step}" if spec is not None else f"a row of step {self._step}"
-            first = f", whose first document is {self._builder.describe(spec.documents[0])}" if spec is not None and spec.documents else ""
+            first = (
+                f", whose first document is {self._builder.describe(spec.documents[0])}"
+                if spec is not None and spec.documents
+                else ""
+            )
             raise DataError(
                 f"a loader worker died while {where} was awaited{first}: {error}. Out of memory? Lower data.workers or "
                 "data.prefetch_rows; data.workers=0 shows a fault in the open"
@@ -222,15 +231,17 @@ class StepLoader:
 
 
 def picture_bytes_ahead(cfg: RunConfig) -> int:
-    """The most that the pictures of finished rows can take in one rank, in bytes: `prefetch_rows` rows a worker wait to be taken, and each
-    worker may have one more at hand. A row holds at most seq_len / S pictures of 3 x H x W bytes (S image slots each)."""
+    """The most that the pictures of finished rows can take in one rank, in bytes: `prefetch_rows` rows a worker wait
+    to be taken, and each worker may have one more at hand. A row holds at most seq_len / S pictures of 3 x H x W
+    bytes (S image slots each)."""
     size = cfg.model.vision.image_size
     slots = (size // cfg.model.vision.patch_size) ** 2
     return cfg.data.workers * (cfg.data.prefetch_rows + 1) * (cfg.data.seq_len // slots) * 3 * size * size
 
 
 def _fits_shared_memory(bytes_needed: int) -> bool:
-    """Whether /dev/shm has room. Writing past it would kill the process with SIGBUS, so the pictures of rows go through pipes then."""
+    """Whether /dev/shm has room. Writing past it would kill the process with SIGBUS, so the pictures of rows go
+    through pipes then."""
     try:
         found = os.statvfs("/dev/shm")
     except OSError:
@@ -246,8 +257,8 @@ def _fits_shared_memory(bytes_needed: int) -> bool:
 
 
 class _PlanSampler:
-    """Yields this rank's RowSpecs step by step; `states` gets (step, plan state after it), `handed_out` the specs not yet
-    returned."""
+    """Yields this rank's RowSpecs step by step; `states` gets (step, plan state after it), `handed_out` the specs
+    not yet returned."""
 
     def __init__(self, plan: Plan, first: int, last: int) -> None:
         self._plan, self._first, self._last = plan, first, last
@@ -295,9 +306,11 @@ def _unchanged(row: Row | _Failure) -> Row | _Failure:
 
 
 def rows_hash(rows: Iterable[PackedBatch | Row | Sequence[Provenance]]) -> str:
-    """Hex digest over (source, shard file name, key, start, length) of every document, row by row: equal data, equal digest.
+    """Hex digest over (source, shard file name, key, start, length) of every document, row by row: equal data, equal
+    digest.
 
-    Takes batches, rows, or the provenance of rows; an empty row counts too. How rows are spread over batches does not matter.
+    Takes batches, rows, or the provenance of rows; an empty row counts too. How rows are spread over batches does not
+    matter.
     """
     digest = hashlib.sha256()
     for item in rows:
@@ -316,13 +329,19 @@ def _provenance_rows(item: PackedBatch | Row | Sequence[Provenance]) -> Iterable
 
 
 def validation_batches(
-    cfg: RunConfig, tokenizer: Tokenizer, source_name: str, dp_rank: int, dp_world_size: int, recipe: IdsRecipe | None = None
+    cfg: RunConfig,
+    tokenizer: Tokenizer,
+    source_name: str,
+    dp_rank: int,
+    dp_world_size: int,
+    recipe: IdsRecipe | None = None,
 ) -> list[PackedBatch]:
     """Held-out documents of one `cfg.validation.sources` entry, packed in order: this rank's batches.
 
-    The first `cfg.validation.documents` documents, without random choices, fill rows one after another. Every rank gets the same
-    number of batches; the last ones may hold empty rows. `document_sources` counts within `cfg.validation.sources`. With `recipe`,
-    that of the run's VQ, stored VQ ids are used as `data.vq_ids` says; without, pictures are.
+    The first `cfg.validation.documents` documents, without random choices, fill rows one after another. Every rank gets
+    the same number of batches; the last ones may hold empty rows. `document_sources` counts within
+    `cfg.validation.sources`. With `recipe`, that of the run's VQ, stored VQ ids are used as `data.vq_ids` says;
+    without, pictures are.
 
     Raises:
         ConfigError: for an unknown source name.
@@ -330,7 +349,9 @@ def validation_batches(
     """
     sources = cfg.validation.sources
     if source_name not in sources:
-        raise ConfigError(f"validation source {source_name!r} is unknown; validation.sources has {', '.join(sources) or 'none'}")
+        raise ConfigError(
+            f"validation source {source_name!r} is unknown; validation.sources has {', '.join(sources) or 'none'}"
+        )
     (index,) = index_sources(cfg, tokenizer, sources={source_name: sources[source_name]})
     if recipe is not None:
         (index,) = use_stored_ids(cfg.data, [index], recipe)
@@ -357,5 +378,7 @@ def _validation_rows(cfg: RunConfig, index: SourceIndex) -> list[RowSpec]:
             rows.append([])
             room = seq_len
         room -= length
-        rows[-1].append(DocumentRef(source=0, epoch=0, sample=sample, start=0, length=length, truncated=tokens - length))
+        rows[-1].append(
+            DocumentRef(source=0, epoch=0, sample=sample, start=0, length=length, truncated=tokens - length)
+        )
     return [RowSpec(step=0, row=row, documents=tuple(documents)) for row, documents in enumerate(rows)]

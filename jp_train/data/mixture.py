@@ -1,12 +1,14 @@
 """The ratio schedule: which source the next document comes from, so that every step holds the recipe's mixture.
 
-Two levels. A kind (understanding, text, generation) has a share; within a kind each source active at the step has a weight. In both,
-the next document goes to whoever is furthest behind: the largest deficit, in exact integers. Every document pays for what it
-will put into rows (1 document, or its tokens: `ratio_unit`), so the documents placed in rows plus the few in the packer's pool are
-always within one document per kind of the exact shares. `mix: sampled` draws instead, as the baseline that most trainers use.
+Two levels. A kind (understanding, text, generation) has a share; within a kind each source active at the step has a
+weight. In both,
+the next document goes to whoever is furthest behind: the largest deficit, in exact integers. Every document pays for
+what it will put into rows (1 document, or its tokens: `ratio_unit`), so the documents placed in rows plus the few in
+the packer's pool are always within one document per kind of the exact shares. `mix: sampled` draws instead, as the
+baseline that most trainers use.
 
-A recipe's step ranges cut the run into phases. Deficits between sources of one kind start from zero in each phase: a source that joins
-at step 120000 is not owed the documents of the steps before.
+A recipe's step ranges cut the run into phases. Deficits between sources of one kind start from zero in each phase: a
+source that joins at step 120000 is not owed the documents of the steps before.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class MixtureSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of steps with one set of active sources: `members[k]` are the indices of kind k's sources, `weights[k]` integers in
-    the proportions of their weights. Kinds without a share have no members."""
+    """A stretch of steps with one set of active sources: `members[k]` are the indices of kind k's sources,
+    `weights[k]` integers in the proportions of their weights. Kinds without a share have no members."""
 
     from_step: int
     members: tuple[tuple[int, ...], ...]
@@ -68,24 +70,32 @@ def integer_proportions(values: Iterable[float]) -> tuple[int, ...]:
 class Mixture:
     """A validated recipe: the shares of the kinds, and who is active when. Immutable; schedules are made from it.
 
-    `shares`: integers in KINDS order. `phases`: ordered by `from_step`, the first at 0. `unused`: names of the sources that can never
-    be drawn, with the reason, for the caller to report.
+    `shares`: integers in KINDS order. `phases`: ordered by `from_step`, the first at 0. `unused`: names of the sources
+    that can never be drawn, with the reason, for the caller to report.
 
     Raises:
-        ConfigError: if a share or weight is negative, all shares are zero, or a kind with a share has no source at some step before
-            `training_steps` (None: at any step).
+        ConfigError: if a share or weight is negative, all shares are zero, or a kind with a share has no source at some
+            step before `training_steps` (None: at any step).
     """
 
-    def __init__(self, sources: Sequence[MixtureSource], shares: Sequence[float], training_steps: int | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[MixtureSource], shares: Sequence[float], training_steps: int | None = None
+    ) -> None:
         try:
             self.shares = integer_proportions(shares)
         except ValueError as error:
-            raise ConfigError(f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}") from error
+            raise ConfigError(
+                f"stage.mixture must be finite numbers >= 0 in the order {_names(KINDS)}, got {tuple(shares)}"
+            ) from error
         if len(self.shares) != len(KINDS) or not any(self.shares):
-            raise ConfigError(f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained")
+            raise ConfigError(
+                f"stage.mixture needs a share > 0 among {_names(KINDS)}, got {tuple(shares)}: nothing would be trained"
+            )
         for source in sources:
             if not 0 <= source.weight < float("inf"):
-                raise ConfigError(f"data.sources.{source.name}.weight must be a finite number >= 0, got {source.weight}")
+                raise ConfigError(
+                    f"data.sources.{source.name}.weight must be a finite number >= 0, got {source.weight}"
+                )
             if source.from_step < 0 or (source.to_step is not None and source.to_step <= source.from_step):
                 raise ConfigError(
                     f"data.sources.{source.name} is active from step {source.from_step} to {source.to_step}: never. "
@@ -113,7 +123,11 @@ class Mixture:
         for step in sorted(edges):
             members, weights = [], []
             for kind in KINDS:
-                active = [(index, source.weight) for index, source in drawable if source.kind == kind and _active(source, step)]
+                active = [
+                    (index, source.weight)
+                    for index, source in drawable
+                    if source.kind == kind and _active(source, step)
+                ]
                 members.append(tuple(index for index, _ in active))
                 weights.append(integer_proportions(weight for _, weight in active) if active else ())
             phases.append(Phase(step, tuple(members), tuple(weights)))
@@ -124,7 +138,11 @@ class Mixture:
         phase, sources = self.phases[number], self._sources
         for kind, share, members in zip(KINDS, self.shares, phase.members, strict=True):
             if share and not members:
-                others = [f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})" for s in sources if s.kind == kind and s.weight > 0]
+                others = [
+                    f"{s.name} (steps {s.from_step} to {s.to_step or 'the end'})"
+                    for s in sources
+                    if s.kind == kind and s.weight > 0
+                ]
                 raise ConfigError(
                     f"stage.mixture gives {kind} a share of {share}/{sum(self.shares)}, but no source of that kind is active at step "
                     f"{phase.from_step}; sources of kind {kind}: {', '.join(others) or 'none'}. Add a source with `kind: {kind}` to "
@@ -147,10 +165,11 @@ def _names(kinds: Iterable[Kind]) -> str:
 class CarrySchedule:
     """Even dealing: the next document is of the kind, and from the source within it, with the largest deficit.
 
-    A deficit is share x (all documents dealt) - (its own), times the sum of shares so that it stays an integer; documents are counted
-    by what they cost. What is dealt is either in a row or in the pool, so rows are charged what they hold and the pool what it will put there.
-    Where every document counts 1, the turns do not depend on lengths, and recipes repeat themselves soon: turns are made in blocks and
-    remembered by the deficits that they start from. That is for speed only.
+    A deficit is share x (all documents dealt) - (its own), times the sum of shares so that it stays an integer;
+    documents are counted by what they cost. What is dealt is either in a row or in the pool, so rows are charged what
+    they hold and the pool what it will put there.
+    Where every document counts 1, the turns do not depend on lengths, and recipes repeat themselves soon: turns are
+    made in blocks and remembered by the deficits that they start from. That is for speed only.
     """
 
     _BLOCK = 64
@@ -178,7 +197,8 @@ class CarrySchedule:
         self._set(kinds, [(0,) * len(members) for members in self._phase.members])
 
     def deal(self, count: int, costs: Mapping[int, Callable[[], int]] | None = None) -> list[int]:
-        """The sources of the next `count` documents. `costs[source]()`: what the source's next document counts (None: every one counts 1)."""
+        """The sources of the next `count` documents. `costs[source]()`: what the source's next document counts
+        (None: every one counts 1)."""
         dealt: list[int] = []
         if costs is None:
             while len(dealt) < count:
@@ -228,7 +248,10 @@ class CarrySchedule:
     def refund(self, kind: int, amount: int) -> None:
         """Take back the charge of a document that was dealt and will never be placed."""
         kinds, sources = self._now()
-        self._set(_owed(kinds, self._mixture.shares, [-amount if index == kind else 0 for index in range(len(KINDS))]), sources)
+        self._set(
+            _owed(kinds, self._mixture.shares, [-amount if index == kind else 0 for index in range(len(KINDS))]),
+            sources,
+        )
 
     def state(self) -> list[Any]:
         """The deficits: one integer per kind, one per active source."""
@@ -243,18 +266,24 @@ class CarrySchedule:
 def _owed(deficits: Sequence[int], weights: Sequence[int], had: Sequence[int]) -> tuple[int, ...]:
     """The deficits of those who share by `weights`, after each has had that much more."""
     total, given = sum(weights), sum(had)
-    return tuple(deficit + weight * given - total * own for deficit, weight, own in zip(deficits, weights, had, strict=True))
+    return tuple(
+        deficit + weight * given - total * own for deficit, weight, own in zip(deficits, weights, had, strict=True)
+    )
 
 
 class _Turns:
     """The rule of even dealing itself, on deficits that it owns."""
 
-    def __init__(self, shares: Sequence[int], phase: Phase, kinds: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, shares: Sequence[int], phase: Phase, kinds: Sequence[int], sources: Sequence[Sequence[int]]
+    ) -> None:
         self._shares, self._phase = shares, phase
         self._kinds, self._sources = list(kinds), [list(within) for within in sources]
         self._dealt = [kind for kind, share in enumerate(shares) if share]
         self._levels = [(self._kinds, shares, sum(shares))]
-        self._levels += [(within, weights, sum(weights)) for within, weights in zip(self._sources, phase.weights, strict=True)]
+        self._levels += [
+            (within, weights, sum(weights)) for within, weights in zip(self._sources, phase.weights, strict=True)
+        ]
 
     def deficits(self) -> Deficits:
         return tuple(self._kinds), tuple(tuple(within) for within in self._sources)
@@ -286,7 +315,8 @@ class _Turns:
 
 
 class SampledSchedule:
-    """Independent seeded draws: document number t of the run comes from a source drawn with the mixture's probabilities.
+    """Independent seeded draws: document number t of the run comes from a source drawn with the mixture's
+    probabilities.
 
     With `ratio_unit: tokens` a source's probability is its share of tokens divided by its mean length, `mean_costs`.
     """
@@ -312,14 +342,17 @@ class SampledSchedule:
         self._thresholds = [float(upper / total) for upper in accumulate(masses.values())]
 
     def deal(self, count: int, costs: Mapping[int, Callable[[], int]] | None = None) -> list[int]:
-        """The sources of the next `count` documents, as `CarrySchedule.deal`; `costs` do not matter to independent draws."""
+        """The sources of the next `count` documents, as `CarrySchedule.deal`; `costs` do not matter to independent
+        draws."""
         dealt = []
         for number in range(self._dealt, self._dealt + count):
             offset = number % self._BLOCK
             if number - offset != self._block_start:
                 self._block_start = number - offset
                 numbers = np.arange(self._block_start, self._block_start + self._BLOCK)
-                self._uniforms = document_uniform_many(self._seed, "", np.zeros_like(numbers), numbers, "mixture").tolist()
+                self._uniforms = document_uniform_many(
+                    self._seed, "", np.zeros_like(numbers), numbers, "mixture"
+                ).tolist()
             dealt.append(self._sources[bisect_right(self._thresholds, self._uniforms[offset])])
         self._dealt += count
         return dealt
@@ -341,7 +374,8 @@ class SampledSchedule:
 
 
 def realised_shares(rows: Iterable[RowSpec], sources: Sequence[MixtureSource], *, tokens: bool) -> dict[Kind, float]:
-    """The share of each kind in `rows`: of tokens, or of documents (one cut into spans counts once, in the row where it starts)."""
+    """The share of each kind in `rows`: of tokens, or of documents (one cut into spans counts once, in the row where
+    it starts)."""
     amounts = dict.fromkeys(KINDS, 0)
     for row in rows:
         for document in row.documents:

@@ -1,13 +1,14 @@
 """Randomness without state: permutations and uniform numbers that are pure functions of integers and names.
 
-A source's order in an epoch is a keyed Feistel permutation with cycle walking [1, section 5]: sample n is found in O(1) time and memory, so the
-state of a source of 70 million samples is one integer. A document's random choices (pad dropout, first sentence, crop) are hashes of
-what names the document, so whoever needs one (the planner, a loader worker, `data explain`) computes it alone and gets the same.
-Everything is 64-bit integer arithmetic: the same on every platform, in every process, whatever PYTHONHASHSEED says. Each function
-has a scalar form and a `_many` form over numpy arrays with equal results.
+A source's order in an epoch is a keyed Feistel permutation with cycle walking [1, section 5]: sample n is found in O(1)
+time and memory, so the state of a source of 70 million samples is one integer. A document's random choices (pad
+dropout, first sentence, crop) are hashes of what names the document, so whoever needs one (the planner, a loader
+worker, `data explain`) computes it alone and gets the same. Everything is 64-bit integer arithmetic: the same on every
+platform, in every process, whatever PYTHONHASHSEED says. Each function has a scalar form and a `_many` form over numpy
+arrays with equal results.
 
-[1] Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. The mixing function is the finaliser of SplitMix64
-(Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+[1] Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. The mixing function is the finaliser of
+SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import numpy as np
 
 MASK64 = (1 << 64) - 1
 ROUNDS, ROUNDS_SMALL, SMALL = 6, 24, 4096
-"""Feistel rounds: four rounds of a pseudo-random function make a strong permutation (Luby and Rackoff), on grids of many cells. Below
-`SMALL` samples more are used: at 5 samples, a chi-square test finds the 120 orders uneven up to 10 rounds and even from 14 on."""
+"""Feistel rounds: four rounds of a pseudo-random function make a strong permutation (Luby and Rackoff), on grids of
+many cells. Below `SMALL` samples more are used: at 5 samples, a chi-square test finds the 120 orders uneven up to 10
+rounds and even from 14 on."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -74,7 +76,8 @@ def _absorb_many(keys: np.ndarray | int, parts: np.ndarray) -> np.ndarray:
 
 
 def permute(key: tuple[int, ...], index: int, size: int) -> int:
-    """Where position `index` of a pseudo-random permutation of range(size) points: for a fixed key, a bijection of range(size).
+    """Where position `index` of a pseudo-random permutation of range(size) points: for a fixed key, a bijection of
+    range(size).
 
     `key` is any tuple of integers, here (seed, name_key(source), epoch). Costs O(1) time and no memory.
 
@@ -99,9 +102,11 @@ def permute(key: tuple[int, ...], index: int, size: int) -> int:
 
 
 def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.ndarray:
-    """Samples at `numbers` of the endless sequence that runs through epoch 0, 1, ... of range(size), each in an order of its own.
+    """Samples at `numbers` of the endless sequence that runs through epoch 0, 1, ... of range(size), each in an order
+    of its own.
 
-    Element i equals `permute((*key, numbers[i] // size), numbers[i] % size, size)`. `numbers`: int64 [N], not negative; returns int64 [N].
+    Element i equals `permute((*key, numbers[i] // size), numbers[i] % size, size)`. `numbers`: int64 [N], not negative;
+    returns int64 [N].
     """
     result = np.empty(len(numbers), np.int64)
     rows, columns = _grid(size)
@@ -111,20 +116,29 @@ def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.nda
     if max(rows, columns) > _MOST_TABLED or len(epochs) > _MOST_EPOCHS:
         of_number, indices = np.divmod(numbers, size)
         keys = _absorb_many(_fold_prefix(key, len(key) + 1), of_number)
-        _walk(result, indices, size, lambda values, pending: _feistel(values, keys[pending], rows, columns, _rounds(size)))
+        _walk(
+            result, indices, size, lambda values, pending: _feistel(values, keys[pending], rows, columns, _rounds(size))
+        )
         return result
     for epoch in epochs:
         indices, tables = numbers - epoch * size, _round_tables(fold_key((*key, epoch)), size)
         here = slice(None) if len(epochs) == 1 else (indices >= 0) & (indices < size)
         found = np.empty(len(indices[here]), np.int64)
-        _walk(found, indices[here], size, lambda values, _, tables=tables: _feistel_by_tables(values, tables, rows, columns))
+        _walk(
+            found,
+            indices[here],
+            size,
+            lambda values, _, tables=tables: _feistel_by_tables(values, tables, rows, columns),
+        )
         result[here] = found
     return result
 
 
-def _walk(result: np.ndarray, indices: np.ndarray, size: int, permuted: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-    """Fill `result`, int64 [N], with the permuted `indices`; cycle walking as in `permute`. `permuted(values, pending)`: values that belong to
-    the positions `pending` of the result."""
+def _walk(
+    result: np.ndarray, indices: np.ndarray, size: int, permuted: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> None:
+    """Fill `result`, int64 [N], with the permuted `indices`; cycle walking as in `permute`. `permuted(values,
+    pending)`: values that belong to the positions `pending` of the result."""
     pending, values = np.arange(len(indices)), indices
     while len(pending):
         values = permuted(values, pending)
@@ -161,14 +175,17 @@ def _feistel_by_tables(values: np.ndarray, tables: tuple[np.ndarray, ...], rows:
 
 @lru_cache(maxsize=64)
 def _round_tables(folded: int, size: int) -> tuple[np.ndarray, ...]:
-    """What each round adds to one coordinate, less that side of the grid, for every value of the other, int64: a round depends on nothing else, and a side of the grid is
-    only the root of the size. At most 6 tables of `_MOST_TABLED` numbers each (200 KB), or 24 of a small one."""
+    """What each round adds to one coordinate, less that side of the grid, for every value of the other, int64: a
+    round depends on nothing else, and a side of the grid is only the root of the size. At most 6 tables of
+    `_MOST_TABLED` numbers each (200 KB), or 24 of a small one."""
     rows, columns = _grid(size)
     tables = []
     for round_number in range(_rounds(size)):
         other, side = (rows, columns) if round_number % 2 else (columns, rows)
         keys = _U64((folded + (round_number + 1) * _GOLDEN) & MASK64)
-        tables.append(((_mix64_many(np.arange(other, dtype=_U64) ^ keys) >> _U64(32)) % _U64(side)).astype(np.int64) - side)
+        tables.append(
+            ((_mix64_many(np.arange(other, dtype=_U64) ^ keys) >> _U64(32)) % _U64(side)).astype(np.int64) - side
+        )
     return tuple(tables)
 
 
@@ -182,7 +199,8 @@ def _remainder(values: np.ndarray, divisor: np.uint64) -> np.ndarray:
 
 
 def _grid(size: int) -> tuple[int, int]:
-    """Sides of the smallest near-square grid with at least `size` cells; fewer than sqrt(size) + 1 cells are spare, so walks are rare."""
+    """Sides of the smallest near-square grid with at least `size` cells; fewer than sqrt(size) + 1 cells are spare,
+    so walks are rare."""
     rows = math.isqrt(size - 1) + 1
     return rows, -(-size // rows)
 
@@ -201,7 +219,10 @@ def _document_prefix(seed: int, source_name: str, purpose: str) -> int:
     return _fold_prefix((seed, name_key(source_name), name_key(purpose)), 5)
 
 
-def document_uniform_many(seed: int, source_name: str, epochs: np.ndarray, samples: np.ndarray, purpose: str) -> np.ndarray:
-    """`document_uniform` for N documents of one source: epochs, samples int64 [N] -> float64 [N], bit for bit the same."""
+def document_uniform_many(
+    seed: int, source_name: str, epochs: np.ndarray, samples: np.ndarray, purpose: str
+) -> np.ndarray:
+    """`document_uniform` for N documents of one source: epochs, samples int64 [N] -> float64 [N], bit for bit the
+    same."""
     keys = _absorb_many(_absorb_many(_document_prefix(seed, source_name, purpose), epochs), samples)
     return (keys >> _U64(11)).astype(np.float64) * 2.0**-53

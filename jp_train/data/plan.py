@@ -1,10 +1,12 @@
-"""The order of the data: every row of every step, as a pure function of the recipe, the documents' lengths, the seed and the row number.
+"""The order of the data: every row of every step, as a pure function of the recipe, the documents' lengths, the seed
+and the row number.
 
-    source order (sequence.py)  ->  mixture (mixture.py)  ->  pool of pending documents  ->  packing (packing.py)  ->  RowSpecs
+    source order (sequence.py)  ->  mixture (mixture.py)  ->  pool of pending documents  ->  packing (packing.py)  ->
+        RowSpecs
 
-The plan is a fold: its state before a step is one integer per source, the mixture's deficits and references to the documents in the pool;
-a few kilobytes for a whole cluster. No rank, worker or run history enters it, and no sample is read. `Plan.rows_at` reaches any step
-from the nearest snapshot of that state.
+The plan is a fold: its state before a step is one integer per source, the mixture's deficits and references to the
+documents in the pool; a few kilobytes for a whole cluster. No rank, worker or run history enters it, and no sample is
+read. `Plan.rows_at` reaches any step from the nearest snapshot of that state.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ _FOLD_KEYS = ("step", "phase", "positions", "dropped", "schedule", "pool", "cut"
 class Plan:
     """The rows of a stage, step after step.
 
-    Arguments mirror the config: `mixture` are the shares in KINDS order; `ratio_unit`, `mix`, `over_long` are the schema's enums or
-    their values; `samples_per_row` is None where the batch counts packed rows; `training_steps` (None: endless) bounds the steps for
-    which every kind must have a source. Attributes: `step`, the number of the step that `next_step` will return; `sources`; `unused`,
-    the names of the sources that are never drawn, with the reason.
+    Arguments mirror the config: `mixture` are the shares in KINDS order; `ratio_unit`, `mix`, `over_long` are the
+    schema's enums or their values; `samples_per_row` is None where the batch counts packed rows; `training_steps`
+    (None: endless) bounds the steps for which every kind must have a source. Attributes: `step`, the number of the step
+    that `next_step` will return; `sources`; `unused`, the names of the sources that are never drawn, with the reason.
 
     Raises:
-        ConfigError: if a number is out of range, two sources share a name, a kind with a share has no source at some step, or
-            `samples_per_row` documents cannot fit a row.
+        ConfigError: if a number is out of range, two sources share a name, a kind with a share has no source at some
+            step, or `samples_per_row` documents cannot fit a row.
         DataError: if a source in use is empty, or none of its samples can be used.
     """
 
@@ -66,7 +68,12 @@ class Plan:
         training_steps: int | None = None,
     ) -> None:
         self.sources = tuple(sources)
-        self.seed, self.rows_per_step, self.seq_len, self.samples_per_row = seed, rows_per_step, seq_len, samples_per_row
+        self.seed, self.rows_per_step, self.seq_len, self.samples_per_row = (
+            seed,
+            rows_per_step,
+            seq_len,
+            samples_per_row,
+        )
         self.pool_size, self.snapshot_steps = pool_size, snapshot_steps
         self.ratio_unit, self.mix, self.over_long = RatioUnit(ratio_unit), Mix(mix), OverLong(over_long)
         self.pad_dropout, self.first_sentence = pad_dropout, first_sentence
@@ -78,7 +85,10 @@ class Plan:
         for sequence in sequences.values():
             sequence.check_usable()
         by_tokens = self.ratio_unit is RatioUnit.tokens
-        self._mean_costs = {index: Fraction(*sequence.mean_length()) if by_tokens else Fraction(1) for index, sequence in sequences.items()}
+        self._mean_costs = {
+            index: Fraction(*sequence.mean_length()) if by_tokens else Fraction(1)
+            for index, sequence in sequences.items()
+        }
         self._recipe: dict[str, Any] | None = None
         self._fingerprint: str | None = None
         self._fold = _Fold(self)
@@ -100,10 +110,11 @@ class Plan:
             raise ConfigError(f"data.sources must have different names, got {', '.join(sorted(names))}")
 
     def _make_rules(self) -> DocumentRules:
-        """How long a document may be: a row; where rows hold a fixed number of documents, what is left of one beside short ones.
+        """How long a document may be: a row; where rows hold a fixed number of documents, what is left of one beside
+        short ones.
 
-        Short is the quartile, so that the pool always has partners for the longest. With the shortest of all instead, documents that
-        hardly anything fits beside pile up in the pool, until no row can be made of it, days into a run.
+        Short is the quartile, so that the pool always has partners for the longest. With the shortest of all instead,
+        documents that hardly anything fits beside pile up in the pool, until no row can be made of it, days into a run.
         """
         used = [source for source in self.sources if source.name not in self.unused]
         for source in used:
@@ -143,7 +154,9 @@ class Plan:
 
     def _sequences(self) -> dict[int, SourceSequence]:
         return {
-            index: SourceSequence(source, index, self._rules) for index, source in enumerate(self.sources) if source.name not in self.unused
+            index: SourceSequence(source, index, self._rules)
+            for index, source in enumerate(self.sources)
+            if source.name not in self.unused
         }
 
     @property
@@ -157,18 +170,19 @@ class Plan:
         return {self.sources[index].name: dropped for index, dropped in self._fold.stream.dropped().items()}
 
     def next_step(self, first: int = 0, last: int | None = None) -> list[RowSpec]:
-        """The `rows_per_step` rows of step `step`, and go on to the next. `first`, `last`: only rows [first, last) are returned, which spares
-        a rank the making of the others'.
+        """The `rows_per_step` rows of step `step`, and go on to the next. `first`, `last`: only rows [first, last) are
+        returned, which spares a rank the making of the others'.
 
         Raises:
-            ConfigError: if no `samples_per_row` documents of the pool fit a row, or a kind runs out of sources (`training_steps` not given).
+            ConfigError: if no `samples_per_row` documents of the pool fit a row, or a kind runs out of sources
+            (`training_steps` not given).
         """
         step, rows = self.step, self._advance()
         return row_specs(step, first, *self._fold.documents(rows[first:last]))
 
     def next_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The step that `next_step` would return, as numbers: (documents int64 [D, 8], columns as `sequence.COLUMNS`; the
-        row of each, int64 [D]). For statistics over many steps."""
+        """The step that `next_step` would return, as numbers: (documents int64 [D, 8], columns as
+        `sequence.COLUMNS`; the row of each, int64 [D]). For statistics over many steps."""
         documents, counts = self._fold.documents(self._advance())
         return documents.T, np.repeat(np.arange(len(counts)), counts)
 
@@ -186,7 +200,8 @@ class Plan:
     def rows_at(self, step: int) -> list[RowSpec]:
         """The rows of any step, before or after the current one, by a fold from the nearest snapshot at or before it.
 
-        The running state is not disturbed. Costs one step's planning for each step between (consecutive calls go on from each other).
+        The running state is not disturbed. Costs one step's planning for each step between (consecutive calls go on
+        from each other).
         """
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
@@ -206,10 +221,16 @@ class Plan:
 
     def state(self) -> dict[str, Any]:
         """All that is needed to continue at step `step`, JSON-able, a few kilobytes: what a checkpoint stores."""
-        return {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe(), **self._fold.state()}
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.fingerprint(),
+            "recipe": self.recipe(),
+            **self._fold.state(),
+        }
 
     def state_at(self, step: int, positions: Mapping[str, int]) -> dict[str, Any]:
-        """A state for studies of far steps: nothing pooled, nobody owed anything, source NAME at draw number `positions[NAME]`.
+        """A state for studies of far steps: nothing pooled, nobody owed anything, source NAME at draw number
+        `positions[NAME]`.
 
         No run passes through it: from here the pool needs a step or so until rows are as full as a run's.
         """
@@ -218,7 +239,9 @@ class Plan:
         state = fold.state()
         phase = self.mixture.phase_index(step)
         schedule = (
-            [0] if self.mix is Mix.sampled else [[0] * len(KINDS), [[0] * len(of_kind) for of_kind in self.mixture.phases[phase].members]]
+            [0]
+            if self.mix is Mix.sampled
+            else [[0] * len(KINDS), [[0] * len(of_kind) for of_kind in self.mixture.phases[phase].members]]
         )
         numbers = [positions.get(source.name, 0) if source.name not in self.unused else -1 for source in self.sources]
         header = {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe()}
@@ -234,7 +257,8 @@ class Plan:
         self._fold.restore(state)
 
     def snapshots(self) -> list[dict[str, Any]]:
-        """The states kept so far, in order of step: every `snapshot_steps`, the start, and those added; each as `state()`."""
+        """The states kept so far, in order of step: every `snapshot_steps`, the start, and those added; each as
+        `state()`."""
         header = {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "recipe": self.recipe()}
         return [{**header, **self._snapshots[step]} for step in sorted(self._snapshots)]
 
@@ -248,7 +272,8 @@ class Plan:
         self._snapshots[state["step"]] = {key: state[key] for key in _FOLD_KEYS}
 
     def recipe(self) -> dict[str, Any]:
-        """What the rows depend on, JSON-able: the settings, and per source its settings and the fingerprint of its lengths."""
+        """What the rows depend on, JSON-able: the settings, and per source its settings and the fingerprint of its
+        lengths."""
         if self._recipe is None:
             settings = {
                 "seed": self.seed,
@@ -276,7 +301,9 @@ class Plan:
     def fingerprint(self) -> str:
         """32 hex digits of `recipe()`: equal fingerprints, equal rows."""
         if self._fingerprint is None:
-            self._fingerprint = hashlib.blake2b(json.dumps(self.recipe(), sort_keys=True).encode(), digest_size=16).hexdigest()
+            self._fingerprint = hashlib.blake2b(
+                json.dumps(self.recipe(), sort_keys=True).encode(), digest_size=16
+            ).hexdigest()
         return self._fingerprint
 
     def _check_state(self, state: dict[str, Any]) -> None:
@@ -287,7 +314,9 @@ class Plan:
             )
         missing = {"fingerprint", "recipe", *_FOLD_KEYS} - state.keys()
         if missing:
-            raise DataError(f"the plan state is damaged: it lacks {', '.join(sorted(missing))}. Resume from another checkpoint")
+            raise DataError(
+                f"the plan state is damaged: it lacks {', '.join(sorted(missing))}. Resume from another checkpoint"
+            )
         if state["fingerprint"] == self.fingerprint():
             return
         theirs, ours = state["recipe"], self.recipe()
@@ -304,8 +333,8 @@ class Plan:
 
 
 class _Taken(NamedTuple):
-    """The documents of a row, by their numbers in the stream: of the first, `start` tokens are in rows before; of the last, only `cut_length`
-    tokens are taken (0: all)."""
+    """The documents of a row, by their numbers in the stream: of the first, `start` tokens are in rows before; of
+    the last, only `cut_length` tokens are taken (0: all)."""
 
     numbers: list[int]
     start: int
@@ -325,10 +354,14 @@ class _Fold:
         carry = plan.mix is Mix.carry
         self.stream = DocumentStream(
             sequences,
-            lambda: CarrySchedule(plan.mixture) if carry else SampledSchedule(plan.mixture, plan.seed, plan._mean_costs),
+            lambda: (
+                CarrySchedule(plan.mixture) if carry else SampledSchedule(plan.mixture, plan.seed, plan._mean_costs)
+            ),
             by_tokens=carry and plan.ratio_unit is RatioUnit.tokens,
         )
-        self._cuttable_sources = {index for index in sequences if plan.sources[index].cuttable and plan.samples_per_row is None}
+        self._cuttable_sources = {
+            index for index in sequences if plan.sources[index].cuttable and plan.samples_per_row is None
+        }
         self._phase = 0
         self._pool: list[int] = []  # numbers in the stream, oldest first, after the tail of a cut text, if there is one
         self._lengths: list[int] = []  # of the pool, what is still to be placed
@@ -340,7 +373,12 @@ class _Fold:
         stream = self.stream
         stream.forget(min(self._pool, default=stream.taken))
         plan, pool, lengths, take = self._plan, self._pool, self._lengths, self._take
-        pool_size, seq_len, cuttable, packed = plan.pool_size, plan.seq_len, self._is_cuttable, plan.samples_per_row is None
+        pool_size, seq_len, cuttable, packed = (
+            plan.pool_size,
+            plan.seq_len,
+            self._is_cuttable,
+            plan.samples_per_row is None,
+        )
         given, rows = stream.taken, []
         for _ in range(plan.rows_per_step):
             missing = pool_size - len(pool)
@@ -368,7 +406,8 @@ class _Fold:
         return documents, counts
 
     def _enter_phase(self) -> None:
-        """At a step where sources join or leave: documents of a source that left are taken out of the pool (a text already begun is not)."""
+        """At a step where sources join or leave: documents of a source that left are taken out of the pool (a text
+        already begun is not)."""
         phase = self._plan.mixture.phase_index(self.step)
         if phase == self._phase:
             return
@@ -378,7 +417,9 @@ class _Fold:
         owners = [self.stream.source(number) for number in self._pool]
         stays = [owner in active or (position == 0 and self._cut > 0) for position, owner in enumerate(owners)]
         leaving = [number for number, stay in zip(self._pool, stays, strict=True) if not stay]
-        kinds = [KINDS.index(self._plan.sources[owner].kind) for owner, stay in zip(owners, stays, strict=True) if not stay]
+        kinds = [
+            KINDS.index(self._plan.sources[owner].kind) for owner, stay in zip(owners, stays, strict=True) if not stay
+        ]
         self.stream.enter_phase(phase, self.stream.table(leaving), kinds)
         self._pool, self._lengths = list(compress(self._pool, stays)), list(compress(self._lengths, stays))
 

@@ -1,7 +1,7 @@
 """RowSpec -> Row: what a loader worker does. Stateless: the same RowSpec gives the same Row in any process.
 
-A row is built as a whole: all its texts are tokenised in one call, all tokens are written into one array, and pictures are decoded straight
-into one tensor per role, which lies in shared memory where the row goes to another process.
+A row is built as a whole: all its texts are tokenised in one call, all tokens are written into one array, and pictures
+are decoded straight into one tensor per role, which lies in shared memory where the row goes to another process.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jp_train.types import IGNORE_INDEX, DocumentRef, Kind, Provenance, Row, Row
 class RowBuilder:
     """Reads, decodes, encodes and cuts the documents of a row.
 
-    `held_out` turns every random choice off, for validation; `shared_pictures` puts pictures into shared memory. One per process; what is sent
-    to a worker is small (no per-sample array).
+    `held_out` turns every random choice off, for validation; `shared_pictures` puts pictures into shared memory. One
+    per process; what is sent to a worker is small (no per-sample array).
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class RowBuilder:
         self._samples.close()
 
     def _drafted(self, spec: RowSpec, skipped: dict[int, SkippedDocument]) -> list[_Document]:
-        """The usable documents of the row as far as texts tell, each as long as the plan says; others go to `skipped`."""
+        """The usable documents of the row as far as texts tell, each as long as the plan says; others go to
+        `skipped`."""
         encoder = self._encoder
         documents: list[_Document] = []
         draws: list[tuple[Sample, bool, bool]] = []
@@ -107,15 +108,23 @@ class RowBuilder:
             try:
                 raw = self._samples.read(ref, table, entry)
                 sample = parse_sample(
-                    raw, locator.kind, locator.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
+                    raw,
+                    locator.kind,
+                    locator.config,
+                    image_slots=encoder.image_slots,
+                    codebook_size=encoder.codebook_size,
                 )
             except SkipSample as reason:
-                skipped[place] = SkippedDocument(info=self._samples.info(ref, table, entry), ref=ref, reason=str(reason))
+                skipped[place] = SkippedDocument(
+                    info=self._samples.info(ref, table, entry), ref=ref, reason=str(reason)
+                )
                 continue
             generation = locator.kind is Kind.GENERATION
             dropped = generation and not self._held_out and encoder.drops_condition(locator.name, ref.epoch, ref.sample)
             draws.append((sample, generation and ref.short_caption and not self._held_out, dropped))
-            documents.append(_Document(place, ref, table, self._expected(ref, table, entry, dropped), sample, locator.kind))
+            documents.append(
+                _Document(place, ref, table, self._expected(ref, table, entry, dropped), sample, locator.kind)
+            )
         for document, draft in zip(documents, encoder.draft_many(draws), strict=True):
             try:
                 self._settle(document, draft)
@@ -146,9 +155,12 @@ class RowBuilder:
                 f"the plan uses tokens {ref.start} to {end} ({ref.truncated} truncated) of {document.sample.info}, which has {expected}: plan and "
                 "index do not belong together; start again"
             )
-        document.tokens = self._encoder.written(draft)[:, ref.start : end]  # the label at the cut still names the token after it
+        # the label at the cut still names the token after it
+        document.tokens = self._encoder.written(draft)[:, ref.start : end]
 
-    def _pictures(self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]) -> torch.Tensor:
+    def _pictures(
+        self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]
+    ) -> torch.Tensor:
         """uint8 [N, 3, H, W]: the pictures of the documents of one kind, in order; undecodable ones go to `skipped`."""
         wanted = [
             document
@@ -191,7 +203,9 @@ class _Document:
 
     __slots__ = ("draft", "expected", "image_start", "kind", "place", "ref", "sample", "table", "tokens")
 
-    def __init__(self, place: int, ref: DocumentRef, table: ShardTable, expected: int, sample: Sample, kind: Kind) -> None:
+    def __init__(
+        self, place: int, ref: DocumentRef, table: ShardTable, expected: int, sample: Sample, kind: Kind
+    ) -> None:
         self.place, self.ref, self.table, self.expected, self.sample = place, ref, table, expected, sample
         self.kind = kind
         self.draft: Draft | None = None
@@ -203,7 +217,9 @@ class _Document:
 
     def provenance(self) -> Provenance:
         info, ref = self.sample.info, self.ref
-        return Provenance(source=info.source, shard=self.table.name, key=info.key, kind=self.kind, start=ref.start, length=ref.length)
+        return Provenance(
+            source=info.source, shard=self.table.name, key=info.key, kind=self.kind, start=ref.start, length=ref.length
+        )
 
 
 def _uint8(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
@@ -214,5 +230,7 @@ def _uint8(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def _rebuild(cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, held_out: bool, shared_pictures: bool) -> RowBuilder:
+def _rebuild(
+    cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, held_out: bool, shared_pictures: bool
+) -> RowBuilder:
     return RowBuilder(cfg, locators, tokenizer, held_out=held_out, shared_pictures=shared_pictures)

@@ -26,10 +26,12 @@ def read_fields(
     embedded_ids: bool = True,
     token_ids: bytes | None = None,
 ) -> RawSample:
-    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty bytes).
+    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty
+    bytes).
 
-    With `stored` ids of the shard a picture is not read, whether it has ids or is known to be unusable. `embedded_ids=False` leaves
-    `.vq.npy` members alone where there is a picture to encode. With `token_ids`, the sample's stored record, its texts are not read.
+    With `stored` ids of the shard a picture is not read, whether it has ids or is known to be unusable.
+    `embedded_ids=False` leaves `.vq.npy` members alone where there is a picture to encode. With `token_ids`, the
+    sample's stored record, its texts are not read.
     """
     info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
     if token_ids is not None and kind is Kind.TEXT:
@@ -86,9 +88,11 @@ def read_located(
 def _fields_to_read(
     present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, pictures: bool, texts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those that are read.
+    """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those
+    that are read.
 
-    `known`: ids, or the fault of its picture, are stored, so the picture is not needed; `texts`: its texts are to be read.
+    `known`: ids, or the fault of its picture, are stored, so the picture is not needed; `texts`: its texts are to be
+    read.
     """
     where = list(present)
     if known or (not embedded_ids and any(extension in where for extension in IMAGE_EXTENSIONS)):

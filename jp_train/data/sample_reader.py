@@ -1,4 +1,5 @@
-"""DocumentRef -> RawSample: finds a sample by number and reads its fields. One per process; keeps sidecars of the shards in use."""
+"""DocumentRef -> RawSample: finds a sample by number and reads its fields. One per process; keeps sidecars of the
+shards in use."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from jp_train.errors import DataError
 from jp_train.types import DocumentRef, RawSample, SourceInfo
 
 CACHED_SAMPLES = 1_000_000
-"""Samples whose sidecar entries one worker keeps in memory, at about 160 bytes each; past it the oldest shards' are dropped."""
+"""Samples whose sidecar entries one worker keeps in memory, at about 160 bytes each; past it the oldest shards' are
+dropped."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 Layouts ({key}.* are the members of one sample; members that no layout names are not read):
 
-    understanding   {key}.png|jpg|jpeg|webp + {key}.json {"conversations": [{"from": "human", "value": "<image>\\nquestion"},
+    understanding   {key}.png|jpg|jpeg|webp + {key}.json {"conversations": [{"from": "human", "value":
+                    "<image>\\nquestion"},
                                                                              {"from": "gpt", "value": "answer"}, ...]}
                                              or {"caption": "..."}
     text            {key}.txt, or {key}.json {"text": "..."} or {"conversations": [...]} without <image>
@@ -44,7 +45,9 @@ def wanted_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.cen
     Stored VQ ids replace the picture, except with a random crop: the ids are those of the centre crop.
     """
     images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
-    others = [extension for extension in extensions if extension == "json" or (extension == "txt" and kind is Kind.TEXT)]
+    others = [
+        extension for extension in extensions if extension == "json" or (extension == "txt" and kind is Kind.TEXT)
+    ]
     if kind is Kind.GENERATION and VQ_EXTENSION in extensions:
         return [*others, *images] if images and crop is Crop.random else [*others, VQ_EXTENSION]
     return others + images
@@ -54,11 +57,14 @@ def check_field_size(extension: str, size: int) -> None:
     """Raises SkipSample for a member too large to be what its extension says."""
     limit = MAX_PICTURE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
     if size > limit:
-        raise SkipSample(f".{extension} has {size} bytes, above the limit of {limit}: refused before reading", "field_too_large")
+        raise SkipSample(
+            f".{extension} has {size} bytes, above the limit of {limit}: refused before reading", "field_too_large"
+        )
 
 
 def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
-    """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption. A stored record takes the
+    """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption. A
+    stored record takes the
     place of the texts: what could be wrong with them was seen when it was made.
 
     Raises:
@@ -71,7 +77,8 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
     if kind is Kind.UNDERSTANDING:
         if image is None:
             raise SkipSample(
-                f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found {_found(raw)}", "missing_field"
+                f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found {_found(raw)}",
+                "missing_field",
             )
         turns = _understanding_turns(_json(raw)) if raw.token_ids is None else ()
         return UnderstandingSample(info=raw.info, image=image, turns=turns, token_ids=raw.token_ids)
@@ -102,7 +109,8 @@ def apply_class_prompt(caption: str, source: SourceConfig) -> str:
     lemma = caption.split(",", 1)[0].strip()
     if not lemma:
         raise SkipSample(
-            f"the caption {caption[:60]!r} has no text before its first comma (class_prompt: {source.class_prompt.value})", "empty_text"
+            f"the caption {caption[:60]!r} has no text before its first comma (class_prompt: {source.class_prompt.value})",
+            "empty_text",
         )
     return lemma if source.class_prompt is ClassPrompt.first_lemma else source.class_template.replace("{}", lemma)
 
@@ -123,7 +131,8 @@ def _image(raw: RawSample) -> bytes | None:
     present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
     if len(present) > 1:
         raise SkipSample(
-            f"several pictures in one sample: {', '.join('.' + extension for extension in present)}; one is expected", "extra_field"
+            f"several pictures in one sample: {', '.join('.' + extension for extension in present)}; one is expected",
+            "extra_field",
         )
     return raw.fields[present[0]] if present else None
 
@@ -173,15 +182,21 @@ def _understanding_turns(value: dict) -> tuple[Turn, ...]:
     markers = [question.count(IMAGE_MARKER) for question in questions]
     if markers[0] != 1 or sum(markers) != 1:
         raise SkipSample(
-            f"{IMAGE_MARKER} must occur once, in the first question; found {sum(markers)} ({markers[0]} in the first)", "bad_dialogue"
+            f"{IMAGE_MARKER} must occur once, in the first question; found {sum(markers)} ({markers[0]} in the first)",
+            "bad_dialogue",
         )
     questions[0] = questions[0].replace(IMAGE_MARKER, "")
-    return tuple(Turn(question=question.strip(), answer=answer) for question, answer in zip(questions, answers, strict=True))
+    return tuple(
+        Turn(question=question.strip(), answer=answer) for question, answer in zip(questions, answers, strict=True)
+    )
 
 
 def _messages(messages: object) -> tuple[list[str], list[str]]:
     if not isinstance(messages, list) or not messages or len(messages) % 2:
-        raise SkipSample('"conversations" must be a list of alternating human and gpt messages that ends with an answer', "bad_dialogue")
+        raise SkipSample(
+            '"conversations" must be a list of alternating human and gpt messages that ends with an answer',
+            "bad_dialogue",
+        )
     questions: list[str] = []
     answers: list[str] = []
     for number, message in enumerate(messages):
@@ -189,7 +204,8 @@ def _messages(messages: object) -> tuple[list[str], list[str]]:
         if not isinstance(message, dict) or message.get("from") not in speakers:
             speaker = message.get("from") if isinstance(message, dict) else message
             raise SkipSample(
-                f'message {number + 1} of "conversations" is from {str(speaker)[:40]!r}, expected {speakers[0]!r}', "bad_dialogue"
+                f'message {number + 1} of "conversations" is from {str(speaker)[:40]!r}, expected {speakers[0]!r}',
+                "bad_dialogue",
             )
         # A question may be empty: a conversation that only shows the picture is a caption.
         sink.append(_checked(message.get("value"), f"message {number + 1}", allow_empty=number % 2 == 0).strip())
@@ -200,7 +216,8 @@ def _text(raw: RawSample) -> TextSample:
     present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
     if present:
         raise SkipSample(
-            f"a text sample has a picture (.{present[0]}); give the source kind understanding, or take the picture out", "extra_field"
+            f"a text sample has a picture (.{present[0]}); give the source kind understanding, or take the picture out",
+            "extra_field",
         )
     if ("txt" in raw.fields) == ("json" in raw.fields):
         fault = "extra_field" if "txt" in raw.fields else "missing_field"
@@ -221,7 +238,9 @@ def _text(raw: RawSample) -> TextSample:
         raise SkipSample(f"a dialogue of a text source refers to a picture ({IMAGE_MARKER})", "bad_dialogue")
     if not all(questions):
         raise SkipSample("a question of a text dialogue is empty", "empty_text")
-    return TextSample(info=raw.info, turns=tuple(Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True)))
+    return TextSample(
+        info=raw.info, turns=tuple(Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True))
+    )
 
 
 @lru_cache(maxsize=8)
@@ -247,16 +266,19 @@ def _vq_ids(raw: RawSample, image_slots: int, codebook_size: int) -> np.ndarray 
         shape, _, dtype = read_header(file)  # checked before an array of the declared size is allocated
         if shape != (image_slots,) or dtype != np.uint16:
             raise SkipSample(
-                f".{VQ_EXTENSION} is {dtype} {list(shape)}, expected uint16 [{image_slots}]; encode the pictures again", "bad_vq_ids"
+                f".{VQ_EXTENSION} is {dtype} {list(shape)}, expected uint16 [{image_slots}]; encode the pictures again",
+                "bad_vq_ids",
             )
         file.seek(0)
         ids = np.load(file, allow_pickle=False)
     except SkipSample:
         raise
-    except Exception as error:  # numpy parses the header as Python source: broken bytes raise SyntaxError, TokenError, ValueError, ...
+    except Exception as error:
+        # numpy parses the header as Python source: broken bytes raise SyntaxError, TokenError, ValueError, ...
         raise SkipSample(f".{VQ_EXTENSION} cannot be read: {str(error)[:200]}", "bad_vq_ids") from None
     if int(ids.max()) >= codebook_size:
         raise SkipSample(
-            f".{VQ_EXTENSION} holds id {int(ids.max())}, but the codebook has {codebook_size}; it belongs to another VQ model", "bad_vq_ids"
+            f".{VQ_EXTENSION} holds id {int(ids.max())}, but the codebook has {codebook_size}; it belongs to another VQ model",
+            "bad_vq_ids",
         )
     return ids

@@ -1,8 +1,9 @@
 """The endless sequence of one source: which sample comes n-th, how long it is as a document, and what was drawn for it.
 
-Epoch e visits the samples in a permutation of its own (permute.py), so the whole state is the number of the next draw. Everything
-here is computed from lengths in blocks of numpy arrays; nothing reads a sample. A document in planning is a column of numbers
-(`COLUMNS`); the RowSpecs that leave the plan are made of them in bulk, and only for the rows that are asked for.
+Epoch e visits the samples in a permutation of its own (permute.py), so the whole state is the number of the next draw.
+Everything here is computed from lengths in blocks of numpy arrays; nothing reads a sample. A document in planning is a
+column of numbers (`COLUMNS`); the RowSpecs that leave the plan are made of them in bulk, and only for the rows that are
+asked for.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from jp_train.types import DocumentRef, Kind, RowSpec
 class PlanSource:
     """A source as the plan sees it: names, numbers and lengths.
 
-    tokens: int32 [N], each sample's length as a document. short_tokens: int32 [N], its length with the first-sentence caption, or None
-    where that does not apply. dropped_tokens: int32 [N], its length when pad dropout takes the condition away, or None when the form of
-    the dropout keeps the length. min_tokens: int32 [N] or one number for all, the length below which a sample cannot be truncated (its
-    image and markers); 0 means that it always can be. cuttable: text, which may continue in the next row.
+    tokens: int32 [N], each sample's length as a document. short_tokens: int32 [N], its length with the first-sentence
+    caption, or None where that does not apply. dropped_tokens: int32 [N], its length when pad dropout takes the
+    condition away, or None when the form of the dropout keeps the length. min_tokens: int32 [N] or one number for all,
+    the length below which a sample cannot be truncated (its image and markers); 0 means that it always can be.
+    cuttable: text, which may continue in the next row.
     """
 
     name: str
@@ -61,7 +63,9 @@ class PlanSource:
             )
         for name, array in self.arrays().items():
             if array.shape not in ((size,), (1,) if name == "min_tokens" else (size,)):
-                raise DataError(f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the index")
+                raise DataError(
+                    f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the index"
+                )
             if array.min() < (0 if name == "min_tokens" else 1):
                 raise DataError(
                     f"source {self.name!r}: sample {int(array.argmin())} has {name} {int(array.min())}, expected at least 1. Rebuild the index"
@@ -83,8 +87,8 @@ class PlanSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentRules:
-    """How a sample becomes a document of a certain length. `limit`: tokens a document may have, texts that are cut into spans
-    (`cut_texts`) excepted; `drop`: a longer one is passed over, instead of truncated."""
+    """How a sample becomes a document of a certain length. `limit`: tokens a document may have, texts that are cut
+    into spans (`cut_texts`) excepted; `drop`: a longer one is passed over, instead of truncated."""
 
     seed: int
     limit: int
@@ -96,8 +100,8 @@ class DocumentRules:
 
 LENGTH, NUMBER, SOURCE, EPOCH, SAMPLE, START, SHORT_CAPTION, TRUNCATED = range(8)
 COLUMNS = ("length", "number", "source", "epoch", "sample", "start", "short_caption", "truncated")
-"""Documents in planning are columns of an int64 table [8, N], with these rows: the `number`-th draw of source number `source`, as a whole (`start`
-0) or as the span of it that a row takes. The other fields are those of DocumentRef."""
+"""Documents in planning are columns of an int64 table [8, N], with these rows: the `number`-th draw of source number
+`source`, as a whole (`start` 0) or as the span of it that a row takes. The other fields are those of DocumentRef."""
 
 
 class SourceSequence:
@@ -148,13 +152,19 @@ class SourceSequence:
         """The usable documents among the draws `numbers`, int64 [N], as int64 [8, U]."""
         lengths, numbers, epochs, samples, short, truncated = self.columns(numbers)
         table = np.zeros((len(COLUMNS), len(lengths)), np.int64)
-        table[LENGTH], table[NUMBER], table[SOURCE], table[EPOCH], table[SAMPLE] = lengths, numbers, self._index, epochs, samples
+        table[LENGTH], table[NUMBER], table[SOURCE], table[EPOCH], table[SAMPLE] = (
+            lengths,
+            numbers,
+            self._index,
+            epochs,
+            samples,
+        )
         table[SHORT_CAPTION], table[TRUNCATED] = short, truncated
         return table
 
     def columns(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The usable documents among the draws `numbers`, int64 [N], as arrays [U]: lengths in rows, numbers, epochs, samples, whether the
-        caption is short, tokens truncated."""
+        """The usable documents among the draws `numbers`, int64 [N], as arrays [U]: lengths in rows, numbers,
+        epochs, samples, whether the caption is short, tokens truncated."""
         source, rules = self._source, self._rules
         size = len(source.tokens)
         samples = permute_many(self._key, numbers, size)
@@ -162,7 +172,9 @@ class SourceSequence:
         lengths = np.asarray(source.tokens[samples], np.int64)
         short = np.zeros(len(numbers), bool)
         if self._short:
-            short = document_uniform_many(rules.seed, source.name, epochs, samples, "first_sentence") < rules.first_sentence
+            short = (
+                document_uniform_many(rules.seed, source.name, epochs, samples, "first_sentence") < rules.first_sentence
+            )
             lengths = np.where(short, source.short_tokens[samples], lengths)
         if self._dropout:
             dropout = document_uniform_many(rules.seed, source.name, epochs, samples, "pad_dropout") < rules.pad_dropout
@@ -207,9 +219,11 @@ _set_step, _set_row, _set_documents = (getattr(RowSpec, name).__set__ for name i
 
 
 def row_specs(step: int, first: int, documents: np.ndarray, counts: Sequence[int]) -> list[RowSpec]:
-    """Rows `first`, `first` + 1, ... of a step as RowSpecs: `documents` int64 [8, D] are those of all of them in order, `counts` how many each has.
+    """Rows `first`, `first` + 1, ... of a step as RowSpecs: `documents` int64 [8, D] are those of all of them in order,
+    `counts` how many each has.
 
-    Filled column by column: the constructor of a frozen dataclass takes 1.8 us a call, more than all other planning of a document.
+    Filled column by column: the constructor of a frozen dataclass takes 1.8 us a call, more than all other planning of
+    a document.
     """
     refs = list(map(_new, repeat(DocumentRef, documents.shape[1])))
     for row, set_field in _REF_SETTERS.items():

@@ -1,7 +1,7 @@
 """Tar shards as random-access files: naming them, reading byte ranges (local or http), and listing their members.
 
-A tar is never extracted and a member's name never becomes a path: names are only keys. An I/O error is retried with exponential
-back-off and then stops the run; it is never turned into a skipped sample.
+A tar is never extracted and a member's name never becomes a path: names are only keys. An I/O error is retried with
+exponential back-off and then stops the run; it is never turned into a skipped sample.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar: absolute path or URL, size in bytes, and a stamp that changes with its content (mtime in ns, or the server's
-    ETag). `excluded` is the digest of its samples that `data verify --exclude` took out, empty for none (exclusions.py)."""
+    """One tar: absolute path or URL, size in bytes, and a stamp that changes with its content (mtime in ns, or the
+    server's ETag). `excluded` is the digest of its samples that `data verify --exclude` took out, empty for none
+    (exclusions.py)."""
 
     path: str
     size: int
@@ -53,15 +54,20 @@ class Shard:
     @property
     def name(self) -> str:
         """The file name alone, for hashes and messages that must not depend on where the data is mounted."""
-        return urllib.parse.urlsplit(self.path).path.rsplit("/", 1)[-1] if is_url(self.path) else os.path.basename(self.path)
+        return (
+            urllib.parse.urlsplit(self.path).path.rsplit("/", 1)[-1]
+            if is_url(self.path)
+            else os.path.basename(self.path)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardMembers:
     """The files of a shard, grouped into N samples by key, in tar order.
 
-    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int32 (index into `extensions`), `offset`
-    and `size` int64, in bytes from the start of the tar. `ignored` lists file names that belong to no sample, with the reason.
+    `member_start` int64 [N + 1] delimits each sample's members; per member: `extension` int32 (index into
+    `extensions`), `offset` and `size` int64, in bytes from the start of the tar. `ignored` lists file names that belong
+    to no sample, with the reason.
     """
 
     keys: tuple[str, ...]
@@ -81,8 +87,8 @@ def is_url(path: str) -> bool:
 def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
     """Absolute paths or URLs of the shards that `spec` names, in order.
 
-    `spec` may use braces (`shard-{000..127}.tar`, `{a,b}.tar`), globs, or name a folder (its `*.tar`, sorted); relative to
-    `root`.
+    `spec` may use braces (`shard-{000..127}.tar`, `{a,b}.tar`), globs, or name a folder (its `*.tar`, sorted); relative
+    to `root`.
 
     Raises:
         ConfigError: for an unsupported scheme (`pipe:` and cloud schemes) or unbalanced braces.
@@ -123,14 +129,16 @@ def _expand_one(part: str, spec: str, root: Path) -> list[str]:
         if not found:
             raise DataError(f"shards {spec!r}: no file matches {path}")
         return found
-    raise DataError(f"shards {spec!r}: {path} does not exist (relative paths start at data.root, here {root.absolute()})")
+    raise DataError(
+        f"shards {spec!r}: {path} does not exist (relative paths start at data.root, here {root.absolute()})"
+    )
 
 
 class ShardReader:
     """Byte ranges of shards: os.pread on a bounded set of open files, or http range requests on kept-alive connections.
 
-    One per process (descriptors are opened by the process that reads); its threads may share it. `retries` is the number of tries of
-    one read.
+    One per process (descriptors are opened by the process that reads); its threads may share it. `retries` is the
+    number of tries of one read.
     """
 
     def __init__(self, retries: int = 4, *, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -144,7 +152,8 @@ class ShardReader:
         return self._retry(path, "its size", lambda: self._stat_url(path) if is_url(path) else _stat_local(path))
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset`. Raises DataError when the shard changed, is too short, or cannot be read."""
+        """Exactly `size` bytes from `offset`. Raises DataError when the shard changed, is too short, or cannot be
+        read."""
         if is_url(shard.path):
             known = {"file_size": shard.size, "stamp": shard.stamp}
             what = f"bytes {offset} to {offset + size}"
@@ -224,7 +233,8 @@ class ShardReader:
                     os.close(entry.descriptor)
 
     def _acquire(self, shard: Shard) -> _Open:
-        """An open descriptor of the shard that no other thread closes meanwhile; a read that fails drops it, the next opens anew."""
+        """An open descriptor of the shard that no other thread closes meanwhile; a read that fails drops it, the
+        next opens anew."""
         if self._pid != os.getpid():  # never use a descriptor or lock inherited through fork
             self._begin()
         with self._lock:
@@ -249,8 +259,8 @@ class _Open:
 
 
 def read_spans(reader: ShardReader | ShardWindow, shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes of each (offset, size). Spans that lie together, as the files of a sample do, are one read: always where each is a request to a
-    server, and on a local disk where a read costs more than the copy of its parts."""
+    """The bytes of each (offset, size). Spans that lie together, as the files of a sample do, are one read: always
+    where each is a request to a server, and on a local disk where a read costs more than the copy of its parts."""
     if len(spans) < 2:
         return [reader.read(shard, offset, size) for offset, size in spans]
     first = min([offset for offset, _ in spans])
@@ -265,7 +275,8 @@ def read_spans(reader: ShardReader | ShardWindow, shard: Shard, spans: Sequence[
 class ShardWindow:
     """A shard read once, front to back, in large blocks: what the last two blocks hold is served from memory.
 
-    `read` is a ShardReader's, so that code written for random access can follow a sequential pass without reading twice.
+    `read` is a ShardReader's, so that code written for random access can follow a sequential pass without reading
+    twice.
     """
 
     def __init__(self, reader: ShardReader, shard: Shard, block: int) -> None:
@@ -321,11 +332,12 @@ def _open_checked(shard: Shard) -> int:
 def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
     """List a shard's members from its tar headers alone.
 
-    The key of a member is its name up to the first dot of the file name (the webdataset convention), the rest is its extension.
+    The key of a member is its name up to the first dot of the file name (the webdataset convention), the rest is its
+    extension.
 
     Raises:
-        DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key whose
-            members are not together, or a field that a sample has twice; it names the byte offset and what to do.
+        DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key
+            whose members are not together, or a field that a sample has twice; it names the byte offset and what to do.
     """
     window = ShardWindow(reader, shard, _SCAN_BLOCK_URL if is_url(shard.path) else _SCAN_BLOCK)
     keys: list[str] = []

@@ -1,15 +1,19 @@
 """The index files of one shard: written atomically, read without pickles, ignored when they belong to other content.
 
     X.tar.jp-members.npz           keys, extensions, byte offsets and sizes; valid for one size and stamp of the shard
-    X.tar.jp-tokens-<print>.npz    token counts of the usable samples, the token ids of their texts (token_ids.py; unless
-                                   data.token_ids=off), and the bad ones with their reasons; valid for one fingerprint of tokenizer,
-                                   template, options and source settings, so stages do not overwrite each other
-    X.tar.jp-excluded.json         samples that `data verify --exclude` took out (exclusions.py); their digest is in the name and
+    X.tar.jp-tokens-<print>.npz    token counts of the usable samples, the token ids of their texts (token_ids.py;
+                                   unless
+                                   data.token_ids=off), and the bad ones with their reasons; valid for one fingerprint
+                                   of tokenizer, template, options and source settings, so stages do not overwrite each
+                                   other
+    X.tar.jp-excluded.json         samples that `data verify --exclude` took out (exclusions.py); their digest is in the
+                                   name and
                                    the meta data of the tokens file: .jp-tokens-<print>-x<digest>.npz
     X.tar.jp-vq-<print>.npy, .json ids of the pictures and what they were made with (vq_ids.py)
 
-They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or remote. Each is
-written under a temporary name and renamed, so concurrent builders are harmless; what a killed one left behind is removed later.
+They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or
+remote. Each is written under a temporary name and renamed, so concurrent builders are harmless; what a killed one left
+behind is removed later.
 
 A sidecar that came with the data is as foreign as the data: what does not fit the shard or itself is taken for damage.
 """
@@ -42,17 +46,19 @@ FORMAT = 2
 _MEMBERS = ".jp-members.npz"
 _Made = TypeVar("_Made")
 _NAME_LENGTH_AT = 26
-"""Where the header before a member of a zip has the lengths of name and extra field, uint16 each; the content follows them."""
+"""Where the header before a member of a zip has the lengths of name and extra field, uint16 each; the content
+follows them."""
 _LEFT_BEHIND_S = 3600
-"""A temporary file of this age has no writer any more: writing one takes seconds, and process numbers say nothing on another host."""
+"""A temporary file of this age has no writer any more: writing one takes seconds, and process numbers say nothing on
+another host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTokens:
     """The tokens sidecar of a shard: G usable samples out of its N.
 
-    `sample` int32 [G]: their numbers in the shard; `tokens`, `short_tokens`, `dropped_tokens`, `short_dropped_tokens` int32 [G];
-    `bad`: (key, reason) of the others; `ids_bytes`: size of the stored token ids, None without.
+    `sample` int32 [G]: their numbers in the shard; `tokens`, `short_tokens`, `dropped_tokens`, `short_dropped_tokens`
+    int32 [G]; `bad`: (key, reason) of the others; `ids_bytes`: size of the stored token ids, None without.
     """
 
     sample: np.ndarray
@@ -79,12 +85,14 @@ def has_members(shard: Shard) -> bool:
 
 
 def member_extensions(shard: Shard) -> tuple[str, ...] | None:
-    """The file extensions in a shard, from the members sidecar; None when there is no current one. Cheaper than loading it."""
+    """The file extensions in a shard, from the members sidecar; None when there is no current one. Cheaper than
+    loading it."""
     return _read(shard, _MEMBERS, _identity(shard), lambda meta, _: _texts(meta["extensions"]))
 
 
 def load_tokens(shard: Shard, fingerprint: str, *, with_ids: bool = False) -> ShardTokens | None:
-    """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current, and (`with_ids`) holds token ids."""
+    """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current, and (`with_ids`)
+    holds token ids."""
 
     def made(meta: dict, arrays: NpzFile) -> ShardTokens:
         found = _tokens(meta, arrays)
@@ -95,7 +103,8 @@ def load_tokens(shard: Shard, fingerprint: str, *, with_ids: bool = False) -> Sh
 
 
 def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[ShardTokens, StoredTokenIds] | None:
-    """The tokens sidecar of a shard, and its token ids, to be read through `reader`; None when there is no current one that has them."""
+    """The tokens sidecar of a shard, and its token ids, to be read through `reader`; None when there is no current
+    one that has them."""
 
     def made(meta: dict, arrays: NpzFile) -> tuple[ShardTokens, StoredTokenIds]:
         tokens = _tokens(meta, arrays)
@@ -176,15 +185,21 @@ def store_members(shard: Shard, members: ShardMembers) -> None:
 
 
 def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens, records: RecordSpool | None = None) -> None:
-    """Write the tokens sidecar, with token ids where `records` has them. Raises DataError when neither place can be written."""
-    meta = _tokens_identity(shard, fingerprint) | {"dialogues": tokens.dialogues, "bad": tokens.bad, "ids_bytes": tokens.ids_bytes}
+    """Write the tokens sidecar, with token ids where `records` has them. Raises DataError when neither place can be
+    written."""
+    meta = _tokens_identity(shard, fingerprint) | {
+        "dialogues": tokens.dialogues,
+        "bad": tokens.bad,
+        "ids_bytes": tokens.ids_bytes,
+    }
     table = np.stack([tokens.tokens, tokens.short_tokens, tokens.dropped_tokens, tokens.short_dropped_tokens])
     stored = {} if records is None else records.arrays()
     _write(shard, _tokens_suffix(shard, fingerprint), meta, {"sample": tokens.sample, "table": table, **stored})
 
 
 def _tokens_suffix(shard: Shard, fingerprint: str) -> str:
-    """Another name for other exclusions: a run that goes on while samples are excluded keeps reading the table it began with."""
+    """Another name for other exclusions: a run that goes on while samples are excluded keeps reading the table it
+    began with."""
     return f".jp-tokens-{fingerprint[:12]}{f'-x{shard.excluded[:8]}' if shard.excluded else ''}.npz"
 
 
@@ -204,7 +219,8 @@ def sidecar_places(shard: Shard, suffix: str) -> list[Path]:
 
 
 def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) -> Path:
-    """Let `write` fill a sidecar in the first place that can be written: temporary file, fsync, rename. Returns its path.
+    """Let `write` fill a sidecar in the first place that can be written: temporary file, fsync, rename. Returns its
+    path.
 
     Raises DataError when neither place can be written.
     """
@@ -233,7 +249,8 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) 
 
 @lru_cache(maxsize=1024)
 def _remove_left_behind(folder: Path) -> None:
-    """Remove the temporary files of killed writers; once per folder and process, because listing a large folder takes time."""
+    """Remove the temporary files of killed writers; once per folder and process, because listing a large folder
+    takes time."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") and ".jp-" in entry.name and entry.name.endswith(".tmp"):
@@ -248,7 +265,8 @@ def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarra
 
 
 def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, NpzFile], _Made]) -> _Made | None:
-    """`made` of the meta data and the arrays (read when asked for) of a sidecar; None when it is absent, of other content, or damaged."""
+    """`made` of the meta data and the arrays (read when asked for) of a sidecar; None when it is absent, of other
+    content, or damaged."""
     for path in sidecar_places(shard, suffix):
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -256,7 +274,8 @@ def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, NpzFi
                 meta = json.loads(bytes(file["meta"]))
                 if all(meta.get(key) == value for key, value in expected.items()):
                     return made(meta, file)
-        except Exception:  # zip, deflate, numpy and JSON each raise many kinds on broken bytes; whatever it is, it is built again
+        except Exception:
+            # zip, deflate, numpy and JSON each raise many kinds on broken bytes; whatever it is, it is built again
             continue
     return None
 

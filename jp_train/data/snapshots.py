@@ -1,7 +1,9 @@
-"""`plan_snapshots.jsonl` of a run folder: the plan's state every `data.snapshot_steps` steps and at each save, one JSON object a line.
+"""`plan_snapshots.jsonl` of a run folder: the plan's state every `data.snapshot_steps` steps and at each save, one JSON
+object a line.
 
-Any row of the run is a fold of at most `data.snapshot_steps` steps away from one of them, also when the checkpoints of that time are gone. A line
-is `Plan.state()`; its `step` is the number of completed steps, so that its rows of plan step `step` come next.
+Any row of the run is a fold of at most `data.snapshot_steps` steps away from one of them, also when the checkpoints of
+that time are gone. A line is `Plan.state()`; its `step` is the number of completed steps, so that its rows of plan step
+`step` come next.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MOST_CANDIDATES = 4
 
 
 def append_snapshot(path: Path, state: dict[str, Any]) -> None:
-    """Add a plan's state, on disk when this returns (a few kilobytes). A line that a crash left unfinished before it is closed first."""
+    """Add a plan's state, on disk when this returns (a few kilobytes). A line that a crash left unfinished before it
+    is closed first."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -32,8 +35,9 @@ def append_snapshot(path: Path, state: dict[str, Any]) -> None:
 
 
 def nearest_snapshots(run_dir: str | Path, step: int) -> Iterator[dict[str, Any]]:
-    """The plan states that a run folder holds for `step` completed steps or fewer, nearest first: of `plan_snapshots.jsonl` and of the
-    checkpoints, at most `MOST_CANDIDATES` of each. What cannot be read is passed over; the states themselves are not checked."""
+    """The plan states that a run folder holds for `step` completed steps or fewer, nearest first: of
+    `plan_snapshots.jsonl` and of the checkpoints, at most `MOST_CANDIDATES` of each. What cannot be read is passed
+    over; the states themselves are not checked."""
     places = [(state["step"], lambda state=state: state) for state in _lines(Path(run_dir) / SNAPSHOTS_FILE, step)]
     places += _checkpoints(Path(run_dir) / "checkpoints", step)
     for _, read in sorted(places, key=lambda place: -place[0]):

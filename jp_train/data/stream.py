@@ -1,8 +1,9 @@
-"""The documents of a stage in the order in which they are dealt: the schedule's turns, each with the next document of its source.
+"""The documents of a stage in the order in which they are dealt: the schedule's turns, each with the next document of
+its source.
 
-That order does not depend on the rows (only a change of phase waits for them), so documents are made far ahead, in blocks of numpy
-arrays, and the packer takes lengths off a list. What is made ahead belongs to no state: positions, dropped documents and deficits are
-those of the documents that were taken.
+That order does not depend on the rows (only a change of phase waits for them), so documents are made far ahead, in
+blocks of numpy arrays, and the packer takes lengths off a list. What is made ahead belongs to no state: positions,
+dropped documents and deficits are those of the documents that were taken.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from jp_train.errors import DataError
 
 
 class DocumentStream:
-    """Deals documents, by running number; `table(numbers)` tells what they are. `taken`: how many were dealt, the number of the next one.
+    """Deals documents, by running number; `table(numbers)` tells what they are. `taken`: how many were dealt, the
+    number of the next one.
 
-    `sequences`: of the sources in use, by index; `make_schedule` makes two, one that deals ahead and one that is charged with what was
-    taken. `by_tokens`: a document counts its length, not 1.
+    `sequences`: of the sources in use, by index; `make_schedule` makes two, one that deals ahead and one that is
+    charged with what was taken. `by_tokens`: a document counts its length, not 1.
     """
 
     _BLOCK = 1024
 
     def __init__(
-        self, sequences: Mapping[int, SourceSequence], make_schedule: Callable[[], CarrySchedule | SampledSchedule], *, by_tokens: bool
+        self,
+        sequences: Mapping[int, SourceSequence],
+        make_schedule: Callable[[], CarrySchedule | SampledSchedule],
+        *,
+        by_tokens: bool,
     ) -> None:
         self._sequences, self._by_tokens = sequences, by_tokens
         self._ahead, self._schedule = make_schedule(), make_schedule()
@@ -65,7 +71,8 @@ class DocumentStream:
         return int(self._table[SOURCE, number - self._first])
 
     def forget(self, before: int) -> None:
-        """Numbers below `before` will not be asked for again. They are dropped a block at a time: a step of a few rows is spared the work."""
+        """Numbers below `before` will not be asked for again. They are dropped a block at a time: a step of a few
+        rows is spared the work."""
         if before - self._first < self._BLOCK:
             return
         self._settle()
@@ -74,7 +81,11 @@ class DocumentStream:
 
     def _make_block(self) -> None:
         self._settle()
-        costs = {index: sequence.lengths().__next__ for index, sequence in self._sequences.items()} if self._by_tokens else None
+        costs = (
+            {index: sequence.lengths().__next__ for index, sequence in self._sequences.items()}
+            if self._by_tokens
+            else None
+        )
         sources = np.array(self._ahead.deal(self._BLOCK, costs))
         block = np.empty((len(COLUMNS), self._BLOCK), np.int64)
         counts = np.bincount(sources).tolist()
@@ -105,7 +116,8 @@ class DocumentStream:
         return {index: int(self._dropped[index]) for index in self._sequences}
 
     def enter_phase(self, phase: int, unplaced: np.ndarray, kinds: Sequence[int]) -> None:
-        """Go on with the sources of another phase. `unplaced` [8, N]: documents that were taken and never come into a row, of `kinds`."""
+        """Go on with the sources of another phase. `unplaced` [8, N]: documents that were taken and never come into
+        a row, of `kinds`."""
         self._settle()
         for kind, length in zip(kinds, unplaced[LENGTH].tolist(), strict=True):
             self._schedule.refund(kind, length if self._by_tokens else 1)
@@ -147,6 +159,8 @@ class DocumentStream:
         for index in np.unique(owners).tolist():
             found = self._sequences[index].documents(numbers[owners == index])
             if found.shape[1] != np.count_nonzero(owners == index):
-                raise DataError("the plan state is damaged: its pool names documents that are never drawn. Resume from another checkpoint")
+                raise DataError(
+                    "the plan state is damaged: its pool names documents that are never drawn. Resume from another checkpoint"
+                )
             documents[:, owners == index] = found
         self._begin(documents)

@@ -1,7 +1,8 @@
-"""The headers of a tar, one after another: strict about what a shard may be, bounded in memory, exact about where it breaks.
+"""The headers of a tar, one after another: strict about what a shard may be, bounded in memory, exact about where it
+breaks.
 
-Python's tarfile ends quietly at a header it cannot read and trusts every size it finds; a training shard must be whole or named as
-broken. Names are only keys: nothing here opens, creates or joins a path.
+Python's tarfile ends quietly at a header it cannot read and trusts every size it finds; a training shard must be whole
+or named as broken. Names are only keys: nothing here opens, creates or joins a path.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ BLOCK = 512
 MAX_EXTENDED = 1 << 20
 """Bytes of a long-name or PAX header; a longer one is damage, and would otherwise be read into memory."""
 
-TRUNCATED, CORRUPT, AFTER_END, COMPRESSED, LINK = "truncated_tar", "corrupt_tar", "data_after_end", "compressed_tar", "link_or_device"
+TRUNCATED, CORRUPT, AFTER_END, COMPRESSED, LINK = (
+    "truncated_tar",
+    "corrupt_tar",
+    "data_after_end",
+    "compressed_tar",
+    "link_or_device",
+)
 
 _CHECK_BYTES = 1 << 20
 _FILE_TYPES = frozenset(b"0\0" + b"7")
@@ -30,8 +37,8 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One entry: its name, whether it is a plain `file` or a `folder` (neither: a link, device or sparse file), the offset of its
-    first header, and the offset and size of its data, in bytes."""
+    """One entry: its name, whether it is a plain `file` or a `folder` (neither: a link, device or sparse file), the
+    offset of its first header, and the offset and size of its data, in bytes."""
 
     name: str
     file: bool
@@ -53,13 +60,16 @@ def walk(read: Read, size: int) -> Iterator[Member]:
     """Every member of a tar of `size` bytes, in order.
 
     Raises:
-        TarFault: where the tar is compressed, truncated or damaged, or goes on after its end marker. What was yielded before is whole.
+        TarFault: where the tar is compressed, truncated or damaged, or goes on after its end marker. What was yielded
+        before is whole.
     """
     start = read(0, 4)
     for magic, name in _COMPRESSED:
         if start.startswith(magic):
             raise TarFault(
-                COMPRESSED, 0, f"it is compressed ({name}), so byte ranges cannot be read from it; decompress it to a plain .tar"
+                COMPRESSED,
+                0,
+                f"it is compressed ({name}), so byte ranges cannot be read from it; decompress it to a plain .tar",
             )
     position = 0
     everywhere: dict[str, str] = {}
@@ -71,7 +81,11 @@ def walk(read: Read, size: int) -> Iterator[Member]:
             header = _header(read, position, size)
             if header is None:
                 if awaited:
-                    raise TarFault(CORRUPT, position, f"the archive ends after a header extension at byte {first} that belongs to no file")
+                    raise TarFault(
+                        CORRUPT,
+                        position,
+                        f"the archive ends after a header extension at byte {first} that belongs to no file",
+                    )
                 _check_rest(read, position, size)
                 return
             kind = header[156]
@@ -91,7 +105,9 @@ def walk(read: Read, size: int) -> Iterator[Member]:
         extra = everywhere | local
         name = extra["path"] if "path" in extra else _name(header)
         if kind == _SPARSE or _SPARSE_RECORDS.decode() in extra:
-            raise TarFault(LINK, first, f"member {name!r} is a sparse file; a shard may hold plain files only: write it again")
+            raise TarFault(
+                LINK, first, f"member {name!r} is a sparse file; a shard may hold plain files only: write it again"
+            )
         if "size" in local:
             length = _pax_size(local["size"], position)
         folder = kind == _FOLDER or (kind == 0 and name.endswith("/"))
@@ -99,9 +115,13 @@ def walk(read: Read, size: int) -> Iterator[Member]:
             length = 0
         if data + length > size:
             raise TarFault(
-                TRUNCATED, first, f"member {name!r} of {length} bytes at byte {data} runs past the end of the file, which has {size} bytes"
+                TRUNCATED,
+                first,
+                f"member {name!r} of {length} bytes at byte {data} runs past the end of the file, which has {size} bytes",
             )
-        yield Member(name=name, file=kind in _FILE_TYPES and not folder, folder=folder, header=first, offset=data, size=length)
+        yield Member(
+            name=name, file=kind in _FILE_TYPES and not folder, folder=folder, header=first, offset=data, size=length
+        )
         position = data + _padded(length)
 
 
@@ -123,7 +143,11 @@ def _header(read: Read, position: int, size: int) -> bytes | None:
     if stored != unsigned:
         above = sum(byte > 127 for byte in header[:148]) + sum(byte > 127 for byte in header[156:])
         if stored != unsigned - 256 * above:  # very old tars summed signed bytes
-            raise TarFault(CORRUPT, position, f"the block at byte {position} is neither a tar header nor the end of the archive (checksum)")
+            raise TarFault(
+                CORRUPT,
+                position,
+                f"the block at byte {position} is neither a tar header nor the end of the archive (checksum)",
+            )
     return header
 
 
@@ -134,7 +158,9 @@ def _number(field: bytes, position: int, what: str) -> int:
     digits = field.split(b"\0", 1)[0].strip()
     if any(not 0x30 <= digit <= 0x37 for digit in digits):
         raise TarFault(
-            CORRUPT, position, f"the block at byte {position} is neither a tar header nor the end of the archive ({what} {field!r})"
+            CORRUPT,
+            position,
+            f"the block at byte {position} is neither a tar header nor the end of the archive ({what} {field!r})",
         )
     return int(digits, 8) if digits else 0
 
@@ -142,11 +168,15 @@ def _number(field: bytes, position: int, what: str) -> int:
 def _extended(read: Read, data: int, length: int, position: int, size: int) -> bytes:
     if length > MAX_EXTENDED:
         raise TarFault(
-            CORRUPT, position, f"the header extension at byte {position} claims {length} bytes; at most {MAX_EXTENDED} make sense"
+            CORRUPT,
+            position,
+            f"the header extension at byte {position} claims {length} bytes; at most {MAX_EXTENDED} make sense",
         )
     if data + length > size:
         raise TarFault(
-            TRUNCATED, position, f"the header extension at byte {position} runs past the end of the file, which has {size} bytes"
+            TRUNCATED,
+            position,
+            f"the header extension at byte {position} runs past the end of the file, which has {size} bytes",
         )
     return read(data, length)
 

@@ -22,14 +22,17 @@ class TarSample:
 
 
 def group_members(
-    members: Iterable[Member], *, on_fault: Callable[[TarFault, str | None], None], on_stray: Callable[[str, int, str], None]
+    members: Iterable[Member],
+    *,
+    on_fault: Callable[[TarFault, str | None], None],
+    on_stray: Callable[[str, int, str], None],
 ) -> Iterator[TarSample]:
     """The samples of a shard, each when its last file has passed.
 
-    `on_fault(fault, key)` hears of links and devices (without a key), of keys that come again after others (each once), and of fields
-    that a sample has twice. Unless it raises, the pass goes on without that link, the later part of that key, or the later field.
-    `on_stray(name, offset, reason)` hears of files that belong to no sample. A TarFault of `members` passes through; the
-    sample that it may have cut is not yielded.
+    `on_fault(fault, key)` hears of links and devices (without a key), of keys that come again after others (each once),
+    and of fields that a sample has twice. Unless it raises, the pass goes on without that link, the later part of that
+    key, or the later field. `on_stray(name, offset, reason)` hears of files that belong to no sample. A TarFault of
+    `members` passes through; the sample that it may have cut is not yielded.
     """
     seen: dict[str, int] = {}
     fields_of: dict[str, int] = {}
@@ -95,7 +98,8 @@ def _until_fault(members: Iterable[Member], ended: list[TarFault]) -> Iterator[M
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member's name; two empty strings when it has none, or a NUL, which no list of keys could store."""
+    """(key, extension) of a member's name; two empty strings when it has none, or a NUL, which no list of keys could
+    store."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     if not stem or not extension or "\0" in name:

@@ -1,4 +1,5 @@
-"""Token ids of a sample's texts, kept in the tokens sidecar (sidecar.py), so that training neither reads nor tokenises a text.
+"""Token ids of a sample's texts, kept in the tokens sidecar (sidecar.py), so that training neither reads nor tokenises
+a text.
 
 A sample's record is its document without picture and draws: runs of ids with one role, in order. Little-endian:
 
@@ -7,12 +8,13 @@ A sample's record is its document without picture and draws: runs of ids with on
     uint16 [ids]          the low 16 bits of all ids
     bits [ids] x planes   one more bit of each id a plane, eight to a byte: none up to 65,536 ids, one up to 131,072
 
-Roles of an understanding or text document: READ, LEARN, ASK (layouts.py) or IMAGE; which question is learnt is decided when the row is made. A
-generation document holds its condition, and what the first sentence alone has in common with it: BOTH + WHOLE is the whole caption's,
-BOTH + SHORT that of the first sentence.
+Roles of an understanding or text document: READ, LEARN, ASK (layouts.py) or IMAGE; which question is learnt is decided
+when the row is made. A
+generation document holds its condition, and what the first sentence alone has in common with it: BOTH + WHOLE is the
+whole caption's, BOTH + SHORT that of the first sentence.
 
-Records are read as byte ranges through the ShardReader, whose errors name the file: a mapped file would end the process without a word
-when the disk fails. Ranks share the pages all the same, in the page cache.
+Records are read as byte ranges through the ShardReader, whose errors name the file: a mapped file would end the process
+without a word when the disk fails. Ranks share the pages all the same, in the page cache.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def unpack(record: bytes, planes: int) -> tuple[list[tuple[int, int]], np.ndarra
 
 
 class RecordSpool:
-    """The records of a shard on their way into its sidecar, in a temporary file: a shard of texts is not held in memory. Use it as a context."""
+    """The records of a shard on their way into its sidecar, in a temporary file: a shard of texts is not held in
+    memory. Use it as a context."""
 
     def __init__(self) -> None:
         self._starts = [0]
@@ -120,7 +123,8 @@ class RecordSpool:
 
 @dataclass(frozen=True, slots=True)
 class StoredTokenIds:
-    """The records of one shard: `file` is the sidecar, `first` the byte where they begin, `record_start` int64 [G + 1]."""
+    """The records of one shard: `file` is the sidecar, `first` the byte where they begin, `record_start` int64 [G +
+    1]."""
 
     file: Shard
     first: int
@@ -128,7 +132,8 @@ class StoredTokenIds:
     reader: ShardReader
 
     def record(self, entry: int) -> bytes:
-        """The record of usable sample `entry`. Raises DataError when it cannot be read, or the file is another one by now."""
+        """The record of usable sample `entry`. Raises DataError when it cannot be read, or the file is another one
+        by now."""
         start, end = self.record_start[entry : entry + 2].tolist()
         return self.reader.read(self.file, self.first + start, end - start)
 

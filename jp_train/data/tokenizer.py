@@ -1,9 +1,11 @@
 """One face for two tokenizers: a Hugging Face folder (Janus-Pro's own) or a SentencePiece model.
 
-Users' text never becomes a special token: a caption that contains `<end_of_image>` is encoded as the characters it is made of.
-Special ids are looked up by their string; Janus and Janus-Pro number them differently (specification section 3).
-Texts are encoded piece by piece between special tokens, so a SentencePiece model should be trained with add_dummy_prefix off,
-remove_extra_whitespaces off and normalization_rule_name identity, and with byte_fallback on: then nothing of a text is lost.
+Users' text never becomes a special token: a caption that contains `<end_of_image>` is encoded as the characters it is
+made of. Special ids are looked up by their string; Janus and Janus-Pro number them differently (specification section
+3). Texts are encoded piece by piece between special tokens, so a SentencePiece model should be trained with
+add_dummy_prefix off,
+remove_extra_whitespaces off and normalization_rule_name identity, and with byte_fallback on: then nothing of a text is
+lost.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ STRINGS_FILE = "jp_train_tokenizer.json"
 
 
 class Tokenizer(ABC):
-    """Text <-> ids. Made by `load_tokenizer`; pickles as its content, so that a worker process has this very tokenizer, whatever happens to
-    the files meanwhile, and need not import transformers."""
+    """Text <-> ids. Made by `load_tokenizer`; pickles as its content, so that a worker process has this very
+    tokenizer, whatever happens to the files meanwhile, and need not import transformers."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         self.cfg = cfg
@@ -49,7 +51,9 @@ class Tokenizer(ABC):
                 )
             ids[name] = token
         if len(set(ids.values())) != len(ids):
-            raise ConfigError(f"tokenizer {cfg.path}: two of the special tokens have the same id: {ids}; each needs its own")
+            raise ConfigError(
+                f"tokenizer {cfg.path}: two of the special tokens have the same id: {ids}; each needs its own"
+            )
         self.special = SpecialTokens(**ids)
         self._roles: dict[str, int] = {}
         for name in ("user", "assistant"):
@@ -97,8 +101,8 @@ class Tokenizer(ABC):
         return found
 
     def encode_template(self, text: str) -> list[int]:
-        """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as single
-        tokens)."""
+        """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as
+        single tokens)."""
         if self._role_pattern is None:
             return self.encode(text)
         ids, start = [], 0
@@ -112,12 +116,15 @@ class Tokenizer(ABC):
         return self._roles.get(marker, marker)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens and ids past the vocabulary (spare rows of the model's embedding) leave nothing."""
-        return self._decode([int(token) for token in ids if int(token) not in self._reserved_ids and 0 <= int(token) < self.vocab_size])
+        """Text of ids; special tokens and ids past the vocabulary (spare rows of the model's embedding) leave
+        nothing."""
+        return self._decode(
+            [int(token) for token in ids if int(token) not in self._reserved_ids and 0 <= int(token) < self.vocab_size]
+        )
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer into `folder` so that `load_saved_tokenizer` (and transformers, for a Hugging Face one) can read
-        it."""
+        """Write the tokenizer into `folder` so that `load_saved_tokenizer` (and transformers, for a Hugging Face
+        one) can read it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
@@ -162,13 +169,16 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
-    """The tokenizer at `cfg.path`: a folder with tokenizer.json (or with one *.model file), or a SentencePiece .model file.
+    """The tokenizer at `cfg.path`: a folder with tokenizer.json (or with one *.model file), or a SentencePiece .model
+    file.
 
-    Raises ConfigError when it is missing, cannot be read, or lacks a special token. Nothing is downloaded and no remote code is
-    run.
+    Raises ConfigError when it is missing, cannot be read, or lacks a special token. Nothing is downloaded and no remote
+    code is run.
     """
     if not cfg.path:
-        raise ConfigError("tokenizer.path is not set: give a folder with a Hugging Face tokenizer, or a SentencePiece .model file")
+        raise ConfigError(
+            "tokenizer.path is not set: give a folder with a Hugging Face tokenizer, or a SentencePiece .model file"
+        )
     path = Path(cfg.path).expanduser()
     if path.is_file():
         return _SentencePiece(cfg, path)
@@ -181,12 +191,14 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     models = sorted(path.glob("*.model"))
     if len(models) == 1:
         return _SentencePiece(cfg, models[0])
-    raise ConfigError(f"tokenizer.path {path} holds neither tokenizer.json nor exactly one *.model file (found {len(models)})")
+    raise ConfigError(
+        f"tokenizer.path {path} holds neither tokenizer.json nor exactly one *.model file (found {len(models)})"
+    )
 
 
 def load_saved_tokenizer(folder: str | Path) -> Tokenizer:
-    """A tokenizer that `Tokenizer.save` wrote, e.g. in an export; other Hugging Face folders are taken to use Janus-Pro's
-    strings."""
+    """A tokenizer that `Tokenizer.save` wrote, e.g. in an export; other Hugging Face folders are taken to use
+    Janus-Pro's strings."""
     strings = Path(folder) / STRINGS_FILE
     known = json.loads(strings.read_text(encoding="utf-8")) if strings.exists() else {}
     return load_tokenizer(TokenizerConfig(path=str(folder), **known))
@@ -221,7 +233,9 @@ class _SentencePiece(Tokenizer):
         return token if self._model.is_control(token) or (string.startswith("<") and string.endswith(">")) else None
 
     def _reserved(self) -> dict[str, int]:
-        return {self._model.id_to_piece(token): token for token in range(self.vocab_size) if self._model.is_control(token)}
+        return {
+            self._model.id_to_piece(token): token for token in range(self.vocab_size) if self._model.is_control(token)
+        }
 
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, out_type=int)
@@ -240,10 +254,12 @@ class _SentencePiece(Tokenizer):
 
 
 class _HuggingFace(Tokenizer):
-    """`source`: a folder, read with transformers, or the content of its fast tokenizer, for which transformers is not imported."""
+    """`source`: a folder, read with transformers, or the content of its fast tokenizer, for which transformers is
+    not imported."""
 
     def __init__(self, cfg: TokenizerConfig, source: Path | bytes) -> None:
-        # A batch is one row's texts: rows are built in parallel by processes, and threads of each would only fight for the same cores.
+        # A batch is one row's texts: rows are built in parallel by processes, and threads of each would only fight for
+        # the same cores.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if isinstance(source, bytes):
             import tokenizers
@@ -251,7 +267,8 @@ class _HuggingFace(Tokenizer):
             self._backend = tokenizers.Tokenizer.from_str(source.decode())
         else:
             self._backend = _pretrained(source).backend_tokenizer
-        self._vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)  # ids may have gaps
+        # ids may have gaps
+        self._vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._added_tokens = self._backend.get_added_tokens_decoder()
         self._added = {added.content: token for token, added in self._added_tokens.items()}
         super().__init__(cfg)
@@ -264,7 +281,8 @@ class _HuggingFace(Tokenizer):
         return self._added.get(string)
 
     def _reserved(self) -> dict[str, int]:
-        # An added token that is plain text to its tokenizer (special=False, e.g. an added word) may appear in text; ours may not.
+        # An added token that is plain text to its tokenizer (special=False, e.g. an added word) may appear in text;
+        # ours may not.
         return {added.content: token for token, added in self._added_tokens.items() if added.special}
 
     def _encode(self, text: str) -> list[int]:

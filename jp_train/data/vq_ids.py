@@ -1,12 +1,15 @@
-"""VQ ids of a shard's pictures, stored beside the shard, so that training neither reads nor decodes a generation picture.
+"""VQ ids of a shard's pictures, stored beside the shard, so that training neither reads nor decodes a generation
+picture.
 
-    X.tar.jp-vq-<print>.npy    uint16 [N, S]: the ids of each of the shard's N samples; a sample without ids has 65535 everywhere
-    X.tar.jp-vq-<print>.json   what they were made with, and why pictures have none; written last: its presence says that the ids
+    X.tar.jp-vq-<print>.npy    uint16 [N, S]: the ids of each of the shard's N samples; a sample without ids has 65535
+                               everywhere
+    X.tar.jp-vq-<print>.json   what they were made with, and why pictures have none; written last: its presence says
+                               that the ids
                                are complete
 
-`<print>` starts the fingerprint of VQ weights and picture transform, so ids of several tokenizers lie beside each other. They are
-ids of the centre crop. The array is plain, so a row is one byte range; it is read through the ShardReader, which retries and names
-an I/O error, where a mapped file would kill the process.
+`<print>` starts the fingerprint of VQ weights and picture transform, so ids of several tokenizers lie beside each
+other. They are ids of the centre crop. The array is plain, so a row is one byte range; it is read through the
+ShardReader, which retries and names an I/O error, where a mapped file would kill the process.
 """
 
 from __future__ import annotations
@@ -36,7 +39,16 @@ REMEDY = "run `jp-train data encode-images` with this configuration, or set data
 
 _MARK = ".jp-vq-"
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-_PLAIN_FIELDS = ("size", "stamp", "samples", "slots", "codebook_size", "without_picture", "pictures_sha256", "ids_sha256")
+_PLAIN_FIELDS = (
+    "size",
+    "stamp",
+    "samples",
+    "slots",
+    "codebook_size",
+    "without_picture",
+    "pictures_sha256",
+    "ids_sha256",
+)
 _HEADER_BYTES = 128
 """Of a two-dimensional .npy as numpy writes it."""
 
@@ -55,7 +67,14 @@ class IdsRecipe:
     @property
     def fingerprint(self) -> str:
         """Hex digest of it all, for the centre crop."""
-        parts = ("janus-ids/1", self.vq, str(self.transform), "crop=centre", str(self.image_side), str(self.max_image_pixels))
+        parts = (
+            "janus-ids/1",
+            self.vq,
+            str(self.transform),
+            "crop=centre",
+            str(self.image_side),
+            str(self.max_image_pixels),
+        )
         parts += () if self.decode == ImageDecode.exact.value else (f"decode={self.decode}",)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -72,13 +91,18 @@ class StoredIds:
     reader: ShardReader
 
     def row(self, number: int) -> np.ndarray | None:
-        """The ids uint16 [S] of sample `number` of the shard; None when it has none: an unusable picture, or no picture.
+        """The ids uint16 [S] of sample `number` of the shard; None when it has none: an unusable picture, or no
+        picture.
 
         Raises DataError when they cannot be read, or are damaged.
         """
         if not 0 <= number < self.samples:
-            raise DataError(f"{self.file.path} has ids of {self.samples} samples, number {number} is asked for: the shard is another one")
-        row = np.frombuffer(self.reader.read(self.file, _HEADER_BYTES + number * self.slots * 2, self.slots * 2), np.uint16)
+            raise DataError(
+                f"{self.file.path} has ids of {self.samples} samples, number {number} is asked for: the shard is another one"
+            )
+        row = np.frombuffer(
+            self.reader.read(self.file, _HEADER_BYTES + number * self.slots * 2, self.slots * 2), np.uint16
+        )
         highest = int(row.max())
         if highest < self.codebook_size:
             return row
@@ -91,8 +115,9 @@ class StoredIds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdsManifest:
-    """What stands beside stored ids. `size` and `stamp` are those of the shard they were made from; `pictures_sha256` is over keys and
-    picture bytes in order, so that a copied shard is recognised; `without_picture` counts samples that have no picture to encode."""
+    """What stands beside stored ids. `size` and `stamp` are those of the shard they were made from;
+    `pictures_sha256` is over keys and picture bytes in order, so that a copied shard is recognised;
+    `without_picture` counts samples that have no picture to encode."""
 
     recipe: IdsRecipe
     size: int
@@ -117,7 +142,8 @@ class IdsManifest:
 
 
 def load_manifest(shard: Shard, fingerprint: str) -> IdsManifest | None:
-    """The manifest with this fingerprint, preferably one that belongs to the shard's present content; None without a readable one."""
+    """The manifest with this fingerprint, preferably one that belongs to the shard's present content; None without a
+    readable one."""
     found: list[IdsManifest] = []
     for path in sidecar_places(shard, _suffix(fingerprint, "json")):
         try:
@@ -127,7 +153,11 @@ def load_manifest(shard: Shard, fingerprint: str) -> IdsManifest | None:
             fields = {name: told[name] for name in _PLAIN_FIELDS}
             recipe = IdsRecipe(**told["recipe"])
             unusable = tuple((str(key), str(reason)) for key, reason in told["unusable"])
-            if not _has_types(IdsManifest, fields) or not _has_types(IdsRecipe, told["recipe"]) or recipe.fingerprint != fingerprint:
+            if (
+                not _has_types(IdsManifest, fields)
+                or not _has_types(IdsRecipe, told["recipe"])
+                or recipe.fingerprint != fingerprint
+            ):
                 continue
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # absent or damaged: encoded again
@@ -157,7 +187,8 @@ def open_ids(shard: Shard, fingerprint: str, reader: ShardReader) -> StoredIds |
 
 
 def ids_problem(manifest: IdsManifest, reader: ShardReader, *, digest: bool = False) -> str:
-    """What is wrong with the ids file of a manifest, empty when nothing is. `digest` reads it whole and compares its SHA-256."""
+    """What is wrong with the ids file of a manifest, empty when nothing is. `digest` reads it whole and compares its
+    SHA-256."""
     path = manifest.ids_path
     try:
         size = path.stat().st_size
@@ -208,7 +239,8 @@ def store_ids(
 
 
 def restamp_ids(shard: Shard, manifest: IdsManifest) -> None:
-    """Let ids vouch for `shard`, whose pictures were found to be the encoded ones although its size or stamp is another."""
+    """Let ids vouch for `shard`, whose pictures were found to be the encoded ones although its size or stamp is
+    another."""
     _store_manifest(shard, replace(manifest, size=shard.size, stamp=shard.stamp))
 
 

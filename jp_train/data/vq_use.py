@@ -1,7 +1,8 @@
-"""Which stored VQ ids a run uses (`data.vq_ids`), decided once, before the first row: ids of another VQ are an error, not a surprise.
+"""Which stored VQ ids a run uses (`data.vq_ids`), decided once, before the first row: ids of another VQ are an error,
+not a surprise.
 
-Ids come from `jp-train data encode-images` (vq_ids.py), or are `.vq.npy` members of the shards, whose fingerprint stands in the
-`manifest.json` of their folder: {"vq": {"fingerprint": "..."}}.
+Ids come from `jp-train data encode-images` (vq_ids.py), or are `.vq.npy` members of the shards, whose fingerprint
+stands in the `manifest.json` of their folder: {"vq": {"fingerprint": "..."}}.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ _NAMED = 3
 
 
 def use_stored_ids(data: DataConfig, indexes: Sequence[SourceIndex], recipe: IdsRecipe | None) -> list[SourceIndex]:
-    """The indexes with the ids that rows are to be made of; `recipe` is that of the run's own VQ (None: no generation source).
+    """The indexes with the ids that rows are to be made of; `recipe` is that of the run's own VQ (None: no generation
+    source).
 
     Raises:
-        DataError: for ids of another VQ or transform, of a shard that has changed, or of unknown origin, and with `require` for shards
-            without ids; it names shard, what was found and expected, and the remedy.
+        DataError: for ids of another VQ or transform, of a shard that has changed, or of unknown origin, and with
+            `require` for shards without ids; it names shard, what was found and expected, and the remedy.
     """
     found = []
     for index in indexes:
@@ -115,8 +117,14 @@ def _current_manifests(index: SourceIndex, recipe: IdsRecipe) -> dict[int, IdsMa
 
 def _foreign(source: str, shard: Shard, fingerprint: str, recipe: IdsRecipe) -> str:
     other = load_manifest(shard, fingerprint)
-    differ = [] if other is None else [f.name for f in fields(IdsRecipe) if getattr(other.recipe, f.name) != getattr(recipe, f.name)]
-    details = "; ".join(f"{name} is {getattr(other.recipe, name)}, this run's is {getattr(recipe, name)}" for name in differ)
+    differ = (
+        []
+        if other is None
+        else [f.name for f in fields(IdsRecipe) if getattr(other.recipe, f.name) != getattr(recipe, f.name)]
+    )
+    details = "; ".join(
+        f"{name} is {getattr(other.recipe, name)}, this run's is {getattr(recipe, name)}" for name in differ
+    )
     return (
         f"shard {shard.path} (source {source!r}) has VQ ids with fingerprint {fingerprint}, this run's VQ and transform have "
         f"{recipe.fingerprint}{f' ({details})' if details else ''}: its ids mean other pictures; {REMEDY}"
@@ -180,13 +188,16 @@ def _check_embedded(mode: VqIds, source: str, shards: Sequence[Shard], recipe: I
 
 
 def _folder_fingerprint(path: Path) -> str:
-    """The fingerprint that a folder's manifest.json states, empty without one. Raises DataError for a manifest that cannot be read."""
+    """The fingerprint that a folder's manifest.json states, empty without one. Raises DataError for a manifest that
+    cannot be read."""
     try:
         told = json.loads(path.read_bytes())
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f'{path} cannot be read: {error}; it should hold {{}} or {{"vq": {{"fingerprint": "..."}}}}') from None
+        raise DataError(
+            f'{path} cannot be read: {error}; it should hold {{}} or {{"vq": {{"fingerprint": "..."}}}}'
+        ) from None
     vq = told.get("vq") if isinstance(told, dict) else None
     return str(vq.get("fingerprint") or "") if isinstance(vq, dict) else ""
 

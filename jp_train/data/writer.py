@@ -1,8 +1,8 @@
 """Plain tar shards, written so that a file with a shard's name is always whole.
 
-A shard grows under a temporary name, is synced to disk, and only then gets its name: a kill at any moment leaves complete shards and
-at most one `.NAME.tmp`, which the next writer of that shard replaces. Equal samples give equal bytes: headers carry no time, owner or mode
-of the machine.
+A shard grows under a temporary name, is synced to disk, and only then gets its name: a kill at any moment leaves
+complete shards and at most one `.NAME.tmp`, which the next writer of that shard replaces. Equal samples give equal
+bytes: headers carry no time, owner or mode of the machine.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class WrittenShard:
 
 
 class ShardWriter:
-    """Writes samples to `folder/000000.tar`, `000001.tar`, … A shard is closed before the sample that would take it past `max_bytes`
-    or `max_samples`; a sample larger than `max_bytes` has a shard of its own.
+    """Writes samples to `folder/000000.tar`, `000001.tar`, … A shard is closed before the sample that would take it
+    past `max_bytes` or `max_samples`; a sample larger than `max_bytes` has a shard of its own.
 
-    Use it as a context manager: on an exception the unfinished shard is removed, otherwise `finish` has been called for you.
+    Use it as a context manager: on an exception the unfinished shard is removed, otherwise `finish` has been called for
+    you.
 
     Raises:
         ConfigError: for bounds below one sample.
@@ -47,7 +48,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, *, max_bytes: int, max_samples: int, number: int = 0) -> None:
         if max_bytes < 1 or max_samples < 1:
-            raise ConfigError(f"a shard must hold at least one byte and one sample, got {max_bytes} bytes and {max_samples} samples")
+            raise ConfigError(
+                f"a shard must hold at least one byte and one sample, got {max_bytes} bytes and {max_samples} samples"
+            )
         self.number = number
         """Number of the shard that is being written, or is written next."""
         self._folder, self._max_bytes, self._max_samples = folder, max_bytes, max_samples
@@ -56,12 +59,15 @@ class ShardWriter:
         self._hash = hashlib.sha256()
 
     def write(self, key: str, fields: Mapping[str, bytes]) -> WrittenShard | None:
-        """Append `{key}.{extension}` for every field, in order; returns the shard that had to be closed first, if any."""
+        """Append `{key}.{extension}` for every field, in order; returns the shard that had to be closed first, if
+        any."""
         return self.append(pack_sample(key, fields))
 
     def append(self, packed: bytes) -> WrittenShard | None:
         """The same for a sample that `pack_sample` made, perhaps in another process."""
-        full = self._samples and (self._samples == self._max_samples or self._size + len(packed) + len(_END) > self._max_bytes)
+        full = self._samples and (
+            self._samples == self._max_samples or self._size + len(packed) + len(_END) > self._max_bytes
+        )
         closed = self.finish() if full else None
         try:
             if self._file is None:
@@ -148,7 +154,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def pack_sample(key: str, fields: Mapping[str, bytes]) -> bytes:
-    """The tar members `{key}.{extension}` of one sample, without an end marker: shards are such pieces one after the other."""
+    """The tar members `{key}.{extension}` of one sample, without an end marker: shards are such pieces one after the
+    other."""
     parts: list[bytes] = []
     for extension, data in fields.items():
         parts += [_header(f"{key}.{extension}", len(data)), data, b"\0" * (-len(data) % _BLOCK)]
@@ -156,8 +163,8 @@ def pack_sample(key: str, fields: Mapping[str, bytes]) -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """The header of a file: owner and time 0, mode 0644. tarfile's own takes 20 microseconds, much for a short text; so it is only asked for
-    names and sizes that need more than one block."""
+    """The header of a file: owner and time 0, mode 0644. tarfile's own takes 20 microseconds, much for a short text;
+    so it is only asked for names and sizes that need more than one block."""
     encoded = name.encode()
     if len(encoded) > _NAME or size >= 8 << 30:
         member = tarfile.TarInfo(name)

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON, generated: every value in it has one owner, the run's configuration.
 
-Three settings are there for exactness and were measured (DEEPSPEED.md section 4): gradients travel and accumulate in fp32
-(`communication_data_type` and `data_types.grad_accum_dtype` together bring the error of a bf16 accumulation of 16 micro-batches from
-3.5e-3 to 2e-11), and the optimizer is torch's own AdamW on fp32 master weights.
+Three settings are there for exactness and were measured (DEEPSPEED.md section 4): gradients travel and accumulate in
+fp32 (`communication_data_type` and `data_types.grad_accum_dtype` together bring the error of a bf16 accumulation of 16
+micro-batches from 3.5e-3 to 2e-11), and the optimizer is torch's own AdamW on fp32 master weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ OWNED_KEYS = {
 def deepspeed_config(cfg: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """The dictionary given to `deepspeed.initialize` and `zero.Init` on every rank.
 
-    `cfg.engine.deepspeed` is merged last, key by key; raises ConfigError when it names a key of OWNED_KEYS, or misspells a section.
+    `cfg.engine.deepspeed` is merged last, key by key; raises ConfigError when it names a key of OWNED_KEYS, or
+    misspells a section.
     """
     generated: dict[str, Any] = {
         "train_batch_size": plan.rows_per_step,
@@ -83,14 +84,22 @@ def deepspeed_config(cfg: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 def _merge(generated: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     for path in _paths(extra):
         for owned, owner in OWNED_KEYS.items():
-            if path == owned or path.startswith(owned + ".") or (owned.startswith(path + ".") and not _is_section(extra, path)):
-                raise ConfigError(f"engine.deepspeed.{path} is set by jp_train; change {owner} instead, and leave this key out")
+            if (
+                path == owned
+                or path.startswith(owned + ".")
+                or (owned.startswith(path + ".") and not _is_section(extra, path))
+            ):
+                raise ConfigError(
+                    f"engine.deepspeed.{path} is set by jp_train; change {owner} instead, and leave this key out"
+                )
     merged = copy.deepcopy(generated)
     for key, value in extra.items():
         if key not in merged:
             close = difflib.get_close_matches(key, list(merged), n=1, cutoff=0.85)
             if close:
-                raise ConfigError(f"engine.deepspeed.{key}: did you mean {close[0]!r}? DeepSpeed would ignore the misspelt key")
+                raise ConfigError(
+                    f"engine.deepspeed.{key}: did you mean {close[0]!r}? DeepSpeed would ignore the misspelt key"
+                )
         if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
             merged[key] = {**merged[key], **copy.deepcopy(dict(value))}
         else:

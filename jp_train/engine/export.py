@@ -1,8 +1,8 @@
 """The end of a stage: the whole model in one folder, which the next stage, inference and transformers read.
 
-Weights leave in the dtype they were trained in (`precision`): fp32 runs export fp32, bf16 runs export the bf16 weights that the forward pass used,
-which are the fp32 master weights rounded once. The next stage's master weights start from those: the low bits of the old ones are dropped once per
-stage, together with its moments.
+Weights leave in the dtype they were trained in (`precision`): fp32 runs export fp32, bf16 runs export the bf16 weights
+that the forward pass used, which are the fp32 master weights rounded once. The next stage's master weights start from
+those: the low bits of the old ones are dropped once per stage, together with its moments.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from jp_train.errors import CheckpointError, JpTrainError
 from jp_train.model.export import write_export
 
 GATHERED_ELEMENTS = 1 << 24
-"""Elements that are whole on a rank at one time, but at least one tensor: 32 MiB in bf16 (the largest of the 7B model has 0.8 GiB)."""
+"""Elements that are whole on a rank at one time, but at least one tensor: 32 MiB in bf16 (the largest of the 7B
+model has 0.8 GiB)."""
 
 
-def export(engine: Engine, path: Path, *, tokenizer: Any, precision: Precision, config_text: str, is_main: bool) -> None:
-    """Write `path` from the engine's current weights, the VQ tokenizer and the text tokenizer. Collective; rank 0 writes.
+def export(
+    engine: Engine, path: Path, *, tokenizer: Any, precision: Precision, config_text: str, is_main: bool
+) -> None:
+    """Write `path` from the engine's current weights, the VQ tokenizer and the text tokenizer. Collective; rank 0
+    writes.
 
-    No rank holds more than GATHERED_ELEMENTS elements, or one tensor; rank 0 has a copy of them on the CPU, and writes tensor by tensor. Raises
-    CheckpointError on every rank when the folder cannot be written; nothing half-written is left.
+    No rank holds more than GATHERED_ELEMENTS elements, or one tensor; rank 0 has a copy of them on the CPU, and writes
+    tensor by tensor. Raises CheckpointError on every rank when the folder cannot be written; nothing half-written is
+    left.
     """
     tensors = whole_tensors(engine, keep=is_main)
     failure: str | None = None
@@ -53,7 +58,8 @@ def export(engine: Engine, path: Path, *, tokenizer: Any, precision: Precision, 
 
 
 def whole_tensors(engine: Engine, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model under transformers' names, whole, on the CPU; yields nothing where `keep` is False, but gathers all the same."""
+    """Every tensor of the model under transformers' names, whole, on the CPU; yields nothing where `keep` is False,
+    but gathers all the same."""
     group: list[tuple[str, torch.nn.Parameter]] = []
     elements = 0
     for name, parameter in engine.model.named_parameters():

@@ -1,10 +1,11 @@
 """What is kept of a bad step: enough to find out why, without running it again.
 
-    RUN_DIR/forensics/step_0000123/report.json   verdict, losses by kind and source, norms by block of the model, every document of every rank's rows
+    RUN_DIR/forensics/step_0000123/report.json   verdict, losses by kind and source, norms by block of the model, every
+                                                 document of every rank's rows
     RUN_DIR/forensics/step_0000123/rank_0000_0.safetensors   with guard.dump_tensors: the exact input of a micro-batch
 
-Gradients exist only until the update, so `inspect` runs inside the update gate, and `dump` after the step's metrics are exchanged. Nothing here costs
-a good step anything.
+Gradients exist only until the update, so `inspect` runs inside the update gate, and `dump` after the step's metrics are
+exchanged. Nothing here costs a good step anything.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ FOLDER = "forensics"
 class Forensics:
     """Makes the dumps of one run. Every method is called by all ranks at the same steps; rank 0 writes the report."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks, tokenizer: Tokenizer, model: torch.nn.Module, optimizer: Any) -> None:
+    def __init__(
+        self, cfg: RunConfig, ranks: Ranks, tokenizer: Tokenizer, model: torch.nn.Module, optimizer: Any
+    ) -> None:
         self._cfg, self._ranks, self._tokenizer, self._model, self._optimizer = cfg, ranks, tokenizer, model, optimizer
         self._norms: dict[str, dict[str, float]] = {}
 
@@ -42,8 +45,11 @@ class Forensics:
         """Take the norms of weights and gradients of the present step. Collective: one reduction."""
         self._norms = block_norms(self._model.named_parameters(), self._optimizer)
 
-    def dump(self, step: int, verdict: Verdict, micro_batches: Sequence[PackedBatch], values: Mapping[str, float]) -> Path | str:
-        """Write the dump of a bad step. Collective. Returns its folder, or why (some of) it could not be written: a dump never ends a run."""
+    def dump(
+        self, step: int, verdict: Verdict, micro_batches: Sequence[PackedBatch], values: Mapping[str, float]
+    ) -> Path | str:
+        """Write the dump of a bad step. Collective. Returns its folder, or why (some of) it could not be written: a
+        dump never ends a run."""
         folder = Path(self._cfg.run_dir) / FOLDER / f"step_{step:07d}"
         everybodys = gather_objects(self._ranks, self._rows(micro_batches))
         failure = ""
@@ -96,17 +102,21 @@ class Forensics:
 
 
 def block_of(name: str) -> str:
-    """`language_model.layers.3` for a parameter of that layer, else the module (`schema.MODULES`) that it belongs to."""
+    """`language_model.layers.3` for a parameter of that layer, else the module (`schema.MODULES`) that it belongs
+    to."""
     numbered = re.search(r"\.(layers|resblocks|blocks)\.(\d+)\.", name)
     return f"{module_of(name)}.{numbered[1]}.{numbered[2]}" if numbered else module_of(name)
 
 
 @torch.no_grad()
-def block_norms(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any) -> dict[str, dict[str, float]]:
-    """{block: {"weights": norm, "gradients": norm or None where frozen, "gradients_not_finite": elements}} from partitions alone. Collective.
+def block_norms(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any
+) -> dict[str, dict[str, float]]:
+    """{block: {"weights": norm, "gradients": norm or None where frozen, "gradients_not_finite": elements}} from
+    partitions alone. Collective.
 
-    Each rank sums squares over the slice it holds (padding left out); one reduction adds them up, so nothing is gathered. Norms of gradients that
-    are not finite are of their finite elements.
+    Each rank sums squares over the slice it holds (padding left out); one reduction adds them up, so nothing is
+    gathered. Norms of gradients that are not finite are of their finite elements.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums: dict[str, torch.Tensor] = {}
@@ -127,6 +137,10 @@ def block_norms(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], opti
     if world > 1:
         dist.all_reduce(table)
     return {
-        block: {"weights": weights**0.5, "gradients": gradients**0.5 if block in trained else None, "gradients_not_finite": int(broken)}
+        block: {
+            "weights": weights**0.5,
+            "gradients": gradients**0.5 if block in trained else None,
+            "gradients_not_finite": int(broken),
+        }
         for block, (weights, gradients, broken) in zip(sums, table.tolist(), strict=True)
     }

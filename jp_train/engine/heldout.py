@@ -16,9 +16,12 @@ from jp_train.types import PackedBatch
 
 
 class HeldOut:
-    """The batches of every held-out source of this rank, encoded once. Every rank has the same number of batches per source."""
+    """The batches of every held-out source of this rank, encoded once. Every rank has the same number of batches per
+    source."""
 
-    def __init__(self, cfg: RunConfig, batches: Mapping[str, Sequence[PackedBatch]], engine: Engine, ranks: Ranks) -> None:
+    def __init__(
+        self, cfg: RunConfig, batches: Mapping[str, Sequence[PackedBatch]], engine: Engine, ranks: Ranks
+    ) -> None:
         self._kinds = {name: cfg.validation.sources[name].kind.value for name in batches}
         self._device = ranks.device
         self._batches = {name: [self._prepare(batch, engine) for batch in own] for name, own in batches.items()}
@@ -45,5 +48,8 @@ class HeldOut:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         return validation_values(
-            {name: (self._kinds[name], loss, count) for name, (loss, count) in zip(self._batches, sums.tolist(), strict=True)}
+            {
+                name: (self._kinds[name], loss, count)
+                for name, (loss, count) in zip(self._batches, sums.tolist(), strict=True)
+            }
         )

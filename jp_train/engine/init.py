@@ -1,7 +1,8 @@
-"""From a configuration to a training engine: the process group, the partitioned model with its weights, the DeepSpeed engine.
+"""From a configuration to a training engine: the process group, the partitioned model with its weights, the DeepSpeed
+engine.
 
-The order matters under ZeRO-3 and is spelt out in `build_engine`: construct partitioned, load weights group by group from rank 0, set what is
-trainable, only then initialise the engine (DEEPSPEED.md section 2).
+The order matters under ZeRO-3 and is spelt out in `build_engine`: construct partitioned, load weights group by group
+from rank 0, set what is trainable, only then initialise the engine (DEEPSPEED.md section 2).
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class Ranks:
 
 
 def init_process_group(cfg: RunConfig) -> Ranks:
-    """Join the process group that the environment describes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: the deepspeed launcher sets
-    them); without them this is one rank of one. A collective that waits longer than `engine.collective_timeout_s` fails.
+    """Join the process group that the environment describes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT:
+    the deepspeed launcher sets them); without them this is one rank of one. A collective that waits longer than
+    `engine.collective_timeout_s` fails.
 
     Raises ConfigError when there are more local ranks than devices, LaunchError when the other ranks do not come.
     """
@@ -59,7 +61,9 @@ def init_process_group(cfg: RunConfig) -> Ranks:
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if has_gpu:
         if local_rank >= torch.cuda.device_count():
@@ -89,8 +93,8 @@ def init_process_group(cfg: RunConfig) -> Ranks:
 def leave_process_group(exit_code: int = 0, *, within_s: float = LEAVE_S) -> None:
     """Close the process group, so that interpreter shutdown has no open connections to trip over.
 
-    Everything is saved by then, and no watchdog looks any more: where the network or the driver does not let go within `within_s` seconds, that is
-    said and the process ends with `exit_code`.
+    Everything is saved by then, and no watchdog looks any more: where the network or the driver does not let go within
+    `within_s` seconds, that is said and the process ends with `exit_code`.
     """
     if not torch.distributed.is_initialized():
         return
@@ -111,11 +115,14 @@ def leave_process_group(exit_code: int = 0, *, within_s: float = LEAVE_S) -> Non
 
 
 def quiet_deepspeed() -> None:
-    """DeepSpeed logs its whole configuration at INFO, and torch warns about names that DeepSpeed 0.19 still calls; other warnings stay."""
+    """DeepSpeed logs its whole configuration at INFO, and torch warns about names that DeepSpeed 0.19 still calls;
+    other warnings stay."""
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*"
+    )
 
 
 def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
@@ -128,7 +135,8 @@ def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """What the loop trains with. `deepspeed` is the DeepSpeedEngine around `model`; `vq` encodes pictures and is never trained."""
+    """What the loop trains with. `deepspeed` is the DeepSpeedEngine around `model`; `vq` encodes pictures and is
+    never trained."""
 
     deepspeed: Any
     model: JanusPro
@@ -141,29 +149,40 @@ class Engine:
 
 
 def build_engine(cfg: RunConfig, plan: BatchPlan, ranks: Ranks, *, n_sources: int, image_token_id: int) -> Engine:
-    """The engine at step 0: partitioned model with the stage's input weights, frozen as `stage.trainable` says. Collective.
+    """The engine at step 0: partitioned model with the stage's input weights, frozen as `stage.trainable` says.
+    Collective.
 
-    No rank ever holds the whole model: modules are partitioned as they are constructed, and rank 0 fills them a group of tensors at a time.
-    Raises ConfigError (weights that do not fit, unknown module names).
+    No rank ever holds the whole model: modules are partitioned as they are constructed, and rank 0 fills them a group
+    of tensors at a time. Raises ConfigError (weights that do not fit, unknown module names).
     """
     import deepspeed
 
     ds_config = deepspeed_config(cfg, plan)
-    # the VQ tokenizer stays outside zero.Init: it is replicated (72M parameters), and ZeRO would have to gather it for every picture
+    # the VQ tokenizer stays outside zero.Init: it is replicated (72M parameters), and ZeRO would have to gather it for
+    # every picture
     vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size)
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = JanusPro(cfg.model, cfg.loss, n_sources, cfg.engine.activation_checkpointing, image_token_id)
-    weights = pretrained.prepare_weights(model, vq, cfg.model, seed=cfg.seed, gather=gather_for_writing, is_writer=ranks.is_main)
+    weights = pretrained.prepare_weights(
+        model, vq, cfg.model, seed=cfg.seed, gather=gather_for_writing, is_writer=ranks.is_main
+    )
     vq.to(ranks.device)
-    report = freeze.set_trainable(model, cfg.stage.trainable)  # before initialize: frozen parameters get no master copy and no moments
+    # before initialize: frozen parameters get no master copy and no moments
+    report = freeze.set_trainable(model, cfg.stage.trainable)
     groups = parameter_groups(model.named_parameters(), cfg.optimizer, freeze.module_of)
-    guard = SequenceGuard(model, ranks.dp_rank)  # before DeepSpeed's own hooks, so that it knows the module whose gather is waited for
-    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups.groups, config=ds_config, dist_init_required=False)
-    return Engine(deepspeed=engine, model=model, vq=vq, groups=groups, guard=guard, freeze_report=report, weights=weights)
+    # before DeepSpeed's own hooks, so that it knows the module whose gather is waited for
+    guard = SequenceGuard(model, ranks.dp_rank)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=groups.groups, config=ds_config, dist_init_required=False
+    )
+    return Engine(
+        deepspeed=engine, model=model, vq=vq, groups=groups, guard=guard, freeze_report=report, weights=weights
+    )
 
 
 def gather_for_writing(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
-    """The whole of these parameters on every rank inside the block; what rank 0 wrote is everybody's afterwards. Collective."""
+    """The whole of these parameters on every rank inside the block; what rank 0 wrote is everybody's afterwards.
+    Collective."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)

@@ -1,8 +1,10 @@
-"""Rank 0 works, the others wait for it for as long as it lives: no collective is open meanwhile, so no timeout of one runs.
+"""Rank 0 works, the others wait for it for as long as it lives: no collective is open meanwhile, so no timeout of one
+runs.
 
-What takes unknown time (an index of any size, a lock whose holder must be watched) would otherwise end a healthy run after
-`engine.collective_timeout_s`. The ranks wait at the store by which they met; rank 0 adds to a counter there every BEAT_S seconds while it works. A
-rank 0 that is gone takes the store with it, and one whose counter stands still for SILENT_S seconds counts as gone.
+What takes unknown time (an index of any size, a lock whose holder must be watched) would otherwise end a healthy run
+after `engine.collective_timeout_s`. The ranks wait at the store by which they met; rank 0 adds to a counter there every
+BEAT_S seconds while it works. A rank 0 that is gone takes the store with it, and one whose counter stands still for
+SILENT_S seconds counts as gone.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ _turns = itertools.count()
 
 
 def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0, then on the others (which find what rank 0 built). Rank 0's JpTrainError is raised on every rank. Collective.
+    """Run `action` on rank 0, then on the others (which find what rank 0 built). Rank 0's JpTrainError is raised on
+    every rank. Collective.
 
-    `action` may take as long as it likes on rank 0, and may not run collectives. Raises LaunchError on the others when rank 0 is gone.
+    `action` may take as long as it likes on rank 0, and may not run collectives. Raises LaunchError on the others when
+    rank 0 is gone.
     """
     result: T | None = None
     box: list[JpTrainError | None] = [None]
@@ -114,4 +118,6 @@ def _await(ranks: Ranks, turn: int) -> None:
 
 
 def _gone(ranks: Ranks, why: str) -> LaunchError:
-    return LaunchError(f"rank {ranks.dp_rank} waited for rank 0, which is gone ({why}). The output of rank 0 is the cause")
+    return LaunchError(
+        f"rank {ranks.dp_rank} waited for rank 0, which is gone ({why}). The output of rank 0 is the cause"
+    )

@@ -1,7 +1,9 @@
-"""The numbers of one optimizer step: tallied on each rank, exchanged once, then turned into the metrics.jsonl keys (DESIGN section 7).
+"""The numbers of one optimizer step: tallied on each rank, exchanged once, then turned into the metrics.jsonl keys
+(DESIGN section 7).
 
-Everything a rank has to tell the others at the end of a step is in one float64 vector, and one all-gather makes the [ranks, fields] table that
-every rank reads the same sums and maxima from. Signals ride along, so that all ranks stop after the same step.
+Everything a rank has to tell the others at the end of a step is in one float64 vector, and one all-gather makes the
+[ranks, fields] table that every rank reads the same sums and maxima from. Signals ride along, so that all ranks stop
+after the same step.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ GIB = 2**30
 
 
 class StepTally:
-    """One rank's numbers of one step. `count` reads the CPU batch, `add_losses` keeps device tensors unread until `vector`."""
+    """One rank's numbers of one step. `count` reads the CPU batch, `add_losses` keeps device tensors unread until
+    `vector`."""
 
     def __init__(self, n_sources: int) -> None:
         self.n_sources = n_sources
@@ -29,14 +32,17 @@ class StepTally:
         self._losses: torch.Tensor | None = None
 
     def count(self, batch: PackedBatch) -> None:
-        """Tokens, documents, pictures, truncation and skips of one micro-batch (CPU tensors: nothing waits for a device)."""
+        """Tokens, documents, pictures, truncation and skips of one micro-batch (CPU tensors: nothing waits for a
+        device)."""
         counts = self.counts
         lengths = batch.document_lengths.tolist()
         kinds = batch.document_kinds.tolist()
         sources = batch.document_sources.tolist()
         # a text that was cut at a row's end counts as one sample: where it starts
         starts = [document.start for row in batch.provenance for document in row] or [0] * len(lengths)
-        assert len(starts) == len(lengths), f"{len(starts)} provenance entries for {len(lengths)} documents: a bug in collate"
+        assert len(starts) == len(lengths), (
+            f"{len(starts)} provenance entries for {len(lengths)} documents: a bug in collate"
+        )
         for length, kind, source, start in zip(lengths, kinds, sources, starts, strict=True):
             counts["kind_all_tokens"][kind] += length
             counts["squared_lengths"][0] += length * length
@@ -67,10 +73,21 @@ class StepTally:
         return self._losses[:1]
 
     def vector(
-        self, *, step_s: float, data_wait_s: float, signal_number: int = 0, signature: int = 0, peak_gib: float | None = None
+        self,
+        *,
+        step_s: float,
+        data_wait_s: float,
+        signal_number: int = 0,
+        signature: int = 0,
+        peak_gib: float | None = None,
     ) -> torch.Tensor:
-        """float64 [fields] on the losses' device; `fields` names them. `signature`: of the modules this rank ran (`engine/watch/guard.py`)."""
-        losses = self._losses if self._losses is not None else torch.zeros(_width(_loss_fields(self.n_sources)), dtype=torch.float64)
+        """float64 [fields] on the losses' device; `fields` names them. `signature`: of the modules this rank ran
+        (`engine/watch/guard.py`)."""
+        losses = (
+            self._losses
+            if self._losses is not None
+            else torch.zeros(_width(_loss_fields(self.n_sources)), dtype=torch.float64)
+        )
         numbers = [number for values in self.counts.values() for number in values]
         peak = peak_memory_gib() if peak_gib is None else peak_gib
         numbers += [step_s, data_wait_s, peak, float(signal_number), float(signature)]
@@ -78,7 +95,8 @@ class StepTally:
 
 
 def row_digest(row: Sequence[Provenance]) -> int:
-    """CRC-32 over source, shard file name, key and token span of a row's documents: below 2**32, so that sums over a step are exact."""
+    """CRC-32 over source, shard file name, key and token span of a row's documents: below 2**32, so that sums over a
+    step are exact."""
     parts = [f"{d.source}\0{d.shard}\0{d.key}\0{d.start}\0{d.length}\1" for d in row]
     return zlib.crc32("".join(parts).encode("utf-8", "surrogateescape"))
 
@@ -88,7 +106,16 @@ def _loss_fields(n_sources: int) -> dict[str, int]:
 
 
 def _count_fields(n_sources: int) -> dict[str, int]:
-    single = ("squared_lengths", "text_tokens", "image_tokens", "und_images", "gen_images", "encoded_images", "rows", "capacity")
+    single = (
+        "squared_lengths",
+        "text_tokens",
+        "image_tokens",
+        "und_images",
+        "gen_images",
+        "encoded_images",
+        "rows",
+        "capacity",
+    )
     return {
         "kind_all_tokens": 3,
         "kind_samples": 3,
@@ -117,7 +144,8 @@ def fields(n_sources: int) -> dict[str, slice]:
 
 
 def exchange(vector: torch.Tensor) -> torch.Tensor:
-    """Every rank's vector, float64 [ranks, fields] on the CPU, the same on every rank. The only collective of this module."""
+    """Every rank's vector, float64 [ranks, fields] on the CPU, the same on every rank. The only collective of this
+    module."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return vector.unsqueeze(0).cpu()
     table = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
@@ -172,8 +200,8 @@ def step_values(
 ) -> dict[str, float]:
     """The metrics.jsonl values of one step (without `step` and `val/...`).
 
-    `flops`: floating-point operations of the whole step over all ranks; `peak_flops`: per second, of all devices together.
-    A kind or source without a supervised token in this step has no loss key.
+    `flops`: floating-point operations of the whole step over all ranks; `peak_flops`: per second, of all devices
+    together. A kind or source without a supervised token in this step has no loss key.
     """
     values: dict[str, float] = {"loss/total": totals.total("contribution")[0]}
     for kind, loss, count in zip(KINDS, totals.total("kind_sums"), totals.total("kind_tokens"), strict=True):
@@ -209,8 +237,8 @@ def step_values(
 def validation_values(sums: dict[str, tuple[str, float, float]]) -> dict[str, float]:
     """`val/...` values from {source: (kind, summed loss, supervised tokens)}, already summed over ranks.
 
-    `val/SOURCE` and `val/KIND` are means over tokens; `val/total` is the mean over the kinds present, each counting once, so that
-    patience does not follow the kind with the most tokens only.
+    `val/SOURCE` and `val/KIND` are means over tokens; `val/total` is the mean over the kinds present, each counting
+    once, so that patience does not follow the kind with the most tokens only.
     """
     values: dict[str, float] = {}
     kinds: dict[str, list[float]] = {}
@@ -228,7 +256,8 @@ def validation_values(sums: dict[str, tuple[str, float, float]]) -> dict[str, fl
 
 
 def peak_memory_gib() -> float:
-    """Highest memory of this rank so far: allocated device memory, or the process's resident memory without a device."""
+    """Highest memory of this rank so far: allocated device memory, or the process's resident memory without a
+    device."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

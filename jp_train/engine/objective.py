@@ -1,7 +1,8 @@
-"""The loss of a step as a sum over its micro-batches: each contributes sums divided by numbers that every rank knows before the first backward.
+"""The loss of a step as a sum over its micro-batches: each contributes sums divided by numbers that every rank knows
+before the first backward.
 
-So the update does not depend on how rows are spread over ranks and accumulation steps (a mean per micro-batch is off by 9% in gradient norm on
-unequal rows, DEEPSPEED.md section 4).
+So the update does not depend on how rows are spread over ranks and accumulation steps (a mean per micro-batch is off by
+9% in gradient norm on unequal rows, DEEPSPEED.md section 4).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch
 
 @dataclass(frozen=True)
 class SupervisedTotals:
-    """Supervised positions of one step over all ranks and micro-batches: per head, and documents that have at least one."""
+    """Supervised positions of one step over all ranks and micro-batches: per head, and documents that have at least
+    one."""
 
     text_tokens: int
     image_tokens: int
@@ -34,13 +36,16 @@ def count_supervised(batches: Sequence[PackedBatch]) -> SupervisedTotals:
 
 
 def micro_batch_loss(terms: LossTerms, totals: SupervisedTotals, cfg: LossConfig) -> torch.Tensor:
-    """One micro-batch's contribution: the contributions of all micro-batches of all ranks add up to the step's loss (nats).
+    """One micro-batch's contribution: the contributions of all micro-batches of all ranks add up to the step's loss
+    (nats).
 
-    `token_mean`: (w_text sum_text + w_image sum_image) / all supervised tokens; `task_mean`: a mean per head, weighted and added;
-    `sample_mean`: the mean over supervised documents of their (weighted) mean, computed in the model.
+    `token_mean`: (w_text sum_text + w_image sum_image) / all supervised tokens; `task_mean`: a mean per head, weighted
+    and added; `sample_mean`: the mean over supervised documents of their (weighted) mean, computed in the model.
     """
     if cfg.reduction is Reduction.sample_mean:
-        assert terms.document_mean_sum is not None, "the model computes document_mean_sum for loss.reduction: sample_mean"
+        assert terms.document_mean_sum is not None, (
+            "the model computes document_mean_sum for loss.reduction: sample_mean"
+        )
         return terms.document_mean_sum / max(1, totals.documents)
     if cfg.reduction is Reduction.task_mean:
         text, image = max(1, totals.text_tokens), max(1, totals.image_tokens)

@@ -1,7 +1,8 @@
 """Learning rate and AdamW groups.
 
-The rate is a pure function of our own step counter and is written into the optimizer's groups before each step. There is no DeepSpeed scheduler:
-it is not stepped when an update is skipped, and would then lag behind the step that checkpoints, logs and `early_stop` count.
+The rate is a pure function of our own step counter and is written into the optimizer's groups before each step. There
+is no DeepSpeed scheduler: it is not stepped when an update is skipped, and would then lag behind the step that
+checkpoints, logs and `early_stop` count.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from jp_train.config.schema import OptimizerConfig, Schedule
 def lr_factor(step: int, *, warmup_steps: int, warmup_from: float, schedule: Schedule, training_steps: int) -> float:
     """Factor on `optimizer.lr` for step number `step` (0 is the first).
 
-    Linear from `warmup_from` at step 0 to 1 at step `warmup_steps` (specification section 8, [18]); then 1, or a half cosine that reaches 0 at
-    `training_steps` (Janus stage 1).
+    Linear from `warmup_from` at step 0 to 1 at step `warmup_steps` (specification section 8, [18]); then 1, or a half
+    cosine that reaches 0 at `training_steps` (Janus stage 1).
     """
     if step < warmup_steps:
         return warmup_from + (1.0 - warmup_from) * step / warmup_steps
@@ -33,7 +34,11 @@ def lr_factor(step: int, *, warmup_steps: int, warmup_from: float, schedule: Sch
 def learning_rate(cfg: OptimizerConfig, training_steps: int, step: int) -> float:
     """`optimizer.lr` times the factor of this step, before `lr_scale`."""
     return cfg.lr * lr_factor(
-        step, warmup_steps=cfg.warmup_steps, warmup_from=cfg.warmup_from, schedule=cfg.schedule, training_steps=training_steps
+        step,
+        warmup_steps=cfg.warmup_steps,
+        warmup_from=cfg.warmup_from,
+        schedule=cfg.schedule,
+        training_steps=training_steps,
     )
 
 
@@ -50,7 +55,8 @@ def parameter_groups(
 ) -> ParameterGroups:
     """Trainable parameters by (lr_scale of their module, decayed or not), in a stable order.
 
-    Matrices (two or more dimensions) are decayed, norms and biases never. `module_of` gives the module name of a parameter name.
+    Matrices (two or more dimensions) are decayed, norms and biases never. `module_of` gives the module name of a
+    parameter name.
     """
     buckets: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -61,7 +67,10 @@ def parameter_groups(
         decay = cfg.weight_decay if len(shape) >= 2 else 0.0
         buckets.setdefault((scale, decay), []).append(parameter)
     return ParameterGroups(
-        groups=[{"params": parameters, "weight_decay": decay, "lr": cfg.lr * scale} for (scale, decay), parameters in buckets.items()],
+        groups=[
+            {"params": parameters, "weight_decay": decay, "lr": cfg.lr * scale}
+            for (scale, decay), parameters in buckets.items()
+        ],
         lr_scales=tuple(scale for scale, _ in buckets),
     )
 

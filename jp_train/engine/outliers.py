@@ -1,8 +1,11 @@
-"""Which steps are bad: not finite, or far above what the steps before them were. The same numbers give the same verdict on every rank.
+"""Which steps are bad: not finite, or far above what the steps before them were. The same numbers give the same verdict
+on every rank.
 
-Median and median distance are used because one spike moves a mean and a standard deviation so far that the next one looks usual. Only values above the
-median count: a loss that falls is what training is for. Every finite step enters the window, outliers too: after a lasting shift (another mixture,
-a new source) the window learns the new level within half its length instead of crying for ever.
+Median and median distance are used because one spike moves a mean and a standard deviation so far that the next one
+looks usual. Only values above the
+median count: a loss that falls is what training is for. Every finite step enters the window, outliers too: after a
+lasting shift (another mixture, a new source) the window learns the new level within half its length instead of crying
+for ever.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ SMALLEST_WINDOW = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided about one step before its update. `action`: apply, record, skip or stop; `what` is empty for a good step."""
+    """What was decided about one step before its update. `action`: apply, record, skip or stop; `what` is empty for
+    a good step."""
 
     loss: float
     grad_norm: float
@@ -45,18 +49,23 @@ class Verdict:
 
 
 class Usual:
-    """Loss and gradient norm of the last steps. Its state is part of the checkpoint: a resumed run judges as the whole one would."""
+    """Loss and gradient norm of the last steps. Its state is part of the checkpoint: a resumed run judges as the
+    whole one would."""
 
     def __init__(self, cfg: GuardConfig) -> None:
         self._cfg = cfg
-        self._values: dict[str, deque[float]] = {name: deque(maxlen=cfg.outlier_window) for name in ("loss", "grad_norm")}
+        self._values: dict[str, deque[float]] = {
+            name: deque(maxlen=cfg.outlier_window) for name in ("loss", "grad_norm")
+        }
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Decide about a step with these values, and remember them."""
         cfg, found = self._cfg, {"loss": loss, "grad_norm": grad_norm}
         broken = [name.replace("_", " ") for name, value in found.items() if not math.isfinite(value)]
         if broken:
-            return Verdict(loss, grad_norm, cfg.nonfinite_action.value, f"{' and '.join(broken)} not finite", self.usual())
+            return Verdict(
+                loss, grad_norm, cfg.nonfinite_action.value, f"{' and '.join(broken)} not finite", self.usual()
+            )
         usual, before = self.usual(), len(self._values["loss"])
         for name, value in found.items():
             self._values[name].append(value)
@@ -73,7 +82,8 @@ class Usual:
         return Verdict(loss, grad_norm, cfg.outlier_action.value, " and ".join(told), usual)
 
     def usual(self) -> dict[str, dict[str, float]]:
-        """{"loss" | "grad_norm": {"median", "spread", "limit"}}; empty while the window is shorter than a quarter of its length."""
+        """{"loss" | "grad_norm": {"median", "spread", "limit"}}; empty while the window is shorter than a quarter of
+        its length."""
         if len(self._values["loss"]) < max(SMALLEST_WINDOW, self._cfg.outlier_window // 4):
             return {}
         return {name: self._describe(values) for name, values in self._values.items()}

@@ -1,7 +1,9 @@
-"""The freeze proof: after the first step, frozen weights are bit for bit what they were and every trainable one took part.
+"""The freeze proof: after the first step, frozen weights are bit for bit what they were and every trainable one took
+part.
 
-`requires_grad` says what should be trained; this says what was. A frozen parameter that some code writes to, or a trainable one that a branch of
-the model skips, trains on without an error, and under ZeRO-3 a skipped one is even moved by stale gradients (DEEPSPEED.md section 1).
+`requires_grad` says what should be trained; this says what was. A frozen parameter that some code writes to, or a
+trainable one that a branch of the model skips, trains on without an error, and under ZeRO-3 a skipped one is even moved
+by stale gradients (DEEPSPEED.md section 1).
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class FreezeProof:
 
 
 class FreezeWatch:
-    """Takes the evidence of one step. Build it before the step's first backward, `finish` after the optimizer step, on every rank."""
+    """Takes the evidence of one step. Build it before the step's first backward, `finish` after the optimizer step,
+    on every rank."""
 
     def __init__(
         self,
@@ -73,16 +76,23 @@ class FreezeWatch:
     def finish(self, *, step: int, grad_norm: float, applied: bool) -> FreezeProof:
         """The proof. Raises FreezeProofError on every rank when it fails, naming parameters.
 
-        `applied` False (a skipped update) leaves the gradients' finiteness to the skip rules; the rest is checked all the same.
+        `applied` False (a skipped update) leaves the gradients' finiteness to the skip rules; the rest is checked all
+        the same.
         """
         for handle in self._handles:
             handle.remove()
         after = checksums(parameter for _, parameter in self._frozen)
         changed = [name for (name, _), old, new in zip(self._frozen, self._before, after, strict=True) if old != new]
         outside = copies_checksums(tensor for _, tensor in self._outside)
-        changed += [name for (name, _), old, new in zip(self._outside, self._outside_before, outside, strict=True) if old != new]
+        changed += [
+            name for (name, _), old, new in zip(self._outside, self._outside_before, outside, strict=True) if old != new
+        ]
         lowest = _over_ranks(torch.tensor(self._reached, dtype=torch.int64), dist.ReduceOp.MIN)
-        missed = [f"{name} ({n} of {self._expected})" for (name, _), n in zip(self._trainable, lowest, strict=True) if n < self._expected]
+        missed = [
+            f"{name} ({n} of {self._expected})"
+            for (name, _), n in zip(self._trainable, lowest, strict=True)
+            if n < self._expected
+        ]
         if changed:
             raise FreezeProofError(
                 f"{len(changed)} frozen parameter(s) changed in step {step}: {_some(changed)}. stage.trainable does not list their modules, so no code "
@@ -115,15 +125,21 @@ def frozen_checksum(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) 
 
 
 def refuse_leaks(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], held: Iterable[torch.nn.Parameter], trainable: Iterable[str]
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    held: Iterable[torch.nn.Parameter],
+    trainable: Iterable[str],
 ) -> None:
-    """Raise FreezeProofError unless `held`, the parameters that the optimizer updates, are exactly those that the stage trains, by name.
+    """Raise FreezeProofError unless `held`, the parameters that the optimizer updates, are exactly those that the stage
+    trains, by name.
 
-    What the stage trains is asked of its configuration, not of `requires_grad`: code that sets the flag is one way in which a frozen weight learns.
+    What the stage trains is asked of its configuration, not of `requires_grad`: code that sets the flag is one way in
+    which a frozen weight learns.
     """
     named, wanted = list(named_parameters), set(trainable)
     ids = {id(parameter) for parameter in held}
-    leaked = [name for name, parameter in named if name not in wanted and (id(parameter) in ids or parameter.requires_grad)]
+    leaked = [
+        name for name, parameter in named if name not in wanted and (id(parameter) in ids or parameter.requires_grad)
+    ]
     missing = [name for name, parameter in named if name in wanted and id(parameter) not in ids]
     if leaked:
         raise FreezeProofError(
@@ -131,14 +147,17 @@ def refuse_leaks(
             "their modules: only `freeze.set_trainable` may decide what learns, and before the engine is built"
         )
     if missing:
-        raise FreezeProofError(f"the optimizer lacks {len(missing)} trainable parameter(s), which would never learn: {_some(missing)}")
+        raise FreezeProofError(
+            f"the optimizer lacks {len(missing)} trainable parameter(s), which would never learn: {_some(missing)}"
+        )
 
 
 def checksums(parameters: Iterable[torch.Tensor]) -> list[int]:
-    """One 64-bit checksum per parameter over the bits of all its elements and their positions. Collective; nothing is gathered.
+    """One 64-bit checksum per parameter over the bits of all its elements and their positions. Collective; nothing is
+    gathered.
 
-    Each rank sums (bits + 1) x weight(position) modulo 2^64 over the slice it holds; sums add up over ranks, so neither the number of ranks nor
-    padding matters.
+    Each rank sums (bits + 1) x weight(position) modulo 2^64 over the slice it holds; sums add up over ranks, so neither
+    the number of ranks nor padding matters.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = [_slice_checksum(parameter, rank, world) for parameter in parameters]
@@ -146,8 +165,11 @@ def checksums(parameters: Iterable[torch.Tensor]) -> list[int]:
 
 
 def copies_checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """One checksum per tensor that every rank holds whole, over all ranks' copies: a change of one copy is seen. Collective."""
-    return _over_ranks(torch.tensor([_slice_checksum(tensor, 0, 1) for tensor in tensors], dtype=torch.int64), dist.ReduceOp.SUM)
+    """One checksum per tensor that every rank holds whole, over all ranks' copies: a change of one copy is seen.
+    Collective."""
+    return _over_ranks(
+        torch.tensor([_slice_checksum(tensor, 0, 1) for tensor in tensors], dtype=torch.int64), dist.ReduceOp.SUM
+    )
 
 
 def combined(values: list[int]) -> str:
@@ -170,7 +192,8 @@ def _slice_checksum(parameter: torch.Tensor, rank: int, world: int) -> int:
     for offset in range(0, bits.numel(), CHUNK):
         part = bits[offset : offset + CHUNK].to(torch.int64)
         position = torch.arange(start + offset, start + offset + part.numel(), dtype=torch.int64, device=part.device)
-        weight = (position * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1  # odd, so that no single change of bits is lost; wraps at 2^64
+        # odd, so that no single change of bits is lost; wraps at 2^64
+        weight = (position * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1
         total += int(((part + 1) * weight).sum())
     return _wrap(total)
 

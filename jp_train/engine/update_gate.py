@@ -1,8 +1,10 @@
 """Between backward and update: one decision per step, the same on all ranks, whether the update is made.
 
-DeepSpeed has no hook there. ZeRO-3's `step` asks `_get_norm_groups` for the gradient's norm and leaves the update out when that is not finite, before
-anything is written: weights, fp32 master weights and moments stay bit for bit what they were. The gate stands in that one method: it passes the
-norms on, or an infinite one. The name is private: with another DeepSpeed the constructor refuses, and tests/engine/test_forensics.py tells what broke.
+DeepSpeed has no hook there. ZeRO-3's `step` asks `_get_norm_groups` for the gradient's norm and leaves the update out
+when that is not finite, before
+anything is written: weights, fp32 master weights and moments stay bit for bit what they were. The gate stands in that
+one method: it passes the norms on, or an infinite one. The name is private: with another DeepSpeed the constructor
+refuses, and tests/engine/test_forensics.py tells what broke.
 """
 
 from __future__ import annotations
@@ -21,13 +23,18 @@ _HOOK = "_get_norm_groups"
 
 
 class UpdateGate:
-    """Stands in the way of one ZeRO-3 optimizer's updates. Every rank makes one and calls its methods at the same steps.
+    """Stands in the way of one ZeRO-3 optimizer's updates. Every rank makes one and calls its methods at the same
+    steps.
 
-    `judge(loss, gradient norm)` decides; `inspect()` is called on all ranks for a bad step while its gradients still exist, and may use collectives.
+    `judge(loss, gradient norm)` decides; `inspect()` is called on all ranks for a bad step while its gradients still
+    exist, and may use collectives.
     """
 
     def __init__(
-        self, optimizer: Any, judge: Callable[[float, float], Verdict], inspect: Callable[[Verdict], None] = lambda verdict: None
+        self,
+        optimizer: Any,
+        judge: Callable[[float, float], Verdict],
+        inspect: Callable[[Verdict], None] = lambda verdict: None,
     ) -> None:
         if not callable(getattr(optimizer, _HOOK, None)) or not hasattr(optimizer, "grad_partitions_flat_buffer"):
             raise JpTrainError(
@@ -47,9 +54,12 @@ class UpdateGate:
         self._loss, self.verdict = loss, None
 
     def end_step(self) -> Verdict:
-        """The decision about the step whose `engine.step` has just run. After a skipped one the gradient buffers are cleared: ZeRO-3 adds to them, or
-        applies them again, for a parameter that the next step does not reach (DEEPSPEED.md section 1)."""
-        assert self.verdict is not None, "engine.step did not reach the update: the step's micro-batches and gradient accumulation differ"
+        """The decision about the step whose `engine.step` has just run. After a skipped one the gradient buffers are
+        cleared: ZeRO-3 adds to them, or applies them again, for a parameter that the next step does not reach
+        (DEEPSPEED.md section 1)."""
+        assert self.verdict is not None, (
+            "engine.step did not reach the update: the step's micro-batches and gradient accumulation differ"
+        )
         if not self.verdict.applies:
             self._optimizer.grad_partitions_flat_buffer.zero_()
         return self.verdict
@@ -60,7 +70,9 @@ class UpdateGate:
         groups = list(self._norms())
         assert self._loss is not None, "begin_step comes before engine.step"
         norm = combine_grad_norm_groups(groups)
-        mine = torch.cat((self._loss().detach().reshape(1).double(), norm.detach().reshape(1).double().to(self._loss().device)))
+        mine = torch.cat(
+            (self._loss().detach().reshape(1).double(), norm.detach().reshape(1).double().to(self._loss().device))
+        )
         table = exchange(mine)  # every rank reads the same sum and rank 0's norm: no rank can decide otherwise
         self.verdict = self._judge(float(table[:, 0].sum()), float(table[0, 1]) / float(self._optimizer.loss_scale))
         if self.verdict.bad:

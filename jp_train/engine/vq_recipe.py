@@ -10,7 +10,8 @@ from jp_train.model.vq import VQTokenizer
 
 
 def ids_recipe(cfg: RunConfig, vq: VQTokenizer | None = None) -> IdsRecipe | None:
-    """What decides the ids of this configuration's pictures; None when it has no generation source. Reads the VQ's weights, no others.
+    """What decides the ids of this configuration's pictures; None when it has no generation source. Reads the VQ's
+    weights, no others.
 
     Raises CheckpointError when they do not fit.
     """

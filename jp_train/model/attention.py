@@ -1,7 +1,9 @@
 """Causal self-attention over packed documents, registered with transformers as ``jp_train_packed``.
 
-Llama reaches it through ``config._attn_implementation``; ``cu_seqlens`` and ``max_seqlen`` arrive as keyword arguments of
-``LlamaModel.forward``.  No mask tensor is ever built: the boundaries alone isolate the documents.  (With transformers' own
+Llama reaches it through ``config._attn_implementation``; ``cu_seqlens`` and ``max_seqlen`` arrive as keyword arguments
+of
+``LlamaModel.forward``.  No mask tensor is ever built: the boundaries alone isolate the documents.  (With transformers'
+    own
 implementations, restarting ``position_ids`` do not isolate documents as soon as a mask or a cache is present.)
 
 Shapes: T tokens of the micro-batch, H query heads, K key/value heads, C channels a head.
@@ -26,7 +28,8 @@ VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def uses_varlen_kernel(query: torch.Tensor) -> bool:
-    """The one switch between the CUDA kernel and the exact per-document loop.  The kernel path has not been run on a GPU here."""
+    """The one switch between the CUDA kernel and the exact per-document loop.  The kernel path has not been run on a
+    GPU here."""
     return query.is_cuda and query.dtype in VARLEN_DTYPES
 
 
@@ -54,7 +57,8 @@ def packed_attention(
         ``[1, T, H, C]`` and None (no attention weights).
 
     Raises:
-        ValueError: without ``cu_seqlens`` (documents would see each other), with a mask, with dropout, or with more than one row.
+        ValueError: without ``cu_seqlens`` (documents would see each other), with a mask, with dropout, or with more
+        than one row.
     """
     if cu_seqlens is None or max_seqlen is None:
         raise ValueError(
@@ -72,7 +76,12 @@ def packed_attention(
 
 
 def _document_loop(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float | None,
 ) -> torch.Tensor:
     """Exact: one causal SDPA a document.  ``[H|K, T, C]`` in, ``[T, H, C]`` out."""
     bounds = cu_seqlens.tolist()
@@ -86,12 +95,19 @@ def _document_loop(
 
 
 def _varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float | None,
 ) -> torch.Tensor:
     """The fused kernel over all documents at once.  ``[H|K, T, C]`` in, ``[T, H, C]`` out; window (-1, 0) means causal."""
     q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+    )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -17,8 +17,8 @@ def build_config(
 ) -> JanusConfig:
     """transformers' configuration of a jp_train model.
 
-    ``tie_word_embeddings`` is False at both levels (JanusConfig defaults to True and would really tie the text head), the
-    language model has no padding row (Janus trains the pad token's embedding), and GELU is the exact erf form.
+    ``tie_word_embeddings`` is False at both levels (JanusConfig defaults to True and would really tie the text head),
+    the language model has no padding row (Janus trains the pad token's embedding), and GELU is the exact erf form.
 
     Raises:
         ConfigError: if sizes do not fit each other.
@@ -30,7 +30,10 @@ def build_config(
             f"model.vision.image_size={vision.image_size} with patch_size={vision.patch_size} and a VQ stride of {stride} gives "
             f"{vision.image_size / vision.patch_size:g} and {vision.image_size / stride:g} tokens a side: they must be the same whole number"
         )
-    for key, width, heads in (("vision", vision.hidden_size, vision.heads), ("language", language.hidden_size, language.heads)):
+    for key, width, heads in (
+        ("vision", vision.hidden_size, vision.heads),
+        ("language", language.hidden_size, language.heads),
+    ):
         if width % heads:
             raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
     vision_config = JanusVisionConfig(
@@ -128,7 +131,8 @@ def read_model_config(folder: str | Path) -> ModelConfig:
 
 
 def _from_released_config(raw: dict[str, Any]) -> ModelConfig:
-    """Released files name a SigLIP and a VQ, which are jp_train's defaults; the 7B's language_config leans on Llama's defaults."""
+    """Released files name a SigLIP and a VQ, which are jp_train's defaults; the 7B's language_config leans on
+    Llama's defaults."""
     tower, vq = raw["vision_config"]["params"]["model_name"], raw["gen_vision_config"]["cls"]
     if tower != "siglip_large_patch16_384" or vq != "VQ-16":
         raise CheckpointError(

@@ -1,4 +1,5 @@
-"""Weights out: one folder that transformers (or the released code) loads, written beside its final place and renamed when whole."""
+"""Weights out: one folder that transformers (or the released code) loads, written beside its final place and renamed
+when whole."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from jp_train.model.vq import unit_rows
 from jp_train.types import SpecialTokens
 
 RUN_CONFIG = "jp_train.yaml"
-"""The resolved configuration of the run that made an export: templates, system prompt and token strings for inference."""
+"""The resolved configuration of the run that made an export: templates, system prompt and token strings for
+inference."""
 
 CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 
@@ -49,14 +51,17 @@ def write_export(
     Complete or absent: everything goes to a folder beside, is fsynced, and is renamed into place at the end.
 
     Args:
-        named_tensors: canonical names with tensors, each whole when it is yielded.  Under ZeRO-3 every rank iterates (the iterator gathers),
+        named_tensors: canonical names with tensors, each whole when it is yielded.  Under ZeRO-3 every rank iterates
+            (the iterator gathers),
             and only the writer keeps anything.
-        tokenizer: its files are saved along, and its special ids go into config.json and generation_config.json; None leaves them out.
-        layout: ``hf`` for ``JanusForConditionalGeneration.from_pretrained``; ``deepseek`` for the released code (which needs a
-            non-strict load, because the unused attention pooling of SigLIP is not stored).
-        dtype: of the trained weights.  VQ tensors keep float32: they are never trained, and every id depends on their last bits.  In the hf
-            layout the codebook rows are stored with unit length, since transformers' ``encode`` does not normalise them; the deepseek
-            layout keeps them as they are.
+        tokenizer: its files are saved along, and its special ids go into config.json and generation_config.json; None
+        leaves them out.
+        layout: ``hf`` for ``JanusForConditionalGeneration.from_pretrained``; ``deepseek`` for the released code (which
+            needs a non-strict load, because the unused attention pooling of SigLIP is not stored).
+        dtype: of the trained weights.  VQ tensors keep float32: they are never trained, and every id depends on their
+            last bits.  In the hf
+            layout the codebook rows are stored with unit length, since transformers' ``encode`` does not normalise
+            them; the deepseek layout keeps them as they are.
         run_config: the run's configuration as YAML, stored for ``inference.load_for_inference``.
 
     Raises:
@@ -134,7 +139,8 @@ def _released(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards of at most ``max_shard_bytes`` with their index; holds one tensor in memory."""
+    """model.safetensors, or numbered shards of at most ``max_shard_bytes`` with their index; holds one tensor in
+    memory."""
     shards: list[list[str]] = []
     total = 0
     shard: StreamedShard | None = None
@@ -218,7 +224,8 @@ def _image_processor(janus_config: JanusConfig) -> dict[str, Any]:
 
 
 def _released_config(janus_config: JanusConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of ``MultiModalityCausalLM``.  The key ``jp_train`` adds the sizes that the released classes hard-code."""
+    """config.json of ``MultiModalityCausalLM``.  The key ``jp_train`` adds the sizes that the released classes
+    hard-code."""
     vision, vq, text = janus_config.vision_config, janus_config.vq_config, janus_config.text_config
     width = text.hidden_size
 
@@ -226,14 +233,18 @@ def _released_config(janus_config: JanusConfig, dtype: torch.dtype) -> dict[str,
         return {"cls": cls, "model_type": model_type, "params": params}
 
     def projector(model_type: str, input_dim: int) -> dict[str, Any]:
-        return module("MlpProjector", model_type, depth=2, input_dim=input_dim, n_embed=width, projector_type="mlp_gelu")
+        return module(
+            "MlpProjector", model_type, depth=2, input_dim=input_dim, n_embed=width, projector_type="mlp_gelu"
+        )
 
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "aligner_config": projector("aligner", vision.hidden_size),
         "gen_aligner_config": projector("gen_aligner", vq.embed_dim),
-        "gen_head_config": module("vision_head", "gen_head", image_token_embed=width, image_token_size=vq.num_embeddings, n_embed=width),
+        "gen_head_config": module(
+            "vision_head", "gen_head", image_token_embed=width, image_token_size=vq.num_embeddings, n_embed=width
+        ),
         "gen_vision_config": module("VQ-16", "gen_vision", image_token_size=vq.num_embeddings, n_embed=vq.embed_dim),
         "language_config": {
             "model_type": "llama",

@@ -1,8 +1,10 @@
 """Parameter counts without memory, and the arithmetic of a step without a profiler.
 
-A multiply-add counts 2.  FLOPs follow the PaLM paper's model-FLOPs utilisation (appendix B): matrix multiplications and the two
+A multiply-add counts 2.  FLOPs follow the PaLM paper's model-FLOPs utilisation (appendix B): matrix multiplications and
+                          the two
 attention products only, attention over the full square of each document (not halved for causality), nothing for
-recomputation.  They differ from "6 N" where a stage freezes modules: a frozen weight has no weight gradient, and gradients are only
+recomputation.  They differ from "6 N" where a stage freezes modules: a frozen weight has no weight gradient, and
+                gradients are only
 propagated as far down as something learns (in stage 1 they still run through the frozen language model).
 """
 
@@ -23,7 +25,8 @@ from jp_train.types import PackedBatch
 
 
 def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
-    """Elements of each module, ``schema.MODULES`` plus ``gen_vision_model``, counted on the meta device (no memory, 0.1 s)."""
+    """Elements of each module, ``schema.MODULES`` plus ``gen_vision_model``, counted on the meta device (no memory,
+    0.1 s)."""
     with torch.device("meta"):
         model = JanusPro(cfg, LossConfig(), 1, False, 0)
         vq = VQTokenizer(cfg.vq, cfg.vision.image_size)
@@ -102,19 +105,26 @@ def step_flops(cfg: ModelConfig, statistics: BatchStatistics, trainable: Iterabl
 
     patches = s.und_images * slots * 2.0 * 3 * cfg.vision.patch_size**2 * cfg.vision.hidden_size
     blocks = s.und_images * cfg.vision.layers * _vision_block(cfg, slots)
-    aligner = _Chain(s.und_images * slots, (cfg.vision.hidden_size, width, width), learns="aligner" in learns, below=sees)
+    aligner = _Chain(
+        s.und_images * slots, (cfg.vision.hidden_size, width, width), learns="aligner" in learns, below=sees
+    )
     gen_aligner = _Chain(
-        s.gen_images * slots, (cfg.vq.embed_dim, width, width), learns="gen_aligner" in learns, below="gen_embed" in learns
+        s.gen_images * slots,
+        (cfg.vq.embed_dim, width, width),
+        learns="gen_aligner" in learns,
+        below="gen_embed" in learns,
     )
     layer = 2.0 * (4 * width * width + 3 * width * cfg.language.intermediate_size)
     weights = cfg.language.layers * s.tokens * layer
     attention = cfg.language.layers * 4.0 * width * s.squared_lengths
     text_head = _Chain(s.text_positions, (width, cfg.language.vocab_size), learns=llm, below=through_llm)
-    image_head = _Chain(s.image_positions, (width, width, cfg.vq.codebook_size), learns="gen_head" in learns, below=through_llm)
+    image_head = _Chain(
+        s.image_positions, (width, width, cfg.vq.codebook_size), learns="gen_head" in learns, below=through_llm
+    )
     chains = (aligner, gen_aligner, text_head, image_head)
 
-    # A weight product costs its forward again per gradient: one towards its input, if anything below learns, one for the weight, if
-    # it learns. Attention has no weight: two gradients or none. Pixels need no gradient.
+    # A weight product costs its forward again per gradient: one towards its input, if anything below learns, one for
+    # the weight, if it learns. Attention has no weight: two gradients or none. Pixels need no gradient.
     forward = patches + blocks + weights + attention + sum(chain.forward for chain in chains)
     backward = (patches + 2 * blocks) * sees + weights * (through_llm + llm) + 2 * attention * through_llm
     backward += sum(chain.backward for chain in chains)
@@ -135,7 +145,9 @@ class _Chain:
 def _vision_block(cfg: ModelConfig, slots: int) -> float:
     """Forward FLOPs of one SigLIP block for one picture (24 blocks and the patches of SigLIP-L at 384 px: 0.381e12)."""
     width = cfg.vision.hidden_size
-    return slots * 2.0 * (4 * width * width + 2 * width * int(width * cfg.vision.mlp_ratio)) + 4.0 * width * slots * slots
+    return (
+        slots * 2.0 * (4 * width * width + 2 * width * int(width * cfg.vision.mlp_ratio)) + 4.0 * width * slots * slots
+    )
 
 
 def vq_flops(cfg: ModelConfig) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""Which parameters learn: one function sets ``requires_grad`` for the whole model from the names in ``stage.trainable``."""
+"""Which parameters learn: one function sets ``requires_grad`` for the whole model from the names in
+``stage.trainable``."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "gen_aligner": ("model.generation_aligner.",),
     "gen_head": ("model.generation_head.",),
 }
-"""Parameter-name prefixes of each name of ``stage.trainable``; token embeddings and text head belong to the language model."""
+"""Parameter-name prefixes of each name of ``stage.trainable``; token embeddings and text head belong to the language
+model."""
 
 VQ_MODULE = "gen_vision_model"
 VQ_PREFIX = "model.vqmodel."
@@ -88,7 +90,9 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
             extra = " (the VQ tokenizer is never trained here)" if name == VQ_MODULE else ""
             raise ConfigError(f"stage.trainable: unknown module {name!r}{extra}{hint} Known: {', '.join(PREFIXES)}")
     if not wanted or len(set(wanted)) != len(wanted):
-        raise ConfigError(f"stage.trainable={wanted}: list each module that learns once, and at least one of {', '.join(PREFIXES)}")
+        raise ConfigError(
+            f"stage.trainable={wanted}: list each module that learns once, and at least one of {', '.join(PREFIXES)}"
+        )
 
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     lists: dict[bool, list[str]] = {True: [], False: []}
@@ -98,4 +102,9 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
         parameter.requires_grad_(learns)
         counts[learns][module] = counts[learns].get(module, 0) + getattr(parameter, "ds_numel", parameter.numel())
         lists[learns].append(name)
-    return FreezeReport(trainable=counts[True], frozen=counts[False], trainable_names=tuple(lists[True]), frozen_names=tuple(lists[False]))
+    return FreezeReport(
+        trainable=counts[True],
+        frozen=counts[False],
+        trainable_names=tuple(lists[True]),
+        frozen_names=tuple(lists[False]),
+    )

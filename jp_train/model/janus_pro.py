@@ -1,15 +1,18 @@
 """Janus-Pro, composed of transformers' Janus modules and run on packed rows.
 
-State-dict names are exactly those of ``transformers.JanusForConditionalGeneration`` (prefix: none), without ``model.vqmodel.*``:
-the VQ tokenizer is a plain module outside (``vq.py``), because it is never trained.
+State-dict names are exactly those of ``transformers.JanusForConditionalGeneration`` (prefix: none), without
+``model.vqmodel.*``: the VQ tokenizer is a plain module outside (``vq.py``), because it is never trained.
 
 Two rules of DeepSpeed ZeRO-3 shape the forward pass (DEEPSPEED.md, section 1):
-every module is called exactly once per micro-batch, in the same order, on every rank; and every trainable parameter takes
-part in every micro-batch.  So a missing picture of a kind is replaced by one constant dummy whose features enter the INPUT EMBEDDINGS
-times zero (there, not in the loss: with a frozen LLM a text-only rank would otherwise have no backward pass through it), and
-each head is always called on at least one position.
+every module is called exactly once per micro-batch, in the same order, on every rank; and every trainable parameter
+takes
+part in every micro-batch.  So a missing picture of a kind is replaced by one constant dummy whose features enter the
+                            INPUT EMBEDDINGS
+times zero (there, not in the loss: with a frozen LLM a text-only rank would otherwise have no backward pass through
+it), and each head is always called on at least one position.
 
-Shapes: T tokens of a micro-batch, d hidden width, U/G understanding/generation pictures, S slots a picture, V text vocabulary.
+Shapes: T tokens of a micro-batch, d hidden width, U/G understanding/generation pictures, S slots a picture, V text
+vocabulary.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ __all__ = ["JanusPro", "build_config"]
 class Float32Rotary(nn.Module):
     """Rotary position embedding whose frequencies are float32 however the model was built or cast.
 
-    ``deepspeed.zero.Init`` rounds every tensor made under it to the model's dtype, and bf16 frequencies are wrong by radians at
+    ``deepspeed.zero.Init`` rounds every tensor made under it to the model's dtype, and bf16 frequencies are wrong by
+    radians at
     position 4000.  So nothing is stored: frequencies are computed in the forward pass (d/2 numbers).
     """
 
@@ -73,7 +77,9 @@ class GenerationHead(JanusVQVAEHead):
         super().__init__(config)
         self.vision_head = CrossEntropyLinear(config.projection_dim, config.num_embeddings)
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024
+    ) -> torch.Tensor:
         """As ``CrossEntropyLinear.forward``."""
         return self.vision_head(self.activation_fn(self.proj_out(hidden)), labels, chunk_tokens)
 
@@ -95,8 +101,8 @@ class JanusBody(nn.Module):
 class JanusPro(nn.Module):
     """The trained module: packed micro-batch in, summed losses out.
 
-    Weights are undefined after construction (transformers' initialisation is void under ``deepspeed.zero.Init``): set every one with
-    ``pretrained.init_fresh`` or ``pretrained.load_weights``.
+    Weights are undefined after construction (transformers' initialisation is void under ``deepspeed.zero.Init``): set
+    every one with ``pretrained.init_fresh`` or ``pretrained.load_weights``.
 
     Args:
         n_sources: number of sources of the recipe, the length of ``LossTerms.source_sums``.
@@ -104,7 +110,9 @@ class JanusPro(nn.Module):
         image_token_id: id of ``<image_placeholder>``, kept in the exported configuration.
     """
 
-    def __init__(self, cfg: ModelConfig, loss: LossConfig, n_sources: int, activation_checkpointing: bool, image_token_id: int) -> None:
+    def __init__(
+        self, cfg: ModelConfig, loss: LossConfig, n_sources: int, activation_checkpointing: bool, image_token_id: int
+    ) -> None:
         super().__init__()
         config = build_config(cfg, image_token_id)
         config.vision_config._attn_implementation = "sdpa"
@@ -123,7 +131,8 @@ class JanusPro(nn.Module):
         """Summed losses of one micro-batch; an empty batch (no token at all) gives zeros, with gradients.
 
         Raises:
-            ValueError: if VQ ids are still pending (``vq.fill_pending`` comes first), or slots and pictures do not match.
+            ValueError: if VQ ids are still pending (``vq.fill_pending`` comes first), or slots and pictures do not
+            match.
         """
         batch = _at_least_one_token(batch)
         hidden = self.hidden_states(batch)
@@ -169,7 +178,8 @@ class JanusPro(nn.Module):
         return out.last_hidden_state.squeeze(0)
 
     def input_embeddings(self, batch: PackedBatch) -> torch.Tensor:
-        """Token embeddings ``[T, d]`` with pictures in their slots; an absent kind of picture adds its dummy times zero."""
+        """Token embeddings ``[T, d]`` with pictures in their slots; an absent kind of picture adds its dummy times
+        zero."""
         _check_slots(batch, self.slots)
         embeddings = self.model.language_model.embed_tokens(batch.input_ids)
 
@@ -194,7 +204,8 @@ class JanusPro(nn.Module):
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
-        """Within it the language model takes ordinary batches with a padding mask and a KV cache; packed rows are refused."""
+        """Within it the language model takes ordinary batches with a padding mask and a KV cache; packed rows are
+        refused."""
         config = self.janus_config.text_config
         config._attn_implementation = "sdpa"
         try:
@@ -234,7 +245,8 @@ def _check_slots(batch: PackedBatch, slots: int) -> None:
 
 
 def _at_least_one_token(batch: PackedBatch) -> PackedBatch:
-    """A micro-batch without a token (an idle rank in validation) becomes one unsupervised token, so that every module still runs."""
+    """A micro-batch without a token (an idle rank in validation) becomes one unsupervised token, so that every
+    module still runs."""
     if len(batch.input_ids):
         return batch
     one = batch.input_ids.new_zeros(1)

@@ -1,6 +1,8 @@
-"""Parameter names: the released deepseek-ai layout, transformers' layout (the canonical one here), and pretrained parts.
+"""Parameter names: the released deepseek-ai layout, transformers' layout (the canonical one here), and pretrained
+parts.
 
-Canonical names are those of ``transformers.JanusForConditionalGeneration``, ``model.vqmodel.*`` included.  One table gives the map to
+Canonical names are those of ``transformers.JanusForConditionalGeneration``, ``model.vqmodel.*`` included.  One table
+    gives the map to
 and from the released ``MultiModalityCausalLM`` (specification, section 2).
 """
 
@@ -53,7 +55,10 @@ for _side, _list, _resample in (("encoder", "down", "downsample"), ("decoder", "
         (_from + "mid.0.{rest}", _to + "mid.block_1.{rest}", Piece.WHOLE),
         (_from + "mid.1.{rest}", _to + "mid.attn_1.{rest}", Piece.WHOLE),
         (_from + "mid.2.{rest}", _to + "mid.block_2.{rest}", Piece.WHOLE),
-        *((_from + f"{name}.{{w}}", _to + f"{name}.{{w}}", Piece.WHOLE) for name in ("conv_in", "norm_out", "conv_out")),
+        *(
+            (_from + f"{name}.{{w}}", _to + f"{name}.{{w}}", Piece.WHOLE)
+            for name in ("conv_in", "norm_out", "conv_out")
+        ),
     ]
 _RULES += [
     (f"gen_vision_model.{name}.{{w}}", f"model.vqmodel.{name}.{{w}}", Piece.WHOLE)
@@ -83,7 +88,9 @@ class _Rule:
     canonical_pattern: re.Pattern[str]
 
 
-RULES = [_Rule(released, canonical, piece, _pattern(released), _pattern(canonical)) for released, canonical, piece in _RULES]
+RULES = [
+    _Rule(released, canonical, piece, _pattern(released), _pattern(canonical)) for released, canonical, piece in _RULES
+]
 
 
 def from_released(key: str) -> list[tuple[str, Piece]]:
@@ -94,7 +101,11 @@ def from_released(key: str) -> list[tuple[str, Piece]]:
     """
     if _DROPPED.fullmatch(key):
         return []
-    found = [(rule.canonical.format(**match.groupdict()), rule.piece) for rule in RULES if (match := rule.released_pattern.fullmatch(key))]
+    found = [
+        (rule.canonical.format(**match.groupdict()), rule.piece)
+        for rule in RULES
+        if (match := rule.released_pattern.fullmatch(key))
+    ]
     if not found:
         raise KeyError(key)
     return found
@@ -132,16 +143,20 @@ def language_part(key: str) -> str | None:
 
 
 def vision_part(key: str) -> str | None:
-    """Canonical name of a tensor of a Hugging Face SigLIP or of transformers' Janus vision tower; None for one that is not needed."""
+    """Canonical name of a tensor of a Hugging Face SigLIP or of transformers' Janus vision tower; None for one that
+    is not needed."""
     if key.startswith(("text_model.", "logit_", "head.", "vision_model.head.")) or key.endswith("position_ids"):
         return None
     return _VISION + key.removeprefix("vision_model.").replace(".self_attn.out_proj.", ".self_attn.projection_layer.")
 
 
 def vq_part(key: str) -> str | None:
-    """Canonical name of a tensor of a LlamaGen VQ-16 file or of transformers' JanusVQVAE; None for one that is not needed."""
+    """Canonical name of a tensor of a LlamaGen VQ-16 file or of transformers' JanusVQVAE; None for one that is not
+    needed."""
     key = key.removeprefix("vqmodel.")
-    if key.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) or re.match(r"(en|de)coder\.mid\.\d|quantize\.codebook_used", key):
+    if key.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) or re.match(
+        r"(en|de)coder\.mid\.\d|quantize\.codebook_used", key
+    ):
         found = from_released("gen_vision_model." + key)
         return found[0][0] if found else None
     return "model.vqmodel." + key

@@ -1,8 +1,11 @@
 """Cross-entropy of a wide linear head, in chunks, so that its full logits never exist.
 
-``CrossEntropyLinear`` is an ``nn.Linear`` whose forward can also return per-position losses.  The chunk loop lives inside ONE
-autograd function inside ONE module call: under ZeRO-3 the weight is gathered once in the forward and once in the backward pass and
-reduced once, whatever the number of chunks, which may differ between ranks.  (A module call per chunk would make the ranks' collective
+``CrossEntropyLinear`` is an ``nn.Linear`` whose forward can also return per-position losses.  The chunk loop lives
+    inside ONE
+autograd function inside ONE module call: under ZeRO-3 the weight is gathered once in the forward and once in the
+backward pass and
+reduced once, whatever the number of chunks, which may differ between ranks.  (A module call per chunk would make the
+    ranks' collective
 sequences differ.)
 
 Shapes: N supervised positions, d hidden width, V classes.
@@ -20,11 +23,17 @@ from jp_train.types import IGNORE_INDEX, KINDS, PackedBatch
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Per-position cross-entropy of ``hidden @ weight.T + bias``; logits are recomputed chunk by chunk in the backward pass."""
+    """Per-position cross-entropy of ``hidden @ weight.T + bias``; logits are recomputed chunk by chunk in the
+    backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, chunk_tokens: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk_tokens: int,
     ) -> torch.Tensor:
         losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         lse = torch.empty_like(losses)
@@ -45,7 +54,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        )
         for start in range(0, len(labels), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             target = labels[part]
@@ -76,10 +87,14 @@ class CrossEntropyLinear(nn.Linear):
     Its state dict is that of ``nn.Linear``, so it takes the place of transformers' heads without renaming anything.
     """
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024) -> torch.Tensor:
-        """Logits ``[..., V]`` of hidden ``[..., d]``; or, with int64 labels ``[N]`` and hidden ``[N, d]``, float32 losses ``[N]``.
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024
+    ) -> torch.Tensor:
+        """Logits ``[..., V]`` of hidden ``[..., d]``; or, with int64 labels ``[N]`` and hidden ``[N, d]``, float32
+        losses ``[N]``.
 
-        Losses are in nats and zero where the label is IGNORE_INDEX (with zero, not missing, gradients).  Softmax in float32;
+        Losses are in nats and zero where the label is IGNORE_INDEX (with zero, not missing, gradients).  Softmax in
+            float32;
         at most ``chunk_tokens`` rows of logits exist at one time, in the forward and in the backward pass.
         """
         if labels is None:
@@ -90,8 +105,9 @@ class CrossEntropyLinear(nn.Linear):
 class SupervisedPositions:
     """The positions one head is trained on, with the document, kind and source of each.
 
-    Never empty: a head without a supervised position gets position 0 with IGNORE_INDEX, whose loss and gradients are exactly zero, so
-    that the head takes part in every micro-batch (DeepSpeed ZeRO-3 would re-apply stale gradients otherwise).
+    Never empty: a head without a supervised position gets position 0 with IGNORE_INDEX, whose loss and gradients are
+    exactly zero, so that the head takes part in every micro-batch (DeepSpeed ZeRO-3 would re-apply stale gradients
+    otherwise).
     """
 
     def __init__(self, labels: torch.Tensor, document_of_token: torch.Tensor) -> None:
@@ -111,14 +127,17 @@ def document_of_token(batch: PackedBatch) -> torch.Tensor:
     """
     lengths, tokens = batch.document_lengths, len(batch.input_ids)
     if lengths.device.type == "cpu" and int(lengths.sum()) != tokens:
-        raise ValueError(f"document_lengths add up to {int(lengths.sum())} but the batch has {tokens} tokens: a bug in collate")
+        raise ValueError(
+            f"document_lengths add up to {int(lengths.sum())} but the batch has {tokens} tokens: a bug in collate"
+        )
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)
 
 
 def grouped_sums(
     losses: torch.Tensor, found: SupervisedPositions, groups: torch.Tensor, n_groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums float32 ``[n_groups]`` and counts int64 ``[n_groups]`` of losses by a property ``groups`` int64 ``[D]`` of their document."""
+    """Sums float32 ``[n_groups]`` and counts int64 ``[n_groups]`` of losses by a property ``groups`` int64 ``[D]``
+    of their document."""
     index = groups[found.documents]
     sums = torch.zeros(n_groups, dtype=torch.float32, device=losses.device).index_add_(0, index, losses.detach())
     ones = (found.labels != IGNORE_INDEX).to(torch.int64)

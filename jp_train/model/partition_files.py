@@ -1,13 +1,15 @@
-"""The weights of a training checkpoint: one safetensors file per rank, and an index that says how every parameter is cut.
+"""The weights of a training checkpoint: one safetensors file per rank, and an index that says how every parameter is
+cut.
 
-ZeRO-3 cuts each parameter, flattened, into one slice a rank: slice r of W holds elements [r*n, (r+1)*n) with n = ceil(numel / W), and what lies past
-the parameter's end is padding, which is not stored. A rank's file holds its slices as one-dimensional tensors:
+ZeRO-3 cuts each parameter, flattened, into one slice a rank: slice r of W holds elements [r*n, (r+1)*n) with n =
+ceil(numel / W), and what lies past the parameter's end is padding, which is not stored. A rank's file holds its slices
+as one-dimensional tensors:
 
     master/NAME  exp_avg/NAME  exp_avg_sq/NAME     fp32 weights and moments of a trained parameter
     frozen/NAME                                    a frozen one, in the dtype of the run
 
-So any range of any parameter is a few byte ranges of a few files: another number of ranks reads just what it needs, and one process can read a
-whole parameter. Nothing here knows DeepSpeed or torch.distributed, and nothing is pickled.
+So any range of any parameter is a few byte ranges of a few files: another number of ranks reads just what it needs, and
+one process can read a whole parameter. Nothing here knows DeepSpeed or torch.distributed, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -79,15 +81,20 @@ def file_rank(name: str) -> int | None:
     return int(stem[5:]) if ending == "safetensors" and stem.startswith("rank_") and stem[5:].isdigit() else None
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def shard_header(tensors: NamedTensors) -> bytes:
-    """The head of a safetensors file with these tensors in this order; the file's size is its length plus the tensors' bytes."""
+    """The head of a safetensors file with these tensors in this order; the file's size is its length plus the
+    tensors' bytes."""
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors:
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -104,7 +111,8 @@ def write_shard(path: Path, tensors: NamedTensors) -> dict[str, Any]:
 
     Tensors on the CPU are written from where they are; others are copied one by one. Raises OSError.
     """
-    tensors = sorted(tensors, key=lambda item: -item[1].element_size())  # so that every tensor is aligned to its element's size
+    # so that every tensor is aligned to its element's size
+    tensors = sorted(tensors, key=lambda item: -item[1].element_size())
     size = crc = 0
     with path.open("xb") as file:
         for data in (shard_header(tensors), *(tensor for _, tensor in tensors)):
@@ -149,7 +157,11 @@ class StreamedShard:
         self.size += tensor.nbytes
 
     def _entry(self, tensor: torch.Tensor) -> dict[str, Any]:
-        return {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self.size, self.size + tensor.nbytes]}
+        return {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.size, self.size + tensor.nbytes],
+        }
 
     def close(self) -> None:
         """Write the header. Raises OSError."""
@@ -162,7 +174,9 @@ class StreamedShard:
 def index_text(parameters: Sequence[Parameter], *, world: int, with_frozen: bool, optimizer_step: int) -> str:
     """The index beside the ranks' files. `optimizer_step`: updates that were made (skipped ones do not count)."""
     entries = [asdict(parameter) | {"shape": list(parameter.shape)} for parameter in parameters]
-    text = json.dumps({"world": world, "with_frozen": with_frozen, "optimizer_step": optimizer_step, "parameters": entries})
+    text = json.dumps(
+        {"world": world, "with_frozen": with_frozen, "optimizer_step": optimizer_step, "parameters": entries}
+    )
     return text.replace('{"name"', '\n{"name"') + "\n"
 
 
@@ -170,11 +184,12 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 class ShardReader:
-    """One safetensors file, read by ranges of elements. Raises CheckpointError for a file whose header does not fit it."""
+    """One safetensors file, read by ranges of elements. Raises CheckpointError for a file whose header does not fit
+    it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,7 +228,9 @@ class ShardReader:
         dtype, shape, first = self._entry(name)
         stop = math.prod(shape) if stop is None else stop
         if not 0 <= start <= stop <= math.prod(shape):
-            raise CheckpointError(f"{self.path}: {name} has {math.prod(shape)} elements, {start} to {stop} were asked for")
+            raise CheckpointError(
+                f"{self.path}: {name} has {math.prod(shape)} elements, {start} to {stop} were asked for"
+            )
         out = torch.empty(stop - start, dtype=dtype)
         view = _bytes_of(out)
         try:
@@ -247,14 +264,18 @@ class PartitionReader:
             self.world = int(index["world"])
             self.with_frozen = bool(index["with_frozen"])
             self.optimizer_step = int(index["optimizer_step"])
-            entries = [Parameter(name=str(e["name"]), shape=tuple(e["shape"]), trained=bool(e["trained"])) for e in index["parameters"]]
+            entries = [
+                Parameter(name=str(e["name"]), shape=tuple(e["shape"]), trained=bool(e["trained"]))
+                for e in index["parameters"]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a readable index of a checkpoint: {error}") from error
         self.parameters = {parameter.name: parameter for parameter in entries}
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter's `kind` (MASTER, one of MOMENTS, FROZEN), on the CPU, from whichever files hold them."""
+        """Elements [start, stop) of the flattened parameter's `kind` (MASTER, one of MOMENTS, FROZEN), on the CPU,
+        from whichever files hold them."""
         parameter = self.parameters[name]
         size = max(1, -(-parameter.numel // self.world))
         pieces = []
@@ -268,7 +289,8 @@ class PartitionReader:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def whole(self, name: str) -> torch.Tensor:
-        """A parameter in its own shape: the fp32 master weights of a trained one, the stored weights of a frozen one."""
+        """A parameter in its own shape: the fp32 master weights of a trained one, the stored weights of a frozen
+        one."""
         parameter = self.parameters[name]
         flat = self.read(MASTER if parameter.trained else FROZEN, name, 0, parameter.numel)
         return flat.view(parameter.shape)

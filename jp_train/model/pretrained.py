@@ -1,8 +1,11 @@
 """Weights in: every parameter of the model set explicitly, from files or by rule.
 
-Nothing relies on transformers' initialisation, which is void under ``deepspeed.zero.Init``.  ``gather`` is how a caller under ZeRO-3
-makes partitioned parameters whole for a moment (``deepspeed.zero.GatheredParameters(params, modifier_rank=0)``); elsewhere it does
-nothing.  Only the writer (rank 0) reads tensors; the others take part in the gathers.  The VQ tokenizer is replicated: every rank reads it.
+Nothing relies on transformers' initialisation, which is void under ``deepspeed.zero.Init``.  ``gather`` is how a caller
+    under ZeRO-3
+makes partitioned parameters whole for a moment (``deepspeed.zero.GatheredParameters(params, modifier_rank=0)``);
+elsewhere it does
+nothing.  Only the writer (rank 0) reads tensors; the others take part in the gathers.  The VQ tokenizer is replicated:
+    every rank reads it.
 """
 
 from __future__ import annotations
@@ -48,11 +51,17 @@ def no_gather(_: list[nn.Parameter]) -> AbstractContextManager[object]:
 
 
 def load_weights(
-    model: nn.Module, vq: VQTokenizer | None, source: WeightSource, *, gather: Gather = no_gather, is_writer: bool = True
+    model: nn.Module,
+    vq: VQTokenizer | None,
+    source: WeightSource,
+    *,
+    gather: Gather = no_gather,
+    is_writer: bool = True,
 ) -> None:
     """Set every parameter of ``model`` (a JanusPro) and of ``vq`` from a whole-model source.
 
-    The model takes its own dtype, the VQ tokenizer stays float32.  With ``vq`` None the source's VQ tensors are ignored.
+    The model takes its own dtype, the VQ tokenizer stays float32.  With ``vq`` None the source's VQ tensors are
+        ignored.
 
     Raises:
         CheckpointError: if names or shapes differ in any way; nothing has been changed then.
@@ -66,12 +75,18 @@ def load_weights(
 
 
 def init_parts(
-    model: nn.Module, vq: VQTokenizer, parts: Mapping[str, str | None], *, gather: Gather = no_gather, is_writer: bool = True
+    model: nn.Module,
+    vq: VQTokenizer,
+    parts: Mapping[str, str | None],
+    *,
+    gather: Gather = no_gather,
+    is_writer: bool = True,
 ) -> list[str]:
     """Load the pretrained parts that are given (``model.init_parts``); returns the names of those loaded.
 
     Raises:
-        CheckpointError: if a part does not fit the configuration; names and shapes are checked before anything is changed.
+        CheckpointError: if a part does not fit the configuration; names and shapes are checked before anything is
+        changed.
     """
     opened = {part: open_part(path, part) for part, path in parts.items() if path}
     for part, source in opened.items():
@@ -106,11 +121,18 @@ def load_vq(cfg: ModelConfig, *, seed: int) -> VQTokenizer:
 
 
 def prepare_weights(
-    model: nn.Module, vq: VQTokenizer, cfg: ModelConfig, *, seed: int, gather: Gather = no_gather, is_writer: bool = True
+    model: nn.Module,
+    vq: VQTokenizer,
+    cfg: ModelConfig,
+    *,
+    seed: int,
+    gather: Gather = no_gather,
+    is_writer: bool = True,
 ) -> str:
     """Set every weight as the configuration says; returns one line that tells what was done.
 
-    ``init_from`` takes everything from a whole model.  Otherwise all is fresh, then ``init_parts`` are loaded, then gen_embed starts as
+    ``init_from`` takes everything from a whole model.  Otherwise all is fresh, then ``init_parts`` are loaded, then
+                                                        gen_embed starts as
     the VQ codebook (``gen_embed_init``).
 
     Raises:
@@ -121,7 +143,9 @@ def prepare_weights(
     if cfg.init_from:
         given = [name for name, path in parts.items() if path]
         if given:
-            raise ConfigError(f"model.init_from={cfg.init_from} already names every weight: remove model.init_parts.{given[0]}")
+            raise ConfigError(
+                f"model.init_from={cfg.init_from} already names every weight: remove model.init_parts.{given[0]}"
+            )
         source = open_weights(cfg.init_from)
         load_weights(model, vq, source, gather=gather, is_writer=is_writer)
         return f"all weights from {source.path}"
@@ -138,7 +162,8 @@ def prepare_weights(
 def init_fresh(model: nn.Module, std: float, seed: int, *, gather: Gather = no_gather, is_writer: bool = True) -> None:
     """Set every parameter of a JanusPro by rule: norms one, biases zero, matrices normal.
 
-    ``std`` is that of aligner, gen_aligner and gen_head; language model and vision tower take ``TOWER_STD``; gen_embed gets random rows of
+    ``std`` is that of aligner, gen_aligner and gen_head; language model and vision tower take ``TOWER_STD``; gen_embed
+    gets random rows of
     unit length.  Each tensor has its own generator, seeded by (seed, name): values depend on nothing else.
     """
     for name, parameter in model.named_parameters():
@@ -158,7 +183,9 @@ def init_fresh_vq(vq: VQTokenizer, seed: int) -> None:
         parameter.data.copy_(unit_rows(value) if "quantize" in name else value)
 
 
-def gen_embed_from_codebook(model: nn.Module, vq: VQTokenizer, *, gather: Gather = no_gather, is_writer: bool = True) -> None:
+def gen_embed_from_codebook(
+    model: nn.Module, vq: VQTokenizer, *, gather: Gather = no_gather, is_writer: bool = True
+) -> None:
     """Start gen_embed as the unit-length VQ codebook (specification, section 8, point 10)."""
     parameter = model.get_parameter("model.generation_embeddings.weight")
     with gather([parameter]):
@@ -194,7 +221,9 @@ def _copy_vq(vq: VQTokenizer, source: WeightSource) -> None:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes, also of parameters that ZeRO-3 has partitioned."""
-    return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()}
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()
+    }
 
 
 def _vq_shapes(vq: VQTokenizer | None) -> dict[str, tuple[int, ...]]:

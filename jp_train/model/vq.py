@@ -1,7 +1,9 @@
-"""The VQ tokenizer of generated pictures (LlamaGen VQ-16): frozen, replicated on every rank, never part of the trained module.
+"""The VQ tokenizer of generated pictures (LlamaGen VQ-16): frozen, replicated on every rank, never part of the trained
+module.
 
-Wraps transformers' ``JanusVQVAE``, whose ``encode`` leaves out the L2 normalisation of the released code: here encoder outputs and
-codebook rows are both brought to unit length before the nearest row is searched (specification, section 1, trap 2).
+Wraps transformers' ``JanusVQVAE``, whose ``encode`` leaves out the L2 normalisation of the released code: here encoder
+outputs and codebook rows are both brought to unit length before the nearest row is searched (specification, section 1,
+trap 2).
 
 Shapes: n pictures, H = W = image side, S = ids a picture (row-major), K codes of c channels.
 """
@@ -41,7 +43,8 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 class VQTokenizer(nn.Module):
     """Pictures to ids and back.  Always float32, always frozen, always in eval mode.
 
-    Build it outside ``deepspeed.zero.Init``: it is a plain replicated module.  Weights come from ``pretrained``; its parameter
+    Build it outside ``deepspeed.zero.Init``: it is a plain replicated module.  Weights come from ``pretrained``; its
+        parameter
     names, prefixed with ``model.``, are those of transformers' JanusForConditionalGeneration (``vqmodel.encoder...``).
 
     Raises:
@@ -80,7 +83,8 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, at_once: int = PICTURES_AT_ONCE) -> torch.Tensor:
-        """VQ ids int64 ``[n, S]`` of uint8 pictures ``[n, 3, H, W]``: the code nearest to each unit-length encoder output.
+        """VQ ids int64 ``[n, S]`` of uint8 pictures ``[n, 3, H, W]``: the code nearest to each unit-length encoder
+        output.
 
         ``at_once`` pictures go through the convolutions together.
 
@@ -142,9 +146,11 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_pending(batch: PackedBatch, vq: VQTokenizer) -> PackedBatch:
-    """The batch with the VQ ids of its pending pictures encoded: ``gen_ids`` and the pending ``gen_labels`` are complete.
+    """The batch with the VQ ids of its pending pictures encoded: ``gen_ids`` and the pending ``gen_labels`` are
+    complete.
 
-    The id of slot position p is the label of position p - 1 (the first one of boi), where that label is PENDING_VQ_ID; an
+    The id of slot position p is the label of position p - 1 (the first one of boi), where that label is PENDING_VQ_ID;
+    an
     unsupervised picture only gets its inputs.  Batches without pending pictures come back unchanged.
     """
     if not len(batch.gen_pending):

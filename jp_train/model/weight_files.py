@@ -1,7 +1,9 @@
 """Files of weights, read lazily, under canonical names, with strict checks of names and shapes.
 
-Canonical names are those of transformers' JanusForConditionalGeneration, VQ included (``layouts.py``).  No pickle is executed:
-safetensors, or ``torch.load(weights_only=True)`` for .pt and .bin files (LlamaGen's VQ-16 and the released Janus-Pro-1B come as such).
+Canonical names are those of transformers' JanusForConditionalGeneration, VQ included (``layouts.py``).  No pickle is
+    executed:
+safetensors, or ``torch.load(weights_only=True)`` for .pt and .bin files (LlamaGen's VQ-16 and the released Janus-Pro-1B
+come as such).
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class WeightSource:
         return WeightSource(self.path, {new: e for k, e in self._entries.items() if (new := rename(k)) is not None})
 
     def canonical(self) -> WeightSource:
-        """A released checkpoint under canonical names; names that the released layout does not know are kept, to be reported."""
+        """A released checkpoint under canonical names; names that the released layout does not know are kept, to be
+        reported."""
         entries: dict[str, _Entry] = {}
         for key, entry in self._entries.items():
             try:
@@ -98,8 +101,9 @@ def _piece(entry: _Entry, piece: layouts.Piece) -> _Entry:
 def open_weights(path: str | Path) -> WeightSource:
     """Weights of a whole model under canonical names.
 
-    ``path``: a folder in transformers' format, a released deepseek-ai folder, a training checkpoint (``checkpoints/step_...``: fp32 master weights,
-    put together from the ranks' files tensor by tensor), or a run folder (its ``export/`` is taken).
+    ``path``: a folder in transformers' format, a released deepseek-ai folder, a training checkpoint
+    (``checkpoints/step_...``: fp32 master weights, put together from the ranks' files tensor by tensor), or a run
+    folder (its ``export/`` is taken).
 
     Raises:
         CheckpointError: if there is nothing, or nothing known, at ``path``.
@@ -130,14 +134,20 @@ def open_weights(path: str | Path) -> WeightSource:
 def open_part(path: str | Path, part: str) -> WeightSource:
     """One pretrained part under canonical names, of ``language_model``, ``vision_model`` or ``gen_vision_model``.
 
-    The file or folder may hold just that part (Hugging Face Llama; Hugging Face SigLIP or transformers' JanusVisionModel; LlamaGen's VQ-16
-    .pt or transformers' JanusVQVAE) or a whole Janus model in either layout.  A Llama with tied embeddings lends them to the text head.
+    The file or folder may hold just that part (Hugging Face Llama; Hugging Face SigLIP or transformers'
+    JanusVisionModel; LlamaGen's VQ-16
+    .pt or transformers' JanusVQVAE) or a whole Janus model in either layout.  A Llama with tied embeddings lends them
+        to the text head.
 
     Raises:
         CheckpointError: if there is nothing readable at ``path``.
     """
     prefixes = {"language_model": ("model.language_model.", "lm_head."), "vision_model": ("model.vision_model.",)}
-    renames = {"language_model": layouts.language_part, "vision_model": layouts.vision_part, "gen_vision_model": layouts.vq_part}
+    renames = {
+        "language_model": layouts.language_part,
+        "vision_model": layouts.vision_part,
+        "gen_vision_model": layouts.vq_part,
+    }
     wanted = prefixes.get(part, ("model.vqmodel.",))
     source = _open(Path(path))
     keys = source.keys()
@@ -153,12 +163,15 @@ def open_part(path: str | Path, part: str) -> WeightSource:
 
 
 def _open_checkpoint(path: Path) -> WeightSource:
-    """A complete training checkpoint. What it does not hold (frozen weights of a stage that started from ``init_from``) comes from there."""
+    """A complete training checkpoint. What it does not hold (frozen weights of a stage that started from
+    ``init_from``) comes from there."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         absent = [name for name in manifest["files"] if not (path / name).is_file()]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is no complete checkpoint: manifest.json is missing or unreadable ({error})") from error
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: manifest.json is missing or unreadable ({error})"
+        ) from error
     if absent:
         raise CheckpointError(f"{path} is no complete checkpoint: {_some(absent)} missing")
     reader = PartitionReader(path)
@@ -184,7 +197,9 @@ def _open(path: Path) -> WeightSource:
     if path.is_file():
         return WeightSource(path, _open_file(path))
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder. Give a folder with safetensors, or a .safetensors, .pt or .bin file")
+        raise CheckpointError(
+            f"{path}: no such file or folder. Give a folder with safetensors, or a .safetensors, .pt or .bin file"
+        )
     for ending in ("safetensors", "bin"):
         index = next(iter(sorted(path.glob(f"*.{ending}.index.json"))), None)
         if index is not None:
@@ -192,7 +207,9 @@ def _open(path: Path) -> WeightSource:
             files = [path / name for name in names]
             absent = [file.name for file in files if not file.exists()]
             if absent:
-                raise CheckpointError(f"{index} lists {len(files)} files but {', '.join(absent)} missing: the copy is incomplete")
+                raise CheckpointError(
+                    f"{index} lists {len(files)} files but {', '.join(absent)} missing: the copy is incomplete"
+                )
         else:
             files = sorted(path.glob(f"*.{ending}"))
         if files:

@@ -1,15 +1,19 @@
-"""One job at a time in one run folder: a lease that a live job renews, and that the next job takes over when its holder is dead.
+"""One job at a time in one run folder: a lease that a live job renews, and that the next job takes over when its holder
+is dead.
 
-    RUN_DIR/run.lock    who trains here (host, process, launch, since when) and a counter that grows every BEAT_S seconds
+    RUN_DIR/run.lock    who trains here (host, process, launch, since when) and a counter that grows every BEAT_S
+                        seconds
 
-Two jobs in one folder would mix their metrics and delete each other's checkpoints. The lock is made by a hard link (exclusive on local and on network
-file systems) and renewed in place through an open descriptor, so that a job which lost it can never write into another one's. Whether a holder lives
-is known at once on its own host: the process is there or it is not, and a host that has restarted runs none of its old processes. From any other host
-it is watched: a counter that stands still for LEASE_S seconds belongs to a dead job. No clocks of two hosts are compared, and no lock of the file
-system is relied on; where there is one, it serialises those who take over.
+Two jobs in one folder would mix their metrics and delete each other's checkpoints. The lock is made by a hard link
+(exclusive on local and on network file systems) and renewed in place through an open descriptor, so that a job which
+lost it can never write into another one's. Whether a holder lives
+is known at once on its own host: the process is there or it is not, and a host that has restarted runs none of its old
+processes. From any other host
+it is watched: a counter that stands still for LEASE_S seconds belongs to a dead job. No clocks of two hosts are
+compared, and no lock of the file system is relied on; where there is one, it serialises those who take over.
 
-`jp-train launch`, which sees its ranks end, may hand a dead launch's lock back by `release_dead_launch`, so that its restart need not watch.
-Standard library only.
+`jp-train launch`, which sees its ranks end, may hand a dead launch's lock back by `release_dead_launch`, so that its
+restart need not watch. Standard library only.
 """
 
 from __future__ import annotations
@@ -36,9 +40,11 @@ LOCK_FILE = "run.lock"
 BEAT_S = 5.0
 """Seconds between two renewals."""
 LEASE_S = 40.0
-"""A holder on another host that has not renewed for so long is dead: eight renewals, which a busy file system may delay."""
+"""A holder on another host that has not renewed for so long is dead: eight renewals, which a busy file system may
+delay."""
 GUARD_S = 5.0
-"""Those who take over wait for each other for so long; then they go on without, as on a file system that has no locks."""
+"""Those who take over wait for each other for so long; then they go on without, as on a file system that has no
+locks."""
 SIZE = 1024
 """Bytes of a lock file: every renewal replaces them all."""
 
@@ -61,7 +67,9 @@ class Holder:
     def describe(self) -> str:
         """`process 12 on node3 (launch 5ac1, since 2026-11-22 10:00:00)`."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on {self.host} ({f'launch {self.launch_id}, ' if self.launch_id else ''}since {since})"
+        return (
+            f"process {self.pid} on {self.host} ({f'launch {self.launch_id}, ' if self.launch_id else ''}since {since})"
+        )
 
 
 class RunLock:
@@ -84,11 +92,13 @@ class RunLock:
             if self._is_mine():
                 self.path.unlink()
         self._thread.join(1.0)
-        if not self._thread.is_alive():  # a renewal that hangs would else write into whatever file gets this number next
+        # a renewal that hangs would else write into whatever file gets this number next
+        if not self._thread.is_alive():
             os.close(self._descriptor)
 
     def abandon(self, within_s: float = 2.0) -> None:
-        """`release` for a process that is about to end whatever happens: waits no longer for a file system that hangs."""
+        """`release` for a process that is about to end whatever happens: waits no longer for a file system that
+        hangs."""
         helper = threading.Thread(target=self.release, name="run-lock-release", daemon=True)
         helper.start()
         helper.join(within_s)
@@ -129,12 +139,17 @@ class RunLock:
 
 
 def take(
-    run_dir: str | os.PathLike[str], *, lost: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None
+    run_dir: str | os.PathLike[str],
+    *,
+    lost: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> RunLock:
-    """Lock a run folder for this process. A dead holder's lock is taken over: at once on the holder's host, else after LEASE_S seconds without a sign.
+    """Lock a run folder for this process. A dead holder's lock is taken over: at once on the holder's host, else after
+    LEASE_S seconds without a sign.
 
-    `lost` is called, from a thread, when another job takes the lock from this one after all (it was suspended for longer than the lease); the default
-    ends the process. Raises LaunchError when a live job trains there, OSError when the folder cannot be written.
+    `lost` is called, from a thread, when another job takes the lock from this one after all (it was suspended for
+    longer than the lease); the default ends the process. Raises LaunchError when a live job trains there, OSError when
+    the folder cannot be written.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +174,8 @@ def take(
 
 
 def read_holder(run_dir: str | os.PathLike[str]) -> Holder | None:
-    """Who holds (or held, and died) the lock of a run folder; None when nobody does. Raises OSError other than for a missing file."""
+    """Who holds (or held, and died) the lock of a run folder; None when nobody does. Raises OSError other than for a
+    missing file."""
     found = _read(Path(run_dir) / LOCK_FILE)
     return None if found is None else _parsed(found)
 
@@ -175,7 +191,8 @@ def standing_of(holder: Holder, me: Holder | None = None) -> str:
 
 
 def release_dead_launch(run_dir: str | os.PathLike[str], launch_id: str) -> bool:
-    """Remove the lock of a launch all of whose processes are known to have ended, on whatever host they ran. True when there was one.
+    """Remove the lock of a launch all of whose processes are known to have ended, on whatever host they ran. True when
+    there was one.
 
     For the launcher, between two attempts. A lock of any other launch stays.
     """
@@ -202,7 +219,7 @@ def identity() -> Holder:
     )
 
 
-# -- the file -------------------------------------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------
 
 
 def _create(path: Path, holder: Holder) -> int | None:
@@ -230,7 +247,8 @@ def _create(path: Path, holder: Holder) -> int | None:
 
 
 def _create_without_links(path: Path, holder: Holder, descriptor: int) -> tuple[bool, int]:
-    """On a file system without hard links: exclusive creation, whose content comes a moment later (a reader takes a torn one for unknown)."""
+    """On a file system without hard links: exclusive creation, whose content comes a moment later (a reader takes a
+    torn one for unknown)."""
     try:
         made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -242,7 +260,8 @@ def _create_without_links(path: Path, holder: Holder, descriptor: int) -> tuple[
 
 
 def _remove(path: Path, expected: str | bytes, token: str) -> bool:
-    """Take away the lock that `expected` names: a token, or the very bytes (then a renewal saves it). False when it is another one by now."""
+    """Take away the lock that `expected` names: a token, or the very bytes (then a renewal saves it). False when it
+    is another one by now."""
     away = path.with_name(f".{LOCK_FILE}.{token}.away")
     with _guarded(path.parent):
         found = _read(path)
@@ -253,7 +272,8 @@ def _remove(path: Path, expected: str | bytes, token: str) -> bool:
         except FileNotFoundError:
             return False
         moved = _read(away)
-        if moved is not None and not _same(moved, expected):  # without locks somebody was faster by a hair: give it back
+        # without locks somebody was faster by a hair: give it back
+        if moved is not None and not _same(moved, expected):
             with contextlib.suppress(FileExistsError):
                 os.link(away, path)
             away.unlink(missing_ok=True)
@@ -284,7 +304,12 @@ def _parsed(content: bytes) -> Holder | None:
     """The holder, None for content that is no lock (a crash of a host, or a renewal seen half way)."""
     try:
         values = json.loads(content)
-        return Holder(**{item.name: {"int": int, "float": float}.get(str(item.type), str)(values[item.name]) for item in fields(Holder)})
+        return Holder(
+            **{
+                item.name: {"int": int, "float": float}.get(str(item.type), str)(values[item.name])
+                for item in fields(Holder)
+            }
+        )
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -308,7 +333,7 @@ def _guarded(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-# -- is it alive ----------------------------------------------------------------------------------------------------------------------------
+# -- is it alive -----------------------------------------------------------------------------------
 
 
 def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callable[[str], None]) -> bool:
@@ -343,7 +368,8 @@ def refusal(folder: Path, holder: Holder) -> str:
 
 
 def _process_lives(pid: int, started: str) -> bool:
-    """Whether a process of this host runs, and is the one that started then (numbers are used again). A stopped one lives."""
+    """Whether a process of this host runs, and is the one that started then (numbers are used again). A stopped one
+    lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

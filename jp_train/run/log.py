@@ -45,7 +45,8 @@ class RunLog:
         self._status: StatusFile | None = None
 
     def begin(self) -> None:
-        """The run will train: from here on status.json is about this attempt. (One that is refused leaves it as it is.)"""
+        """The run will train: from here on status.json is about this attempt. (One that is refused leaves it as it
+        is.)"""
         if self._active:
             self._status = self._new_status()
 
@@ -99,7 +100,9 @@ class RunLog:
         """A checkpoint could not be written; `total` of them since this attempt began."""
         self._failed_saves = total
 
-    def step(self, step: int, values: Mapping[str, float], *, skipped_documents: int = 0, skipped_steps: int = 0) -> None:
+    def step(
+        self, step: int, values: Mapping[str, float], *, skipped_documents: int = 0, skipped_steps: int = 0
+    ) -> None:
         """All values of one step (or, at step 0, of the validation before training)."""
         if not self._active:
             return
@@ -108,7 +111,12 @@ class RunLog:
             self._progress.tick()
         for sink in list(self._sinks):
             self._attempt(sink, lambda sink=sink: sink.log(step, values))
-        status: dict[str, Any] = {"state": "running", "step": step, "checkpoint": self._checkpoint, "eta_s": self._progress.eta_s(step)}
+        status: dict[str, Any] = {
+            "state": "running",
+            "step": step,
+            "checkpoint": self._checkpoint,
+            "eta_s": self._progress.eta_s(step),
+        }
         status |= {"failed_saves": self._failed_saves}
         if "loss/total" in values:
             status |= {
@@ -140,7 +148,8 @@ class RunLog:
         self.close()
 
     def stalled(self, error: JpTrainError, details: Mapping[str, Any]) -> None:
-        """The watchdog ends the run, from its own thread and on any rank. What the training thread may still say about its end is left out."""
+        """The watchdog ends the run, from its own thread and on any rank. What the training thread may still say
+        about its end is left out."""
         self._over = True
         folder = Path(self._cfg.run_dir)
         events = self._events if self._active else Events(folder / "events.jsonl")
@@ -152,10 +161,13 @@ class RunLog:
             **{k: v for k, v in details.items() if k != "step"},
         )
         status = (self._status if self._active else None) or self._new_status()
-        status.update(state="failed", reason=f"{type(error).__name__}: {error}", step=details["step"], checkpoint=self._checkpoint)
+        status.update(
+            state="failed", reason=f"{type(error).__name__}: {error}", step=details["step"], checkpoint=self._checkpoint
+        )
 
     def stopped_by_force(self, code: int) -> None:
-        """A signal ends the run at once, before its first step or by its repetition: told from another thread than the training one, whatever that does.
+        """A signal ends the run at once, before its first step or by its repetition: told from another thread than the
+        training one, whatever that does.
 
         The newest checkpoint is what it was.
         """
@@ -190,7 +202,8 @@ class RunLog:
         self._sinks = []
 
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
-        """Run `action`; a sink that is not essential and fails is named and dropped: wandb's troubles may not end a run."""
+        """Run `action`; a sink that is not essential and fails is named and dropped: wandb's troubles may not end a
+        run."""
         try:
             action()
         except Exception as error:
@@ -198,7 +211,9 @@ class RunLog:
                 raise
             self._sinks.remove(sink)
             self.event("sink_failed", self._step, sink=type(sink).__name__, reason=f"{type(error).__name__}: {error}")
-            self.say(f"{type(sink).__name__} failed and is off for the rest of this attempt: {type(error).__name__}: {error}")
+            self.say(
+                f"{type(sink).__name__} failed and is off for the rest of this attempt: {type(error).__name__}: {error}"
+            )
 
     def damaged(self, problem: str) -> None:
         """A checkpoint was passed over."""

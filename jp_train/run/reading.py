@@ -1,7 +1,8 @@
 """Reads a run folder: config.yaml, metrics.jsonl, status.json, ledger.jsonl, events.jsonl, samples/, evaluation.json.
 
-The reader never trusts a file to be whole: a run may be training while it is read, may have been killed in the middle of a line, and may
-have repeated steps after a resume. What could not be read is counted and shown; only a run without a single metrics line is an error.
+The reader never trusts a file to be whole: a run may be training while it is read, may have been killed in the middle
+of a line, and may have repeated steps after a resume. What could not be read is counted and shown; only a run without a
+single metrics line is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One metric over steps: `steps` int64 [N] ascending and unique, `values` float64 [N], NaN where the metric was not finite."""
+    """One metric over steps: `steps` int64 [N] ascending and unique, `values` float64 [N], NaN where the metric was
+    not finite."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -94,8 +96,8 @@ class EvaluationRow:
 class RunData:
     """Everything the report knows of one run. `missing` maps a section to a sentence that says why it is empty.
 
-    `series` maps a metrics.jsonl key to its values; `unreadable_lines` counts torn lines by file; `repeated_steps` counts steps that
-    were lost to a kill and trained again after a resume (the last time counts).
+    `series` maps a metrics.jsonl key to its values; `unreadable_lines` counts torn lines by file; `repeated_steps`
+    counts steps that were lost to a kill and trained again after a resume (the last time counts).
     """
 
     path: Path
@@ -115,7 +117,8 @@ class RunData:
     samples_left_out: tuple[str, ...] = ()
 
     def configured(self, dotted: str, default: Any = None) -> Any:
-        """A key of the run's config.yaml such as `stage.mixture.text`; `default` where the config is missing or lacks it."""
+        """A key of the run's config.yaml such as `stage.mixture.text`; `default` where the config is missing or
+        lacks it."""
         node: Any = self.config
         for part in dotted.split("."):
             if not isinstance(node, dict) or part not in node:
@@ -132,11 +135,14 @@ class RunData:
 def read_run(path: Path, *, label: str | None = None) -> RunData:
     """Read one run folder.
 
-    Raises DataError when the folder, its metrics.jsonl, or any complete line in it is missing; everything else may be absent.
+    Raises DataError when the folder, its metrics.jsonl, or any complete line in it is missing; everything else may be
+    absent.
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder; expected a run folder (the `run_dir` of a training, with metrics.jsonl in it)")
+        raise DataError(
+            f"{path} is not a folder; expected a run folder (the `run_dir` of a training, with metrics.jsonl in it)"
+        )
     missing: dict[str, str] = {}
     unreadable: Counter[str] = Counter()
     series, repeated = _read_metrics(path / "metrics.jsonl", unreadable)
@@ -162,17 +168,21 @@ def read_run(path: Path, *, label: str | None = None) -> RunData:
 
 
 def checkpoint_names(run_dir: Path) -> tuple[str, ...]:
-    """Complete checkpoints of a run, oldest first. Half-written ones lie beside under another name (DESIGN section 6)."""
+    """Complete checkpoints of a run, oldest first. Half-written ones lie beside under another name (DESIGN section
+    6)."""
     folder = Path(run_dir) / "checkpoints"
     if not folder.is_dir():
         return ()
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name.startswith("step_") and p.name[5:].isdigit()))
+    return tuple(
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name.startswith("step_") and p.name[5:].isdigit())
+    )
 
 
 def read_json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
     """The objects of a JSON-lines file in order; None for a line that holds none.
 
-    A run that is killed inside a write leaves half a line, and the resumed run appends to it: the object behind the torn half is recovered.
+    A run that is killed inside a write leaves half a line, and the resumed run appends to it: the object behind the
+    torn half is recovered.
     """
     for line in lines:
         text = line.strip()
@@ -215,7 +225,9 @@ def _read_metrics(path: Path, unreadable: Counter[str]) -> tuple[dict[str, Serie
                 unreadable["metrics.jsonl"] += 1
                 continue
             step = int(step)
-            values = {k: math.nan if v is None else v for k, v in record.items() if k != "step" and _is_number_or_null(v)}
+            values = {
+                k: math.nan if v is None else v for k, v in record.items() if k != "step" and _is_number_or_null(v)
+            }
             only_validation = bool(values) and all(key.startswith("val/") for key in values)
             if last is not None and (step < last or (step == last and not only_validation)):
                 repeated += last - step + 1
@@ -253,7 +265,9 @@ def _forget_from(columns: dict[str, tuple[array[int], array[float]]], step: int)
 
 def _read_config(path: Path, missing: dict[str, str]) -> tuple[dict[str, Any], str]:
     if not path.is_file():
-        missing["config"] = "config.yaml is not in the run folder; the configured shares and the planned steps are unknown."
+        missing["config"] = (
+            "config.yaml is not in the run folder; the configured shares and the planned steps are unknown."
+        )
         return {}, ""
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
@@ -294,7 +308,9 @@ def _read_events(path: Path, missing: dict[str, str], unreadable: Counter[str]) 
 
 def _read_ledger(path: Path, missing: dict[str, str], unreadable: Counter[str]) -> Ledger:
     if not path.is_file():
-        missing["ledger"] = "ledger.jsonl is not in the run folder: no sample was skipped, or the run predates the ledger."
+        missing["ledger"] = (
+            "ledger.jsonl is not in the run folder: no sample was skipped, or the run predates the ledger."
+        )
         return Ledger()
     rows: list[dict[str, Any]] = []
     counts: Counter[tuple[str, str]] = Counter()
@@ -368,7 +384,9 @@ def _read_evaluation(path: Path, missing: dict[str, str]) -> tuple[EvaluationRow
             )
         )
     if bad or not rows:
-        missing["evaluation"] = f"evaluation.json: {bad} of {bad + len(rows)} entries lack a `name` or a finite `value`."
+        missing["evaluation"] = (
+            f"evaluation.json: {bad} of {bad + len(rows)} entries lack a `name` or a finite `value`."
+        )
     return tuple(rows)
 
 

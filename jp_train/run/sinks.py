@@ -1,4 +1,5 @@
-"""Where a run's numbers go: console, metrics.jsonl, wandb, TensorBoard, and the two small files `status.json` and `events.jsonl`.
+"""Where a run's numbers go: console, metrics.jsonl, wandb, TensorBoard, and the two small files `status.json` and
+`events.jsonl`.
 
 Only rank 0 has sinks. Only this module imports wandb and TensorBoard, and only when they are used.
 """
@@ -31,7 +32,8 @@ RATE_SMOOTHING = 0.1
 
 
 class Sink(Protocol):
-    """Takes the values of one step; `values` uses the metrics.jsonl keys. When one that is not `essential` fails, training goes on without it."""
+    """Takes the values of one step; `values` uses the metrics.jsonl keys. When one that is not `essential` fails,
+    training goes on without it."""
 
     essential: bool
 
@@ -43,8 +45,9 @@ class Sink(Protocol):
 class MetricsFile:
     """metrics.jsonl: one JSON object a step, appended.
 
-    Opening it for a run that continues after `resumed_step` steps drops the lines of later steps (they are trained again) and a torn last
-    line, in one atomic replacement, so that the file holds every step once. A run that starts anew passes None, and the file starts empty.
+    Opening it for a run that continues after `resumed_step` steps drops the lines of later steps (they are trained
+    again) and a torn last line, in one atomic replacement, so that the file holds every step once. A run that starts
+    anew passes None, and the file starts empty.
     """
 
     essential = True
@@ -62,13 +65,15 @@ class MetricsFile:
 
 
 class Events:
-    """events.jsonl: what happened to the run, one object a line with `event`, `step` and `time` (seconds since 1970)."""
+    """events.jsonl: what happened to the run, one object a line with `event`, `step` and `time` (seconds since
+    1970)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting: list[str] = []
         if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-            with path.open("a", encoding="utf-8") as file:  # a kill in the middle of a line: the next event gets its own
+            # a kill in the middle of a line: the next event gets its own
+            with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
 
     def write(self, event: str, step: int, **details: Any) -> None:
@@ -80,7 +85,8 @@ class Events:
                 while self._waiting:
                     line = self._waiting[0].encode()
                     if file.write(line) < len(line):
-                        file.truncate(size)  # the disk is full inside the line: it is written whole when there is room again
+                        # the disk is full inside the line: it is written whole when there is room again
+                        file.truncate(size)
                         return
                     size += len(line)
                     del self._waiting[0]
@@ -107,7 +113,8 @@ class StatusFile:
 
 
 class Progress:
-    """Steps done of steps planned, and the time to the end from a smoothed step time (without the first step, which warms up)."""
+    """Steps done of steps planned, and the time to the end from a smoothed step time (without the first step, which
+    warms up)."""
 
     def __init__(self, planned: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.planned = planned
@@ -219,8 +226,9 @@ class TensorBoard:
 class Wandb:
     """One wandb run per run folder: its id is kept in `wandb/run_id`, so a resumed run continues the same curves.
 
-    `step` is an ordinary value with which every curve is plotted: wandb's own counter would refuse the steps that are trained again
-    after a kill. wandb's helper process may die before training does (the deepspeed launcher sends SIGTERM to the children of a rank too).
+    `step` is an ordinary value with which every curve is plotted: wandb's own counter would refuse the steps that are
+    trained again after a kill. wandb's helper process may die before training does (the deepspeed launcher sends
+    SIGTERM to the children of a rank too).
     """
 
     essential = False
@@ -229,7 +237,9 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError(f"wandb cannot be imported ({error}); pip install wandb, or set logging.wandb.mode: disabled") from None
+            raise ConfigError(
+                f"wandb cannot be imported ({error}); pip install wandb, or set logging.wandb.mode: disabled"
+            ) from None
         folder = run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         run_id = kept_run_id(folder / "run_id", lambda: secrets.token_hex(4))
@@ -257,7 +267,8 @@ class Wandb:
 
 
 def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) -> str:
-    """`online`, `offline` or `disabled`: `auto` is online when an API key is in the environment or ~/.netrc, and obeys WANDB_MODE."""
+    """`online`, `offline` or `disabled`: `auto` is online when an API key is in the environment or ~/.netrc, and
+    obeys WANDB_MODE."""
     if cfg.mode is not WandbMode.auto:
         return cfg.mode.value
     asked = environment.get("WANDB_MODE", "").lower()
@@ -265,9 +276,13 @@ def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) ->
         return asked
     if environment.get("WANDB_API_KEY"):
         return "online"
-    host = re.sub(r"^https?://", "", environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).split("/")[0].split(":")[0]
+    host = (
+        re.sub(r"^https?://", "", environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).split("/")[0].split(":")[0]
+    )
     try:
-        known = netrc(environment.get("NETRC") or str(Path(environment.get("HOME", "~")).expanduser() / ".netrc")).authenticators(host)
+        known = netrc(
+            environment.get("NETRC") or str(Path(environment.get("HOME", "~")).expanduser() / ".netrc")
+        ).authenticators(host)
     except (OSError, NetrcParseError):
         known = None
     return "online" if known else "offline"
@@ -282,12 +297,17 @@ def kept_run_id(path: Path, make: Callable[[], str]) -> str:
     return made
 
 
-_SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|credential|api_?key|access_?key)s?($|[_-])", re.IGNORECASE)
-_URL_SECRET = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^/@\s]*@)?(?P<rest>[^?\s]*)(?P<query>\?\S*)?", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|[_-])(token|secret|password|passwd|credential|api_?key|access_?key)s?($|[_-])", re.IGNORECASE
+)
+_URL_SECRET = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^/@\s]*@)?(?P<rest>[^?\s]*)(?P<query>\?\S*)?", re.IGNORECASE
+)
 
 
 def without_secrets(config: Any) -> Any:
-    """A copy of a configuration that may leave the machine: passwords and query strings of URLs and values of secret-looking keys are gone."""
+    """A copy of a configuration that may leave the machine: passwords and query strings of URLs and values of
+    secret-looking keys are gone."""
     if isinstance(config, Mapping):
         return {key: "***" if _secret_key(str(key), value) else without_secrets(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):

@@ -1,6 +1,7 @@
 """One screen about a run, running or not: `status` reads the run folder, `format_status` writes the screen.
 
-Only status.json and the ends of metrics.jsonl and events.jsonl are read, so that it costs the same after ten steps and after ten days.
+Only status.json and the ends of metrics.jsonl and events.jsonl are read, so that it costs the same after ten steps and
+after ten days.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ RECENT_STEPS = 100
 """Losses, step time and data wait are taken from at most so many of the last steps."""
 STALE_FACTOR = 3.0
 STALE_FLOOR_S = 15.0
-"""A heartbeat is late after STALE_FACTOR times the slowest recent step, but never before this: saves and validations take their time too."""
+"""A heartbeat is late after STALE_FACTOR times the slowest recent step, but never before this: saves and validations
+take their time too."""
 SHOWN_EVENTS = 6
 
 
 def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
-    """What a person on call asks first, as JSON-able values (seconds, tokens a second, shares from 0 to 1; None: unknown).
+    """What a person on call asks first, as JSON-able values (seconds, tokens a second, shares from 0 to 1; None:
+    unknown).
 
-    Keys: run_dir, stage, state (starting | running | stale | finished | stopped_early | stopped_by_signal | stopped | failed | unknown), reason,
-    step, planned_steps, share_done, losses {total and each kind: mean of the recent steps}, held_out {name: newest}, tokens_per_s, step_s,
-    eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s, slowest_rank {rank, step, phase, idle_s, age_s} or None, checkpoint {step, age_s, name} or None, checkpoints, failed_saves, skipped_documents, skipped_steps,
-    world_size, events (the last ones, oldest first).
+    Keys: run_dir, stage, state (starting | running | stale | finished | stopped_early | stopped_by_signal | stopped |
+    failed | unknown), reason, step, planned_steps, share_done, losses {total and each kind: mean of the recent steps},
+    held_out {name: newest}, tokens_per_s, step_s, eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s,
+    slowest_rank {rank, step, phase, idle_s, age_s} or None, checkpoint {step, age_s, name} or None, checkpoints,
+    failed_saves, skipped_documents, skipped_steps, world_size, events (the last ones, oldest first).
 
     `now`: seconds since 1970, for tests. Raises DataError when `run_dir` is no run folder.
     """
@@ -66,9 +70,14 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
         "step": step,
         "planned_steps": planned,
         "share_done": min(1.0, step / planned) if planned else None,
-        "losses": {name: _mean(_values(trained, f"loss/{name}")) for name in ("total", *KIND_NAMES) if _values(trained, f"loss/{name}")},
+        "losses": {
+            name: _mean(_values(trained, f"loss/{name}"))
+            for name in ("total", *KIND_NAMES)
+            if _values(trained, f"loss/{name}")
+        },
         "held_out": _newest_held_out(recent),
-        "tokens_per_s": median(_values(trained, "perf/tokens_per_s") or [_float(told.get("tokens_per_s")) or 0.0]) or None,
+        "tokens_per_s": median(_values(trained, "perf/tokens_per_s") or [_float(told.get("tokens_per_s")) or 0.0])
+        or None,
         "step_s": step_s,
         "eta_s": _eta(told, planned, step, step_s) if running else None,
         "data_wait_share": waited / worked if worked > 0 else None,
@@ -114,14 +123,18 @@ def format_status(found: dict[str, Any]) -> str:
         lines.append(_row("fill", f"{100 * found['fill']:.2f}%"))
     if found["state"] in ("running", "starting", "stale"):
         lines.append(_row("ETA", duration(found["eta_s"])))
-        lines.append(_row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago" + _told_slowest(found["slowest_rank"])))
+        lines.append(
+            _row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago" + _told_slowest(found["slowest_rank"]))
+        )
     checkpoint = found["checkpoint"]
     kept = f", {found['checkpoints']} on disk" if found["checkpoints"] else ""
     failed = f"; {found['failed_saves']} saves FAILED" if found["failed_saves"] else ""
     lines.append(
         _row(
             "checkpoint",
-            f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}{failed}" if checkpoint else f"none yet{failed}",
+            f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}{failed}"
+            if checkpoint
+            else f"none yet{failed}",
         )
     )
     skips = "unknown" if found["skipped_documents"] is None else f"{found['skipped_documents']:,} samples"
@@ -129,7 +142,9 @@ def format_status(found: dict[str, Any]) -> str:
     for event in found["events"]:
         when = parse_time(event.get("time"))
         detail = ", ".join(
-            f"{key} {value}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None)
+            f"{key} {value}"
+            for key, value in event.items()
+            if key not in ("time", "event", "step") and value not in ("", None)
         )
         lines.append(_row("events" if event is found["events"][0] else "", f"{when:%m-%d %H:%M:%S}  " * bool(when) + f"step {event.get('step', '?')}  {event['event']}"
                           + (f"  {detail[:90]}" if detail else "")))  # fmt: skip
@@ -187,7 +202,9 @@ def _recent_steps(path: Path) -> list[dict[str, Any]]:
 def _newest_held_out(recent: list[dict[str, Any]]) -> dict[str, float]:
     for record in reversed(recent):
         found = {
-            key.removeprefix("val/"): float(value) for key, value in record.items() if key.startswith("val/") and _float(value) is not None
+            key.removeprefix("val/"): float(value)
+            for key, value in record.items()
+            if key.startswith("val/") and _float(value) is not None
         }
         if found:
             return found
@@ -231,7 +248,8 @@ def _eta(told: dict[str, Any], planned: int | None, step: int, step_s: float | N
 
 
 def _slowest_rank(folder: Path, now: float) -> dict[str, Any] | None:
-    """Of all ranks' heartbeats (`engine/watch/heartbeat.py`) the one that has gone longest without progress, None without heartbeats."""
+    """Of all ranks' heartbeats (`engine/watch/heartbeat.py`) the one that has gone longest without progress, None
+    without heartbeats."""
     found: list[dict[str, Any]] = []
     for path in folder.glob("rank_*.json"):
         beat = _read_object(path)
@@ -239,7 +257,13 @@ def _slowest_rank(folder: Path, now: float) -> dict[str, Any] | None:
         if idle is not None and written is not None and not beat.get("ended"):
             age = max(0.0, now - written)
             found.append(
-                {"rank": beat.get("rank"), "step": beat.get("step"), "phase": beat.get("phase"), "idle_s": idle + age, "age_s": age}
+                {
+                    "rank": beat.get("rank"),
+                    "step": beat.get("step"),
+                    "phase": beat.get("phase"),
+                    "idle_s": idle + age,
+                    "age_s": age,
+                }
             )
     return max(found, key=lambda beat: beat["idle_s"], default=None)
 

@@ -24,7 +24,8 @@ ENDINGS = ("stop", "stopped_early", "failed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossChange:
-    """Loss in nats a supervised token: mean of the first and last training steps; held-out loss before and after. None: not measured."""
+    """Loss in nats a supervised token: mean of the first and last training steps; held-out loss before and after.
+    None: not measured."""
 
     name: str
     first: float | None
@@ -132,7 +133,11 @@ def run_state(status: dict[str, Any], events: tuple[dict[str, Any], ...]) -> tup
     reason = str(status.get("reason") or (early[-1] if early else last_end).get("reason") or "")
     state = str(status.get("state") or "")
     if not state and last_end:
-        state = "stopped_early" if early else str(last_end.get("state") or ("failed" if last_end["event"] == "failed" else "stopped"))
+        state = (
+            "stopped_early"
+            if early
+            else str(last_end.get("state") or ("failed" if last_end["event"] == "failed" else "stopped"))
+        )
     return {"done": "finished", "": "unknown"}.get(state, state), reason
 
 
@@ -160,14 +165,16 @@ def configured_shares(run: RunData) -> tuple[float | None, float | None, float |
 
 
 def realised_shares(run: RunData) -> tuple[float | None, ...]:
-    """Mean share of every kind over the steps. They add up to 1: a step in which no document starts (a long text fills it) says nothing about the ratio."""
+    """Mean share of every kind over the steps. They add up to 1: a step in which no document starts (a long text
+    fills it) says nothing about the ratio."""
     means = [_mean(run.series.get(f"mixture/{kind}")) for kind in KIND_NAMES]
     total = sum(mean for mean in means if mean is not None)
     return tuple(mean if mean is None or not total else mean / total for mean in means)
 
 
 def held_out(run: RunData, name: str) -> Series | None:
-    """The held-out loss of a kind or of `total` over steps: `val/loss/NAME` or `val/NAME`; else the mean over the kind's held-out sources."""
+    """The held-out loss of a kind or of `total` over steps: `val/loss/NAME` or `val/NAME`; else the mean over the
+    kind's held-out sources."""
     for key in (f"val/loss/{name}", f"val/{name}"):
         if key in run.series:
             return run.series[key].finite()
@@ -176,7 +183,9 @@ def held_out(run: RunData, name: str) -> Series | None:
     for source, settings in sources.items() if isinstance(sources, dict) else ():
         if isinstance(settings, dict) and (name == "total" or settings.get("kind") == name):
             members += [
-                run.series[key] for key in (f"val/loss/source/{source}", f"val/source/{source}", f"val/{source}") if key in run.series
+                run.series[key]
+                for key in (f"val/loss/source/{source}", f"val/source/{source}", f"val/{source}")
+                if key in run.series
             ][:1]
     if not members:
         return None
@@ -189,7 +198,8 @@ def held_out(run: RunData, name: str) -> Series | None:
 
 
 def smooth(series: Series, window: int) -> Series:
-    """Exponential moving average with a memory of `window` points, corrected for its start; non-finite points are left out."""
+    """Exponential moving average with a memory of `window` points, corrected for its start; non-finite points are
+    left out."""
     points = series.finite()
     if window <= 1 or len(points) < 3:
         return points
@@ -205,13 +215,19 @@ def smooth(series: Series, window: int) -> Series:
 
 def as_int(value: Any) -> int | None:
     """`value` if it is a whole number, else None (a bool is no number)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value != int(value)
+    ):
         return None
     return int(value)
 
 
 def parse_time(value: Any) -> datetime | None:
-    """A time of events.jsonl or status.json: seconds since 1970, or ISO 8601 (without a zone: local time). In local time."""
+    """A time of events.jsonl or status.json: seconds since 1970, or ISO 8601 (without a zone: local time). In local
+    time."""
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return datetime.fromtimestamp(value).astimezone()

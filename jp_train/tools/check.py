@@ -14,7 +14,8 @@ from jp_train.types import KINDS, Kind
 def check(config: RunConfig, hostfile: Path | None = None, *, config_only: bool = False) -> dict[str, Any]:
     """The resolved plan of the stage as one JSON-able object.
 
-    `problems` lists, in words, what would stop the run; everything else is information. `config_only` leaves tokenizer, weights and shards alone.
+    `problems` lists, in words, what would stop the run; everything else is information. `config_only` leaves tokenizer,
+    weights and shards alone.
     """
     found: dict[str, Any] = {"problems": [], "run_dir": config.run_dir, "stage": config.stage.name}
     stage = config.stage
@@ -72,7 +73,12 @@ def _parameters(config: RunConfig) -> dict[str, Any]:
 
     counts = parameter_counts(config.model)
     trainable = sum(counts[name] for name in config.stage.trainable)
-    return {"modules": counts, "total": sum(counts.values()), "trainable": trainable, "trainable_modules": list(config.stage.trainable)}
+    return {
+        "modules": counts,
+        "total": sum(counts.values()),
+        "trainable": trainable,
+        "trainable_modules": list(config.stage.trainable),
+    }
 
 
 def _tokenizer(config: RunConfig) -> dict[str, Any]:
@@ -106,11 +112,16 @@ def _weights(config: RunConfig) -> dict[str, Any]:
         check_keys(expected, source)
         return {"init_from": config.model.init_from, "tensors": len(expected)}
     parts = {name: path for name, path in vars(config.model.init_parts).items() if path}
-    return {"init_parts": {name: {"path": path, "tensors": len(open_part(path, name).keys())} for name, path in parts.items()}}
+    return {
+        "init_parts": {
+            name: {"path": path, "tensors": len(open_part(path, name).keys())} for name, path in parts.items()
+        }
+    }
 
 
 def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
-    """One entry a source: shards, samples, tokens, and epochs over the stage from the mean document length of every kind."""
+    """One entry a source: shards, samples, tokens, and epochs over the stage from the mean document length of every
+    kind."""
     from jp_train.config.batch import rows_per_step
     from jp_train.config.schema import BatchUnit, RatioUnit
     from jp_train.data.index import index_sources
@@ -172,13 +183,18 @@ def format_check(found: dict[str, Any]) -> str:
         counts = found["parameters"]
         lines.append(f"  parameters  {counts['total']:,}, of which {counts['trainable']:,} learn:")
         for name, number in counts["modules"].items():
-            lines.append(f"    {name:<18}{number:>16,}  {'learns' if name in counts['trainable_modules'] else 'frozen'}")
+            lines.append(
+                f"    {name:<18}{number:>16,}  {'learns' if name in counts['trainable_modules'] else 'frozen'}"
+            )
     if "tokenizer" in found:
         lines.append(f"  tokenizer   {found['tokenizer']['path']}, {found['tokenizer']['entries']:,} entries")
     if "weights" in found:
         lines.append(f"  weights     {_weights_text(found['weights'])}")
     if "sources" in found:
-        lines += ["", f"  {'source':<22}{'kind':<15}{'shards':>8}{'samples':>12}{'bad':>6}{'tokens each':>13}{'epochs':>9}"]
+        lines += [
+            "",
+            f"  {'source':<22}{'kind':<15}{'shards':>8}{'samples':>12}{'bad':>6}{'tokens each':>13}{'epochs':>9}",
+        ]
         for row in found["sources"]:
             lines.append(
                 f"  {row['name']:<22}{row['kind']:<15}{row['shards']:>8,}{row['samples']:>12,}{row['bad']:>6,}{row['mean_tokens']:>13,.1f}{row['epochs']:>9.2f}"
@@ -188,7 +204,8 @@ def format_check(found: dict[str, Any]) -> str:
 
 
 def _ids_lines(sources: list[dict[str, Any]]) -> list[str]:
-    """Which generation sources have stored VQ ids. Training compares the fingerprint with that of its VQ; this does not read the VQ."""
+    """Which generation sources have stored VQ ids. Training compares the fingerprint with that of its VQ; this does
+    not read the VQ."""
     lines = [
         f"  VQ ids of {row['name']}: fingerprint {fingerprint} for {shards:,} of {row['shards']:,} shards"
         for row in sources
@@ -206,5 +223,8 @@ def _weights_text(weights: dict[str, Any]) -> str:
     if "init_from" in weights:
         return f"{weights['init_from']}: all {weights['tensors']} tensors fit"
     if weights["init_parts"]:
-        return ", ".join(f"{name} from {part['path']}" for name, part in weights["init_parts"].items()) + "; the rest fresh"
+        return (
+            ", ".join(f"{name} from {part['path']}" for name, part in weights["init_parts"].items())
+            + "; the rest fresh"
+        )
     return "all fresh (random)"

@@ -14,12 +14,15 @@ from jp_train.errors import CheckpointError
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def convert(source: Path, out: Path, *, layout: Literal["hf", "deepseek"] = "hf", dtype: Literal["bf16", "fp32"] = "bf16") -> Path:
+def convert(
+    source: Path, out: Path, *, layout: Literal["hf", "deepseek"] = "hf", dtype: Literal["bf16", "fp32"] = "bf16"
+) -> Path:
     """Write the weights of `source` to the folder `out` (complete or absent) and return it.
 
-    `source`: a run folder (its export/ is taken), an exported folder, a released deepseek-ai folder, or a training checkpoint
-    (`checkpoints/step_...` of a run that may be running): its fp32 master weights, in bf16 equal to what the run itself would export there. Tensors
-    are read one at a time. Raises CheckpointError: nothing readable there, names or shapes that do not fit, or an `out` that exists.
+    `source`: a run folder (its export/ is taken), an exported folder, a released deepseek-ai folder, or a training
+    checkpoint (`checkpoints/step_...` of a run that may be running): its fp32 master weights, in bf16 equal to what the
+    run itself would export there. Tensors are read one at a time. Raises CheckpointError: nothing readable there, names
+    or shapes that do not fit, or an `out` that exists.
     """
     from jp_train.data.tokenizer import load_saved_tokenizer, load_tokenizer
     from jp_train.model.configuration import build_config, read_model_config
@@ -55,7 +58,8 @@ def convert(source: Path, out: Path, *, layout: Literal["hf", "deepseek"] = "hf"
 
 
 def _checked(folder: Path, weights: Any, run_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint; at the end, what was frozen must have the checksum that the run had (it may lie in another folder)."""
+    """The tensors of a checkpoint; at the end, what was frozen must have the checksum that the run had (it may lie
+    in another folder)."""
     from jp_train.engine.proof import checksums, combined
     from jp_train.model.partition_files import PartitionReader
 

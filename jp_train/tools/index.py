@@ -18,7 +18,8 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSummary:
-    """One line of the table: counts of a source, its size in MiB, the size of its stored token ids, and some of its bad samples."""
+    """One line of the table: counts of a source, its size in MiB, the size of its stored token ids, and some of its
+    bad samples."""
 
     name: str
     kind: str
@@ -31,7 +32,9 @@ class SourceSummary:
     bad_examples: tuple[str, ...]
 
 
-def index_command(cfg: RunConfig, processes: int, *, table: TextIO | None = None, progress: TextIO | None = None) -> dict[str, Any]:
+def index_command(
+    cfg: RunConfig, processes: int, *, table: TextIO | None = None, progress: TextIO | None = None
+) -> dict[str, Any]:
     """Index the training and held-out sources of a run with `processes` processes.
 
     Progress with an ETA goes to `progress` (default: stderr), the table to `table` (default: stdout). Returns
@@ -46,7 +49,9 @@ def index_command(cfg: RunConfig, processes: int, *, table: TextIO | None = None
     if not sources:
         raise ConfigError("the config has no data.sources: name a recipe, or list sources under data.sources")
     started = time.monotonic()
-    indexes = index_sources(cfg, tokenizer, processes=processes, progress=IndexProgressLine(progress or sys.stderr), sources=sources)
+    indexes = index_sources(
+        cfg, tokenizer, processes=processes, progress=IndexProgressLine(progress or sys.stderr), sources=sources
+    )
     summaries = [_summary(index) for index in indexes]
     print(format_table(summaries), file=table or sys.stdout)
     return {"sources": [asdict(summary) for summary in summaries], "seconds": time.monotonic() - started}
@@ -73,7 +78,9 @@ def format_table(summaries: list[SourceSummary]) -> str:
     for one in summaries:
         text += [f"bad in {one.name}: {example}" for example in one.bad_examples]
         if one.bad > len(one.bad_examples):
-            text.append(f"bad in {one.name}: … and {one.bad - len(one.bad_examples)} more (the ledger of a run names all)")
+            text.append(
+                f"bad in {one.name}: … and {one.bad - len(one.bad_examples)} more (the ledger of a run names all)"
+            )
     return "\n".join(map(printable, text))
 
 
@@ -87,7 +94,9 @@ def _summary(index: SourceIndex) -> SourceSummary:
         shards=len(index.shards),
         mib=sum(shard.size for shard in index.shards) / 2**20,
         id_bytes_per_sample=index.ids_bytes / max(len(index), 1),
-        bad_examples=tuple(f"{sample.info.key} in {sample.info.shard}: {sample.reason}" for sample in index.bad[:_EXAMPLES]),
+        bad_examples=tuple(
+            f"{sample.info.key} in {sample.info.shard}: {sample.reason}" for sample in index.bad[:_EXAMPLES]
+        ),
     )
 
 

@@ -1,7 +1,9 @@
 """A trained model in use: pictures from prompts, answers about pictures.
 
-Prompts come from the same code as the training layouts (``data/encode.py``).  Batches of different prompt lengths are padded on the
-left; padding is masked and takes no position, so a prompt's result does not depend on its neighbours (beyond float rounding).
+Prompts come from the same code as the training layouts (``data/encode.py``).  Batches of different prompt lengths are
+    padded on the
+left; padding is masked and takes no position, so a prompt's result does not depend on its neighbours (beyond float
+rounding).
 
 Shapes: B prompts, L padded prompt length, d hidden width, S ids a picture, H = W picture side.
 """
@@ -81,7 +83,8 @@ def load_for_inference(
         janus = JanusPro(cfg.model, LossConfig(), len(KINDS), False, known.special.image_placeholder)
     janus.to(dtype).to_empty(device=device)
     embeddings = janus.model.vision_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)  # the only buffer; not stored
+    # the only buffer; not stored
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)
     vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size).to(device)
     load_weights(janus, vq, source)
     janus.requires_grad_(False).eval()
@@ -90,7 +93,8 @@ def load_for_inference(
 
 
 def _run_config(folder: Path) -> RunConfig:
-    """The configuration that the export carries (templates, system prompt); a released model gets the defaults in stage 3 form."""
+    """The configuration that the export carries (templates, system prompt); a released model gets the defaults in
+    stage 3 form."""
     file = folder / RUN_CONFIG
     if not file.exists():
         cfg = RunConfig()
@@ -114,7 +118,8 @@ def generate_images(
 ) -> np.ndarray:
     """Pictures of prompts, uint8 ``[n, H, W, 3]``.
 
-    Sampling as in the paper (specification, section 3): logits = uncond + cfg_scale x (cond - uncond), softmax at ``temperature``,
+    Sampling as in the paper (specification, section 3): logits = uncond + cfg_scale x (cond - uncond), softmax at
+    ``temperature``,
     multinomial over all codes, exactly S steps.  At temperature 0 the likeliest code is taken.
 
     Args:
@@ -122,7 +127,13 @@ def generate_images(
         seed: picture i of the call depends on (seed, i) alone, not on ``batch_size``.
     """
     ids = generate_image_ids(
-        model, prompts, cfg_scale=cfg_scale, temperature=temperature, seed=seed, template=template, batch_size=batch_size
+        model,
+        prompts,
+        cfg_scale=cfg_scale,
+        temperature=temperature,
+        seed=seed,
+        template=template,
+        batch_size=batch_size,
     )
     return model.vq.decode(ids).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -138,7 +149,8 @@ def generate_image_ids(
     template: Template | str | None = None,
     batch_size: int = 16,
 ) -> torch.Tensor:
-    """VQ ids int64 ``[n, S]`` of ``generate_images``.  At ``cfg_scale`` 1 the unconditional branch cancels out and is not run."""
+    """VQ ids int64 ``[n, S]`` of ``generate_images``.  At ``cfg_scale`` 1 the unconditional branch cancels out and is
+    not run."""
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or larger")
     janus, encoder, device = model.janus, model.encoder, model.device
@@ -180,7 +192,8 @@ def answer_questions(
     """Greedy answers to one question per picture, each up to EOS or ``max_new_tokens``.
 
     Raises:
-        ValueError: if the numbers of pictures and questions differ, or a picture array has another size than the model takes.
+        ValueError: if the numbers of pictures and questions differ, or a picture array has another size than the model
+        takes.
         SkipSample: if a picture file cannot be decoded.
     """
     if len(images) != len(questions):
@@ -189,7 +202,9 @@ def answer_questions(
     special = encoder.tokenizer.special
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
-        rows = [encoder.understanding_prompt_ids(question, template) for question in questions[start : start + batch_size]]
+        rows = [
+            encoder.understanding_prompt_ids(question, template) for question in questions[start : start + batch_size]
+        ]
         pixels = torch.stack([_pixels(image, model) for image in images[start : start + batch_size]]).to(model.device)
         with janus.plain_attention():
             reader = _Reader(janus, rows, special.pad)
@@ -215,7 +230,8 @@ def answer_questions(
 
 
 class _Reader:
-    """The language model reading a left-padded batch with a KV cache, a prompt first and one position at a time after it."""
+    """The language model reading a left-padded batch with a KV cache, a prompt first and one position at a time
+    after it."""
 
     def __init__(self, janus: JanusPro, rows: Sequence[Sequence[int]], pad: int) -> None:
         device = janus.lm_head.weight.device

@@ -1,1 +1,2 @@
-"""Training one stage: `session.train` sets up a process, `trainer.Trainer` is the loop. Start reading in `trainer.py`."""
+"""Training one stage: `session.train` sets up a process, `trainer.Trainer` is the loop. Start reading in
+`trainer.py`."""

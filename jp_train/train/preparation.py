@@ -1,4 +1,5 @@
-"""From a configuration to everything a training loop needs: data, model, engine, and the state of the checkpoint that is resumed."""
+"""From a configuration to everything a training loop needs: data, model, engine, and the state of the checkpoint
+that is resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ REPORT_S = 30.0
 
 @dataclass(kw_only=True)
 class Parts:
-    """What one rank trains with. `plan_state` is the plan's state after the last completed step; `proof` is set by the first step."""
+    """What one rank trains with. `plan_state` is the plan's state after the last completed step; `proof` is set by
+    the first step."""
 
     cfg: RunConfig
     batch: BatchPlan
@@ -69,7 +71,8 @@ def prepare(
     flag: SignalFlag,
     watchdog: Watchdog,
 ) -> Parts:
-    """Data, model, engine and, for a resumed run, the checkpoint's state in them. Cheap checks come before slow work. Collective.
+    """Data, model, engine and, for a resumed run, the checkpoint's state in them. Cheap checks come before slow work.
+    Collective.
 
     Raises ConfigError, DataError and CheckpointError, on every rank.
     """
@@ -82,11 +85,17 @@ def prepare(
     recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
     indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer, progress=told), recipe))
     if recipe is not None:
-        log.say(f"VQ ids: {'; '.join(describe_use(index) for index in indexes if index.kind is Kind.GENERATION) or 'held-out only'}")
-    held_indexes = main_first(ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources, progress=told))
+        log.say(
+            f"VQ ids: {'; '.join(describe_use(index) for index in indexes if index.kind is Kind.GENERATION) or 'held-out only'}"
+        )
+    held_indexes = main_first(
+        ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources, progress=told)
+    )
     watchdog.guard.enter("building the engine", pace=Pace.SLOW)
     plan = build_plan(cfg, indexes, batch, tokenizer)
-    engine = build_engine(cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder)
+    engine = build_engine(
+        cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder
+    )
     log.say(f"{engine.freeze_report.describe()}; weights: {engine.weights}")
 
     saver = Saver(cfg, store, engine, log, saved_step=checkpoint.step if checkpoint else None)
@@ -108,14 +117,20 @@ def prepare(
                     f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back"
                 )
     state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
-    log.open(batch=batch, resumed_step=state.step if checkpoint else None, checkpoint=checkpoint.manifest if checkpoint else None)
+    log.open(
+        batch=batch,
+        resumed_step=state.step if checkpoint else None,
+        checkpoint=checkpoint.manifest if checkpoint else None,
+    )
     if checkpoint is not None:
         log.snapshot(checkpoint.state["plan"])  # a crash right after the save may have come before its line
     about |= {"batch": batch.describe()}
     about_run = {"dp_world_size": ranks.dp_world_size, "weights": engine.weights, **about}
     if checkpoint:
         about_run |= resized(checkpoint, ranks.dp_world_size, batch)
-        log.say(f"resumed {checkpoint.path} after step {state.step}{' with ' + about_run['resized'] if 'resized' in about_run else ''}")
+        log.say(
+            f"resumed {checkpoint.path} after step {state.step}{' with ' + about_run['resized'] if 'resized' in about_run else ''}"
+        )
     log.event("resume" if checkpoint else "start", state.step, **about_run)
     ledger = Ledger(Path(cfg.run_dir), cfg, write=ranks.is_main)
     if checkpoint is not None:
@@ -126,17 +141,22 @@ def prepare(
     watchdog.guard.enter("preparing the validation", pace=Pace.SLOW)
     names = list(cfg.validation.sources)
     held_batches = main_first(
-        ranks, lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names}
+        ranks,
+        lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names},
     )
     lost = gather_objects(ranks, [bad for own in held_batches.values() for batch in own for bad in batch.skipped])
     if held_lost := ledger.record_held_out(held_indexes, [bad for own in lost for bad in own]):
         log.say(f"{held_lost} held-out documents cannot be used (named in ledger.jsonl)")
     held_out = HeldOut(cfg, held_batches, engine, ranks)
-    loader = StepLoader(cfg, plan, indexes, tokenizer, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size, batch_plan=batch)
+    loader = StepLoader(
+        cfg, plan, indexes, tokenizer, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size, batch_plan=batch
+    )
     watchdog.follow(engine.guard, loader)
     forensics = Forensics(cfg, ranks, tokenizer, engine.model, engine.deepspeed.optimizer)
     gate = UpdateGate(
-        engine.deepspeed.optimizer, state.usual.judge, lambda _: forensics.inspect() if state.dumps < cfg.guard.max_dumps else None
+        engine.deepspeed.optimizer,
+        state.usual.judge,
+        lambda _: forensics.inspect() if state.dumps < cfg.guard.max_dumps else None,
     )
     return Parts(
         cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, saver=saver, log=log, flag=flag,
@@ -145,7 +165,8 @@ def prepare(
 
 
 class IndexReport:
-    """Tells how far the index is, every REPORT_S seconds: the other ranks wait for it without a time limit (engine/main_first.py)."""
+    """Tells how far the index is, every REPORT_S seconds: the other ranks wait for it without a time limit
+    (engine/main_first.py)."""
 
     def __init__(self, log: RunLog, guard: SequenceGuard) -> None:
         self._log, self._guard = log, guard
@@ -168,7 +189,8 @@ class IndexReport:
 
 
 def open_run_folder(cfg: RunConfig, log: RunLog) -> None:
-    """Say in the run folder that this attempt trains, and with which configuration. Raises ConfigError when it cannot be written."""
+    """Say in the run folder that this attempt trains, and with which configuration. Raises ConfigError when it
+    cannot be written."""
     try:
         log.begin()
         save_config(cfg, Path(cfg.run_dir) / "config.yaml")
@@ -178,7 +200,9 @@ def open_run_folder(cfg: RunConfig, log: RunLog) -> None:
 
 def unwritable(cfg: RunConfig, error: OSError) -> ConfigError:
     """The error for a run folder that takes no file."""
-    return ConfigError(f"run_dir {cfg.run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir")
+    return ConfigError(
+        f"run_dir {cfg.run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir"
+    )
 
 
 def resized(checkpoint: Checkpoint, dp_world_size: int, batch: BatchPlan) -> dict[str, str]:

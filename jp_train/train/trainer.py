@@ -1,10 +1,12 @@
 """Training one stage: start here.
 
-`train` prepares everything and hands over to `Trainer.run`, the loop; `Trainer.train_step` is one optimizer step. A step is honest about
-tokens: all its micro-batches are fetched first, their supervised positions are counted and summed over ranks once, and every micro-batch then
-contributes its summed loss divided by that number (`engine/objective.py`).
+`train` prepares everything and hands over to `Trainer.run`, the loop; `Trainer.train_step` is one optimizer step. A
+step is honest about
+tokens: all its micro-batches are fetched first, their supervised positions are counted and summed over ranks once, and
+every micro-batch then contributes its summed loss divided by that number (`engine/objective.py`).
 
-`step` counts completed steps: metrics line, checkpoint and status of step n are those after n updates, made of the rows of plan step n - 1.
+`step` counts completed steps: metrics line, checkpoint and status of step n are those after n updates, made of the rows
+of plan step n - 1.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ from jp_train.types import PackedBatch
 def train(cfg: RunConfig) -> int:
     """Train one stage on this rank, from its beginning or from its newest checkpoint. Returns the exit code.
 
-    Every rank calls it with the same configuration; the environment says which rank this is (`engine/init.py`). 0: all planned steps are done, or
-    an early stop; 128 + n: stopped by signal n after a save. Raises ConfigError, DataError, CheckpointError, and JpTrainError for a run that
-    cannot go on (three non-finite steps in a row, a failed freeze proof, ranks that fell apart).
+    Every rank calls it with the same configuration; the environment says which rank this is (`engine/init.py`). 0: all
+    planned steps are done, or an early stop; 128 + n: stopped by signal n after a save. Raises ConfigError, DataError,
+    CheckpointError, and JpTrainError for a run that cannot go on (three non-finite steps in a row, a failed freeze
+    proof, ranks that fell apart).
     """
     ranks = init_process_group(cfg)
     with folder_to_itself(cfg, ranks) as give_back:
@@ -60,7 +63,8 @@ def train(cfg: RunConfig) -> int:
 
 @contextmanager
 def folder_to_itself(cfg: RunConfig, ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """Nobody else trains in run_dir inside the block. Gives what a process calls that ends by force inside it. Collective.
+    """Nobody else trains in run_dir inside the block. Gives what a process calls that ends by force inside it.
+    Collective.
 
     Raises LaunchError on every rank when another job trains there, ConfigError when the folder cannot be written.
     """
@@ -115,10 +119,14 @@ def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> i
                 end=end,
             ) as watchdog,
         ):
-            store = CheckpointStore(Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
+            store = CheckpointStore(
+                Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size
+            )
             checkpoint = store.newest(on_damage=log.damaged)
             if checkpoint is not None:
-                accepted = accepted_differences(checkpoint.path, checkpoint.manifest["identity"], identity(cfg), cfg.checkpoint.accept)
+                accepted = accepted_differences(
+                    checkpoint.path, checkpoint.manifest["identity"], identity(cfg), cfg.checkpoint.accept
+                )
                 if accepted:
                     log.event("accepted_differences", checkpoint.step, differences=accepted)
             stop = finished_before(cfg, checkpoint)
@@ -127,7 +135,8 @@ def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> i
                     with watchdog.guard.watch("starting", pace=Pace.SLOW):
                         trainer = Trainer(**vars(prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)))
                 except JpTrainError as error:
-                    # a stop signal ends a starting rank at once, and one that obeys a moment earlier fails the collectives of the others
+                    # a stop signal ends a starting rank at once, and one that obeys a moment earlier fails the
+                    # collectives of the others
                     if not (is_collective_failure(error) and flag.arrives()):
                         raise
                     log.stopped_by_force(128 + flag.number)
@@ -136,7 +145,9 @@ def train_with(cfg: RunConfig, ranks: Ranks, give_back: Callable[[], None]) -> i
                 watchdog.guard.enter("the end of the run", pace=Pace.SLOW)  # wandb may take its time
                 log.finish(stop, trainer.state.step)
             else:
-                log.say(f"nothing to do, {cfg.run_dir} is finished ({stop.reason}); to train on, raise its steps or use another run_dir")
+                log.say(
+                    f"nothing to do, {cfg.run_dir} is finished ({stop.reason}); to train on, raise its steps or use another run_dir"
+                )
     except BaseException as error:
         log.fail(error)
         raise
@@ -185,13 +196,15 @@ class Trainer(Parts):
                     stop = decide(cfg.stage, step=state.step, signal_number=0, patience_over=True)
                 stop = stop or self.asked_to_stop()
             log.step(state.step, values, skipped_documents=self.ledger.skipped, skipped_steps=state.skips.total)
-            if stop is None:  # otherwise the last save waits for the one under way, and is made whatever becomes of that
+            # otherwise the last save waits for the one under way, and is made whatever becomes of that
+            if stop is None:
                 with self.engine.guard.watch("the completion of a checkpoint", pace=Pace.SLOW):
                     self.saver.poll(state.step)
             if stop is not None or state.step % cfg.checkpoint.every_steps == 0:
                 self.save(held_out_loss=values.get("val/total"), final=stop is not None)
                 if stop is None and (stop := self.asked_to_stop()) is not None:
-                    self.save(held_out_loss=values.get("val/total"), final=True)  # nothing more to write, but to wait for
+                    # nothing more to write, but to wait for
+                    self.save(held_out_loss=values.get("val/total"), final=True)
             elif state.step % cfg.data.snapshot_steps == 0:
                 log.snapshot(plan_state)
         self.loader.close()
@@ -199,8 +212,11 @@ class Trainer(Parts):
             self.export()
         return stop
 
-    def train_step(self, micro_batches: Sequence[PackedBatch], totals: SupervisedTotals, *, began: float, data_wait_s: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches (CPU); `totals` are the supervised positions of the step over all ranks."""
+    def train_step(
+        self, micro_batches: Sequence[PackedBatch], totals: SupervisedTotals, *, began: float, data_wait_s: float
+    ) -> StepResult:
+        """One optimizer step on this rank's micro-batches (CPU); `totals` are the supervised positions of the step
+        over all ranks."""
         cfg, engine, world = self.cfg, self.engine.deepspeed, self.ranks.dp_world_size
         guard, tally = self.engine.guard, StepTally(len(cfg.data.sources))
         lr = learning_rate(cfg.optimizer, cfg.stage.training_steps, self.state.step)
@@ -215,16 +231,22 @@ class Trainer(Parts):
             loss = micro_batch_loss(terms, totals, cfg.loss)
             tally.add_losses(terms, loss)
             with guard.watch("backward", number):
-                engine.backward(loss * world, scale_wrt_gas=False)  # ZeRO-3 averages over ranks; the totals already cover accumulation
+                # ZeRO-3 averages over ranks; the totals already cover accumulation
+                engine.backward(loss * world, scale_wrt_gas=False)
             with guard.watch("step", number):
                 engine.step()  # updates after the last micro-batch
         verdict = self.gate.end_step()
         assert engine.was_step_applied() == verdict.applies, f"DeepSpeed did not do as decided: {verdict}"
         if watch is not None:
-            self.proof = watch.finish(step=self.state.step + 1, grad_norm=verdict.grad_norm, applied=verdict.applies).as_dict()
+            self.proof = watch.finish(
+                step=self.state.step + 1, grad_norm=verdict.grad_norm, applied=verdict.applies
+            ).as_dict()
             self.log.event("freeze_proof", self.state.step + 1, **self.proof)
         vector = tally.vector(
-            step_s=time.perf_counter() - began, data_wait_s=data_wait_s, signal_number=self.flag.number, signature=guard.signature
+            step_s=time.perf_counter() - began,
+            data_wait_s=data_wait_s,
+            signal_number=self.flag.number,
+            signature=guard.signature,
         )
         with guard.watch("the exchange of metrics"):
             table = StepTotals(tally.n_sources, exchange(vector))
@@ -232,7 +254,8 @@ class Trainer(Parts):
         return StepResult(table, verdict, self.step_values(table, lr, verdict.grad_norm))
 
     def freeze_watch(self, n_micro_batches: int) -> FreezeWatch:
-        """The evidence of the first step, and the proof that the optimizer holds what the stage trains and nothing else."""
+        """The evidence of the first step, and the proof that the optimizer holds what the stage trains and nothing
+        else."""
         engine = self.engine
         held = [parameter for group in engine.deepspeed.optimizer.fp16_groups for parameter in group]
         refuse_leaks(engine.model.named_parameters(), held, engine.freeze_report.trainable_names)
@@ -240,9 +263,11 @@ class Trainer(Parts):
         return FreezeWatch(engine.model.named_parameters(), module_of, n_micro_batches, outside=outside)
 
     def next_step(self, steps: Any) -> tuple[Sequence[PackedBatch], dict[str, Any], SupervisedTotals]:
-        """This rank's micro-batches of the next step, and the supervised positions of all ranks: the step's ONE reduction before the first forward.
+        """This rank's micro-batches of the next step, and the supervised positions of all ranks: the step's ONE
+        reduction before the first forward.
 
-        A rank whose data failed takes part in the reduction, so that all ranks raise the same DataError at the same step.
+        A rank whose data failed takes part in the reduction, so that all ranks raise the same DataError at the same
+        step.
         """
         guard = self.engine.guard
         guard.begin_step(self.state.step + 1)
@@ -254,7 +279,9 @@ class Trainer(Parts):
             mine = count_supervised(item.micro_batches)
         except JpTrainError as error:
             failure = error
-        counts = torch.tensor([mine.text_tokens, mine.image_tokens, mine.documents, int(failure is not None)], device=self.ranks.device)
+        counts = torch.tensor(
+            [mine.text_tokens, mine.image_tokens, mine.documents, int(failure is not None)], device=self.ranks.device
+        )
         with guard.watch("the count of supervised tokens"):
             if self.ranks.dp_world_size > 1:
                 dist.all_reduce(counts)
@@ -270,13 +297,16 @@ class Trainer(Parts):
         return item.micro_batches, item.plan_state, SupervisedTotals(text, image, documents)
 
     def account(self, result: StepResult, micro_batches: Sequence[PackedBatch]) -> None:
-        """Skipped documents to the ledger, skipped updates to events.jsonl; raises when a budget is over, on all ranks at the same step."""
+        """Skipped documents to the ledger, skipped updates to events.jsonl; raises when a budget is over, on all
+        ranks at the same step."""
         state, step = self.state, self.state.step
         state.tokens += int(result.values["tokens/total"])
         skipped = []
         if result.totals.skipped:  # the same number on every rank, so all gather or none
             skipped = [
-                document for own in gather_objects(self.ranks, [d for batch in micro_batches for d in batch.skipped]) for document in own
+                document
+                for own in gather_objects(self.ranks, [d for batch in micro_batches for d in batch.skipped])
+                for document in own
             ]
         self.ledger.record(skipped, dict(zip(self.cfg.data.sources, result.totals.source_samples(), strict=True)), step)
         verdict = result.verdict
@@ -287,7 +317,14 @@ class Trainer(Parts):
                 state.dumps += 1
                 dump = self.forensics.dump(step, verdict, micro_batches, result.values)
             told = "the update was made" if verdict.applies else "the update was skipped"
-            self.log.event("spike", step, reason=f"{verdict.what}: {told}", loss=verdict.loss, grad_norm=verdict.grad_norm, dump=str(dump))
+            self.log.event(
+                "spike",
+                step,
+                reason=f"{verdict.what}: {told}",
+                loss=verdict.loss,
+                grad_norm=verdict.grad_norm,
+                dump=str(dump),
+            )
             self.log.say(f"step {step}: {verdict.what}; {told}; {dump}")
         if over or verdict.action == "stop":
             raise JpTrainError(
@@ -321,14 +358,21 @@ class Trainer(Parts):
             return self.held_out.measure(self.engine)
 
     def asked_to_stop(self) -> Stop | None:
-        """Whether a signal has reached any rank: asked after what may take longer than a step, whose own exchange tells it. Collective."""
+        """Whether a signal has reached any rank: asked after what may take longer than a step, whose own exchange
+        tells it. Collective."""
         with self.engine.guard.watch("the exchange of signals"):
             number = int(exchange(torch.tensor([float(self.flag.number)], device=self.ranks.device)).max())
         return decide(self.cfg.stage, step=self.state.step, signal_number=number, patience_over=False)
 
     def save(self, *, held_out_loss: float | None, final: bool) -> None:
-        """A checkpoint of the last completed step, unless there is one; a `final` one is complete on return. Collective."""
-        state = {"training": self.state.saved(), "plan": self.plan_state, "ledger": self.ledger.state(), "freeze_proof": self.proof}
+        """A checkpoint of the last completed step, unless there is one; a `final` one is complete on return.
+        Collective."""
+        state = {
+            "training": self.state.saved(),
+            "plan": self.plan_state,
+            "ledger": self.ledger.state(),
+            "freeze_proof": self.proof,
+        }
         about = {**self.about, "stage": self.cfg.stage.name, "freeze_proof": self.proof, "val/total": held_out_loss}
         with self.engine.guard.watch("a checkpoint save", pace=Pace.SLOW):
             self.saver.save(self.state.step, state, about, final=final)

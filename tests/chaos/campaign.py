@@ -1,11 +1,15 @@
 """A campaign: runs that are disturbed again and again, each compared at its end with a run that nobody touched.
 
-A run is a series of lives. Before or during each life one fault is injected; then the same command starts again, until the run is finished. What must hold:
+A run is a series of lives. Before or during each life one fault is injected; then the same command starts again, until
+the run is finished. What must hold:
 
-- every life ends within its time, with the exit status that the fault calls for, and the cause is named where there is one to name;
-- a life resumes from the newest complete checkpoint: no step is lost beyond it, none at all where the life ended with a save;
-- at the end every step is in metrics.jsonl once, made of the same rows as in the undisturbed run; losses, gradient norms, rates and held-out losses are
-  bit-equal if the world size never changed, else within 1e-3 relative; the ledger names the same samples;
+- every life ends within its time, with the exit status that the fault calls for, and the cause is named where there is
+  one to name;
+- a life resumes from the newest complete checkpoint: no step is lost beyond it, none at all where the life ended with a
+  save;
+- at the end every step is in metrics.jsonl once, made of the same rows as in the undisturbed run; losses, gradient
+  norms, rates and held-out losses are bit-equal if the world size never changed, else within 1e-3 relative; the ledger
+  names the same samples;
 - no process is left behind.
 """
 
@@ -24,7 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.chaos_world import ROWS, World
-from tests.chaos.faults import FAULTS, Fault, change_the_world_size, crash_after_a_non_finite_step, prepare_non_finite_step
+from tests.chaos.faults import (
+    FAULTS,
+    Fault,
+    change_the_world_size,
+    crash_after_a_non_finite_step,
+    prepare_non_finite_step,
+)
 from tests.chaos.scene import Expectation, HungError, MissedError, Scene
 from tests.distributed import Nursery
 
@@ -98,7 +108,8 @@ class Outcome:
 
 
 class Campaign:
-    """`folder` holds everything; `marker` is in the environment of every process it starts; `say` gets one line a life."""
+    """`folder` holds everything; `marker` is in the environment of every process it starts; `say` gets one line a
+    life."""
 
     def __init__(
         self,
@@ -129,7 +140,9 @@ class Campaign:
         began = time.monotonic()
         reference = self._folder / "undisturbed"
         launch = self._launch(Scene(self._rng, reference, self._world.data, None, WORLD_SIZE, self._steps), [], -1, 0)
-        assert launch.codes == [0] * WORLD_SIZE, f"the undisturbed run failed: {launch.problems} {launch.codes}, see {self._folder}"
+        assert launch.codes == [0] * WORLD_SIZE, (
+            f"the undisturbed run failed: {launch.problems} {launch.codes}, see {self._folder}"
+        )
         expected = metrics(reference)
         while self.outcome.tried < faults and time.monotonic() - began < budget_s:
             self._one_run(expected, reference, faults, began + budget_s)
@@ -139,12 +152,20 @@ class Campaign:
     def _one_run(self, expected: dict[int, dict[str, float]], reference: Path, faults: int, deadline: float) -> None:
         """One run from its first life to its comparison. Past `faults` or the deadline, it is finished undisturbed.
 
-        Every third run keeps its world size, so that its losses must be bit-equal; every second lies on the small disk, if there is one.
+        Every third run keeps its world size, so that its losses must be bit-equal; every second lies on the small disk,
+        if there is one.
         """
         number = self.outcome.runs
         home = self._folder if self._small_disk is None or number % 2 else self._small_disk
         run_dir = home / f"run{number:03d}"
-        scene = Scene(self._rng, run_dir, self._world.data, self._small_disk if home == self._small_disk else None, WORLD_SIZE, self._steps)
+        scene = Scene(
+            self._rng,
+            run_dir,
+            self._world.data,
+            self._small_disk if home == self._small_disk else None,
+            WORLD_SIZE,
+            self._steps,
+        )
         worlds: set[int] = set()
         failures = 0
         for life in range(MOST_LIVES):
@@ -155,7 +176,11 @@ class Campaign:
             self._report(result)
             worlds.add(result.world)
             failures = failures + 1 if any(result.codes) and not result.tried else 0
-            if set(result.codes) == {0} or failures == 3 or any(text.startswith(("left behind", "no end")) for text in result.problems):
+            if (
+                set(result.codes) == {0}
+                or failures == 3
+                or any(text.startswith(("left behind", "no end")) for text in result.problems)
+            ):
                 break
         else:
             self.outcome.run_problems.append(f"run {number} did not finish in {MOST_LIVES} lives")
@@ -164,9 +189,12 @@ class Campaign:
         shutil.rmtree(run_dir, ignore_errors=True)
 
     def _draw(self, scene: Scene, life: int, *, same_world: bool) -> list[Fault]:
-        """Faults for one life: up to two on the files of the run that is down, perhaps a pause, then running ones up to the first that ends the life."""
+        """Faults for one life: up to two on the files of the run that is down, perhaps a pause, then running ones up
+        to the first that ends the life."""
         here = [fault for fault in self._faults if scene.small_disk is not None or not fault.needs_small_disk]
-        down = [fault for fault in here if not fault.running and not (same_world and fault.act is change_the_world_size)]
+        down = [
+            fault for fault in here if not fault.running and not (same_world and fault.act is change_the_world_size)
+        ]
         running = [fault for fault in here if fault.running]
         pauses = [fault for fault in running if not fault.ends]
         faults: list[Fault] = []
@@ -234,7 +262,9 @@ class Campaign:
         }
         began = time.monotonic()
         logs = self._folder / "logs" / scene.run_dir.name / f"life{life:02d}"
-        launch = self._nursery.run(logs, [order], world=scene.world, timeout_s=LIFE_S, while_running=disturb, grace_s=GRACE_S)
+        launch = self._nursery.run(
+            logs, [order], world=scene.world, timeout_s=LIFE_S, while_running=disturb, grace_s=GRACE_S
+        )
         seconds = time.monotonic() - began
         for action in reversed(scene.clean_up):
             action()
@@ -257,17 +287,22 @@ class Campaign:
         """Whether a life ended as it should; adds to `life.problems`."""
         output = "\n".join(logs)
         for rank, code in enumerate(life.codes):
-            # 0 is always right: a rank may be done before the fault reaches it, and a stop signal in the last step leaves a finished run
+            # 0 is always right: a rank may be done before the fault reaches it, and a stop signal in the last step
+            # leaves a finished run
             allowed = (-9, 0) if rank in expectation.killed else (*expectation.codes, 0)
             if code not in allowed:
-                life.problems.append(f"rank {rank} ended with {code}, expected one of {allowed}; {last_line(logs[rank])}")
+                life.problems.append(
+                    f"rank {rank} ended with {code}, expected one of {allowed}; {last_line(logs[rank])}"
+                )
         if life.seconds > LIFE_S:
             life.problems.append(f"no end within {LIFE_S:.0f} s")
         if expectation.named and any(life.codes) and not re.search(expectation.named, output, re.IGNORECASE):
             life.problems.append(f"no rank's output names {expectation.named!r}: {last_line(output)}")
         resumed = [event for event in list(scene.events())[scene.events_before :] if event["event"] == "resume"]
         if resumed and (not newest or int(resumed[0]["step"]) != int(newest[0].removeprefix("step_"))):
-            life.problems.append(f"resumed from step {resumed[0]['step']}, the newest complete checkpoint is {newest or 'none'}")
+            life.problems.append(
+                f"resumed from step {resumed[0]['step']}, the newest complete checkpoint is {newest or 'none'}"
+            )
         elif not resumed and newest and scene.begun():
             life.problems.append(f"started from the beginning although {newest[0]} is complete")
         saved = [int(path.name.removeprefix("step_")) for path in scene.sound_checkpoints()]
@@ -295,7 +330,9 @@ class Campaign:
                 return found
             time.sleep(0.1)
 
-    def _compare(self, number: int, run_dir: Path, reference: Path, expected: dict[int, dict[str, float]], *, same_world: bool) -> None:
+    def _compare(
+        self, number: int, run_dir: Path, reference: Path, expected: dict[int, dict[str, float]], *, same_world: bool
+    ) -> None:
         """Metrics and ledger of a finished run against the undisturbed one's."""
         problems = self.outcome.run_problems
         try:
@@ -317,7 +354,9 @@ class Campaign:
                 difference = abs(other - value) / max(abs(value), 1e-6)
                 self.outcome.worst_difference = max(self.outcome.worst_difference, difference)
                 if difference > TOLERANCE and key.startswith(("loss/total", "val/total")):
-                    problems.append(f"run {number}, step {step}: {key} is {other!r}, undisturbed {value!r}: {difference:.1e} relative")
+                    problems.append(
+                        f"run {number}, step {step}: {key} is {other!r}, undisturbed {value!r}: {difference:.1e} relative"
+                    )
                     return
         if ledger(run_dir) != ledger(reference):
             problems.append(f"run {number}: ledger.jsonl names {ledger(run_dir)}, undisturbed {ledger(reference)}")
@@ -332,7 +371,15 @@ class Campaign:
         )
 
 
-EXACT = {"data/rows_digest", "tokens/total", "tokens/understanding", "tokens/text", "tokens/generation", "data/skipped", "optim/lr"}
+EXACT = {
+    "data/rows_digest",
+    "tokens/total",
+    "tokens/understanding",
+    "tokens/text",
+    "tokens/generation",
+    "data/skipped",
+    "optim/lr",
+}
 """Metrics that may not differ at any world size."""
 _COMPARED = ("loss/", "val/", "optim/", "tokens/", "data/", "mixture/")
 

@@ -1,4 +1,5 @@
-"""What one rank of a chaos campaign does (see tests/distributed.py): the real `jp_train.train.trainer.train`. Not a test module."""
+"""What one rank of a chaos campaign does (see tests/distributed.py): the real `jp_train.train.trainer.train`. Not a
+test module."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from tests.chaos.chaos_world import World, configuration  # noqa: E402
 from tests.distributed import run_scenarios, serve  # noqa: E402
 
 
-def train(*, data: str, tokenizer: str, run_dir: str, steps: int, nan_at: int | None = None, **changes: Any) -> dict[str, Any]:
+def train(
+    *, data: str, tokenizer: str, run_dir: str, steps: int, nan_at: int | None = None, **changes: Any
+) -> dict[str, Any]:
     """One life of a run: its exit status. `nan_at`: the step whose loss is made NaN on this rank."""
     cfg = configuration(World(Path(data), Path(tokenizer)), Path(run_dir), steps, **changes)
     plain_loss, plain_step = training.micro_batch_loss, training.Trainer.train_step

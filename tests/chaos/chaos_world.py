@@ -1,4 +1,5 @@
-"""What a chaos campaign trains: the smoke model on a few of the smoke run's shards, and the configuration of one run of it."""
+"""What a chaos campaign trains: the smoke model on a few of the smoke run's shards, and the configuration of one run
+of it."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def _break_a_picture(shard: Path) -> None:
 
 
 def configuration(world: World, run_dir: Path, steps: int, **changes: object) -> RunConfig:
-    """Smoke stage 2 from random weights (so that checkpoints hold the frozen ones too), in short rows; `changes`: dotted keys."""
+    """Smoke stage 2 from random weights (so that checkpoints hold the frozen ones too), in short rows; `changes`:
+    dotted keys."""
     values: dict[str, object] = {
         "run_dir": run_dir,
         "tokenizer.path": world.tokenizer,
@@ -67,5 +69,7 @@ def configuration(world: World, run_dir: Path, steps: int, **changes: object) ->
         "logging.wandb.mode": "disabled",
     } | changes
     cfg = load_config(ROOT / "examples" / "smoke" / "stage2.yaml", [f"{key}={value}" for key, value in values.items()])
-    cfg.validation.sources = {name: source for name, source in cfg.validation.sources.items() if name in ("digits-gen-val", "text-val")}
+    cfg.validation.sources = {
+        name: source for name, source in cfg.validation.sources.items() if name in ("digits-gen-val", "text-val")
+    }
     return cfg

@@ -1,4 +1,5 @@
-"""The faults of a campaign. Each is a function of the scene; most wait for their moment, do their harm, and say how the life should end."""
+"""The faults of a campaign. Each is a function of the scene; most wait for their moment, do their harm, and say how
+the life should end."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ CRASH = (1, 3, 4, 5, 70, -6)
 
 @dataclass(frozen=True)
 class Fault:
-    """`running`: done to living ranks, else to the files of a run that is down. `ends`: the life is over with it. `weight`: how often it is drawn."""
+    """`running`: done to living ranks, else to the files of a run that is down. `ends`: the life is over with it.
+    `weight`: how often it is drawn."""
 
     name: str
     act: Callable[[Scene], Expectation]
@@ -43,7 +45,7 @@ def fault(running: bool, **settings):
     return register
 
 
-# -- processes ----------------------------------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 
 @fault(running=True, weight=5)
@@ -92,7 +94,8 @@ def pause_a_rank(scene: Scene) -> Expectation:
 
 @fault(running=True, weight=1)
 def crash_after_a_non_finite_step(scene: Scene) -> Expectation:
-    """The loss of one step is NaN; the power fails before that is in a checkpoint. What follows must not remember it."""
+    """The loss of one step is NaN; the power fails before that is in a checkpoint. What follows must not remember
+    it."""
     scene.wait(lambda: any(event["event"] == "spike" for event in list(scene.events())[scene.events_before :]))
     scene.signal(list(range(scene.world)), signal.SIGKILL)
     return Expectation(killed=tuple(range(scene.world)))
@@ -106,7 +109,7 @@ def prepare_non_finite_step(scene: Scene, every_steps: int) -> None:
     scene.changes["nan_at"] = step
 
 
-# -- data workers -------------------------------------------------------------------------------------------------------------------------
+# -- data workers ----------------------------------------------------------------------------------
 
 
 def _to_worker(pid: int, number: signal.Signals) -> None:
@@ -136,7 +139,7 @@ def pause_a_data_worker(scene: Scene) -> Expectation:
     return Expectation()
 
 
-# -- what only the watchdog can end --------------------------------------------------------------------------------------------------------
+# -- what only the watchdog can end ----------------------------------------------------------------
 
 
 def _others_end(scene: Scene, held: int) -> None:
@@ -177,7 +180,7 @@ def stop_a_data_worker_for_good(scene: Scene) -> Expectation:
     return Expectation(codes=(3, 5), named="loader worker")
 
 
-# -- signals ------------------------------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 
 def _stop_signal(scene: Scene, number: signal.Signals, ranks: list[int]) -> Expectation:
@@ -230,7 +233,7 @@ def ctrl_c_twice(scene: Scene) -> Expectation:
     return Expectation(codes=(130, *CRASH))
 
 
-# -- checkpoints of a run that is down ----------------------------------------------------------------------------------------------------
+# -- checkpoints of a run that is down -------------------------------------------------------------
 
 
 def _harm_newest(scene: Scene, harm: Callable[[Path], None]) -> Expectation:
@@ -253,7 +256,8 @@ def flip_a_byte_of_a_checkpoint(scene: Scene) -> Expectation:
         data = bytearray(file.read_bytes())
         place = scene.rng.randrange(len(data))
         data[place] ^= 1 << scene.rng.randrange(8)
-        if file.name == "manifest.json":  # a flip in a number or a note may leave it well-formed: make it unreadable instead
+        # a flip in a number or a note may leave it well-formed: make it unreadable instead
+        if file.name == "manifest.json":
             data[0] = 0
         file.write_bytes(data)
 
@@ -297,7 +301,7 @@ def change_the_world_size(scene: Scene) -> Expectation:
     return Expectation()
 
 
-# -- data and disk ------------------------------------------------------------------------------------------------------------------------
+# -- data and disk ---------------------------------------------------------------------------------
 
 
 def _shard(scene: Scene) -> Path:
@@ -332,7 +336,8 @@ def truncate_a_shard(scene: Scene) -> Expectation:
 
 @fault(running=True)
 def truncate_a_shard_under_way(scene: Scene) -> Expectation:
-    """Every shard of a source loses its second half while the run reads it: the next read behind the cut must stop the run."""
+    """Every shard of a source loses its second half while the run reads it: the next read behind the cut must stop
+    the run."""
     scene.steps_on(0, 2)
     source = scene.rng.choice(["digits-gen", "digits-und", "scenes-und"])
     for shard in sorted((scene.data / source).glob("*.tar")):

@@ -1,11 +1,14 @@
 """`make chaos`: kill, stop, starve and corrupt a training run on purpose, and see whether anything is lost.
 
-    python -m tests.chaos.run [--faults 200] [--seed 0] [--steps 22] [--minutes 30] [--out runs/chaos] [--kinds a,b] [--json] [--list]
+    python -m tests.chaos.run [--faults 200] [--seed 0] [--steps 22] [--minutes 30] [--out runs/chaos] [--kinds a,b]
+    [--json] [--list]
 
-The smoke model is trained by real ZeRO-3 ranks (gloo) in short runs. Every launch of them is disturbed in one way, then the same command is given again.
-At the end of each run its metrics and ledger are compared with an undisturbed run's. Exit status 1 if anything did not hold.
+The smoke model is trained by real ZeRO-3 ranks (gloo) in short runs. Every launch of them is disturbed in one way, then
+the same command is given again. At the end of each run its metrics and ledger are compared with an undisturbed run's.
+Exit status 1 if anything did not hold.
 
-The faults of a full disk need a small file system: as root one of 160 MiB is mounted, in a mount namespace that ends with this command.
+The faults of a full disk need a small file system: as root one of 160 MiB is mounted, in a mount namespace that ends
+with this command.
 """
 
 from __future__ import annotations
@@ -27,13 +30,20 @@ _INSIDE = "JP_CHAOS_MOUNTS"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200, help="how many to inject (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the order of the faults and their moments (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the data, the order of the faults and their moments (default 0)"
+    )
     parser.add_argument("--steps", type=int, default=22, help="of each run (default 22)")
     parser.add_argument(
-        "--collective-timeout", type=float, default=16.0, help="seconds; more for a machine with other work to do (default 16)"
+        "--collective-timeout",
+        type=float,
+        default=16.0,
+        help="seconds; more for a machine with other work to do (default 16)",
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="stop injecting after this time (default 30)")
-    parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="logs of every launch, and chaos.json (default runs/chaos)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/chaos"), help="logs of every launch, and chaos.json (default runs/chaos)"
+    )
     parser.add_argument("--kinds", default="", help="only these, separated by commas")
     parser.add_argument("--list", action="store_true", help="print the kinds of fault and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; progress goes to stderr")
@@ -42,7 +52,9 @@ def main() -> int:
 
     if arguments.list:
         for fault in FAULTS.values():
-            print(f"{fault.name:36}{'running' if fault.running else 'down':9}{'needs a small disk' if fault.needs_small_disk else ''}")
+            print(
+                f"{fault.name:36}{'running' if fault.running else 'down':9}{'needs a small disk' if fault.needs_small_disk else ''}"
+            )
         return 0
     kinds = [name for name in arguments.kinds.split(",") if name]
     unknown = [name for name in kinds if name not in FAULTS]
@@ -70,7 +82,9 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
     for old in (out / "logs", out / "undisturbed", *out.glob("run[0-9]*")):
         shutil.rmtree(old, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    say(f"chaos: {arguments.faults} faults, seed {arguments.seed}, at most {arguments.minutes:g} min; everything under {out}")
+    say(
+        f"chaos: {arguments.faults} faults, seed {arguments.seed}, at most {arguments.minutes:g} min; everything under {out}"
+    )
     world = build_world(out / f"world{arguments.seed}", arguments.seed)
     with Nursery(HERE / "chaos_worker.py") as nursery:
         chaos = Campaign(
@@ -116,7 +130,9 @@ def table(summary: dict) -> str:
         f"{summary['runs_compared']} runs of {summary['launches']} launches compared with the undisturbed one in {summary['seconds'] / 60:.1f} min; worst "
         f"relative difference after a change of the world size {summary['worst_relative_difference_at_another_world_size']:.1e}"
     )
-    lines += [f"PROBLEM {problem}" for problem in summary["problems"]] or ["nothing lost, nothing repeated, nothing hung"]
+    lines += [f"PROBLEM {problem}" for problem in summary["problems"]] or [
+        "nothing lost, nothing repeated, nothing hung"
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""One life of a run while it is being disturbed: what a fault may look at and touch. Nothing here asks jp_train how it is doing: files only."""
+"""One life of a run while it is being disturbed: what a fault may look at and touch. Nothing here asks jp_train how
+it is doing: files only."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ class HungError(AssertionError):
 
 @dataclass
 class Expectation:
-    """How a life should end. `codes`: exit statuses allowed for ranks that were not killed, besides 0 (none: the fault is survived within the life);
-    `killed`: the ranks that were; `saved`: nothing may be lost, the last step is in a checkpoint; `named`: a pattern of the cause
-    that the ranks' output must hold."""
+    """How a life should end. `codes`: exit statuses allowed for ranks that were not killed, besides 0 (none: the
+    fault is survived within the life); `killed`: the ranks that were; `saved`: nothing may be lost, the last step is
+    in a checkpoint; `named`: a pattern of the cause that the ranks' output must hold."""
 
     codes: tuple[int, ...] = ()
     killed: tuple[int, ...] = ()
@@ -38,7 +39,8 @@ class Expectation:
 
 @dataclass
 class Scene:
-    """`run_dir`, `data` and `small_disk` (None: no privilege to mount one) as paths; `pids` of the ranks while they run."""
+    """`run_dir`, `data` and `small_disk` (None: no privilege to mount one) as paths; `pids` of the ranks while they
+    run."""
 
     rng: random.Random
     run_dir: Path
@@ -105,12 +107,20 @@ class Scene:
                 os.kill(self.pids[rank], number)
 
     def data_workers(self) -> list[int]:
-        """Process ids of the loader workers of all ranks: descendants of the ranks that hold a shard open or wait for orders."""
-        return [pid for rank in self.pids for pid in descendants(rank) if "resource_tracker" not in command(pid) and not is_server(pid)]
+        """Process ids of the loader workers of all ranks: descendants of the ranks that hold a shard open or wait
+        for orders."""
+        return [
+            pid
+            for rank in self.pids
+            for pid in descendants(rank)
+            if "resource_tracker" not in command(pid) and not is_server(pid)
+        ]
 
     def complete_checkpoints(self) -> list[Path]:
         """Folders that a save has finished, oldest first."""
-        return sorted(path for path in (self.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").is_file())
+        return sorted(
+            path for path in (self.run_dir / "checkpoints").glob("step_*") if (path / "manifest.json").is_file()
+        )
 
     def sound_checkpoints(self) -> list[Path]:
         """Those of them that nobody damaged (or that a later save has replaced)."""
@@ -144,7 +154,11 @@ def descendants(pid: int) -> list[int]:
     """Children, grandchildren, ... of a process."""
     found: list[int] = []
     try:
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
     except (FileNotFoundError, ProcessLookupError):
         return found
     for child in children:

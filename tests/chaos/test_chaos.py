@@ -71,7 +71,11 @@ def test_a_campaign_notices_a_run_that_lost_a_step_or_trained_other_rows(tmp_pat
         (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         chaos = Campaign(None, tmp_path, None, seed=0, small_disk=None, marker="x")
         chaos._compare(
-            0, run, tmp_path, {line["step"]: {k: v for k, v in line.items() if k != "step"} for line in lines}, same_world=same_world
+            0,
+            run,
+            tmp_path,
+            {line["step"]: {k: v for k, v in line.items() if k != "step"} for line in lines},
+            same_world=same_world,
         )
         return chaos.outcome.run_problems
 

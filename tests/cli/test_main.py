@@ -44,7 +44,11 @@ def test_a_wrong_command_is_a_usage_error(capsys):
 
 def test_a_mistyped_key_exits_2_with_one_line_and_no_traceback():
     done = subprocess.run(
-        [sys.executable, "-m", "jp_train", "check", STAGE1, "optimizer.warmup_step=3"], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-m", "jp_train", "check", STAGE1, "optimizer.warmup_step=3"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
     )
     assert done.returncode == 2
     assert done.stdout == ""
@@ -55,7 +59,9 @@ def test_a_mistyped_key_exits_2_with_one_line_and_no_traceback():
 def test_overrides_may_stand_before_and_behind_options():
     from jp_train.cli.main import parse
 
-    arguments = parse(["launch", STAGE1, "seed=1", "--hostfile", "hostfiles/local", "optimizer.lr=2", "--dry-run", "seed=3"])
+    arguments = parse(
+        ["launch", STAGE1, "seed=1", "--hostfile", "hostfiles/local", "optimizer.lr=2", "--dry-run", "seed=3"]
+    )
     assert sorted(arguments.overrides) == ["optimizer.lr=2", "seed=1", "seed=3"] and arguments.overrides[-1] == "seed=3"
     with pytest.raises(SystemExit) as stop:
         parse(["check", STAGE1, "--hostfle", "x"])
@@ -101,7 +107,9 @@ def test_check_names_weights_that_do_not_fit(small_world, capsys):
 
 
 def test_data_index_counts_every_sample_once(small_world, capsys):
-    assert main(["data", "index", "examples/smoke/stage1.yaml", *small_world.overrides, "--processes", "1", "--json"]) == 0
+    assert (
+        main(["data", "index", "examples/smoke/stage1.yaml", *small_world.overrides, "--processes", "1", "--json"]) == 0
+    )
     summary = json.loads(capsys.readouterr().out)
     assert "digits-gen" in json.dumps(summary)
 
@@ -109,7 +117,20 @@ def test_data_index_counts_every_sample_once(small_world, capsys):
 def test_weights_survive_the_way_to_the_released_layout_and_back(small_world, tmp_path, capsys):
     from jp_train.model.pretrained import open_weights
 
-    assert main(["export", str(small_world.root / "init"), str(tmp_path / "released"), "--layout", "deepseek", "--dtype", "fp32"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(small_world.root / "init"),
+                str(tmp_path / "released"),
+                "--layout",
+                "deepseek",
+                "--dtype",
+                "fp32",
+            ]
+        )
+        == 0
+    )
     assert main(["import", str(tmp_path / "released"), str(tmp_path / "back"), "--dtype", "fp32"]) == 0
     before, after = open_weights(small_world.root / "init"), open_weights(tmp_path / "back")
     assert sorted(before.keys()) == sorted(after.keys())
@@ -127,7 +148,9 @@ def test_generate_writes_pictures_and_ask_reads_one(small_world, tmp_path, capsy
     files = capsys.readouterr().out.split()
     assert [Path(file).name for file in files] == ["picture-1.png", "picture-2.png"]
     assert Image.open(files[0]).size == (32, 32)
-    assert main(["ask", "--model", model, "--image", files[0], "--question", "What is it?", "--max-new-tokens", "4"]) == 0
+    assert (
+        main(["ask", "--model", model, "--image", files[0], "--question", "What is it?", "--max-new-tokens", "4"]) == 0
+    )
     assert main(["ask", "--model", model, "--image", str(tmp_path / "absent.png"), "--question", "?"]) == 3
     assert main(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 4
     assert main(["generate", "--model", model, "--prompt", "x", "--out", "picture.bmp"]) == 2

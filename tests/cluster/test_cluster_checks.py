@@ -1,4 +1,5 @@
-"""Planted facts of all hosts, and the faults that are made of them: one test an idea, each with its counterpart that must stay silent."""
+"""Planted facts of all hosts, and the faults that are made of them: one test an idea, each with its counterpart that
+must stay silent."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def only(found: Any) -> Fault:
     return fault
 
 
-# -- who is odd -------------------------------------------------------------------------------------------------------------------------
+# -- who is odd ------------------------------------------------------------------------------------
 
 
 def test_what_most_hosts_have_is_right_and_a_tie_is_decided_by_the_launching_host() -> None:
@@ -64,7 +65,11 @@ def test_equal_hosts_have_no_fault() -> None:
 def test_another_version_is_named_with_both_versions() -> None:
     fault = only(checks.check_versions(cluster(b2={"packages": {"torch": "2.12.0", "deepspeed": "0.19.8"}})))
     assert (fault.host, fault.check) == ("b2", "versions")
-    assert "torch 2.12.0" in fault.found and "2.13.0 on 2 of 3 hosts" in fault.found and "pip install torch==2.13.0" in fault.remedy
+    assert (
+        "torch 2.12.0" in fault.found
+        and "2.13.0 on 2 of 3 hosts" in fault.found
+        and "pip install torch==2.13.0" in fault.remedy
+    )
 
 
 def test_a_package_that_one_host_lacks_and_one_that_all_lack_are_faults() -> None:
@@ -83,7 +88,9 @@ def test_drivers_of_two_releases_are_a_warning_because_the_ranks_meet_all_the_sa
 
 
 def test_other_code_is_named_by_its_files() -> None:
-    fault = only(checks.check_code(cluster(b2={"code": {"train.py": "aa", "loop.py": "XX", "new.py": "cc"}}), host()["code"]))
+    fault = only(
+        checks.check_code(cluster(b2={"code": {"train.py": "aa", "loop.py": "XX", "new.py": "cc"}}), host()["code"])
+    )
     assert fault.host == "b2" and "files loop.py, new.py differ" in fault.found
 
 
@@ -95,12 +102,14 @@ def test_when_all_hosts_agree_and_the_launching_one_differs_it_is_named() -> Non
 def test_the_configuration_is_compared_with_the_one_that_launch_reads() -> None:
     fault = only(checks.check_config(cluster(c3={"config": "seed: 1\nlr: 3\n"}), host()["config"]))
     assert fault.host == "c3" and "lr: 3" in fault.found
-    unreadable = only(checks.check_config(cluster(a1={"config": {"error": "ConfigError: run.yaml is not there"}}), host()["config"]))
+    unreadable = only(
+        checks.check_config(cluster(a1={"config": {"error": "ConfigError: run.yaml is not there"}}), host()["config"])
+    )
     assert unreadable.host == "a1" and "run.yaml is not there" in unreadable.found
     assert list(checks.check_config(cluster(), None)) == []
 
 
-# -- devices ----------------------------------------------------------------------------------------------------------------------------
+# -- devices ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,9 @@ def test_slots_must_be_devices_on_a_gpu_host_and_should_be_cores_elsewhere(
 
 
 def test_a_host_without_gpus_among_hosts_with_gpus_is_a_fault() -> None:
-    fault = only(checks.check_devices(cluster(b2={"devices": 0}), dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8)))
+    fault = only(
+        checks.check_devices(cluster(b2={"devices": 0}), dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8))
+    )
     assert fault.host == "b2" and "hosts a1, c3 have GPUs" in fault.found
 
 
@@ -153,7 +164,8 @@ def test_gpus_in_use_by_anybody_are_named_if_they_are_selected() -> None:
 
 def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
     facts = cluster(
-        a1={"host_name": "x", "addresses": ["10.0.0.1", "172.17.0.1"]}, c3={"host_name": "x", "addresses": ["172.17.0.1", "10.0.0.1"]}
+        a1={"host_name": "x", "addresses": ["10.0.0.1", "172.17.0.1"]},
+        c3={"host_name": "x", "addresses": ["172.17.0.1", "10.0.0.1"]},
     )
     fault = only(checks.check_machines(facts))
     assert fault.host == "c3" and "same machine as a1" in fault.found
@@ -173,7 +185,7 @@ def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> 
     assert told(checks.check_torch(torch, cluster(), whole)) == [("b2", False)]
 
 
-# -- clocks and disks -------------------------------------------------------------------------------------------------------------------
+# -- clocks and disks ------------------------------------------------------------------------------
 
 
 def test_a_clock_is_compared_with_the_median_so_that_only_the_wrong_one_is_named() -> None:
@@ -197,15 +209,23 @@ def test_room_for_less_than_one_checkpoint_is_a_fault_and_little_room_for_caches
     little = {"path": "/r", "there": "/r", "free": 2 * GIB, "size": 9 * GIB, "device": 2}
     assert told(checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, 3 * GIB)) == [("a1", False)]
     assert told(checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, GIB)) == []
-    assert told(checks.check_disks({"a1": host(**disks(**{"index cache": little | {"free": GIB // 2}}))}, 0)) == [("a1", True)]
+    assert told(checks.check_disks({"a1": host(**disks(**{"index cache": little | {"free": GIB // 2}}))}, 0)) == [
+        ("a1", True)
+    ]
 
 
 def test_what_cannot_be_written_on_one_disk_is_one_fault_with_all_its_folders() -> None:
     full = {"path": "/r", "there": "/r", "device": 3, "error": "No space left on device", "errno": errno.ENOSPC}
     fault = only(checks.check_disks({"a1": host(**disks(**{"run folder": full, "temporary files": full}))}, 0))
-    assert "run folder (/r), temporary files (/r) cannot be written" in fault.found and "free space" in fault.remedy and not fault.warning
+    assert (
+        "run folder (/r), temporary files (/r) cannot be written" in fault.found
+        and "free space" in fault.remedy
+        and not fault.warning
+    )
     only_cache = only(
-        checks.check_disks({"a1": host(**disks(**{"index cache": full | {"error": "Permission denied", "errno": errno.EACCES}}))}, 0)
+        checks.check_disks(
+            {"a1": host(**disks(**{"index cache": full | {"error": "Permission denied", "errno": errno.EACCES}}))}, 0
+        )
     )
     assert only_cache.warning and "make /r writable on a1" in only_cache.remedy
 
@@ -213,7 +233,11 @@ def test_what_cannot_be_written_on_one_disk_is_one_fault_with_all_its_folders() 
 def test_a_fact_that_could_not_be_had_is_a_warning_and_breaks_nothing() -> None:
     broken = {name: {"error": "OSError: no"} for name in checks.HARMLESS}
     facts, faults = checks.settled(cluster(b2=broken))
-    assert {fault.host for fault in faults} == {"b2"} and len(faults) == len(checks.HARMLESS) and all(fault.warning for fault in faults)
+    assert (
+        {fault.host for fault in faults} == {"b2"}
+        and len(faults) == len(checks.HARMLESS)
+        and all(fault.warning for fault in faults)
+    )
     for found in (checks.check_disks(facts, 1), checks.check_jobs(facts, [], local=False), checks.check_locks(facts)):
         assert list(found) == []
     list(checks.check_versions(facts))
@@ -221,15 +245,18 @@ def test_a_fact_that_could_not_be_had_is_a_warning_and_breaks_nothing() -> None:
 
 
 def test_a_host_with_an_older_jp_train_that_tells_less_is_a_warning_and_its_code_a_fault() -> None:
-    older = {name: value for name, value in host().items() if name not in ("locks", "cores")} | {"code": {"train.py": "old"}}
+    older = {name: value for name, value in host().items() if name not in ("locks", "cores")} | {
+        "code": {"train.py": "old"}
+    }
     facts, faults = checks.settled({**cluster(), "b2": older})
     assert [fault.found for fault in faults] == [
-        f"{name} could not be found out: b2 does not tell it: another version of jp_train" for name in ("cores", "locks")
+        f"{name} could not be found out: b2 does not tell it: another version of jp_train"
+        for name in ("cores", "locks")
     ]
     assert only(checks.check_code(facts, host()["code"])).host == "b2"
 
 
-# -- data -------------------------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def data(**changed: Any) -> dict[str, Any]:
@@ -250,20 +277,29 @@ def test_equal_data_has_no_fault_and_other_data_is_one_fault_a_host() -> None:
 def test_data_that_cannot_be_read_is_one_fault_a_host_with_the_first_reason() -> None:
     broken = data(sources={name: {"error": f"{name} is not there"} for name in ("text", "pictures")})
     fault = only(checks.check_data({name: data() if name != "a1" else broken for name in HOSTS}))
-    assert "source text: text is not there; also source pictures" in fault.found and "mount or copy the data on a1" in fault.remedy
+    assert (
+        "source text: text is not there; also source pictures" in fault.found
+        and "mount or copy the data on a1" in fault.remedy
+    )
     everywhere = list(checks.check_data(dict.fromkeys(HOSTS, broken)))
     assert [fault.remedy for fault in everywhere] == ["correct data.root and the paths in the configuration"] * 3
 
 
 def test_another_index_is_a_fault_and_none_at_all_a_warning() -> None:
-    other = data(sources={"text": {"shards": 2, "digest": "d", "index": {"print": "X", "another stage": "y"}, "read": 1}})
+    other = data(
+        sources={"text": {"shards": 2, "digest": "d", "index": {"print": "X", "another stage": "y"}, "read": 1}}
+    )
     fault = only(checks.check_data({name: data() if name != "b2" else other for name in HOSTS}))
     assert fault.host == "b2" and "source text: the index differs" in fault.found and not fault.warning
-    missing = only(checks.check_data(dict.fromkeys(HOSTS, data(sources={"text": {"shards": 2, "digest": "d", "index": {}, "read": 1}}))))
+    missing = only(
+        checks.check_data(
+            dict.fromkeys(HOSTS, data(sources={"text": {"shards": 2, "digest": "d", "index": {}, "read": 1}}))
+        )
+    )
     assert missing.warning and "not indexed yet: source text" in missing.found
 
 
-# -- what is left, ports, reach ---------------------------------------------------------------------------------------------------------
+# -- what is left, ports, reach --------------------------------------------------------------------
 
 
 def job(launch: str, *, runner: bool = False) -> dict[str, Any]:
@@ -273,7 +309,12 @@ def job(launch: str, *, runner: bool = False) -> dict[str, Any]:
 def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warning_while_it_lives() -> None:
     dead = cluster(b2={"jobs": [job("L1")]})
     fault = only(checks.check_jobs(dead, [], local=False))
-    assert fault.host == "b2" and "whose launcher is gone" in fault.found and "ssh b2 kill -9 7" in fault.remedy and not fault.warning
+    assert (
+        fault.host == "b2"
+        and "whose launcher is gone" in fault.found
+        and "ssh b2 kill -9 7" in fault.remedy
+        and not fault.warning
+    )
     assert told(checks.check_jobs(dead, [job("L1", runner=True)], local=False)) == [("b2", True)]
     alive = cluster(b2={"jobs": [job("L1")]}, a1={"jobs": [job("L1", runner=True)]})
     assert told(checks.check_jobs(alive, [], local=False)) == [("a1", True), ("b2", True)]
@@ -283,7 +324,9 @@ def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warni
 
 
 def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
-    facts = cluster(a1={"locks": [{"path": "/e/lock", "age_s": 4000.0}]}, c3={"locks": [{"path": "/e/lock", "age_s": 20.0}]})
+    facts = cluster(
+        a1={"locks": [{"path": "/e/lock", "age_s": 4000.0}]}, c3={"locks": [{"path": "/e/lock", "age_s": 20.0}]}
+    )
     assert told(checks.check_locks(facts)) == [("a1", False), ("c3", True)]
 
 
@@ -296,7 +339,9 @@ def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reache
 
 def fabric(**changed: Any) -> dict[str, dict[str, Any]]:
     return {
-        name: {"fabric": changed.get(name, {"address": f"10.0.0.{n}", "interface": "eth0", "chosen_by": "test", "port": 1})}
+        name: {
+            "fabric": changed.get(name, {"address": f"10.0.0.{n}", "interface": "eth0", "chosen_by": "test", "port": 1})
+        }
         for n, name in enumerate(HOSTS, 1)
     }
 
@@ -323,14 +368,16 @@ def test_a_loopback_address_is_a_fault_only_among_several_hosts() -> None:
     assert "export NCCL_SOCKET_IFNAME" in only(checks.check_reach(unusable, {}, alone=False)).remedy
 
 
-# -- bandwidth --------------------------------------------------------------------------------------------------------------------------
+# -- bandwidth -------------------------------------------------------------------------------------
 
 
 def test_a_host_is_as_fast_as_its_better_neighbour_so_that_one_slow_host_does_not_blame_others() -> None:
     hosts = ["a1", "b2", "c3", "d4"]
     speed = {"a1": 900.0, "b2": 900.0, "c3": 10.0, "d4": 900.0}
     measured = {
-        name: {"sends": {str((rank + shift) % 4): min(speed[name], speed[hosts[(rank + shift) % 4]]) for shift in (1, 2)}}
+        name: {
+            "sends": {str((rank + shift) % 4): min(speed[name], speed[hosts[(rank + shift) % 4]]) for shift in (1, 2)}
+        }
         for rank, name in enumerate(hosts)
     }
     rates = host_rates(hosts, measured)
@@ -339,9 +386,16 @@ def test_a_host_is_as_fast_as_its_better_neighbour_so_that_one_slow_host_does_no
 
 def test_a_host_that_only_receives_slowly_is_found_by_what_the_others_send() -> None:
     hosts = ["a1", "b2", "c3"]
-    measured = {"a1": {"sends": {"1": 5.0, "2": 500.0}}, "b2": {"sends": {"2": 500.0, "0": 500.0}}, "c3": {"sends": {"0": 500.0, "1": 5.0}}}
+    measured = {
+        "a1": {"sends": {"1": 5.0, "2": 500.0}},
+        "b2": {"sends": {"2": 500.0, "0": 500.0}},
+        "c3": {"sends": {"0": 500.0, "1": 5.0}},
+    }
     rates = host_rates(hosts, measured)
-    assert rates["b2"] == {"sends": 500.0, "receives": 5.0} and min(min(rates[name].values()) for name in ("a1", "c3")) == 500.0
+    assert (
+        rates["b2"] == {"sends": 500.0, "receives": 5.0}
+        and min(min(rates[name].values()) for name in ("a1", "c3")) == 500.0
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 5, 7, 32, 33])
@@ -374,25 +428,42 @@ def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_t
     assert "of two hosts nobody can tell" in only(checks.check_bandwidth(pair, "gloo")).found
 
 
-# -- hosts that did not answer ----------------------------------------------------------------------------------------------------------
+# -- hosts that did not answer ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("answer", "check", "found", "remedy"),
     [
-        (Answer("a1", 255, "", "ssh: connect: Connection refused", 0.1, Cause.REFUSED), "ssh", "connection refused", "systemctl start ssh"),
+        (
+            Answer("a1", 255, "", "ssh: connect: Connection refused", 0.1, Cause.REFUSED),
+            "ssh",
+            "connection refused",
+            "systemctl start ssh",
+        ),
         (
             Answer("a1", None, "", "no answer within 10 s when asked for the data", 9.0, Cause.TIMEOUT),
             "answer",
             "asked for the data",
             "log in to a1",
         ),
-        (Answer("a1", 127, "", "env: '/v/python': No such file or directory", 0.1), "code", "/v/python", "at the same path"),
+        (
+            Answer("a1", 127, "", "env: '/v/python': No such file or directory", 0.1),
+            "code",
+            "/v/python",
+            "at the same path",
+        ),
         (Answer("a1", 1, "", "sh: 1: cd: can't cd to /w", 0.1), "code", "can't cd", "a1 needs /v/python and /w"),
-        (Answer("a1", 1, "", "/v/python: No module named jp_train.cluster.probe", 0.1), "code", "No module named", "the same jp_train"),
+        (
+            Answer("a1", 1, "", "/v/python: No module named jp_train.cluster.probe", 0.1),
+            "code",
+            "No module named",
+            "the same jp_train",
+        ),
         (Answer("a1", 1, "", "SyntaxError: invalid syntax", 0.1), "answer", "SyntaxError", "run it by hand"),
     ],
 )
-def test_a_host_that_did_not_answer_gets_the_cause_and_its_own_remedy(answer: Answer, check: str, found: str, remedy: str) -> None:
+def test_a_host_that_did_not_answer_gets_the_cause_and_its_own_remedy(
+    answer: Answer, check: str, found: str, remedy: str
+) -> None:
     fault = only(checks.check_answers({"a1": answer}, "/v/python", "/w"))
     assert (fault.check, found in fault.found, remedy in fault.remedy) == (check, True, True), fault

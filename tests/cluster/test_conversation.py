@@ -1,4 +1,5 @@
-"""The conversation with the probes: answers, noise, silence, ends; with the real probe and with programs that misbehave."""
+"""The conversation with the probes: answers, noise, silence, ends; with the real probe and with programs that
+misbehave."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def test_each_host_answers_its_own_question_and_noise_is_left_out() -> None:
 
 def test_a_silent_host_is_lost_and_the_others_go_on() -> None:
     code = ECHO.replace(
-        "    asked = json.loads(line)\n", "    asked = json.loads(line)\n    if asked['word'] == 'hang': __import__('time').sleep(60)\n"
+        "    asked = json.loads(line)\n",
+        "    asked = json.loads(line)\n    if asked['word'] == 'hang': __import__('time').sleep(60)\n",
     )
     with talk([sys.executable, "-c", code]) as conversation:
         answers = conversation.ask({"a": {"word": "hang"}, "b": {"word": "B"}}, timeout_s=3.0, what="the weather")
@@ -71,7 +73,7 @@ def test_the_end_of_the_conversation_ends_programs_that_do_not_listen(monkeypatc
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
 
 
-# -- the probe itself -------------------------------------------------------------------------------------------------------------------
+# -- the probe itself ------------------------------------------------------------------------------
 
 
 def test_the_probe_answers_and_names_a_question_that_it_does_not_know() -> None:
@@ -79,7 +81,10 @@ def test_the_probe_answers_and_names_a_question_that_it_does_not_know() -> None:
         clock = conversation.ask({"a": {"ask": "clock"}}, timeout_s=30, what="x")["a"]["answer"]
         assert abs(clock["time"] - time.time()) < 10
         unknown = conversation.ask({"a": {"ask": "__init__"}}, timeout_s=30, what="x")["a"]
-        assert "does not know the question '__init__'" in unknown["error"] and "another version of the code" in unknown["error"]
+        assert (
+            "does not know the question '__init__'" in unknown["error"]
+            and "another version of the code" in unknown["error"]
+        )
 
 
 def test_the_probe_answers_one_question_while_another_one_waits() -> None:
@@ -95,7 +100,9 @@ def test_the_probe_ends_with_its_input_even_while_it_waits_for_something() -> No
     with talk(PROBE, ("a",)) as conversation:
         process = conversation._processes["a"]
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"id": 1, "ask": "seen", "folder": "/no/such", "name": "x", "text": "y", "wait_s": 60}) + "\n")
+        process.stdin.write(
+            json.dumps({"id": 1, "ask": "seen", "folder": "/no/such", "name": "x", "text": "y", "wait_s": 60}) + "\n"
+        )
         process.stdin.close()
         assert process.wait(20) == 0
 

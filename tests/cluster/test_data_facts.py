@@ -135,7 +135,10 @@ def test_a_configuration_gives_facts_of_every_source_and_input_each_failing_alon
     ]
     found = data_facts("examples/smoke/stage2.yaml", overrides, 0)
     assert found["sources"]["text"]["shards"] == 3 and "digits-und" in found["sources"]["digits-und"]["error"]
-    assert "does not exist" in found["files"]["tokenizer.path"]["error"] and found["files"]["model.init_from"]["files"] == 3
+    assert (
+        "does not exist" in found["files"]["tokenizer.path"]["error"]
+        and found["files"]["model.init_from"]["files"] == 3
+    )
     assert "text-val (held out)" in found["sources"]
     with pytest.raises(ConfigError):
         data_facts("examples/smoke/stage2.yaml", ["no.such=key"], 0)

@@ -20,9 +20,7 @@ from jp_train.run.lock import LAUNCH_ID
 
 
 def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None:
-    code = (
-        "import json, sys; from jp_train.cluster.facts import host_facts; print(json.dumps(host_facts({}))); print('torch' in sys.modules)"
-    )
+    code = "import json, sys; from jp_train.cluster.facts import host_facts; print(json.dumps(host_facts({}))); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told, loaded = done.stdout.splitlines()
     assert loaded == "False" and '"error"' not in told.replace('"jobs": [{', "")
@@ -80,14 +78,22 @@ def test_code_digests_change_with_a_file_and_with_nothing_else(tmp_path: Path) -
 
 def test_caches_lie_where_the_libraries_look_for_them() -> None:
     found = facts.cache_folders({"XDG_CACHE_HOME": "/c", "HF_HOME": "/hf"})
-    assert (found["torch extensions"], found["Hugging Face cache"], found["index cache"]) == ("/c/torch_extensions", "/hf", "/c/jp_train")
+    assert (found["torch extensions"], found["Hugging Face cache"], found["index cache"]) == (
+        "/c/torch_extensions",
+        "/hf",
+        "/c/jp_train",
+    )
     assert (found["temporary files"], facts.cache_folders({"TMPDIR": "/t"})["temporary files"]) == ("/tmp", "/t")
     assert facts.cache_folders({"TORCH_EXTENSIONS_DIR": "/e"})["torch extensions"] == "/e"
 
 
 def test_a_folder_that_will_be_made_counts_as_the_disk_it_will_lie_on(tmp_path: Path) -> None:
     found = facts.disk(tmp_path / "not/yet/there")
-    assert found["there"] == str(tmp_path) and "error" not in found and found["free"] <= shutil.disk_usage(tmp_path).free * 2
+    assert (
+        found["there"] == str(tmp_path)
+        and "error" not in found
+        and found["free"] <= shutil.disk_usage(tmp_path).free * 2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,9 +116,15 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_an_error_and_not_the_disk_of_th
 
 @pytest.mark.parametrize(
     ("script", "expected"),
-    [("echo '0, 412, 40960'; echo '1, 39000, 40960'", [[0, 412, 40960], [1, 39000, 40960]]), ("echo '0, [N/A], [N/A]'", []), ("echo", [])],
+    [
+        ("echo '0, 412, 40960'; echo '1, 39000, 40960'", [[0, 412, 40960], [1, 39000, 40960]]),
+        ("echo '0, [N/A], [N/A]'", []),
+        ("echo", []),
+    ],
 )
-def test_the_memory_in_use_is_read_from_nvidia_smi_and_what_has_no_number_is_left_out(script: str, expected: list) -> None:
+def test_the_memory_in_use_is_read_from_nvidia_smi_and_what_has_no_number_is_left_out(
+    script: str, expected: list
+) -> None:
     assert facts.gpu_memory(("sh", "-c", script)) == expected
 
 
@@ -147,11 +159,16 @@ def test_jobs_are_found_by_the_mark_of_their_launch_and_our_own_are_left_out() -
     mark = f"test{os.getpid()}"
     job = subprocess.Popen(["sleep", "60"], env={**os.environ, LAUNCH_ID: mark})
     runner = subprocess.Popen(
-        [sys.executable, "-c", "input()", "deepspeed.launcher.runner"], env={**os.environ, LAUNCH_ID: mark}, stdin=subprocess.PIPE
+        [sys.executable, "-c", "input()", "deepspeed.launcher.runner"],
+        env={**os.environ, LAUNCH_ID: mark},
+        stdin=subprocess.PIPE,
     )
     try:
         deadline = time.monotonic() + 10
-        while len(found := [j for j in facts.launched_jobs([]) if j["launch"] == mark]) < 2 and time.monotonic() < deadline:
+        while (
+            len(found := [j for j in facts.launched_jobs([]) if j["launch"] == mark]) < 2
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         assert [(j["pid"], j["runner"]) for j in found] == sorted([(job.pid, False), (runner.pid, True)])
         assert found[0]["command"] == "sleep 60"

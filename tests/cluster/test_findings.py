@@ -1,4 +1,5 @@
-"""The report: faults first, alike ones together, JSON with everything, an exit code, and nothing that steers a terminal."""
+"""The report: faults first, alike ones together, JSON with everything, an exit code, and nothing that steers a
+terminal."""
 
 from __future__ import annotations
 
@@ -21,11 +22,18 @@ def report(faults: list[Fault], warnings: list[Fault] | None = None, hosts: int 
 
 def test_faults_come_before_warnings_and_each_has_its_remedy_below() -> None:
     lines = (
-        report([Fault("node02", "disk", "full", "clear it")], [Fault("node01", "clock", "late", "set it", warning=True)])
+        report(
+            [Fault("node02", "disk", "full", "clear it")], [Fault("node01", "clock", "late", "set it", warning=True)]
+        )
         .table()
         .splitlines()
     )
-    assert lines[:4] == ["FAULT  node02  disk: full", "       -> clear it", "warning  node01  clock: late", "         -> set it"]
+    assert lines[:4] == [
+        "FAULT  node02  disk: full",
+        "       -> clear it",
+        "warning  node01  clock: late",
+        "         -> set it",
+    ]
     assert lines[-2:] == ["a note", "1 fault, 1 warning: 12 hosts in 3.2 s"]
 
 
@@ -34,7 +42,10 @@ def test_the_same_fault_of_many_hosts_is_one_entry_of_the_table_and_many_of_the_
     told = report(faults)
     assert told.table().count("FAULT") == 1 and "node01, node02, node03, node04 and 6 more (10 hosts" in told.table()
     assert len(told.as_json()["faults"]) == 10 and told.hosts_with_faults() == [f"node{n:02}" for n in range(1, 11)]
-    assert "FAULT  node01, node02 (2 hosts; what follows is of node01)  data: no data on node01" in report(faults[:2]).table()
+    assert (
+        "FAULT  node01, node02 (2 hosts; what follows is of node01)  data: no data on node01"
+        in report(faults[:2]).table()
+    )
     other = [*faults, Fault("node11", "data", "no data on node10", "copy it to node11")]
     assert report(other).table().count("FAULT") == 2
 
@@ -54,7 +65,11 @@ def test_the_json_is_json_with_host_check_found_and_remedy() -> None:
 
 def test_what_a_host_says_cannot_steer_the_terminal() -> None:
     table = report([Fault("node01", "ssh", "bad \x1b[2J\nFAULT node02", "do \r this")]).table()
-    assert "\x1b" not in table and "\r" not in table and table.count("\n") == report([Fault("node01", "ssh", "x", "y")]).table().count("\n")
+    assert (
+        "\x1b" not in table
+        and "\r" not in table
+        and table.count("\n") == report([Fault("node01", "ssh", "x", "y")]).table().count("\n")
+    )
 
 
 def test_sizes_and_rates_read_as_people_write_them() -> None:

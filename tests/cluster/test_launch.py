@@ -1,4 +1,5 @@
-"""Launching: the hostfile parser, the command, and real local and (through a stand-in for ssh and pdsh) remote runs of a stand-in trainer."""
+"""Launching: the hostfile parser, the command, and real local and (through a stand-in for ssh and pdsh) remote runs
+of a stand-in trainer."""
 
 from __future__ import annotations
 
@@ -86,7 +87,11 @@ def write_hostfile(folder: Path, text: str) -> Path:
 
 def test_a_hostfile_gives_its_hosts_in_order(tmp_path: Path) -> None:
     text = "# cluster\n\nnode-b slots=8   # rack 2\n10.0.0.7\tslots=4\n  localhost  slots=2\n"
-    assert parse_hostfile(write_hostfile(tmp_path, text)) == [Host("node-b", 8), Host("10.0.0.7", 4), Host("localhost", 2)]
+    assert parse_hostfile(write_hostfile(tmp_path, text)) == [
+        Host("node-b", 8),
+        Host("10.0.0.7", 4),
+        Host("localhost", 2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,9 @@ def test_a_missing_or_empty_hostfile_is_an_error_and_never_a_local_run(tmp_path:
 
 
 def test_every_hostfile_of_the_repository_parses() -> None:
-    ranks = {p.name: sum(h.slots for h in parse_hostfile(p)) for p in (ROOT / "hostfiles").iterdir() if p.suffix != ".md"}
+    ranks = {
+        p.name: sum(h.slots for h in parse_hostfile(p)) for p in (ROOT / "hostfiles").iterdir() if p.suffix != ".md"
+    }
     assert ranks == {"local": 2, "a100_16x8": 128, "a100_32x8": 256}
 
 
@@ -132,7 +139,9 @@ def test_filters_keep_what_they_say() -> None:
     assert select_slots(hosts, exclude="a@b:0") == {"b": (1, 2, 3)}
 
 
-@pytest.mark.parametrize(("include", "exclude"), [("a", "b"), ("c", ""), ("", "a:7"), ("a:x", ""), ("a:", ""), ("", "a@b"), ("a@", "")])
+@pytest.mark.parametrize(
+    ("include", "exclude"), [("a", "b"), ("c", ""), ("", "a:7"), ("a:x", ""), ("a:", ""), ("", "a@b"), ("a@", "")]
+)
 def test_a_filter_that_means_nothing_is_refused(include: str, exclude: str) -> None:
     with pytest.raises(ConfigError):
         select_slots([Host("a", 2), Host("b", 4)], include=include, exclude=exclude)
@@ -161,7 +170,13 @@ def test_deepspeeds_own_parser_reads_the_command_as_meant(tmp_path: Path) -> Non
     hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
     parsed = parse_args(launch_command("run.yaml", ["seed=3"], LaunchOptions(hostfile=hostfile, exclude="node1:0"))[3:])
     assert (parsed.user_script, parsed.user_args) == ("jp_train.cluster.rank", ["train", "run.yaml", "seed=3"])
-    assert parsed.module and parsed.force_multi and parsed.no_local_rank and parsed.exclude == "node1:0" and parsed.launcher == "pdsh"
+    assert (
+        parsed.module
+        and parsed.force_multi
+        and parsed.no_local_rank
+        and parsed.exclude == "node1:0"
+        and parsed.launcher == "pdsh"
+    )
 
 
 def test_an_argument_that_the_remote_shell_would_change_is_refused() -> None:
@@ -172,7 +187,9 @@ def test_an_argument_that_the_remote_shell_would_change_is_refused() -> None:
 
 def test_mpirun_gets_the_hosts_in_order_and_the_names_of_variables_but_no_value(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path, "node2 slots=2\nnode1 slots=4\n")
-    options = LaunchOptions(hostfile=hostfile, exclude="node1:0", launcher="openmpi", launcher_args="--mca btl_tcp_if_include 'ib 0'")
+    options = LaunchOptions(
+        hostfile=hostfile, exclude="node1:0", launcher="openmpi", launcher_args="--mca btl_tcp_if_include 'ib 0'"
+    )
     passed = passed_environment({"NCCL_DEBUG": "INFO", "HF_TOKEN": "s3cret"})
     command = ranks_command(["train", "run.yaml", "a=b c"], options, passed)
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
@@ -185,7 +202,9 @@ def test_mpirun_gets_the_hosts_in_order_and_the_names_of_variables_but_no_value(
 
 def test_srun_gets_one_task_a_slot_in_blocks_and_refuses_unequal_hosts(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
-    command = launch_command("run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", launcher_args="--mpi=none"))
+    command = launch_command(
+        "run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", launcher_args="--mpi=none")
+    )
     assert command == [
         "srun", "--nodes", "2", "--ntasks", "4", "--ntasks-per-node", "2", "--nodelist", "node1,node2", "--distribution", "block",
         "--kill-on-bad-exit=1", "--unbuffered", "--export", "ALL", "--chdir", os.getcwd(), "--mpi=none",
@@ -225,11 +244,19 @@ def test_a_rank_learns_its_number_from_open_mpi_or_slurm(told: dict[str, str]) -
     env = rank_environment(told | ours)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     assert [env[name] for name in names] == ["2", "0", "4", "node2", "29501", "0,1"]
-    assert rank_environment(told | ours | {"CUDA_VISIBLE_DEVICES": "5"})["CUDA_VISIBLE_DEVICES"] == "5", "what Slurm has chosen stays"
+    assert rank_environment(told | ours | {"CUDA_VISIBLE_DEVICES": "5"})["CUDA_VISIBLE_DEVICES"] == "5", (
+        "what Slurm has chosen stays"
+    )
 
 
 def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_refused() -> None:
-    env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURMD_NODENAME": "node1", "JP_TRAIN_WORLD": "node2:0@node1:0"}
+    env = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURMD_NODENAME": "node1",
+        "JP_TRAIN_WORLD": "node2:0@node1:0",
+    }
     with pytest.raises(LaunchError, match="scontrol show hostnames"):
         rank_environment(env)
     with pytest.raises(LaunchError, match="3, but the hostfile has 2"):
@@ -245,14 +272,24 @@ def test_secrets_and_unsafe_values_never_leave_the_launching_host() -> None:
     assert passed.text() == "NCCL_DEBUG=INFO\nTOKENIZERS_PARALLELISM=false\nWANDB_MODE=offline\n"
     assert passed.secrets == ("HF_TOKEN", "WANDB_API_KEY") and passed.unsafe == ("HF_EMPTY", "NCCL_X")
     runner = runner_environment(environ, "id", local=False)
-    assert not {"MLFLOW_TRACKING_TOKEN", "PYTHONSTARTUP", "NCCL_X"} & set(runner) and runner["WANDB_API_KEY"] == "s3cret"
+    assert (
+        not {"MLFLOW_TRACKING_TOKEN", "PYTHONSTARTUP", "NCCL_X"} & set(runner) and runner["WANDB_API_KEY"] == "s3cret"
+    )
 
 
 def test_exit_codes_mean_what_they_say() -> None:
     for code in (0, 2, 3, 4, 5):
         assert exit_code(code, None, "") == code and exit_code(code, signal.SIGTERM, "") == code
-    assert exit_code(143, None, "") == 143 and exit_code(1, signal.SIGTERM, "") == 143 and exit_code(241, signal.SIGINT, "") == 130
-    assert exit_code(1, None, "DataError") == 3 and exit_code(1, None, "CheckpointError") == 4 and exit_code(1, None, "ValueError") == 1
+    assert (
+        exit_code(143, None, "") == 143
+        and exit_code(1, signal.SIGTERM, "") == 143
+        and exit_code(241, signal.SIGINT, "") == 130
+    )
+    assert (
+        exit_code(1, None, "DataError") == 3
+        and exit_code(1, None, "CheckpointError") == 4
+        and exit_code(1, None, "ValueError") == 1
+    )
     for killed in (247, -9):
         with pytest.raises(LaunchError, match="SIGKILL"):
             exit_code(killed, None, "")
@@ -266,7 +303,9 @@ def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(
     options = LaunchOptions(hostfile=ROOT / "hostfiles" / "a100_16x8", dry_run=True)
     assert launch(config, ["seed=3", "engine.micro_batch_rows=1"], options) == 0
     text = capsys.readouterr().out
-    assert "128 ranks on 16 hosts" in text and "512 rows a step = 1 micro-batch rows x 4 accumulation x 128 ranks" in text
+    assert (
+        "128 ranks on 16 hosts" in text and "512 rows a step = 1 micro-batch rows x 4 accumulation x 128 ranks" in text
+    )
     assert "deepspeed.launcher.runner" in text and "seed=3" in text
     with pytest.raises(ConfigError, match="100"):
         launch(config, [], LaunchOptions(hostfile=write_hostfile(tmp_path, "node1 slots=100\n"), dry_run=True))
@@ -320,7 +359,9 @@ def start(folder: Path, hostfile_text: str, overrides: list[str], **env: str) ->
         str(free_port()),
     ]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.Popen(command, cwd=folder, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
 
 
 def ranks_started(folder: Path, running: subprocess.Popen[str]) -> list[dict]:
@@ -335,7 +376,9 @@ def check_stop(folder: Path, running: subprocess.Popen[str], ranks: list[dict]) 
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 143, errors
-    assert [(folder / f"saved{i}").read_text() for i in (0, 1)] == ["1", "1"], "each rank gets the signal exactly once, and saves"
+    assert [(folder / f"saved{i}").read_text() for i in (0, 1)] == ["1", "1"], (
+        "each rank gets the signal exactly once, and saves"
+    )
     assert not any(Path(f"/proc/{rank['pid']}").exists() for rank in ranks)
 
 
@@ -343,7 +386,10 @@ def test_a_stop_signal_reaches_local_ranks_once_and_their_code_comes_back(stand_
     running = start(stand_in, "localhost slots=2\n", ["seed=3"])
     ranks = ranks_started(stand_in, running)
     assert [rank["argv"] for rank in ranks] == [["train", str(stand_in / "run.yaml"), "seed=3"]] * 2
-    assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"], r["env"]["WORLD_SIZE"]) for r in ranks] == [("0", "0", "2"), ("1", "1", "2")]
+    assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"], r["env"]["WORLD_SIZE"]) for r in ranks] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
     assert all(rank["env"]["OMP_NUM_THREADS"] for rank in ranks)
     check_stop(stand_in, running, ranks)
 
@@ -377,7 +423,8 @@ def test_remote_ranks_get_their_arguments_unchanged_and_one_stop_signal(stand_in
     assert [rank["argv"][2:] for rank in ranks] == [overrides] * 2
     assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"]) for r in ranks] == [("0", "0"), ("1", "0")]
     assert all(
-        rank["env"]["JP_TRAIN_NOTE"] == "two words" and re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", rank["env"]["JP_TRAIN_LAUNCH_ID"])
+        rank["env"]["JP_TRAIN_NOTE"] == "two words"
+        and re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", rank["env"]["JP_TRAIN_LAUNCH_ID"])
         for rank in ranks
     )
     check_stop(stand_in, running, ranks)

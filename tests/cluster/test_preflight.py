@@ -1,4 +1,5 @@
-"""`jp-train preflight` on this very machine, as one local host and over an ssh that is not there. Several hosts: tests/multinode."""
+"""`jp-train preflight` on this very machine, as one local host and over an ssh that is not there. Several hosts:
+tests/multinode."""
 
 from __future__ import annotations
 
@@ -38,7 +39,13 @@ def free_port() -> int:
 
 def test_one_local_host_needs_no_ssh_and_json_is_alone_on_stdout(tmp_path: Path) -> None:
     done = run(
-        "--hostfile", str(write(tmp_path, "localhost slots=1\n")), "--master-port", str(free_port()), "--json", "--skip", "locks,disk"
+        "--hostfile",
+        str(write(tmp_path, "localhost slots=1\n")),
+        "--master-port",
+        str(free_port()),
+        "--json",
+        "--skip",
+        "locks,disk",
     )
     told = json.loads(done.stdout)
     assert (done.returncode, told["faults"]) == (0, []), done.stdout
@@ -49,8 +56,22 @@ def test_one_local_host_needs_no_ssh_and_json_is_alone_on_stdout(tmp_path: Path)
 
 def test_a_run_whose_data_is_missing_exits_with_5_and_leaves_no_run_folder(tmp_path: Path) -> None:
     hostfile = write(tmp_path, "localhost slots=1\n")
-    overrides = [f"data.root={tmp_path}", f"run_dir={tmp_path / 'run'}", f"tokenizer.path={tmp_path}", f"model.init_from={tmp_path}"]
-    done = run("examples/smoke/stage2.yaml", *overrides, "--hostfile", str(hostfile), "--master-port", str(free_port()), "--skip", "locks")
+    overrides = [
+        f"data.root={tmp_path}",
+        f"run_dir={tmp_path / 'run'}",
+        f"tokenizer.path={tmp_path}",
+        f"model.init_from={tmp_path}",
+    ]
+    done = run(
+        "examples/smoke/stage2.yaml",
+        *overrides,
+        "--hostfile",
+        str(hostfile),
+        "--master-port",
+        str(free_port()),
+        "--skip",
+        "locks",
+    )
     assert done.returncode == 5, done.stdout
     assert "FAULT  localhost  data: source digits-und: shards 'digits-und'" in done.stdout
     assert "-> correct data.root and the paths in the configuration" in done.stdout
@@ -60,7 +81,10 @@ def test_a_run_whose_data_is_missing_exits_with_5_and_leaves_no_run_folder(tmp_p
 def test_hosts_without_an_ssh_server_are_faults_of_a_few_seconds(tmp_path: Path) -> None:
     # addresses of the machine's own loopback network, where no ssh server can be reached by key
     report = preflight(LaunchOptions(hostfile=write(tmp_path, "127.9.9.1 slots=1\nno-such-host.invalid slots=1\n")))
-    assert [(fault.host, fault.check) for fault in report.faults] == [("127.9.9.1", "ssh"), ("no-such-host.invalid", "ssh")]
+    assert [(fault.host, fault.check) for fault in report.faults] == [
+        ("127.9.9.1", "ssh"),
+        ("no-such-host.invalid", "ssh"),
+    ]
     assert report.faults[1].found.startswith("unknown host name") and report.exit_code == 5 and report.hosts == {}
     assert report.hosts_with_faults() == ["127.9.9.1", "no-such-host.invalid"]
 
@@ -94,7 +118,12 @@ def test_the_probes_get_what_the_ranks_get_and_no_secret() -> None:
         "NCCL_TOKEN": "x",
     }
     env = probe_environment(given)
-    assert env == {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth1", "PYTHONPATH": "/a b", "OMP_NUM_THREADS": "1"}
+    assert env == {
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "PYTHONPATH": "/a b",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def test_the_room_for_a_checkpoint_is_a_lower_bound_by_the_language_model() -> None:
@@ -106,5 +135,7 @@ def test_the_room_for_a_checkpoint_is_a_lower_bound_by_the_language_model() -> N
 
 def test_importing_preflight_loads_no_torch() -> None:
     code = "import sys, jp_train.cluster.preflight, jp_train.cluster.probe; print(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"

@@ -1,4 +1,5 @@
-"""One rank under its supervisor, with small programs in the place of jp_train: logs, records, signals, and a terminal that stands still."""
+"""One rank under its supervisor, with small programs in the place of jp_train: logs, records, signals, and a
+terminal that stands still."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A folder whose `jp_train` runs the Python text in its argument; everything else of the package is the real one."""
+    """A folder whose `jp_train` runs the Python text in its argument; everything else of the package is the real
+    one."""
     (tmp_path / "jp_train").mkdir()
     (tmp_path / "jp_train" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'jp_train')!r})\n")
     (tmp_path / "jp_train" / "__main__.py").write_text("import sys\nexec(sys.argv[1])\n")
@@ -67,7 +69,13 @@ def test_rank_0_shows_on_the_terminal_what_its_log_keeps_and_others_only_keep(pr
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9), ("import os; os.abort()", -6), ("1 / 0", 1)]
+    ("text", "code"),
+    [
+        ("raise SystemExit(3)", 3),
+        ("import os; os.kill(os.getpid(), 9)", -9),
+        ("import os; os.abort()", -6),
+        ("1 / 0", 1),
+    ],
 )
 def test_a_supervisor_ends_as_its_rank_ended_and_the_record_says_how(program: Path, text: str, code: int) -> None:
     running = start(program, text, rank=1)
@@ -121,13 +129,18 @@ def test_a_rank_is_asked_to_save_when_its_supervisor_is_killed_or_its_launcher_d
 
 
 def test_a_terminal_that_stands_still_stops_no_rank(program: Path) -> None:
-    running = start(program, "print('x' * 99 + '\\n', end='') or [print('y' * 99) for _ in range(20_000)]; print('the end', flush=True)")
+    running = start(
+        program,
+        "print('x' * 99 + '\\n', end='') or [print('y' * 99) for _ in range(20_000)]; print('the end', flush=True)",
+    )
     wait_for_log(program, "node1_rank0.log", b"the end")  # nobody reads what the supervisor shows
     running.kill()
     running.communicate()
 
 
-def test_a_log_keeps_the_newest_and_a_disk_that_refuses_it_costs_lines_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_keeps_the_newest_and_a_disk_that_refuses_it_costs_lines_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = log_path(tmp_path / "logs", "node1", 0)
     log = Log(path, limit=1000)
     for number in range(100):

@@ -35,7 +35,9 @@ def test_gloo_takes_the_named_interface_or_what_the_host_name_resolves_to(monkey
     assert "eth9" in fabric_address(PRESENT, {"GLOO_SOCKET_IFNAME": "eth9"}, gpu=False)["error"]
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     found = fabric_address(PRESENT, {}, gpu=False)
-    assert (found["address"], found["interface"]) == ("127.0.0.1", "lo") and "'localhost' resolves to it" in found["chosen_by"]
+    assert (found["address"], found["interface"]) == ("127.0.0.1", "lo") and "'localhost' resolves to it" in found[
+        "chosen_by"
+    ]
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     assert "does not resolve" in fabric_address(PRESENT, {}, gpu=False)["error"]
 
@@ -90,7 +92,10 @@ def test_a_busy_master_port_is_told_with_its_holder_and_a_free_one_is_opened(mon
     free = listen(listeners, gpu=False, master_port=port)
     assert free["master"] == {} and free["fabric"]["address"] == "127.0.0.1"
     assert (
-        reach({"m": ("127.0.0.1", port, free["greeting"]), "f": ("127.0.0.1", free["fabric"]["port"], free["greeting"])}, timeout_s=10)
+        reach(
+            {"m": ("127.0.0.1", port, free["greeting"]), "f": ("127.0.0.1", free["fabric"]["port"], free["greeting"])},
+            timeout_s=10,
+        )
         == {}
     )
     listeners.close()

@@ -1,4 +1,5 @@
-"""Commands on hosts: what ssh is given, how its failures are told apart, and that nothing stays when time is over or a person interrupts."""
+"""Commands on hosts: what ssh is given, how its failures are told apart, and that nothing stays when time is over or
+a person interrupts."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def test_every_word_reaches_the_remote_shell_quoted(tmp_path: Path) -> None:
     words = ["printf", "%s|", "a b", "$HOME", "`id`", "x;y", "it's", '"', "", "\n", "*"]
     command = command_for("node1", words, cwd=str(tmp_path), env={"A": "1 $B"}, limit_s=5)
     assert command[-3:-1] == ["--", "node1"] and "BatchMode=yes" in command
-    done = subprocess.run(["sh", "-c", command[-1]], capture_output=True, text=True, check=True)  # what the remote shell does with it
+    # what the remote shell does with it
+    done = subprocess.run(["sh", "-c", command[-1]], capture_output=True, text=True, check=True)
     assert done.stdout == "".join(f"{word}|" for word in words[2:])
 
 
@@ -71,7 +73,10 @@ def test_a_variable_that_is_no_name_is_refused() -> None:
         ("ssh: connect to host x port 22: Connection timed out", Cause.NO_ANSWER),
         ("Connection timed out during banner exchange\nConnection to 10.0.0.2 port 22 timed out", Cause.HUNG),
         ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", Cause.KEY_CHANGED),
-        ("No ED25519 host key is known for x and you have requested strict checking.\nHost key verification failed.", Cause.KEY_UNKNOWN),
+        (
+            "No ED25519 host key is known for x and you have requested strict checking.\nHost key verification failed.",
+            Cause.KEY_UNKNOWN,
+        ),
         ("root@x: Permission denied (publickey).", Cause.LOGIN),
         ("kex_exchange_identification: Connection closed by remote host", Cause.LOST),
     ],
@@ -94,12 +99,16 @@ def test_answers_carry_output_code_and_input_and_keep_the_order_of_the_hosts() -
     names = [f"h{number}" for number in range(9)]
     answers = run_on_hosts(names, ["sh", "-c", "cat; echo oops >&2; exit 3"], stdin="hello", timeout_s=20, local=names)
     assert list(answers) == names
-    assert {(a.returncode, a.stdout, a.stderr, a.cause, a.ok) for a in answers.values()} == {(3, "hello", "oops\n", None, False)}
+    assert {(a.returncode, a.stdout, a.stderr, a.cause, a.ok) for a in answers.values()} == {
+        (3, "hello", "oops\n", None, False)
+    }
 
 
 def test_a_command_past_its_time_is_ended_with_its_children() -> None:
     mark = f"61{os.getpid()}"
-    answer = run_on_hosts(["here"], ["sh", "-c", f"trap '' TERM; sleep {mark} & sleep {mark}"], timeout_s=0.5, local=["here"])["here"]
+    answer = run_on_hosts(
+        ["here"], ["sh", "-c", f"trap '' TERM; sleep {mark} & sleep {mark}"], timeout_s=0.5, local=["here"]
+    )["here"]
     assert answer.cause is Cause.TIMEOUT and "time-out" in answer.found
     assert wait_until_gone(f"sleep {mark}") == []
 
@@ -107,7 +116,8 @@ def test_a_command_past_its_time_is_ended_with_its_children() -> None:
 def test_the_remote_side_ends_too_when_only_the_local_ssh_is_killed() -> None:
     mark = f"62{os.getpid()}"
     command = command_for("node1", ["sleep", mark], limit_s=0.3)
-    remote = subprocess.Popen(["sh", "-c", command[-1]], start_new_session=True)  # stands for the shell on the host: nobody kills it
+    # stands for the shell on the host: nobody kills it
+    remote = subprocess.Popen(["sh", "-c", command[-1]], start_new_session=True)
     assert remote.wait(10) == 124 and alive(f"sleep {mark}") == []
 
 
@@ -134,5 +144,9 @@ def test_no_ssh_here_is_a_cause_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_what_was_found_is_one_line_with_the_last_words_of_the_host() -> None:
-    answer = run_on_hosts(["here"], ["sh", "-c", "echo first >&2; echo last >&2; exit 4"], timeout_s=20, local=["here"])["here"]
-    assert answer.found.startswith("exit code 4 after ") and answer.found.endswith(": last") and shlex.split(answer.found)
+    answer = run_on_hosts(
+        ["here"], ["sh", "-c", "echo first >&2; echo last >&2; exit 4"], timeout_s=20, local=["here"]
+    )["here"]
+    assert (
+        answer.found.startswith("exit code 4 after ") and answer.found.endswith(": last") and shlex.split(answer.found)
+    )

@@ -1,4 +1,5 @@
-"""What the end of a start means, which hosts go on, and what it cost: decided from records, answers and the run folder alone."""
+"""What the end of a start means, which hosts go on, and what it cost: decided from records, answers and the run
+folder alone."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from jp_train.cluster.supervision import Verdict
 
 
 def ended(rank: int, code: int | None, *, at: float = 1.0, reason: str = "", host: str = "") -> RankRecord:
-    return RankRecord(rank, host or f"node{rank}", 0, 100 + rank, 0.0, code, None if code is None else at, reason, ["last words"])
+    return RankRecord(
+        rank, host or f"node{rank}", 0, 100 + rank, 0.0, code, None if code is None else at, reason, ["last words"]
+    )
 
 
 def test_the_hosts_that_go_on_are_the_most_slots_that_fit_and_their_order_is_kept() -> None:
@@ -30,7 +33,9 @@ def test_the_hosts_that_go_on_are_the_most_slots_that_fit_and_their_order_is_kep
         every = [names for n in range(1, len(everything) + 1) for names in itertools.combinations(everything, n)]
         totals = [sum(len(everything[name]) for name in names) for names in every]
         assert sum(map(len, chosen.values())) == max((total for total in totals if rows % total == 0), default=0)
-        assert list(chosen) == [name for name in everything if name in chosen] and all(chosen[name] == everything[name] for name in chosen)
+        assert list(chosen) == [name for name in everything if name in chosen] and all(
+            chosen[name] == everything[name] for name in chosen
+        )
 
 
 def test_of_32_hosts_without_one_the_largest_power_of_two_goes_on() -> None:
@@ -84,7 +89,12 @@ def test_the_code_tells_configuration_data_checkpoint_host_and_code_faults_apart
 
 def test_an_exception_is_repeated_where_the_run_got_further_and_once_where_a_restart_fell_short() -> None:
     def again(
-        what: str = "if_advanced", *, first: bool = False, advanced: bool = False, fell_short: bool = False, before: bool = False
+        what: str = "if_advanced",
+        *,
+        first: bool = False,
+        advanced: bool = False,
+        fell_short: bool = False,
+        before: bool = False,
     ) -> bool:
         return worth_starting(what, first=first, advanced=advanced, fell_short=fell_short, before=before)
 
@@ -96,7 +106,12 @@ def test_an_exception_is_repeated_where_the_run_got_further_and_once_where_a_res
 
 
 def test_what_the_ranks_found_out_themselves_is_the_cause_that_is_told() -> None:
-    outcome = judge(Ending(-9, Verdict("rank 1 did not end")), [ended(0, 5), ended(1, None)], None, "LaunchError: rank 1 does not answer")
+    outcome = judge(
+        Ending(-9, Verdict("rank 1 did not end")),
+        [ended(0, 5), ended(1, None)],
+        None,
+        "LaunchError: rank 1 does not answer",
+    )
     assert outcome.cause == "LaunchError: rank 1 does not answer"
 
 
@@ -109,7 +124,9 @@ def test_a_host_that_does_not_answer_is_named_with_what_ssh_said() -> None:
 def test_the_time_lost_is_work_since_the_checkpoint_and_the_time_without_progress(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_0000040").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".saving_step_0000045").mkdir()
-    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "reason": "E: x", "step": 47, "step_s": 3.0, "updated": 1000.0}))
+    (tmp_path / "status.json").write_text(
+        json.dumps({"state": "failed", "reason": "E: x", "step": 47, "step_s": 3.0, "updated": 1000.0})
+    )
     last = standing(tmp_path)
     assert (last.step, last.checkpoint_step, last.state) == (47, 40, "failed")
     hosts = {"a": (0, 1), "b": (0, 1), "c": (0, 1)}
@@ -123,7 +140,9 @@ def test_the_time_lost_is_work_since_the_checkpoint_and_the_time_without_progres
     progress = Progress(tmp_path, restart, began=1095.0)
     assert progress.look() is None
     progress._next_look = 0.0
-    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 41, "step_s": 3.0, "updated": 1120.0}))
+    (tmp_path / "status.json").write_text(
+        json.dumps({"state": "running", "step": 41, "step_s": 3.0, "updated": 1120.0})
+    )
     assert progress.look() == {"step": 41, "start_s": 25.0, "lost_s": 136.0}
     progress._next_look = 0.0
     assert progress.look() is None, "told once"

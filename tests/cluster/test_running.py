@@ -1,4 +1,5 @@
-"""One start under stop signals, with a real rank supervisor and a stand-in for ssh that runs the command on this host."""
+"""One start under stop signals, with a real rank supervisor and a stand-in for ssh that runs the command on this
+host."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ touch "$HERE/asked"
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose `jp_train` runs RANK; everything else of the package is the real one. `ssh` runs its last word here."""
+    """A folder whose `jp_train` runs RANK; everything else of the package is the real one. `ssh` runs its last word
+    here."""
     (tmp_path / "jp_train").mkdir()
     (tmp_path / "jp_train" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'jp_train')!r})\n")
     (tmp_path / "jp_train" / "__main__.py").write_text(RANK)
@@ -67,7 +69,9 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_remote_ranks_that_come_up_after_the_stop_signal_still_get_it_and_only_once(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_ranks_that_come_up_after_the_stop_signal_still_get_it_and_only_once(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(running, "TELL_AGAIN_S", 0.2)
     launch_id = f"late-{os.getpid()}"
     env = {**os.environ, LAUNCH_ID: launch_id, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -92,7 +96,8 @@ def test_a_stop_signal_ends_at_once_what_runs_while_no_rank_does_and_is_only_not
 
 
 def test_a_terminal_that_goes_away_leaves_the_launch_at_its_work(tmp_path: Path) -> None:
-    """The launch has a terminal of its own (a pseudo-terminal), which is closed: the kernel sends SIGHUP, and writing fails from then on."""
+    """The launch has a terminal of its own (a pseudo-terminal), which is closed: the kernel sends SIGHUP, and
+    writing fails from then on."""
     program = tmp_path / "hang.py"
     program.write_text(HANG_UP)
     pid, terminal = pty.fork()
@@ -113,7 +118,9 @@ def test_a_run_folder_that_cannot_be_looked_at_ends_no_run(tmp_path: Path, capsy
     def notice() -> None:
         os.listdir(tmp_path / "gone")
 
-    ending = Run(["sleep", "1"], dict(os.environ), f"look-{os.getpid()}", (), StopSignals(), grace_s=1.0, notice=notice).wait()
+    ending = Run(
+        ["sleep", "1"], dict(os.environ), f"look-{os.getpid()}", (), StopSignals(), grace_s=1.0, notice=notice
+    ).wait()
     assert ending.code == 0
     assert capsys.readouterr().err.count("not watched at the moment: FileNotFoundError") == 1
 
@@ -125,7 +132,15 @@ def test_a_run_folder_that_never_answers_is_named_and_keeps_no_stop_signal_waiti
     stop, forever = StopSignals(), threading.Event()
     timer = threading.Timer(2.0, setattr, (stop, "number", signal.SIGTERM))
     timer.start()
-    run = Run(["sleep", "300"], dict(os.environ), f"hang-{os.getpid()}", (), stop, grace_s=100.0, notice=lambda: forever.wait(200))
+    run = Run(
+        ["sleep", "300"],
+        dict(os.environ),
+        f"hang-{os.getpid()}",
+        (),
+        stop,
+        grace_s=100.0,
+        notice=lambda: forever.wait(200),
+    )
     began = time.monotonic()
     assert run.wait().code == -signal.SIGTERM and time.monotonic() - began < 150
     assert "has not answered for" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""What a launch notices by itself: driven by a clock and answers of the test's own, over the real files of a run folder."""
+"""What a launch notices by itself: driven by a clock and answers of the test's own, over the real files of a run
+folder."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ EMPTY = Answer("node2", 0, "jp_train: reached 0 processes\n", "", 0.1)
 
 
 class Scene:
-    """Three hosts with a rank each; `pass_time` lets the seconds go by while the ranks in `beating` write heartbeats."""
+    """Three hosts with a rank each; `pass_time` lets the seconds go by while the ranks in `beating` write
+    heartbeats."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now = folder, 100.0
@@ -28,18 +30,28 @@ class Scene:
         self.logs = folder / "logs"
         (folder / "heartbeats").mkdir()
         self.watch = Supervision(
-            self.logs, folder, "id", ["node1", "node2", "node3"], patience_s=60.0, grace_s=600.0, ask=self.ask, clock=lambda: self.now
+            self.logs,
+            folder,
+            "id",
+            ["node1", "node2", "node3"],
+            patience_s=60.0,
+            grace_s=600.0,
+            ask=self.ask,
+            clock=lambda: self.now,
         )
 
     def ask(self, hosts: Sequence[str], launch_id: str, number: int) -> dict[str, Answer]:
         assert launch_id == "id"
         self.asked.append((tuple(hosts), number))
         return {
-            host: Answer(host, self.answer.returncode, self.answer.stdout, self.answer.stderr, 1.0, self.answer.cause) for host in hosts
+            host: Answer(host, self.answer.returncode, self.answer.stdout, self.answer.stderr, 1.0, self.answer.cause)
+            for host in hosts
         }
 
     def record(self, rank: int, code: int | None = None) -> None:
-        RankRecord(rank, f"node{rank + 1}", 0, 10 + rank, 0.0, code, None if code is None else self.now).write(self.logs)
+        RankRecord(rank, f"node{rank + 1}", 0, 10 + rank, 0.0, code, None if code is None else self.now).write(
+            self.logs
+        )
 
     def pass_time(self, seconds: float, beating: Sequence[int] = ()) -> Verdict | None:
         until = self.now + seconds
@@ -79,7 +91,9 @@ def test_a_silent_host_is_asked_and_lost_only_when_it_does_not_answer_twice(scen
         scene.record(rank)
     scene.pass_time(10, beating=(0, 1, 2))
     scene.answer = BUSY
-    assert scene.pass_time(300, beating=(0, 2)) is None, "it answers: what stands still there is the ranks' own watchdog's business"
+    assert scene.pass_time(300, beating=(0, 2)) is None, (
+        "it answers: what stands still there is the ranks' own watchdog's business"
+    )
     assert scene.asked and set(scene.asked) == {(("node2",), 0)}
     scene.answer = GONE
     verdict = scene.pass_time(130, beating=(0, 2))
@@ -142,7 +156,9 @@ def test_a_file_system_that_stands_still_for_all_accuses_nobody(scene: Scene) ->
 
 def test_a_host_that_never_started_its_rank_is_asked(scene: Scene) -> None:
     scene.answer = GONE
-    assert scene.pass_time(1000) is None and scene.asked == [], "nothing at all is known yet: the launcher itself is still at work"
+    assert scene.pass_time(1000) is None and scene.asked == [], (
+        "nothing at all is known yet: the launcher itself is still at work"
+    )
     scene.record(0)
     scene.record(2)
     assert scene.pass_time(110) is None and scene.asked == []
@@ -156,7 +172,11 @@ def test_ranks_that_outlive_a_failed_one_end_the_run_in_bounded_time(scene: Scen
     scene.record(0, 5)
     assert scene.pass_time(58, beating=(1, 2)) is None
     verdict = scene.pass_time(10, beating=(1, 2))
-    assert verdict is not None and "rank 0 on node1" in verdict.cause and "rank 1 on node2, rank 2 on node3 did not end" in verdict.cause
+    assert (
+        verdict is not None
+        and "rank 0 on node1" in verdict.cause
+        and "rank 1 on node2, rank 2 on node3 did not end" in verdict.cause
+    )
 
 
 def test_ranks_that_finish_after_each_other_are_given_the_grace_time(scene: Scene) -> None:

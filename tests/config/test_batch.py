@@ -18,7 +18,12 @@ def load(tmp_path):
 
 @pytest.mark.parametrize(
     ("preset", "ranks", "accumulation"),
-    [("janus_pro_1b/stage1", 128, 1), ("janus_pro_1b/stage2", 128, 4), ("janus_pro_7b/stage2", 256, 2), ("janus_pro_1b/stage3", 128, 1)],
+    [
+        ("janus_pro_1b/stage1", 128, 1),
+        ("janus_pro_1b/stage2", 128, 4),
+        ("janus_pro_7b/stage2", 256, 2),
+        ("janus_pro_1b/stage3", 128, 1),
+    ],
 )
 def test_the_papers_clusters_divide_the_papers_batches(load, preset, ranks, accumulation):
     plan = batch_plan(load(preset), ranks)
@@ -51,7 +56,8 @@ def test_valid_world_sizes_are_exactly_those_that_batch_plan_accepts(load):
 
 
 def test_a_resumed_run_takes_the_largest_micro_batch_that_its_number_of_ranks_allows(load):
-    """Every world size that divides the rows, rows and tokens a step unchanged; one that does not is refused as ever."""
+    """Every world size that divides the rows, rows and tokens a step unchanged; one that does not is refused as
+    ever."""
     config = load("janus_pro_1b/stage3", "engine.micro_batch_rows=6", "stage.batch_size=72")
     for ranks in (size for size in range(1, 73) if 72 % size == 0):
         plan = batch_plan(config, ranks, shrink=True)

@@ -1,4 +1,5 @@
-"""Presets against the paper's tables, typed in here by hand (arXiv 2501.17811 tables 1 and 2; arXiv 2410.13848 table 1)."""
+"""Presets against the paper's tables, typed in here by hand (arXiv 2501.17811 tables 1 and 2; arXiv 2410.13848 table
+1)."""
 
 import pytest
 
@@ -70,7 +71,13 @@ def test_model_presets_equal_table_1(name, tmp_path):
     assert (vision.hidden_size, vision.layers, vision.heads, vision.mlp_ratio) == (1024, 24, 16, 4.0)
     assert (vision.image_size, vision.patch_size) == (384, 16)
     vq = model.vq
-    assert (vq.codebook_size, vq.embed_dim, vq.base_channels, vq.res_blocks, vq.latent_channels) == (16_384, 8, 128, 2, 256)
+    assert (vq.codebook_size, vq.embed_dim, vq.base_channels, vq.res_blocks, vq.latent_channels) == (
+        16_384,
+        8,
+        128,
+        2,
+        256,
+    )
     assert list(vq.channel_multiplier) == [1, 1, 2, 2, 4]
 
 

@@ -18,7 +18,11 @@ PAPER_HOSTFILE = {"janus_pro_1b": "a100_16x8", "janus_pro_7b": "a100_32x8", "smo
 
 def launch_file(model: str, stage: str) -> Path:
     """`launch/MODEL_STAGE.yaml`, or that of an example."""
-    return ROOT / "examples" / model / f"{stage}.yaml" if PAPER_HOSTFILE[model] == "local" else ROOT / "launch" / f"{model}_{stage}.yaml"
+    return (
+        ROOT / "examples" / model / f"{stage}.yaml"
+        if PAPER_HOSTFILE[model] == "local"
+        else ROOT / "launch" / f"{model}_{stage}.yaml"
+    )
 
 
 @pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")

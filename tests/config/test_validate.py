@@ -20,9 +20,15 @@ from jp_train.errors import ConfigError
         (["stage.early_stop.patience=3"], "validation.every_steps"),
         (["stage.mixture.text=-1"], "shares >= 0"),
         (["stage.trainable=[]"], "nothing would learn"),
-        (["data.sources.a.kind=text", "data.sources.a.shards=a.tar"], "no source in data.sources has kind understanding"),
+        (
+            ["data.sources.a.kind=text", "data.sources.a.shards=a.tar"],
+            "no source in data.sources has kind understanding",
+        ),
         (["data.sources.a.kind=text"], "shards is empty"),
-        (["data.sources.a.shards=a.tar", "data.sources.a.from_step=5", "data.sources.a.to_step=5"], "to_step must exceed"),
+        (
+            ["data.sources.a.shards=a.tar", "data.sources.a.from_step=5", "data.sources.a.to_step=5"],
+            "to_step must exceed",
+        ),
         (["model.language.heads=7"], "model.language.heads"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Fixtures of the data tests: a tiny SentencePiece tokenizer trained here, tiny tar shards written with webdataset, a tiny run config."""
+"""Fixtures of the data tests: a tiny SentencePiece tokenizer trained here, tiny tar shards written with webdataset,
+a tiny run config."""
 
 from __future__ import annotations
 
@@ -77,11 +78,14 @@ def cfg(tokenizer_config) -> RunConfig:
 
 @pytest.fixture
 def mixed(cfg, tmp_path) -> Callable[..., RunConfig]:
-    """Writes four small sources of all kinds and sets them in `cfg`: 8 rows a step, 2:3:5, pad dropout and first sentences on."""
+    """Writes four small sources of all kinds and sets them in `cfg`: 8 rows a step, 2:3:5, pad dropout and first
+    sentences on."""
 
     def make(broken: frozenset[str] = frozenset()) -> RunConfig:
         def damage(samples):
-            return [(key, {**fields, "png": fields["png"][:60]} if key in broken else fields) for key, fields in samples]
+            return [
+                (key, {**fields, "png": fields["png"][:60]} if key in broken else fields) for key, fields in samples
+            ]
 
         write_shard(tmp_path / "real-0.tar", damage(generation_samples(13)))
         write_shard(tmp_path / "real-1.tar", damage(generation_samples(12, 13)))

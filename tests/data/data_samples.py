@@ -92,6 +92,9 @@ def npy(ids: np.ndarray) -> bytes:
 def stored_samples(count: int) -> list[tuple[str, dict[str, bytes]]]:
     """Generation samples without a picture, with stored VQ ids."""
     return [
-        (f"s{n:04d}", {"json": json_bytes({"caption": words(n, 5)}), "vq.npy": npy((np.arange(SLOTS) + n).astype(np.uint16))})
+        (
+            f"s{n:04d}",
+            {"json": json_bytes({"caption": words(n, 5)}), "vq.npy": npy((np.arange(SLOTS) + n).astype(np.uint16))},
+        )
         for n in range(count)
     ]

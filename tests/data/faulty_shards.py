@@ -1,4 +1,5 @@
-"""Shards with faults for the tests of verify, shards and the fuzz campaign: tars made by hand, and seeded damage to samples."""
+"""Shards with faults for the tests of verify, shards and the fuzz campaign: tars made by hand, and seeded damage to
+samples."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def sound(kind: str, seed: int) -> dict[str, bytes]:
     if kind == "text":
         return {"txt": words(seed, 6).encode()} if seed % 2 else {"json": json_bytes({"text": words(seed, 7)})}
     if kind == "stored":
-        return {"json": json_bytes({"caption": words(seed, 5)}), "vq.npy": npy(((np.arange(SLOTS) + seed) % 64).astype(np.uint16))}
+        return {
+            "json": json_bytes({"caption": words(seed, 5)}),
+            "vq.npy": npy(((np.arange(SLOTS) + seed) % 64).astype(np.uint16)),
+        }
     told = (
         conversation(f"<image>\n{words(seed, 4)}", words(seed + 9, 4))
         if kind == "understanding"

@@ -1,4 +1,5 @@
-"""Run by test_plan.py in processes of their own: prints a digest of the first rows of a fixed plan that uses every feature."""
+"""Run by test_plan.py in processes of their own: prints a digest of the first rows of a fixed plan that uses every
+feature."""
 
 from __future__ import annotations
 
@@ -38,7 +39,16 @@ def main() -> None:
             for _ in range(10):
                 for row in plan.next_step():
                     for d in row.documents:
-                        fields = (row.row, d.source, d.epoch, d.sample, d.start, d.length, int(d.short_caption), d.truncated)
+                        fields = (
+                            row.row,
+                            d.source,
+                            d.epoch,
+                            d.sample,
+                            d.start,
+                            d.length,
+                            int(d.short_caption),
+                            d.truncated,
+                        )
                         digest.update(repr(fields).encode())
     print(digest.hexdigest())
 

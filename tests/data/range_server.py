@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 
 class RangeServer:
-    """`content` by path; `faults`: names taken one per GET, in order; `length`: what Content-Length says instead; counts of requests and connections."""
+    """`content` by path; `faults`: names taken one per GET, in order; `length`: what Content-Length says instead;
+    counts of requests and connections."""
 
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
@@ -108,7 +109,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.flush()
 
-    def _send(self, status: int, data: bytes, span: str = "", *, body: bool = True, location: str = "", coding: str = "") -> None:
+    def _send(
+        self, status: int, data: bytes, span: str = "", *, body: bool = True, location: str = "", coding: str = ""
+    ) -> None:
         self._head(status, len(data), span, location, coding)
         if body:
             self.wfile.write(data)

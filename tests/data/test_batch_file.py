@@ -1,4 +1,5 @@
-"""`data explain`: descriptions of rows, saved batches, replay of any step, plan snapshots. A real ZeRO-3 run is replayed in tests/tools/explain/test_step.py."""
+"""`data explain`: descriptions of rows, saved batches, replay of any step, plan snapshots. A real ZeRO-3 run is
+replayed in tests/tools/explain/test_step.py."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def differing_fields(one: PackedBatch, other: PackedBatch) -> list[str]:
         for field in fields(PackedBatch)
         if not (
             torch.equal(mine, theirs) and mine.dtype == theirs.dtype
-            if isinstance(mine := getattr(one, field.name), torch.Tensor) and isinstance(theirs := getattr(other, field.name), torch.Tensor)
+            if isinstance(mine := getattr(one, field.name), torch.Tensor)
+            and isinstance(theirs := getattr(other, field.name), torch.Tensor)
             else getattr(one, field.name) == getattr(other, field.name)
         )
     ]
@@ -85,7 +87,9 @@ def test_described_spans_reproduce_the_exact_tokens_of_every_text(damaged, token
                     assert ids[a:b] == whole[first:last]
                     assert document["begun_before"] == (first > 0) and document["goes_on"] == (last < len(whole))
                     cut += document["goes_on"]
-            assert [document["row_span"][0] for document in row["documents"][1:]] == [d["row_span"][1] for d in row["documents"][:-1]]
+            assert [document["row_span"][0] for document in row["documents"][1:]] == [
+                d["row_span"][1] for d in row["documents"][:-1]
+            ]
             start += row["tokens"]
         assert start == sum(row["tokens"] for row in rows)
     assert cut
@@ -101,11 +105,19 @@ def test_described_loss_spans_are_the_labels_of_the_batch(damaged, tokenizer):
                 positions = [position for a, b in spans for position in range(a, b)]
                 for document in row["documents"]:
                     own = document["loss"][head]["spans"]
-                    assert all(before[1] < after[0] for before, after in itertools.pairwise(own)), "neighbours are one span"
+                    assert all(before[1] < after[0] for before, after in itertools.pairwise(own)), (
+                        "neighbours are one span"
+                    )
                 assert positions == (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
-                assert len(positions) == row["supervised"][head] == sum(d["loss"][head]["tokens"] for d in row["documents"])
+                assert (
+                    len(positions)
+                    == row["supervised"][head]
+                    == sum(d["loss"][head]["tokens"] for d in row["documents"])
+                )
             for kind, name in (("understanding", "und_slots"), ("generation", "gen_slots")):
-                slots = [p for document in row["documents"] for a, b in document["image_slots"][kind] for p in range(a, b)]
+                slots = [
+                    p for document in row["documents"] for a, b in document["image_slots"][kind] for p in range(a, b)
+                ]
                 held = getattr(micro.batch, name) - start
                 assert slots == held[(held >= 0) & (held < row["tokens"])].tolist()
             start += row["tokens"]
@@ -165,7 +177,7 @@ def test_the_tables_name_every_document_and_hold_no_control_character(damaged, t
         assert all(f"{row['tokens']:,}" in format_rows(rows, totals(rows)) for row in rows)
 
 
-# -- replay ------------------------------------------------------------------------------------------------------------------------------
+# -- replay ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -252,7 +264,10 @@ def test_other_data_than_the_runs_are_refused_for_any_step(damaged, tokenizer, t
     append_snapshot(tmp_path / SNAPSHOTS_FILE, trained(damaged, tokenizer, steps=4)[3].plan_state)
     damaged.seed += 1
     for step in (2, 9):
-        with Replay(damaged, tmp_path) as replay, pytest.raises(DataError, match="seed: the state has 7, this run has 8"):
+        with (
+            Replay(damaged, tmp_path) as replay,
+            pytest.raises(DataError, match="seed: the state has 7, this run has 8"),
+        ):
             replay.specs(step)
 
 
@@ -265,7 +280,7 @@ def test_planning_far_from_a_snapshot_tells_how_long_it_will_take(damaged, monke
     assert "planning: step 50 of 159" in error and "s left" in error and "step 150 of 159" in error
 
 
-# -- the snapshot file -------------------------------------------------------------------------------------------------------------------
+# -- the snapshot file -----------------------------------------------------------------------------
 
 
 def steps_of(run_dir, step):
@@ -290,13 +305,15 @@ def test_snapshots_come_nearest_first_and_torn_lines_are_passed_over(tmp_path):
     assert steps_of(tmp_path, 100) == [10, 6, 4, 2]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_a_saved_batch_loads_equal_in_every_field(damaged, tmp_path):
     with Replay(damaged) as replay:
         for micro in itertools.chain(replay.micro_batches(1), replay.micro_batches(2)):
-            batch = replace(micro.batch, provenance=(*micro.batch.provenance[:-1], (hostile(micro.batch.provenance[-1][0]),)))
+            batch = replace(
+                micro.batch, provenance=(*micro.batch.provenance[:-1], (hostile(micro.batch.provenance[-1][0]),))
+            )
             path = save_batch(batch, tmp_path / "deep" / "batch.safetensors")
             assert differing_fields(load_batch(path), batch) == []
     assert sorted(file.name for file in path.parent.iterdir()) == ["batch.json", "batch.safetensors"]
@@ -321,9 +338,16 @@ def test_a_saved_batch_that_is_missing_damaged_or_mixed_up_is_refused(damaged, t
         load_batch(path)
 
 
-# -- text --------------------------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
-TEXTS = ["a  b ", "日本語🎉 naïve", " \n\tx<|User|>:<end_of_image>", "مرحبا\u202e\u0000", "", "the object of Python classes"]
+TEXTS = [
+    "a  b ",
+    "日本語🎉 naïve",
+    " \n\tx<|User|>:<end_of_image>",
+    "مرحبا\u202e\u0000",
+    "",
+    "the object of Python classes",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -343,7 +367,8 @@ def test_pieces_tile_the_tokens_and_join_to_what_the_tokenizer_decodes(tokenizer
 
 
 def test_pieces_join_also_where_the_tokenizer_drops_leading_spaces(tmp_path):
-    write_tokenizer(tmp_path / "prefix.model")  # sentencepiece's defaults: a space is put before every text, and taken off again
+    # sentencepiece's defaults: a space is put before every text, and taken off again
+    write_tokenizer(tmp_path / "prefix.model")
     tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path / "prefix.model")))
     space = tokenizer.encode("é")[0]
     body = tokenizer.encode("naïve é words é in the class")
@@ -362,7 +387,26 @@ def test_pieces_of_broken_bytes_still_tile(tokenizer):
 
 def test_printable_leaves_nothing_that_hides_reorders_or_breaks():
     hidden = "".join(
-        map(chr, [0, 7, 27, 0x7F, 0x85, 0xAD, 0x61C, 0x200B, 0x200E, 0x2028, *range(0x202A, 0x202F), 0x2066, 0xFEFF, 0xD800, 0xE000])
+        map(
+            chr,
+            [
+                0,
+                7,
+                27,
+                0x7F,
+                0x85,
+                0xAD,
+                0x61C,
+                0x200B,
+                0x200E,
+                0x2028,
+                *range(0x202A, 0x202F),
+                0x2066,
+                0xFEFF,
+                0xD800,
+                0xE000,
+            ],
+        )
     )
     shown = printable(hidden)
     assert not set(shown) & set(hidden) and shown.isprintable()

@@ -59,13 +59,16 @@ def pictures(images) -> torch.Tensor:
 
 def row(number: int, *documents: EncodedDocument, skipped: int = 0, truncated: int = 0) -> Row:
     provenance = tuple(
-        Provenance(source="s", shard="s.tar", key=f"{number}-{i}", kind=d.kind, start=0, length=len(d)) for i, d in enumerate(documents)
+        Provenance(source="s", shard="s.tar", key=f"{number}-{i}", kind=d.kind, start=0, length=len(d))
+        for i, d in enumerate(documents)
     )
     ref = DocumentRef(source=0, epoch=0, sample=0, start=0, length=5)
     return Row(
         step=3,
         row=number,
-        tokens=np.concatenate([np.stack([d.input_ids, d.labels, d.gen_labels]) for d in documents], axis=1).astype(np.int32)
+        tokens=np.concatenate([np.stack([d.input_ids, d.labels, d.gen_labels]) for d in documents], axis=1).astype(
+            np.int32
+        )
         if documents
         else np.zeros((3, 0), np.int32),
         image_slots=SLOTS,
@@ -85,7 +88,12 @@ def rows() -> list[Row]:
     return [
         row(0, document(Kind.UNDERSTANDING, 20, 0), text, document(Kind.GENERATION, 19, 200)),
         row(1, skipped=2),
-        row(2, document(Kind.GENERATION, 21, 300, vq=True), document(Kind.UNDERSTANDING, 22, 400), document(Kind.GENERATION, 18, 500)),
+        row(
+            2,
+            document(Kind.GENERATION, 21, 300, vq=True),
+            document(Kind.UNDERSTANDING, 22, 400),
+            document(Kind.GENERATION, 18, 500),
+        ),
     ]
 
 
@@ -158,10 +166,23 @@ def test_a_row_gives_its_documents_back_and_survives_pickling(rows):
     packed = row(0, *whole, skipped=1, truncated=4)
     for copy in (packed, pickle.loads(pickle.dumps(packed))):
         assert (copy.step, copy.row, copy.truncated_tokens) == (3, 0, 4)
-        assert copy.provenance == packed.provenance and copy.skipped == packed.skipped and copy.source_indices == packed.source_indices
+        assert (
+            copy.provenance == packed.provenance
+            and copy.skipped == packed.skipped
+            and copy.source_indices == packed.source_indices
+        )
         for made, given in zip(copy.documents, whole, strict=True):
             assert made.kind is given.kind
-            for name in ("input_ids", "labels", "gen_labels", "und_slots", "gen_slots", "und_image", "gen_image", "vq_ids"):
+            for name in (
+                "input_ids",
+                "labels",
+                "gen_labels",
+                "und_slots",
+                "gen_slots",
+                "und_image",
+                "gen_image",
+                "vq_ids",
+            ):
                 found, expected = getattr(made, name), getattr(given, name)
                 assert (found is None) == (expected is None), name
                 if expected is not None:

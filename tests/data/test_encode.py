@@ -1,4 +1,5 @@
-"""Every layout of the specification's table, written by hand with one id per character: what goes in, and what each position must predict."""
+"""Every layout of the specification's table, written by hand with one id per character: what goes in, and what each
+position must predict."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from tests.data.data_samples import SLOTS, png
 
 INFO = SourceInfo(source="s", shard="s.tar", key="k")
 MARKS = {"^": 300, "$": 301, "_": 302, "[": 303, "]": 304, "#": 305, "U": 306, "A": 307}
-"""One character a token: BOS EOS pad boi eoi image_placeholder user assistant; every other character is its own code point."""
+"""One character a token: BOS EOS pad boi eoi image_placeholder user assistant; every other character is its own code
+point."""
 PICTURE = "[" + "#" * SLOTS + "]"
 
 
@@ -115,7 +117,8 @@ def test_understanding_layouts(encoder_for, template, options, turns, tokens, su
     document = encoder.encode(understanding(*turns), source="s")
     assert text_of(document.input_ids) == tokens
     before = "." * (len(tokens) - len(supervised))
-    assert text_of(document.labels) == (before + supervised)[1:] + "."  # position i predicts token i + 1; the last predicts nothing
+    # position i predicts token i + 1; the last predicts nothing
+    assert text_of(document.labels) == (before + supervised)[1:] + "."
     assert (document.gen_labels == IGNORE_INDEX).all()
     start = tokens.index("[") + 1
     assert document.und_slots.tolist() == list(range(start, start + SLOTS))
@@ -129,7 +132,12 @@ TEXT_LAYOUTS = [
     (S2, TextSample(info=INFO, text="cat"), "^cat$", "cat$"),
     (S3, TextSample(info=INFO, text="cat"), "^cat$", "cat$"),
     (S2, TextSample(info=INFO, turns=(Turn(question="who?", answer="cat"),)), "^who?\ncat$", "who?\ncat$"),
-    (S3, TextSample(info=INFO, turns=(Turn(question="who?", answer="cat"),)), "^U: who?\n\nA: cat$", "............ cat$"[1:]),
+    (
+        S3,
+        TextSample(info=INFO, turns=(Turn(question="who?", answer="cat"),)),
+        "^U: who?\n\nA: cat$",
+        "............ cat$"[1:],
+    ),
     (
         S3,
         TextSample(info=INFO, turns=(Turn(question="who?", answer="cat"), Turn(question="why?", answer="so"))),
@@ -198,7 +206,11 @@ def test_a_first_sentence_caption_is_what_the_index_counted(encoder_for):
     sample = generation("A cat. It sleeps.")
     document = encoder.encode(sample, source="s", short_caption=True)
     assert text_of(document.input_ids) == f"^A cat.[{IMAGE}]$"
-    assert encoder.token_counts(sample).short_tokens == len(document) == encoder.token_counts(sample).tokens - len(" It sleeps.")
+    assert (
+        encoder.token_counts(sample).short_tokens
+        == len(document)
+        == encoder.token_counts(sample).tokens - len(" It sleeps.")
+    )
 
 
 @pytest.mark.parametrize("form", list(PadDropoutForm))
@@ -224,7 +236,9 @@ def test_pad_dropout_is_a_function_of_source_epoch_and_sample_and_hits_its_share
     assert 0.08 < np.mean(hits) < 0.12
     assert hits == [document_uniform(7, "s", e, n, "pad_dropout") < 0.1 for e in range(4) for n in range(1000)]
     hit = hits.index(True)
-    assert "_" in text_of(encoder.encode(generation(), source="s", epoch=hit // 1000, sample_index=hit % 1000).input_ids)
+    assert "_" in text_of(
+        encoder.encode(generation(), source="s", epoch=hit // 1000, sample_index=hit % 1000).input_ids
+    )
     held_out = encoder.encode(generation(), source="s", epoch=hit // 1000, sample_index=hit % 1000, held_out=True)
     assert text_of(held_out.input_ids) == f"^cat[{IMAGE}]$"
 

@@ -1,4 +1,5 @@
-"""The campaign: over 10,000 sound and damaged samples through `data verify` and through training's own index, loader and ledger.
+"""The campaign: over 10,000 sound and damaged samples through `data verify` and through training's own index, loader
+and ledger.
 
 The invariant is equality: both name exactly the same samples as bad, each once, and everything else is used.
 """
@@ -44,13 +45,19 @@ def damaged(kind: str, seed: int, pool: list[dict[str, bytes]]) -> dict[str, byt
             case 0 | 1:
                 fields[name] = mutated(fields.get(name, b""), random)
             case 2:
-                nasty = {"txt": NASTY_TEXT, "json": NASTY_JSON, "vq.npy": nasty_npy()}.get(name, (b"", b"GIF89a" + bytes(40), b"\xff\xd8"))
+                nasty = {"txt": NASTY_TEXT, "json": NASTY_JSON, "vq.npy": nasty_npy()}.get(
+                    name, (b"", b"GIF89a" + bytes(40), b"\xff\xd8")
+                )
                 fields[name] = nasty[int(random.integers(len(nasty)))]
             case 3:
                 fields.pop(name, None)
             case _:
-                extra = ("png", "jpg", "webp", "json", "txt", "vq.npy", "pkl", "pth", "cls", "tar.gz")[int(random.integers(10))]
-                fields.setdefault(extra, b"cos\nsystem\n(S'touch /tmp/owned'\ntR." if extra in ("pkl", "pth") else picture(seed))
+                extra = ("png", "jpg", "webp", "json", "txt", "vq.npy", "pkl", "pth", "cls", "tar.gz")[
+                    int(random.integers(10))
+                ]
+                fields.setdefault(
+                    extra, b"cos\nsystem\n(S'touch /tmp/owned'\ntR." if extra in ("pkl", "pth") else picture(seed)
+                )
     return fields or {"cls": b"7"}
 
 
@@ -102,9 +109,11 @@ def test_verify_and_training_agree_on_every_one_of_ten_thousand_damaged_samples(
     named = Counter((fault.source, fault.shard, fault.key) for fault in faults)
     assert max(named.values()) == 1 and named.keys() <= campaign.samples
     assert all(shard.whole for shard in report.shards) and {fault.fault for fault in faults} <= REMEDIES.keys()
-    assert 2000 < len(named) < 9000 and len({fault.fault for fault in faults}) >= 12  # the campaign is neither harmless nor hopeless
+    # the campaign is neither harmless nor hopeless
+    assert 2000 < len(named) < 9000 and len({fault.fault for fault in faults}) >= 12
     assert "internal_error" not in {fault.fault for fault in faults}
-    assert not [fault.reason for fault in faults if " at 0x" in fault.reason]  # no memory address: another pass says the same
+    # no memory address: another pass says the same
+    assert not [fault.reason for fault in faults if " at 0x" in fault.reason]
 
     indexes = index_sources(cfg, tokenizer)
     usable = {index.name: len(index) for index in indexes}
@@ -114,7 +123,13 @@ def test_verify_and_training_agree_on_every_one_of_ten_thousand_damaged_samples(
     used: set[tuple[str, str]] = set()
     skipped: set[tuple[str, str]] = set()
     with StepLoader(
-        cfg, build_plan(cfg, indexes, batch, tokenizer), indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch
+        cfg,
+        build_plan(cfg, indexes, batch, tokenizer),
+        indexes,
+        tokenizer,
+        dp_rank=0,
+        dp_world_size=1,
+        batch_plan=batch,
     ) as steps:
         for step in steps:
             bad = [one for part in step.micro_batches for one in part.skipped]
@@ -144,7 +159,9 @@ def test_after_excluding_training_meets_no_bad_picture_and_verify_is_clean_of_th
     pictures = {(fault.shard, fault.key) for fault in first.findings if fault.picture}
     assert pictures and not first.clean
     (index,) = index_sources(cfg, tokenizer)
-    assert pictures == {(bad.info.shard, bad.info.key) for bad in index.bad if bad.reason.startswith("excluded by data verify")}
+    assert pictures == {
+        (bad.info.shard, bad.info.key) for bad in index.bad if bad.reason.startswith("excluded by data verify")
+    }
     assert {(fault.shard, fault.key) for fault in first.findings if not fault.warning} == {
         (bad.info.shard, bad.info.key) for bad in index.bad
     }
@@ -156,7 +173,13 @@ def test_a_tar_is_whole_for_verify_exactly_when_the_index_takes_it(cfg, tokenize
     """Damage anywhere in the bytes of a tar: headers, extensions, padding, end marker."""
     source = SourceConfig(kind=SourceKind.text, shards="x.tar")
     encoder, reader = Encoder(cfg, tokenizer), ShardReader(1)
-    names = ["a.txt", "b.txt", "ключ.txt", "d/" + "n" * (60 if form == tarfile.USTAR_FORMAT else 160) + ".json", "../../e.txt"]
+    names = [
+        "a.txt",
+        "b.txt",
+        "ключ.txt",
+        "d/" + "n" * (60 if form == tarfile.USTAR_FORMAT else 160) + ".json",
+        "../../e.txt",
+    ]
     contents = [sound("text", 1)["txt"], b"", "два слова".encode(), sound("text", 2)["json"], sound("text", 3)["txt"]]
     original = raw_tar(tmp_path / "x.tar", zip(names, contents, strict=True), form).read_bytes()
     end = len(original.rstrip(b"\0"))
@@ -194,7 +217,9 @@ def _header_damage(original: bytes, end: int, random: np.random.Generator) -> by
     starts = [at for at in range(0, end, 512) if data[at + 257 : at + 262] == b"ustar"]
     at = starts[int(random.integers(len(starts)))]
     place = int(random.choice([random.integers(100), random.integers(124, 136), 156, random.integers(345, 500)]))
-    data[at + place] = int(random.choice([0, 0x2F, 0x2E, 0x31, 0x35, 0x37, 0x4C, 0x67, 0x78, 0x80, 0xFF, random.integers(256)]))
+    data[at + place] = int(
+        random.choice([0, 0x2F, 0x2E, 0x31, 0x35, 0x37, 0x4C, 0x67, 0x78, 0x80, 0xFF, random.integers(256)])
+    )
     block = data[at : at + 512]
     block[148:156] = b" " * 8
     data[at + 148 : at + 156] = b"%06o\0 " % sum(block)

@@ -127,7 +127,8 @@ def test_a_redirect_to_another_scheme_is_refused(server, reader, waits, target):
 
 
 @pytest.mark.parametrize(
-    "target", ["http://[::1/a.tar", "http://127.0.0.1:99999999/a.tar", "http://127.0.0.1:x/a.tar", "http://" + "é" * 80 + "/"]
+    "target",
+    ["http://[::1/a.tar", "http://127.0.0.1:99999999/a.tar", "http://127.0.0.1:x/a.tar", "http://" + "é" * 80 + "/"],
 )
 def test_a_redirect_to_what_is_no_url_is_an_error_of_the_data(server, reader, target):
     shard = reader.stat(f"{server.url}/a.tar")

@@ -76,7 +76,9 @@ def test_understanding_equals_the_processor_of_transformers_where_it_does_not_ro
     processor = JanusImageProcessorPil(do_normalize=False, do_rescale=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for width, height in [(96, 96), (192, 96), (64, 128), (768, 96)]:
         image = picture(width, height, width)
-        theirs = processor(image, do_resize=True, size={"height": 384, "width": 384}, return_tensors="np")["pixel_values"][0]
+        theirs = processor(image, do_resize=True, size={"height": 384, "width": 384}, return_tensors="np")[
+            "pixel_values"
+        ][0]
         np.testing.assert_array_equal(understanding_transform(image, 384), theirs)
 
 
@@ -126,11 +128,14 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6  # rotate 90 degrees clockwise to view
     assert decode_rgb(encoded(image, "PNG", exif=exif)).size == (20, 40)
     upright = image.transpose(Image.Transpose.ROTATE_270)
-    np.testing.assert_array_equal(load_generation_image(encoded(image, "PNG", exif=exif), 16), load_generation_image(encoded(upright), 16))
+    np.testing.assert_array_equal(
+        load_generation_image(encoded(image, "PNG", exif=exif), 16), load_generation_image(encoded(upright), 16)
+    )
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"junk", encoded(picture(40, 40))[:90], encoded(picture(90, 90), "JPEG")[:400], b"GIF89a" + b"\0" * 50]
+    "data",
+    [b"", b"junk", encoded(picture(40, 40))[:90], encoded(picture(90, 90), "JPEG")[:400], b"GIF89a" + b"\0" * 50],
 )
 def test_broken_bytes_are_a_skip(data):
     with pytest.raises(SkipSample, match="undecodable"):
@@ -187,7 +192,9 @@ def test_exif_that_cannot_be_read_turns_nothing_and_loses_no_picture():
     for orientation in range(1, 9):
         exif[0x0112] = orientation
         data = encoded(image, "PNG", exif=exif)
-        np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+        np.testing.assert_array_equal(
+            np.asarray(decode_rgb(data)), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        )
 
 
 def test_of_an_animation_the_first_frame_is_used_and_a_stereo_jpeg_is_a_jpeg():
@@ -248,7 +255,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *outcomes)
 
 
 def test_no_bomb_takes_more_memory_than_the_pixel_limit_allows():
-    """1,000,000 pixels at most: the peak may grow by a few copies of that, not by the gigabytes that the files ask for."""
+    """1,000,000 pixels at most: the peak may grow by a few copies of that, not by the gigabytes that the files ask
+    for."""
     answer = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, timeout=120, check=True)
     grown, *outcomes = answer.stdout.split()
     assert int(grown) < 100 * 1024, outcomes  # KiB
@@ -270,7 +278,13 @@ def test_a_lack_of_memory_is_no_fault_of_the_sample(monkeypatch):
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "MPO", "progressive"])
 def test_damaged_pictures_are_read_or_skipped_and_nothing_else(form):
     frames = [picture(24, 18, seed) for seed in range(2)]
-    options = {"save_all": True, "append_images": frames[1:]} if form == "MPO" else {"progressive": True} if form == "progressive" else {}
+    options = (
+        {"save_all": True, "append_images": frames[1:]}
+        if form == "MPO"
+        else {"progressive": True}
+        if form == "progressive"
+        else {}
+    )
     data = encoded(frames[0], "JPEG" if form == "progressive" else form, **options)
     random = np.random.default_rng(1)
     read = 0
@@ -296,7 +310,8 @@ def fast(load, data: bytes, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"turn": 6}, {"turn": 7}]
+    "options",
+    [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"turn": 6}, {"turn": 7}],
 )
 def test_fast_decoding_stays_close_to_exact_and_does_decode_less(options):
     options = dict(options)
@@ -312,9 +327,12 @@ def test_fast_decoding_stays_close_to_exact_and_does_decode_less(options):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "form"), [(255, 512, "JPEG"), (641, 512, "JPEG"), (640, 513, "JPEG"), (640, 512, "PNG"), (640, 512, "WEBP")]
+    ("width", "height", "form"),
+    [(255, 512, "JPEG"), (641, 512, "JPEG"), (640, 513, "JPEG"), (640, 512, "PNG"), (640, 512, "WEBP")],
 )
-def test_fast_decoding_is_exact_where_halving_would_lose_too_much_or_shift_pixels_or_is_not_offered(width, height, form):
+def test_fast_decoding_is_exact_where_halving_would_lose_too_much_or_shift_pixels_or_is_not_offered(
+    width, height, form
+):
     data = encoded(smooth(width, height), form)
     np.testing.assert_array_equal(fast(load_generation_image, data, 128), load_generation_image(data, 128))
     if (width, height) != (255, 512):

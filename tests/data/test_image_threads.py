@@ -46,19 +46,32 @@ def picture_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("pictures")]
 
 
-def steps_and_ledger(cfg, tokenizer, folder, *, workers: int, threads: int) -> tuple[list[object], list[dict[str, object]]]:
-    """Every tensor and every provenance of the first steps, bit for bit, and the ledger's entries without their time."""
+def steps_and_ledger(
+    cfg, tokenizer, folder, *, workers: int, threads: int
+) -> tuple[list[object], list[dict[str, object]]]:
+    """Every tensor and every provenance of the first steps, bit for bit, and the ledger's entries without their
+    time."""
     cfg.data.workers, cfg.data.image_threads, cfg.data.skip_minimum = workers, threads, 1000
     indexes, batch = index_sources(cfg, tokenizer), batch_plan(cfg, 1)
     ledger, found = Ledger(folder, cfg), []
     with StepLoader(
-        cfg, build_plan(cfg, indexes, batch, tokenizer), indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch
+        cfg,
+        build_plan(cfg, indexes, batch, tokenizer),
+        indexes,
+        tokenizer,
+        dp_rank=0,
+        dp_world_size=1,
+        batch_plan=batch,
     ) as loader:
         for item in itertools.islice(loader, STEPS):
             for micro in item.micro_batches:
                 values = [getattr(micro, name) for name in PackedBatch.__slots__]
-                found += [value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value) for value in values]
-            ledger.record([skip for micro in item.micro_batches for skip in micro.skipped], item.used_per_source, item.step)
+                found += [
+                    value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value) for value in values
+                ]
+            ledger.record(
+                [skip for micro in item.micro_batches for skip in micro.skipped], item.used_per_source, item.step
+            )
         assert len(picture_threads()) <= (threads if threads > 1 and not workers else 0)
     assert not picture_threads()
     entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
@@ -70,7 +83,10 @@ def test_rows_and_ledger_are_the_same_however_many_threads(mixed, tokenizer, tmp
     expected = steps_and_ledger(cfg, tokenizer, tmp_path / "alone", workers=0, threads=1)
     assert len(expected[1]) >= 3
     for workers, threads in ((0, 2), (0, 5), (1, 2)):
-        assert steps_and_ledger(cfg, tokenizer, tmp_path / f"{workers}x{threads}", workers=workers, threads=threads) == expected
+        assert (
+            steps_and_ledger(cfg, tokenizer, tmp_path / f"{workers}x{threads}", workers=workers, threads=threads)
+            == expected
+        )
 
 
 def test_an_error_that_stops_the_run_is_the_first_in_the_row_not_the_first_in_time(mixed, tokenizer, monkeypatch):
@@ -137,7 +153,9 @@ def test_one_thread_is_the_callers():
 
 
 def test_control_c_leaves_no_thread_behind():
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
     assert process.stdout.readline() == "working\n"
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)

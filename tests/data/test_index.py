@@ -20,7 +20,15 @@ from jp_train.data.shards import ShardReader
 from jp_train.errors import DataError
 from jp_train.tools.index import index_command
 from jp_train.types import Kind
-from tests.data.data_samples import conversation, generation_samples, json_bytes, png, text_samples, understanding_samples, write_shard
+from tests.data.data_samples import (
+    conversation,
+    generation_samples,
+    json_bytes,
+    png,
+    text_samples,
+    understanding_samples,
+    write_shard,
+)
 
 
 def only(cfg, name="s", kind="text", shards="a.tar", **options):
@@ -153,11 +161,18 @@ def test_a_sidecar_that_contradicts_itself_or_the_shard_is_built_again(cfg, tmp_
 def test_what_a_killed_writer_left_behind_is_removed_when_it_is_old_and_nothing_else_is(cfg, tmp_path, tokenizer):
     cfg.data.root = str(tmp_path)
     write_shard(tmp_path / "a.tar", text_samples(3))
-    for name, age in ((".b.tar.jp-members.npz.7.abcd.tmp", 7200), (".a.tar.jp-vq-1.npy.7.abcd.tmp", 5), (".notes.tmp", 7200)):
+    for name, age in (
+        (".b.tar.jp-members.npz.7.abcd.tmp", 7200),
+        (".a.tar.jp-vq-1.npy.7.abcd.tmp", 5),
+        (".notes.tmp", 7200),
+    ):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     index_sources(only(cfg), tokenizer)
-    assert sorted(name for name in os.listdir(tmp_path) if name.endswith(".tmp")) == [".a.tar.jp-vq-1.npy.7.abcd.tmp", ".notes.tmp"]
+    assert sorted(name for name in os.listdir(tmp_path) if name.endswith(".tmp")) == [
+        ".a.tar.jp-vq-1.npy.7.abcd.tmp",
+        ".notes.tmp",
+    ]
 
 
 def test_keys_that_no_terminal_can_show_are_escaped_in_the_table(cfg, tmp_path, tokenizer):

@@ -48,7 +48,9 @@ def test_the_minimum_is_always_allowed_and_one_more_stops_with_the_counts(cfg, t
     ledger = Ledger(tmp_path, cfg)
     ledger.record(bad(3), {"a": 7, "b": 50}, step=0)
     ledger.record(bad(3, "b"), {"a": 1, "b": 50}, step=1)  # each source has its own budget
-    with pytest.raises(DataError, match=r"source 'a': 4 bad samples of 13 by step 2 exceed the budget of 3 .*k0.*undecodable"):
+    with pytest.raises(
+        DataError, match=r"source 'a': 4 bad samples of 13 by step 2 exceed the budget of 3 .*k0.*undecodable"
+    ):
         ledger.record(bad(1), {"a": 1}, step=2)
     assert len(lines(tmp_path)) == 7  # the one that broke the budget is named too
 
@@ -86,7 +88,9 @@ def test_counts_survive_a_resume_and_other_ranks_write_nothing(cfg, tmp_path):
 
 
 def test_samples_that_the_index_leaves_out_are_named_once(cfg, tmp_path):
-    left_out = tuple(BadSample(info=SourceInfo(source="a", shard="x.tar", key=f"k{n}"), reason="no .json") for n in range(3))
+    left_out = tuple(
+        BadSample(info=SourceInfo(source="a", shard="x.tar", key=f"k{n}"), reason="no .json") for n in range(3)
+    )
     index = SourceIndex(locator=None, tokens=None, short_tokens=None, dropped_tokens=None, dialogues=0, bad=left_out)
     assert Ledger(tmp_path, cfg).record_index([index]) == 3
     assert Ledger(tmp_path, cfg).record_index([index]) == 3
@@ -110,4 +114,8 @@ def test_held_out_samples_are_named_once_under_their_own_source_and_cost_no_budg
         assert ledger.skipped == 0
     text = (tmp_path / "ledger.jsonl").read_bytes().split(b"\n")
     named = [(entry["source"], entry["key"], entry["step"]) for entry in map(json.loads, filter(None, text))]
-    assert named == [("validation/a", "q\u2028\udcff", None), ("validation/a", "k0", None), ("validation/a", "k1", None)]
+    assert named == [
+        ("validation/a", "q\u2028\udcff", None),
+        ("validation/a", "k0", None),
+        ("validation/a", "k1", None),
+    ]

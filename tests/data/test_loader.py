@@ -78,7 +78,10 @@ def test_a_loader_restored_from_any_steps_state_gives_the_same_remaining_rows(mi
     killed = loader_for(cfg, tokenizer, workers=workers)
     state = json.loads(json.dumps([next(killed) for _ in range(cut)][-1].plan_state))
     killed.close()
-    ranks = [take(cfg, tokenizer, steps=12 - cut, rank=rank, world=world, workers=workers, state=state) for rank in range(world)]
+    ranks = [
+        take(cfg, tokenizer, steps=12 - cut, rank=rank, world=world, workers=workers, state=state)
+        for rank in range(world)
+    ]
     for expected, steps in zip(whole[cut:], zip(*ranks, strict=True), strict=True):
         batches = [batch for step in steps for batch in step.micro_batches]
         assert rows_hash(batches) == rows_hash(expected.micro_batches)
@@ -209,7 +212,9 @@ def test_a_killed_worker_is_an_error_that_names_the_row_and_its_first_document(m
     next(loader)
     (worker,) = loader._iterator._workers
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"worker died while row \d+ of step \d+ .*first document is source '\w+', shard .*\.tar, key"):
+    with pytest.raises(
+        DataError, match=r"worker died while row \d+ of step \d+ .*first document is source '\w+', shard .*\.tar, key"
+    ):
         for _ in range(20):
             next(loader)
     loader.close()

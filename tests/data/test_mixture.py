@@ -31,7 +31,9 @@ def three_kinds(*weights: float) -> list[Source]:
     return [Source("u", U), Source("t", T)] + [Source(f"g{i}", G, weight) for i, weight in enumerate(weights or (1.0,))]
 
 
-def deal(schedule: CarrySchedule | SampledSchedule, count: int, sources: int, costs: dict[int, object] | None = None) -> list:
+def deal(
+    schedule: CarrySchedule | SampledSchedule, count: int, sources: int, costs: dict[int, object] | None = None
+) -> list:
     """Source indices in the order dealt; with `costs`, pairs (source, cost)."""
     if costs is None:
         return schedule.deal(count)
@@ -71,7 +73,9 @@ def test_sources_within_a_kind_follow_their_weights() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.2, 0.1), (0.333331, 0.666667)])
-def test_turns_made_in_remembered_blocks_equal_turns_made_one_at_a_time_with_restores(weights: tuple[float, ...]) -> None:
+def test_turns_made_in_remembered_blocks_equal_turns_made_one_at_a_time_with_restores(
+    weights: tuple[float, ...],
+) -> None:
     mixture = Mixture(three_kinds(*weights), (2, 3, 5))
     whole = deal(CarrySchedule(mixture), 2000, 5)
     draw, dealt, schedule = random.Random(1), [], CarrySchedule(mixture)
@@ -137,7 +141,9 @@ def test_a_kind_without_a_source_is_refused_with_kind_step_and_remedy() -> None:
     with pytest.raises(ConfigError, match=r"text a share of 3/10, but no source .* step 0; sources of kind text: none"):
         Mixture([Source("u", U), Source("g", G)], (2, 3, 5))
     leaves = [Source("u", U), Source("imagenet", G, to_step=120)]
-    with pytest.raises(ConfigError, match=r"generation .* at step 120; .*imagenet \(steps 0 to 120\).*stage.mixture.generation=0"):
+    with pytest.raises(
+        ConfigError, match=r"generation .* at step 120; .*imagenet \(steps 0 to 120\).*stage.mixture.generation=0"
+    ):
         Mixture(leaves, (1, 0, 1))
     with pytest.raises(ConfigError, match="step 120"):
         Mixture(leaves, (1, 0, 1), training_steps=121)
@@ -156,7 +162,9 @@ def test_impossible_shares_are_refused(shares: tuple[float, ...]) -> None:
         Mixture(three_kinds(), shares)
 
 
-@pytest.mark.parametrize("source", [Source("x", U, weight=-1), Source("x", U, from_step=5, to_step=5), Source("x", U, weight=float("nan"))])
+@pytest.mark.parametrize(
+    "source", [Source("x", U, weight=-1), Source("x", U, from_step=5, to_step=5), Source("x", U, weight=float("nan"))]
+)
 def test_impossible_sources_are_refused_by_name(source: Source) -> None:
     with pytest.raises(ConfigError, match="data.sources.x"):
         Mixture([Source("u", U), source], (1, 0, 0))

@@ -75,7 +75,9 @@ def test_random_rows_obey_the_rules() -> None:
             assert cuttable[layout.cut] and layout.cut not in layout.whole
             assert piece <= lengths[layout.cut] - layout.cut_length, "the tail is a useful piece"
             assert layout.cut_length >= piece
-        rest = [length for position, length in enumerate(lengths) if position not in layout.whole and position != layout.cut]
+        rest = [
+            length for position, length in enumerate(lengths) if position not in layout.whole and position != layout.cut
+        ]
         assert not rest or layout.cut == 0 or min(rest) > seq_len - used, "whatever still fits is taken"
 
 

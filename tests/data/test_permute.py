@@ -24,7 +24,8 @@ def test_every_size_is_permuted_completely(size: int) -> None:
 
 def test_the_batch_form_equals_the_scalar_form_across_epochs() -> None:
     draw = random.Random(0)
-    for size, epochs in product((1, 2, 3, 10, 1000, 4099, 16_000_000, 72_000_000, 10**12 + 7), (1, 3, 9)):  # few epochs are tabled
+    # few epochs are tabled
+    for size, epochs in product((1, 2, 3, 10, 1000, 4099, 16_000_000, 72_000_000, 10**12 + 7), (1, 3, 9)):
         first = draw.randrange(1000)
         numbers = np.array([draw.randrange(first * size, (first + epochs) * size) for _ in range(200)])
         key = (draw.getrandbits(80), -draw.getrandbits(30))

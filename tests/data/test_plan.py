@@ -34,7 +34,9 @@ def lengths(kind: Kind, samples: int, seed: int = 0) -> np.ndarray:
     return (fixed + np.clip(words, 3, 20_000)).astype(np.int32)
 
 
-def source(kind: Kind, tokens: Sequence[int] | np.ndarray | None = None, name: str = "", **settings: object) -> PlanSource:
+def source(
+    kind: Kind, tokens: Sequence[int] | np.ndarray | None = None, name: str = "", **settings: object
+) -> PlanSource:
     tokens = lengths(kind, 2000) if tokens is None else np.asarray(tokens, np.int32)
     return PlanSource(name=name or kind.value, kind=kind, tokens=tokens, **{"cuttable": kind is T, **settings})
 
@@ -99,7 +101,9 @@ def test_a_rank_is_given_its_own_rows_and_nobody_elses(variant: dict[str, object
     whole, ranks = make_plan(**variant), [make_plan(**variant) for _ in range(4)]
     for _ in range(10):
         rows = whole.next_step()
-        assert [rank.next_step(2 * number, 2 * number + 2) for number, rank in enumerate(ranks)] == [rows[n : n + 2] for n in (0, 2, 4, 6)]
+        assert [rank.next_step(2 * number, 2 * number + 2) for number, rank in enumerate(ranks)] == [
+            rows[n : n + 2] for n in (0, 2, 4, 6)
+        ]
     assert all(rank.state() == whole.state() for rank in ranks)
 
 
@@ -163,12 +167,16 @@ def calls_made_by(work: Callable[[], object]) -> int:
 
 
 def test_state_is_a_few_kilobytes_for_twelve_sources_at_any_step_and_restoring_costs_the_same() -> None:
-    sources = [source(kind, lengths(kind, 500, number), name=f"{kind}_{number}") for kind in KINDS for number in range(4)]
+    sources = [
+        source(kind, lengths(kind, 500, number), name=f"{kind}_{number}") for kind in KINDS for number in range(4)
+    ]
     plan = make_plan(sources, rows_per_step=1)
     take(plan, 10)
     early = plan.state()
     # A late state: the same pool, with every source as far as it would be after 100,000 steps.
-    late = json.loads(json.dumps({**early, "step": 100_000, "positions": [position + 500_000 for position in early["positions"]]}))
+    late = json.loads(
+        json.dumps({**early, "step": 100_000, "positions": [position + 500_000 for position in early["positions"]]})
+    )
     calls = {}
     for name, state in (("early", early), ("late", late)):
         assert len(json.dumps(state)) < 10_000
@@ -206,7 +214,9 @@ def test_lengths_are_fingerprinted_by_value_not_by_how_they_are_stored() -> None
 # Nothing lost, nothing twice
 
 
-def test_every_token_of_every_document_is_placed_once_in_order_and_only_texts_are_cut(variant: dict[str, object]) -> None:
+def test_every_token_of_every_document_is_placed_once_in_order_and_only_texts_are_cut(
+    variant: dict[str, object],
+) -> None:
     plan = make_plan(**variant)
     spans: dict[tuple[int, int, int], list[tuple[int, int, int]]] = defaultdict(list)
     rows = [row for step in take(plan, 80) for row in step]
@@ -218,7 +228,9 @@ def test_every_token_of_every_document_is_placed_once_in_order_and_only_texts_ar
         whole = int(plan.sources[index].tokens[sample])
         if len(pieces) > 1:
             assert plan.sources[index].cuttable and plan.samples_per_row is None
-            assert [row for row, _, _ in pieces] == list(range(pieces[0][0], pieces[0][0] + len(pieces))), "consecutive rows"
+            assert [row for row, _, _ in pieces] == list(range(pieces[0][0], pieces[0][0] + len(pieces))), (
+                "consecutive rows"
+            )
             texts_cut += 1
         position = 0
         for _, start, length in pieces:
@@ -229,7 +241,9 @@ def test_every_token_of_every_document_is_placed_once_in_order_and_only_texts_ar
     assert texts_cut > 0 or plan.samples_per_row is not None
 
 
-def test_every_sample_of_an_epoch_is_used_once_in_the_order_of_the_permutation_up_to_the_pool(variant: dict[str, object]) -> None:
+def test_every_sample_of_an_epoch_is_used_once_in_the_order_of_the_permutation_up_to_the_pool(
+    variant: dict[str, object],
+) -> None:
     sources = [source(kind, np.minimum(lengths(kind, 50), 1400)) for kind in KINDS]
     plan = make_plan(sources, **variant)
     firsts = [document for document in documents_of(take(plan, 60)) if document.start == 0]
@@ -237,7 +251,9 @@ def test_every_sample_of_an_epoch_is_used_once_in_the_order_of_the_permutation_u
         documents = [document for document in firsts if document.source == index]
         place = {}  # of a sample in an epoch's order, by the scalar permutation
         for epoch in {document.epoch for document in documents}:
-            place.update({(epoch, permute((plan.seed, name_key(kind.value), epoch), draw, 50)): draw for draw in range(50)})
+            place.update(
+                {(epoch, permute((plan.seed, name_key(kind.value), epoch), draw, 50)): draw for draw in range(50)}
+            )
         used = [document.epoch * 50 + place[document.epoch, document.sample] for document in documents]
         assert len(used) > 150 and len(set(used)) == len(used)
         pending = {number for owner, number in plan.state()["pool"] if owner == index}
@@ -255,14 +271,23 @@ def test_bulk_references_equal_constructed_ones() -> None:
         sample = permute((5, name_key("generation"), epoch), place, 2000)
         short = document_uniform(5, "generation", epoch, sample, "first_sentence") < 0.5
         expected_length = 590 if short else int(captions.tokens[sample])
-        expected = DocumentRef(source=3, epoch=epoch, sample=sample, start=0, length=length, short_caption=short, truncated=0)
-        assert ref == expected and hash(ref) == hash(expected) and length == expected_length and type(ref.short_caption) is bool
+        expected = DocumentRef(
+            source=3, epoch=epoch, sample=sample, start=0, length=length, short_caption=short, truncated=0
+        )
+        assert (
+            ref == expected
+            and hash(ref) == hash(expected)
+            and length == expected_length
+            and type(ref.short_caption) is bool
+        )
 
 
 def test_adding_a_source_reshuffles_no_other() -> None:
     def order(sources: list[PlanSource]) -> list[tuple[int, int]]:
         plan = make_plan(sources, mixture=(1, 0, 1), samples_per_row=2)  # first in, first out
-        return [(d.epoch, d.sample) for d in documents_of(take(plan, 50)) if plan.sources[d.source].name == "generation"]
+        return [
+            (d.epoch, d.sample) for d in documents_of(take(plan, 50)) if plan.sources[d.source].name == "generation"
+        ]
 
     alone, joined = order([source(U), source(G)]), order([source(G, name="new"), source(U), source(G)])
     assert len(joined) > 100
@@ -274,7 +299,9 @@ def test_adding_a_source_reshuffles_no_other() -> None:
 
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 @pytest.mark.parametrize("mixture", PRESET_MIXTURES, ids=str)
-def test_any_20_consecutive_steps_of_64_rows_are_within_one_percent_of_the_mixture(mixture: tuple[int, ...], unit: str) -> None:
+def test_any_20_consecutive_steps_of_64_rows_are_within_one_percent_of_the_mixture(
+    mixture: tuple[int, ...], unit: str
+) -> None:
     plan = make_plan(rows_per_step=64, mixture=mixture, ratio_unit=unit)
     check_windows(plan, mixture, tokens=unit == "tokens")
 
@@ -296,21 +323,32 @@ def check_windows(plan: Plan, mixture: tuple[int, ...], *, tokens: bool, bound: 
 
 @pytest.mark.parametrize("mixture", PRESET_MIXTURES, ids=str)
 def test_every_single_step_of_512_rows_is_close_to_the_mixture_and_rows_are_full(mixture: tuple[int, ...]) -> None:
-    """At 4096 tokens and the default pool: 0.3 percentage points in the worst step, 99.6% full for 1:0:3 and 99.95% for the others."""
+    """At 4096 tokens and the default pool: 0.3 percentage points in the worst step, 99.6% full for 1:0:3 and 99.95%
+    for the others."""
     pool_size = DataConfig().pool_size
-    plan = make_plan([source(kind, lengths(kind, 20_000)) for kind in KINDS], rows_per_step=512, mixture=mixture, pool_size=pool_size)
+    plan = make_plan(
+        [source(kind, lengths(kind, 20_000)) for kind in KINDS], rows_per_step=512, mixture=mixture, pool_size=pool_size
+    )
     tokens = 0
     for _ in range(12):
         rows = plan.next_step()
         tokens += sum(map(tokens_of, rows))
         realised = realised_shares(rows, plan.sources, tokens=False)
-        assert max(abs(realised[kind] - share / sum(mixture)) for kind, share in zip(KINDS, mixture, strict=True)) <= 0.003
+        assert (
+            max(abs(realised[kind] - share / sum(mixture)) for kind, share in zip(KINDS, mixture, strict=True)) <= 0.003
+        )
     assert tokens / (12 * 512 * 4096) >= (0.996 if mixture == (1, 0, 3) else 0.9995)
 
 
 def test_sources_within_a_kind_follow_their_weights() -> None:
     """The paper's real : synthetic = 1 : 1 within generation, and a third source at a quarter of their weight."""
-    sources = [source(U), source(T), source(G, name="real"), source(G, name="synthetic"), source(G, name="rare", weight=0.25)]
+    sources = [
+        source(U),
+        source(T),
+        source(G, name="real"),
+        source(G, name="synthetic"),
+        source(G, name="rare", weight=0.25),
+    ]
     counts = Counter(d.source for d in documents_of(take(make_plan(sources, rows_per_step=64), 20)) if d.start == 0)
     generated = counts[2] + counts[3] + counts[4]
     assert [counts[index] / generated for index in (2, 3, 4)] == pytest.approx([4 / 9, 4 / 9, 1 / 9], abs=0.01)
@@ -318,8 +356,8 @@ def test_sources_within_a_kind_follow_their_weights() -> None:
 
 @pytest.mark.parametrize("mixture", [(1, 0, 3), (2, 3, 5), (0, 1, 0)], ids=str)
 def test_nobody_starves(mixture: tuple[int, ...]) -> None:
-    """Each row takes the oldest document or finishes a cut text: nobody waits more than two rows for each of the pool's documents, plus
-    the rows that long texts fill alone."""
+    """Each row takes the oldest document or finishes a cut text: nobody waits more than two rows for each of the
+    pool's documents, plus the rows that long texts fill alone."""
     plan = make_plan(rows_per_step=1, mixture=mixture, seq_len=2048, pool_size=16, over_long="drop")
     since: dict[tuple[int, int], int] = {}
     longest = 0
@@ -413,24 +451,35 @@ def test_rows_close_after_exactly_n_samples_even_when_the_oldest_do_not_fit() ->
     plan = make_plan(sources, mixture=(1, 0, 3), seq_len=1000, samples_per_row=3)
     rows = [row for step in take(plan, 200) for row in step]
     assert all(len(row.documents) == 3 and tokens_of(row) <= 1000 for row in rows)
-    assert all(d.start == 0 and d.length + d.truncated == sources[d.source].tokens[d.sample] for row in rows for d in row.documents)
+    assert all(
+        d.start == 0 and d.length + d.truncated == sources[d.source].tokens[d.sample]
+        for row in rows
+        for d in row.documents
+    )
     # Longer ones are truncated, and counted, to what two short ones (the quartile of the commoner source) leave.
     longest = 1000 - 2 * int(np.sort(sources[1].tokens)[499 // 4])
     assert max(d.length for row in rows for d in row.documents) == longest
-    assert all(d.truncated == max(0, sources[d.source].tokens[d.sample] - longest) for row in rows for d in row.documents)
+    assert all(
+        d.truncated == max(0, sources[d.source].tokens[d.sample] - longest) for row in rows for d in row.documents
+    )
 
 
 def test_samples_rows_that_cannot_exist_are_refused_with_the_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"samples_per_row is 3.*seq_len 1000.*have 400.*samples_per_row <= 2 or seq_len >= 1200"):
+    with pytest.raises(
+        ConfigError, match=r"samples_per_row is 3.*seq_len 1000.*have 400.*samples_per_row <= 2 or seq_len >= 1200"
+    ):
         make_plan([source(U, [400, 500])], mixture=(1, 0, 0), seq_len=1000, samples_per_row=3)
     # Possible on average (half of the samples are short), but not from every pool of 3.
-    plan = make_plan([source(U, [100] * 200 + [600] * 200)], mixture=(1, 0, 0), seq_len=1000, samples_per_row=2, pool_size=3)
+    plan = make_plan(
+        [source(U, [100] * 200 + [600] * 200)], mixture=(1, 0, 0), seq_len=1000, samples_per_row=2, pool_size=3
+    )
     with pytest.raises(ConfigError, match=r"no 2 of the 3 pending documents.*1000 tokens.*\[600, 600, 600\]"):
         take(plan, 100)
 
 
 def test_lengths_follow_the_draws_that_the_encoder_makes() -> None:
-    """First-sentence captions, and a pad dropout whose form changes the length: the same `document_uniform` decides in both places."""
+    """First-sentence captions, and a pad dropout whose form changes the length: the same `document_uniform` decides
+    in both places."""
     tokens, short, dropped = np.arange(700, 1000), np.arange(600, 900), np.full(300, 580)
     captions = source(G, tokens, short_tokens=short, dropped_tokens=dropped)
     plan = make_plan([captions], mixture=(0, 0, 1), first_sentence=0.25, pad_dropout=0.1)

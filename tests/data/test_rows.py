@@ -1,4 +1,5 @@
-"""Rows against an oracle that knows none of the loader's code: one document at a time, tokens in plain lists, labels from the specification."""
+"""Rows against an oracle that knows none of the loader's code: one document at a time, tokens in plain lists, labels
+from the specification."""
 
 from __future__ import annotations
 
@@ -66,7 +67,10 @@ class Oracle:
             if ref.short_caption:
                 caption = caption[: caption.index(".") + 1]
             condition = [user, *text(f": {caption}\n\n"), assistant, *text(":")] if stage3 else text(caption)
-            if document_uniform(self.cfg.seed, one.source, ref.epoch, ref.sample, "pad_dropout") < self.cfg.data.pad_dropout:
+            if (
+                document_uniform(self.cfg.seed, one.source, ref.epoch, ref.sample, "pad_dropout")
+                < self.cfg.data.pad_dropout
+            ):
                 condition = [special.pad] * len(condition)
             add(condition)
             targets = np.load(io.BytesIO(files["vq.npy"])).tolist() if "vq.npy" in files else [PENDING] * SLOTS
@@ -84,11 +88,15 @@ class Oracle:
         with Image.open(io.BytesIO(self.files[one.shard, one.key]["png"])) as file:
             image = file.convert("RGB")
         if one.kind.value == "generation":
-            image = image.resize([int(side * IMAGE_SIZE / min(image.size)) for side in image.size], Image.Resampling.BICUBIC)
+            image = image.resize(
+                [int(side * IMAGE_SIZE / min(image.size)) for side in image.size], Image.Resampling.BICUBIC
+            )
             left, top = ((side - IMAGE_SIZE) // 2 for side in image.size)
             image = image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
         else:
-            image = image.resize([max(14, int(side / max(image.size) * IMAGE_SIZE)) for side in image.size], Image.Resampling.BICUBIC)
+            image = image.resize(
+                [max(14, int(side / max(image.size) * IMAGE_SIZE)) for side in image.size], Image.Resampling.BICUBIC
+            )
             canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (127, 127, 127))
             canvas.paste(image, ((IMAGE_SIZE - image.width) // 2, (IMAGE_SIZE - image.height) // 2))
             image = canvas

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from jp_train.config.schema import ClassPrompt, Crop, SourceConfig, SourceKind
-from jp_train.data.samples import MAX_PICTURE_BYTES, MAX_TEXT_BYTES, check_field_size, first_sentence, parse_sample, wanted_fields
+from jp_train.data.samples import (
+    MAX_PICTURE_BYTES,
+    MAX_TEXT_BYTES,
+    check_field_size,
+    first_sentence,
+    parse_sample,
+    wanted_fields,
+)
 from jp_train.errors import SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, Turn
 from tests.data.data_samples import conversation, json_bytes, npy
@@ -57,7 +64,10 @@ def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
         (Kind.UNDERSTANDING, {"png": b"", "json": conversation("<image>", " ")}, "empty"),
         (
             Kind.UNDERSTANDING,
-            {"png": b"", "json": json_bytes({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]})},
+            {
+                "png": b"",
+                "json": json_bytes({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}),
+            },
             "message 1",
         ),
         (Kind.GENERATION, {"png": b"", "json": b"{}"}, '"caption"'),
@@ -121,7 +131,11 @@ def test_only_the_fields_a_kind_needs_are_read():
 
 @pytest.mark.parametrize(
     ("prompt", "caption"),
-    [(ClassPrompt.as_is, "tench, Tinca tinca"), (ClassPrompt.first_lemma, "tench"), (ClassPrompt.template, "a photo of tench")],
+    [
+        (ClassPrompt.as_is, "tench, Tinca tinca"),
+        (ClassPrompt.first_lemma, "tench"),
+        (ClassPrompt.template, "a photo of tench"),
+    ],
 )
 def test_class_prompts_rewrite_the_caption(prompt, caption):
     source = SourceConfig(kind=SourceKind.generation, class_prompt=prompt)
@@ -173,7 +187,12 @@ def test_a_number_of_thousands_of_digits_is_a_skip_like_any_broken_json():
 def test_a_member_too_large_to_be_what_it_says_is_refused_before_it_is_read():
     check_field_size("jpg", MAX_PICTURE_BYTES)
     check_field_size("json", MAX_TEXT_BYTES)
-    for extension, size in (("jpg", MAX_PICTURE_BYTES + 1), ("json", MAX_TEXT_BYTES + 1), ("txt", 1 << 40), ("vq.npy", 1 << 40)):
+    for extension, size in (
+        ("jpg", MAX_PICTURE_BYTES + 1),
+        ("json", MAX_TEXT_BYTES + 1),
+        ("txt", 1 << 40),
+        ("vq.npy", 1 << 40),
+    ):
         with pytest.raises(SkipSample, match="refused before reading") as caught:
             check_field_size(extension, size)
         assert caught.value.fault == "field_too_large"

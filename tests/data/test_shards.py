@@ -62,7 +62,10 @@ def test_members_found_by_headers_are_those_that_tarfile_extracts(tmp_path):
     assert members.keys == tuple(key for key, _ in samples)
     for number, (_, fields) in enumerate(samples):
         span = range(members.member_start[number], members.member_start[number + 1])
-        read = {members.extensions[members.extension[m]]: reader.read(shard, int(members.offset[m]), int(members.size[m])) for m in span}
+        read = {
+            members.extensions[members.extension[m]]: reader.read(shard, int(members.offset[m]), int(members.size[m]))
+            for m in span
+        }
         assert read == fields
     reader.close()
 
@@ -113,7 +116,11 @@ def _raw_tar(path, names, content=b"data"):
 
 @pytest.mark.parametrize(
     ("names", "says"),
-    [(["a.txt", "b.txt", "a.json"], "appears again"), (["a.txt", "a.txt"], "two .txt"), (["a.txt", "a.TXT"], "two .txt")],
+    [
+        (["a.txt", "b.txt", "a.json"], "appears again"),
+        (["a.txt", "a.txt"], "two .txt"),
+        (["a.txt", "a.TXT"], "two .txt"),
+    ],
 )
 def test_duplicated_or_interleaved_keys_are_errors(tmp_path, names, says):
     with pytest.raises(DataError, match=says):
@@ -235,17 +242,26 @@ def test_hostile_names_are_keys_that_survive_the_sidecar_and_touch_no_file(tmp_p
 
 
 def _random_tar(random: np.random.Generator, form: int) -> bytes:
-    """Files, empty files, folders and links with short, long and foreign names, and an end marker of any number of blocks."""
+    """Files, empty files, folders and links with short, long and foreign names, and an end marker of any number of
+    blocks."""
     letters = np.array(list("ab.-_ é字" if form != tarfile.USTAR_FORMAT else "ab.-_ é"))
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers={"comment": "all"} if random.integers(2) else {}) as tar:
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=form, pax_headers={"comment": "all"} if random.integers(2) else {}
+    ) as tar:
         for number in range(int(random.integers(1, 9))):
             longest = 40 if form == tarfile.USTAR_FORMAT else 130
-            parts = ["".join(random.choice(letters, int(random.integers(1, longest)))) for _ in range(int(random.integers(1, 4)))]
+            parts = [
+                "".join(random.choice(letters, int(random.integers(1, longest))))
+                for _ in range(int(random.integers(1, 4)))
+            ]
             info = tarfile.TarInfo("/".join(["x", *parts, f"{number}.txt"]))
-            info.type = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE][int(random.integers(5))]
+            info.type = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE][
+                int(random.integers(5))
+            ]
             if info.type == tarfile.AREGTYPE and len(info.name.encode()) > 100:
-                info.type = tarfile.REGTYPE  # tarfile takes such a file for a folder when its cut-off name happens to end in a slash
+                # tarfile takes such a file for a folder when its cut-off name happens to end in a slash
+                info.type = tarfile.REGTYPE
             info.mtime = float(random.uniform(0, 1e9)) if form == tarfile.PAX_FORMAT else 0
             content = b""
             if info.isfile():
@@ -267,7 +283,10 @@ def test_random_tars_have_exactly_the_members_that_tarfile_finds(form):
         found = list(walk(lambda offset, size, data=data: data[offset : offset + size], len(data)))
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             expected = [(one.name, one.isfile(), one.isdir(), one.offset_data, one.size) for one in tar]
-        assert [(one.name.rstrip("/") if one.folder else one.name, one.file, one.folder, one.offset, one.size) for one in found] == expected
+        assert [
+            (one.name.rstrip("/") if one.folder else one.name, one.file, one.folder, one.offset, one.size)
+            for one in found
+        ] == expected
         kinds |= {(one.file, one.folder, len(one.name) > 100, one.size == 0) for one in found}
     assert len(kinds) == 8  # files with and without content, folders and links; of each, short and long names
 

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from jp_train.data.mixture import CarrySchedule, Mixture
-from jp_train.data.sequence import COLUMNS, EPOCH, LENGTH, NUMBER, SAMPLE, SOURCE, DocumentRules, PlanSource, SourceSequence
+from jp_train.data.sequence import (
+    COLUMNS,
+    EPOCH,
+    LENGTH,
+    NUMBER,
+    SAMPLE,
+    SOURCE,
+    DocumentRules,
+    PlanSource,
+    SourceSequence,
+)
 from jp_train.data.stream import DocumentStream
 from jp_train.errors import DataError
 from jp_train.types import KINDS
@@ -18,7 +28,9 @@ from jp_train.types import KINDS
 LIMIT = 300
 SOURCES = [
     PlanSource(
-        name=f"{kind}{number}", kind=kind, tokens=np.random.default_rng([place, number]).integers(20, 400, 70 + number).astype(np.int32)
+        name=f"{kind}{number}",
+        kind=kind,
+        tokens=np.random.default_rng([place, number]).integers(20, 400, 70 + number).astype(np.int32),
     )
     for place, kind in enumerate(KINDS)
     for number in range(2)
@@ -47,7 +59,9 @@ def one_at_a_time(by_tokens: bool) -> Iterator[tuple[int, int, int, dict[str, ob
 
     drawn: list[int] = []
     while True:
-        (source,) = schedule.deal(1, {index: lambda index=index: draw(index) for index in range(len(SOURCES))} if by_tokens else None)
+        (source,) = schedule.deal(
+            1, {index: lambda index=index: draw(index) for index in range(len(SOURCES))} if by_tokens else None
+        )
         if not by_tokens:
             draw(source)
         state = {"positions": list(positions), "dropped": list(dropped), "schedule": schedule.state()}
@@ -62,7 +76,9 @@ def test_documents_and_states_are_those_of_drawing_one_at_a_time(by_tokens: bool
         first, lengths = stream.taken, stream.take(count)
         expected = [next(plain) for _ in range(count)]
         table = stream.table(range(first, first + count))
-        assert list(zip(table[SOURCE].tolist(), table[NUMBER].tolist(), lengths, strict=True)) == [item[:3] for item in expected]
+        assert list(zip(table[SOURCE].tolist(), table[NUMBER].tolist(), lengths, strict=True)) == [
+            item[:3] for item in expected
+        ]
         if draw.random() < 0.5:
             assert json.loads(json.dumps(stream.state(len(SOURCES)))) == expected[-1][3]
         if draw.random() < 0.3:

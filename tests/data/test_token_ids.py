@@ -1,4 +1,5 @@
-"""Stored token ids: rows that do not know whether their texts were tokenised now or by the index, and files that are current, whole or refused."""
+"""Stored token ids: rows that do not know whether their texts were tokenised now or by the index, and files that are
+current, whole or refused."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ import pytest
 import torch
 
 from jp_train.config.batch import batch_plan
-from jp_train.config.schema import ClassPrompt, ImageEnd, MixtureConfig, PadDropoutForm, SourceConfig, SourceKind, Template, TokenIds
+from jp_train.config.schema import (
+    ClassPrompt,
+    ImageEnd,
+    MixtureConfig,
+    PadDropoutForm,
+    SourceConfig,
+    SourceKind,
+    Template,
+    TokenIds,
+)
 from jp_train.data import index as index_module
 from jp_train.data import sidecar
 from jp_train.data.encode import Encoder
@@ -31,7 +41,15 @@ from jp_train.data.vq_ids import IdsRecipe, store_ids
 from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import DataError, SkipSample
 from jp_train.tools.index import index_command
-from jp_train.types import GenerationSample, PackedBatch, SourceInfo, SpecialTokens, TextSample, Turn, UnderstandingSample
+from jp_train.types import (
+    GenerationSample,
+    PackedBatch,
+    SourceInfo,
+    SpecialTokens,
+    TextSample,
+    Turn,
+    UnderstandingSample,
+)
 from tests.data.data_samples import conversation, generation_samples, json_bytes, png, text_samples, write_shard
 from tests.data.range_server import range_server
 
@@ -63,7 +81,9 @@ def turns(*pairs: tuple[str, str]) -> tuple[Turn, ...]:
 SAMPLES = [
     UnderstandingSample(info=INFO, image=png(1), turns=turns(("", "a red square"))),
     UnderstandingSample(info=INFO, image=png(1), turns=turns(("what?", "a 🦊"))),
-    UnderstandingSample(info=INFO, image=png(1), turns=turns(("what?", "ein Fuchs."), ("", "no question"), ("why?", "🦊🦊"))),
+    UnderstandingSample(
+        info=INFO, image=png(1), turns=turns(("what?", "ein Fuchs."), ("", "no question"), ("why?", "🦊🦊"))
+    ),
     TextSample(info=INFO, text="one line. 🦊\nanother"),
     TextSample(info=INFO, text="x" * 700),
     TextSample(info=INFO, turns=turns(("who?", "me"), ("why?", "because"))),
@@ -134,8 +154,15 @@ def test_no_data_option_changes_what_is_stored_without_another_fingerprint(cfg):
     (fingerprint, records), decisive = stored(), set()
     for option in dataclasses.fields(cfg.data):
         value = getattr(cfg.data, option.name)
-        others = {bool: lambda one: [not one], int: lambda one: [one + 1], float: lambda _: [0.5], str: lambda one: [one[::-1]]}
-        for other in list(type(value)) if isinstance(value, enum.Enum) else others.get(type(value), lambda _: [])(value):
+        others = {
+            bool: lambda one: [not one],
+            int: lambda one: [one + 1],
+            float: lambda _: [0.5],
+            str: lambda one: [one[::-1]],
+        }
+        for other in (
+            list(type(value)) if isinstance(value, enum.Enum) else others.get(type(value), lambda _: [])(value)
+        ):
             setattr(cfg.data, option.name, other)
             found, changed = stored()
             assert found != fingerprint or changed == records, option.name
@@ -159,7 +186,9 @@ def test_a_record_is_the_runs_and_as_small_as_its_ids_allow(vocab_size):
         at = 4 + 4 * len(runs)
         for n, token in enumerate(ids.tolist()):
             low = int.from_bytes(record[at + 2 * n : at + 2 * n + 2], "little")
-            high = [record[at + 2 * total + plane * -(-total // 8) + n // 8] >> (7 - n % 8) & 1 for plane in range(planes)]
+            high = [
+                record[at + 2 * total + plane * -(-total // 8) + n // 8] >> (7 - n % 8) & 1 for plane in range(planes)
+            ]
             assert low + sum(bit << (16 + plane) for plane, bit in enumerate(high)) == token
 
 
@@ -192,12 +221,17 @@ def taken(cfg, tokenizer, steps=4, **options) -> list:
 def with_dialogues(cfg, folder):
     """Two more sources: text dialogues, and class names as prompts."""
     dialogues = [(f"d{n:03d}", {"json": conversation(f"who is {n}?", f"number {n}. " * (n % 3 + 1))}) for n in range(9)]
-    classes = [(f"c{n:03d}", {"png": png(n), "json": json_bytes({"caption": f"tench{n}, Tinca tinca"})}) for n in range(9)]
+    classes = [
+        (f"c{n:03d}", {"png": png(n), "json": json_bytes({"caption": f"tench{n}, Tinca tinca"})}) for n in range(9)
+    ]
     write_shard(folder / "dialogues.tar", dialogues)
     write_shard(folder / "classes.tar", classes)
     cfg.data.sources["dialogues"] = SourceConfig(kind=SourceKind.text, shards="dialogues.tar")
     cfg.data.sources["classes"] = SourceConfig(
-        kind=SourceKind.generation, shards="classes.tar", class_prompt=ClassPrompt.template, class_template="a photo of {}."
+        kind=SourceKind.generation,
+        shards="classes.tar",
+        class_prompt=ClassPrompt.template,
+        class_template="a photo of {}.",
     )
     return cfg
 
@@ -229,7 +263,9 @@ def test_with_both_kinds_of_ids_stored_nothing_of_the_shards_is_read(mixed, toke
         store_ids(shard, RECIPE, ids, codebook_size=64, without_picture=0, pictures_sha256="", unusable=unusable)
     cfg.data.skip_minimum, cfg.data.token_ids = 10_000, TokenIds.off
     plain = taken(cfg, tokenizer, recipe=RECIPE)
-    assert {one.reason for name, value in plain if name == "skipped" for one in value} == {reason for _, reason in faults}
+    assert {one.reason for name, value in plain if name == "skipped" for one in value} == {
+        reason for _, reason in faults
+    }
     cfg.data.token_ids = TokenIds.auto
     with loader(cfg, tokenizer, recipe=RECIPE) as made:
         for path in tmp_path.glob("*.tar"):
@@ -302,7 +338,10 @@ def test_what_an_index_without_ids_costs_is_told_beforehand_with_the_way_around(
         progress = io.StringIO()
         index_command(cfg, 1, table=io.StringIO(), progress=progress)
         lines.append(progress.getvalue().splitlines())
-    assert lines[0][0].startswith("index: 2 shards (") and "1 of them lack only token ids: data.token_ids=off" in lines[0][0]
+    assert (
+        lines[0][0].startswith("index: 2 shards (")
+        and "1 of them lack only token ids: data.token_ids=off" in lines[0][0]
+    )
     assert len(lines[0]) > 1 and lines[1] == []
 
 
@@ -363,7 +402,13 @@ def test_damaged_records_stop_the_run_with_sample_and_remedy(cfg, tokenizer, tmp
         for start in starts[:-1]:
             data[start + 4] |= LEARN
 
-    cases = {large_ids: "id 65535 of 500", many_runs: "runs", shorter: "bytes for", image_slots: "image slot", images: "number of images"}
+    cases = {
+        large_ids: "id 65535 of 500",
+        many_runs: "runs",
+        shorter: "bytes for",
+        image_slots: "image slot",
+        images: "number of images",
+    }
     cases[learnt_start] = "does not begin with BOS"
     for change, found in cases.items():
         message = damage(text_source(cfg, tmp_path), tokenizer, change)
@@ -396,7 +441,9 @@ def test_no_damage_of_a_record_ends_in_another_error(cfg, tokenizer, template):
     assert outcomes == {"another text", "refused"}
 
 
-@pytest.mark.parametrize("wrong", [np.array([0, 5]), np.array([0, 9, 5, 20]), np.array([0.0, 1, 2, 3]), np.array([1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "wrong", [np.array([0, 5]), np.array([0, 9, 5, 20]), np.array([0.0, 1, 2, 3]), np.array([1, 2, 3, 4])]
+)
 def test_a_sidecar_whose_records_contradict_it_is_refused_by_name(cfg, tokenizer, tmp_path, wrong):
     (index,) = index_sources(text_source(cfg, tmp_path), tokenizer)
     (path,) = tmp_path.glob("*.jp-tokens-*.npz")
@@ -425,7 +472,9 @@ def test_records_that_are_said_to_be_longer_than_their_file_are_refused_unread(c
                 if name == "record_start" and claimed:
                     array = np.linspace(0, claimed, len(array)).astype(np.int64)
                 if name == "records" and claimed:
-                    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": (claimed,)})
+                    np.lib.format.write_array_header_1_0(
+                        content, {"descr": "|u1", "fortran_order": False, "shape": (claimed,)}
+                    )
                 else:
                     np.lib.format.write_array(content, array)
                 made.writestr(f"{name}.npy", content.getvalue())
@@ -466,7 +515,8 @@ def test_the_index_command_says_how_large_the_ids_are(cfg, tokenizer, tmp_path):
     cfg.data.sources["g"] = SourceConfig(kind=SourceKind.generation, shards="g.tar")
     summary = index_command(cfg, 1, table=table, progress=io.StringIO())
     text, generation = summary["sources"]
-    assert text["id_bytes_per_sample"] == pytest.approx(4 + 2 * 4 + 2 * text["tokens"] / 20)  # two runs, 16 bits a token
+    # two runs, 16 bits a token
+    assert text["id_bytes_per_sample"] == pytest.approx(4 + 2 * 4 + 2 * text["tokens"] / 20)
     assert generation["id_bytes_per_sample"] > 16
     assert table.getvalue().splitlines()[0].split("  ")[-1].strip() == "id bytes/sample"
     cfg.data.token_ids = TokenIds.off

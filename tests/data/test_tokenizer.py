@@ -24,7 +24,9 @@ def hugging_face_config(tmp_path_factory) -> TokenizerConfig:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(["the red circle and the User of the image"] * 20, trainer)
     strings = [*(getattr(cfg, name) for name in SPECIAL_NAMES), cfg.user, cfg.assistant]
     tokenizer.add_special_tokens([AddedToken(string, special=True, normalized=False) for string in strings])
@@ -53,7 +55,11 @@ def test_text_survives_encoding_and_no_special_token_is_added(any_tokenizer, tex
 
 def test_text_that_contains_special_strings_yields_no_special_id(any_tokenizer):
     cfg = any_tokenizer.cfg
-    special = {*dataclasses.astuple(any_tokenizer.special), any_tokenizer.role(cfg.user), any_tokenizer.role(cfg.assistant)}
+    special = {
+        *dataclasses.astuple(any_tokenizer.special),
+        any_tokenizer.role(cfg.user),
+        any_tokenizer.role(cfg.assistant),
+    }
     assert len(special) == 8
     for name in (*SPECIAL_NAMES, "user", "assistant"):
         string = getattr(cfg, name)

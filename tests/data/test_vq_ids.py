@@ -1,4 +1,5 @@
-"""Stored VQ ids: the two files beside a shard, which of them a run may use, and rows that do not know where their ids come from."""
+"""Stored VQ ids: the two files beside a shard, which of them a run may use, and rows that do not know where their
+ids come from."""
 
 from __future__ import annotations
 
@@ -22,7 +23,16 @@ from jp_train.data.vq_use import describe_use, ids_summary, use_stored_ids
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.encode_images.work import IdsState, ids_state, shares
 from jp_train.types import PENDING_VQ_ID
-from tests.data.data_samples import SLOTS, generation_samples, json_bytes, npy, png, stored_samples, text_samples, write_shard
+from tests.data.data_samples import (
+    SLOTS,
+    generation_samples,
+    json_bytes,
+    npy,
+    png,
+    stored_samples,
+    text_samples,
+    write_shard,
+)
 
 RECIPE = IdsRecipe(vq="a" * 32, transform=1, image_side=32, max_image_pixels=1000)
 OTHER = IdsRecipe(vq="b" * 32, transform=1, image_side=32, max_image_pixels=1000)
@@ -35,7 +45,14 @@ def ids_of(samples: int, *, without: tuple[int, ...] = ()) -> np.ndarray:
     return ids
 
 
-def store(path: Path, samples: int, recipe: IdsRecipe = RECIPE, *, unusable: dict[int, tuple[str, str]] | None = None, absent=()) -> Shard:
+def store(
+    path: Path,
+    samples: int,
+    recipe: IdsRecipe = RECIPE,
+    *,
+    unusable: dict[int, tuple[str, str]] | None = None,
+    absent=(),
+) -> Shard:
     """Ids for a shard; `unusable` maps sample numbers to (key, reason), `absent` are samples without a picture."""
     shard = ShardReader().stat(str(path))
     unusable = unusable or {}
@@ -69,13 +86,21 @@ def rows(cfg, tokenizer, recipe, steps=3, workers=0):
     indexes = use_stored_ids(cfg.data, index_sources(cfg, tokenizer), recipe)
     batch = batch_plan(cfg, 1)
     with StepLoader(
-        cfg, build_plan(cfg, indexes, batch, tokenizer), indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch
+        cfg,
+        build_plan(cfg, indexes, batch, tokenizer),
+        indexes,
+        tokenizer,
+        dp_rank=0,
+        dp_world_size=1,
+        batch_plan=batch,
     ) as loader:
         return [one for step in itertools.islice(loader, steps) for one in step.micro_batches]
 
 
 def test_what_is_stored_comes_back_row_by_row_and_as_a_plain_array(tmp_path):
-    shard = store(write_shard(tmp_path / "a.tar", generation_samples(6)), 6, unusable={2: ("g0002", "broken")}, absent=(4,))
+    shard = store(
+        write_shard(tmp_path / "a.tar", generation_samples(6)), 6, unusable={2: ("g0002", "broken")}, absent=(4,)
+    )
     stored = open_ids(shard, RECIPE.fingerprint, ShardReader())
     expected = ids_of(6, without=(2, 4))
     for number in range(6):
@@ -145,7 +170,9 @@ def test_a_manifest_of_other_types_or_of_another_recipe_than_its_fingerprint_is_
     shard = store(write_shard(tmp_path / "a.tar", generation_samples(3)), 3)
     (manifest,) = tmp_path.glob("*.json")
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
-    assert load_manifest(shard, RECIPE.fingerprint) is None and open_ids(shard, RECIPE.fingerprint, ShardReader()) is None
+    assert (
+        load_manifest(shard, RECIPE.fingerprint) is None and open_ids(shard, RECIPE.fingerprint, ShardReader()) is None
+    )
 
 
 def test_a_fingerprint_that_would_be_a_path_is_not_looked_for(tmp_path):
@@ -159,7 +186,9 @@ def test_a_fingerprint_that_would_be_a_path_is_not_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["codes", "slots"])
-def test_ids_that_the_model_cannot_have_stop_training_though_their_manifest_allows_them(generation, tokenizer, tmp_path, what):
+def test_ids_that_the_model_cannot_have_stop_training_though_their_manifest_allows_them(
+    generation, tokenizer, tmp_path, what
+):
     ids = np.full((6, SLOTS), 5000, np.uint16) if what == "codes" else np.zeros((6, SLOTS - 1), np.uint16)
     for name, samples in (("a.tar", 6), ("b.tar", 5)):
         shard = ShardReader().stat(str(tmp_path / name))
@@ -237,7 +266,10 @@ def test_rows_take_stored_ids_and_read_no_picture(generation, tokenizer, tmp_pat
 
 
 def test_an_unusable_picture_is_skipped_with_the_entry_it_has_without_stored_ids(generation, tokenizer, tmp_path):
-    broken = [(key, {**fields, "png": fields["png"][:60]} if key == "g0001" else fields) for key, fields in generation_samples(6)]
+    broken = [
+        (key, {**fields, "png": fields["png"][:60]} if key == "g0001" else fields)
+        for key, fields in generation_samples(6)
+    ]
     write_shard(tmp_path / "a.tar", broken)
     plain = [skip for batch in rows(generation, tokenizer, RECIPE) for skip in batch.skipped]
     assert plain and {skip.info.key for skip in plain} == {"g0001"}
@@ -263,7 +295,14 @@ def test_ids_of_another_vq_are_refused_by_shard_fingerprints_and_remedy(generati
     store(tmp_path / "b.tar", 5, OTHER)
     with pytest.raises(DataError) as refusal:
         rows(generation, tokenizer, RECIPE)
-    for part in ("b.tar", OTHER.fingerprint, RECIPE.fingerprint, "vq is " + "b" * 32, "encode-images", "data.vq_ids=off"):
+    for part in (
+        "b.tar",
+        OTHER.fingerprint,
+        RECIPE.fingerprint,
+        "vq is " + "b" * 32,
+        "encode-images",
+        "data.vq_ids=off",
+    ):
         assert part in str(refusal.value)
     store(tmp_path / "b.tar", 5)  # beside the others: now the run's own are there
     assert rows(generation, tokenizer, RECIPE)
@@ -351,7 +390,8 @@ def test_held_out_batches_use_the_same_rules(generation, tokenizer, tmp_path):
 
 def test_ids_go_to_the_cache_when_the_folder_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shard = Shard(path=str(tmp_path / "gone" / "a.tar"), size=1, stamp="1")  # a folder that does not exist cannot be written, also by root
+    # a folder that does not exist cannot be written, also by root
+    shard = Shard(path=str(tmp_path / "gone" / "a.tar"), size=1, stamp="1")
     store_ids(shard, RECIPE, ids_of(3), codebook_size=64, without_picture=0, pictures_sha256="", unusable=[])
     np.testing.assert_array_equal(open_ids(shard, RECIPE.fingerprint, ShardReader()).row(1), ids_of(3)[1])
     assert stored_fingerprints([shard])[shard.path] == [RECIPE.fingerprint]

@@ -26,11 +26,18 @@ def write(folder, samples, **bounds):
 
 
 def test_webdataset_and_the_member_scan_read_back_what_was_written(tmp_path):
-    samples = [*generation_samples(7), ("k" * 90, {"json": b"{}"}), ("l" * 200, {"json": b"{}"}), ("ключ", {"json": b"{}"})]
+    samples = [
+        *generation_samples(7),
+        ("k" * 90, {"json": b"{}"}),
+        ("l" * 200, {"json": b"{}"}),
+        ("ключ", {"json": b"{}"}),
+    ]
     (shard,) = write(tmp_path, samples)
     path = tmp_path / shard.name
     read = [(one.pop("__key__"), one) for one in webdataset.WebDataset(str(path), shardshuffle=False)]
-    assert [(key, {name: one[name] for name in fields}) for (key, one), (_, fields) in zip(read, samples, strict=True)] == samples
+    assert [
+        (key, {name: one[name] for name in fields}) for (key, one), (_, fields) in zip(read, samples, strict=True)
+    ] == samples
     reader = ShardReader()
     assert scan_members(reader.stat(str(path)), reader).keys == tuple(key for key, _ in samples)
     assert (shard.samples, shard.size) == (10, path.stat().st_size)

@@ -27,7 +27,8 @@ from tests.engine.checkpoint.test_store import content
 
 
 def train(free_space_at: int | None = None, filler: str = "", compare: bool = False, **changes: Any) -> dict:
-    """`worker.train`. `compare`: what partitions.py reads and restores, with DeepSpeed's own view of it (counts and names that differ).
+    """`worker.train`. `compare`: what partitions.py reads and restores, with DeepSpeed's own view of it (counts and
+    names that differ).
 
     free_space_at: before that step, remove the file `filler`.
     """
@@ -78,11 +79,14 @@ def held(engine: Any) -> dict[str, Any]:
 
 
 def restored(engine: Any, reader: PartitionReader) -> dict[str, Any]:
-    """A freshly restored engine against the files: master, moments, working weights, and small ones that stay gathered."""
+    """A freshly restored engine against the files: master, moments, working weights, and small ones that stay
+    gathered."""
     differ, compared = [], 0
     persistent = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.ds_persist]
     for name, parameter in persistent:  # first: a look through GatheredParameters would leave them partitioned
-        if (parameter.requires_grad or reader.with_frozen) and not torch.equal(parameter.data, reader.whole(name).to(parameter.dtype)):
+        if (parameter.requires_grad or reader.with_frozen) and not torch.equal(
+            parameter.data, reader.whole(name).to(parameter.dtype)
+        ):
             differ.append(f"persistent {name}")
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad and not reader.with_frozen:
@@ -96,7 +100,12 @@ def restored(engine: Any, reader: PartitionReader) -> dict[str, Any]:
                 differ.append(f"working {name}")
     if persistent:
         persistent[0][1].all_gather([parameter for _, parameter in persistent])
-    return {"compared": compared, "persistent": len(persistent), "differ": differ, "step": partitions.optimizer_step(engine)}
+    return {
+        "compared": compared,
+        "persistent": len(persistent),
+        "differ": differ,
+        "step": partitions.optimizer_step(engine),
+    }
 
 
 def views(parameter: Any) -> dict[str, torch.Tensor]:
@@ -108,10 +117,13 @@ def views(parameter: Any) -> dict[str, torch.Tensor]:
 
 
 def one_rank_fails(folder: str) -> dict[str, Any]:
-    """Saves and a look for the newest checkpoint with rank 1 in trouble: what each rank is told, and whether the ranks still fit together."""
+    """Saves and a look for the newest checkpoint with rank 1 in trouble: what each rank is told, and whether the
+    ranks still fit together."""
     ranks = init_process_group(RunConfig())
     last = ranks.dp_rank == 1
-    store = checkpoints.CheckpointStore(Path(folder), CheckpointConfig(), dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
+    store = checkpoints.CheckpointStore(
+        Path(folder), CheckpointConfig(), dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size
+    )
     plain_write, plain_describe, release, told = checkpoints.write_shard, reading.described, threading.Event(), {}
 
     def save(step: int) -> int:

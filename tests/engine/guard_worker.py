@@ -1,4 +1,5 @@
-"""What one rank of a guard test does (see tests/distributed.py): runs with planted stalls, leaks and bad steps. Not a test module."""
+"""What one rank of a guard test does (see tests/distributed.py): runs with planted stalls, leaks and bad steps. Not
+a test module."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ ROUND = 4
 def planted(*, what: str, at: int = 3, **changes: Any) -> dict:
     """A run in which rank 1 misbehaves at step `at`; returns what `train` does, if the process lives that long.
 
-    extra: it makes a collective that the other does not. stop: it is stopped. die: it is killed. skip: it leaves out a layer. worker: its loader
-    workers are stopped (SIGSTOP), or killed (kill-worker).
+    extra: it makes a collective that the other does not. stop: it is stopped. die: it is killed. skip: it leaves out a
+    layer. worker: its loader workers are stopped (SIGSTOP), or killed (kill-worker).
     """
     plain = training.Trainer.train_step
 
@@ -63,7 +64,8 @@ def planted(*, what: str, at: int = 3, **changes: Any) -> dict:
 
 
 def signalled(*, phase: str, linger: float = 1.0, **changes: Any) -> dict:
-    """A run that leaves the file RUN_DIR/at-PHASE and lingers there, in the phase's first call but the one before training; the test sends the signal."""
+    """A run that leaves the file RUN_DIR/at-PHASE and lingers there, in the phase's first call but the one before
+    training; the test sends the signal."""
     import jp_train.engine.heldout as heldout
 
     where = {
@@ -110,7 +112,8 @@ def spiked(*, loud: dict[str, float], **changes: Any) -> dict:
 
 
 def leave_out_a_layer(model: torch.nn.Module) -> None:
-    """From here on this rank skips the second decoder layer: the next gathers have the same sizes, so gloo mixes them up in silence."""
+    """From here on this rank skips the second decoder layer: the next gathers have the same sizes, so gloo mixes
+    them up in silence."""
     del next(module for name, module in model.named_modules() if name.endswith("language_model.layers"))._modules["1"]
 
 
@@ -125,10 +128,13 @@ def tiny_engine(stage: int, data: str, run_dir: str) -> Any:
 
 
 def digest(engine: Any) -> str:
-    """SHA-256 over all that this rank holds of weights, fp32 master weights, moments and the optimizer's step counters."""
+    """SHA-256 over all that this rank holds of weights, fp32 master weights, moments and the optimizer's step
+    counters."""
     found = hashlib.sha256()
     optimizer = engine.deepspeed.optimizer
-    held = [parameter.ds_tensor for parameter in engine.model.parameters()] + list(optimizer.fp32_partitioned_groups_flat)
+    held = [parameter.ds_tensor for parameter in engine.model.parameters()] + list(
+        optimizer.fp32_partitioned_groups_flat
+    )
     for state in optimizer.optimizer.state.values():
         held += [torch.as_tensor(value) for _, value in sorted(state.items())]
     for tensor in held:
@@ -137,9 +143,11 @@ def digest(engine: Any) -> str:
 
 
 def gate(*, steps: list[str], data: str, run_dir: str, stage: int = 3, dummy: bool = True) -> dict:
-    """Updates by the names in `steps`: a good batch (its number), or `nan`, `loud` (a finite loss of 10^4 times the size), which the gate skips.
+    """Updates by the names in `steps`: a good batch (its number), or `nan`, `loud` (a finite loss of 10^4 times the
+    size), which the gate skips.
 
-    `dummy` False leaves out the pass over empty pictures, so that text alone does not reach the towers: only there do old gradients show.
+    `dummy` False leaves out the pass over empty pictures, so that text alone does not reach the towers: only there do
+    old gradients show.
     """
     import jp_train.model.janus_pro as model_code
 
@@ -164,7 +172,11 @@ def gate(*, steps: list[str], data: str, run_dir: str, stage: int = 3, dummy: bo
             kinds = [Kind.TEXT] if name == "0" else list(KINDS)
             batch = pack(random_docs(10 * number + rank(), kinds))
             terms = engine.deepspeed(batch)
-            loss = (terms.text_sum + terms.image_sum) / 50 * {"nan": float("nan") if rank() == 0 else 1.0, "loud": 1e4}.get(name, 1.0)
+            loss = (
+                (terms.text_sum + terms.image_sum)
+                / 50
+                * {"nan": float("nan") if rank() == 0 else 1.0, "loud": 1e4}.get(name, 1.0)
+            )
             updates.begin_step(lambda loss=loss: loss.reshape(1))
             engine.deepspeed.backward(loss * world(), scale_wrt_gas=False)
             engine.deepspeed.step()
@@ -184,8 +196,9 @@ def gate(*, steps: list[str], data: str, run_dir: str, stage: int = 3, dummy: bo
 
 
 def leaked(*, stage: int, what: str, data: str, run_dir: str, **changes: Any) -> dict:
-    """A run of `stage` with a planted leak in its first step: `write` (a bit of a frozen weight's slice on the last rank, or of the VQ tokenizer where
-    nothing else is frozen), `optimizer` (a frozen parameter given to the optimizer)."""
+    """A run of `stage` with a planted leak in its first step: `write` (a bit of a frozen weight's slice on the last
+    rank, or of the VQ tokenizer where nothing else is frozen), `optimizer` (a frozen parameter given to the
+    optimizer)."""
     import jp_train.engine.init as init
 
     plain_step, plain_groups = training.Trainer.train_step, init.parameter_groups
@@ -225,14 +238,18 @@ def leaked(*, stage: int, what: str, data: str, run_dir: str, **changes: Any) ->
 
 
 def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
-    """Rank 0 has three pictures in every step, rank 1 none, with real AdamW updates. In every step of two rounds of the batches at the start, one in the
-    middle and one at the end the gradients are compared with those of a plain PyTorch model that has the same weights and sees both ranks' rows."""
+    """Rank 0 has three pictures in every step, rank 1 none, with real AdamW updates. In every step of two rounds of
+    the batches at the start, one in the middle and one at the end the gradients are compared with those of a plain
+    PyTorch model that has the same weights and sees both ranks' rows."""
     import jp_train.model.pretrained as pretrained
     from jp_train.model.freeze import set_trainable
     from jp_train.model.janus_pro import JanusPro
 
     pictures = [Kind.UNDERSTANDING, Kind.GENERATION, Kind.TEXT, Kind.UNDERSTANDING]
-    documents = [[random_docs(10 * r + n, pictures if r == 0 else [Kind.TEXT, Kind.TEXT]) for n in range(ROUND)] for r in range(2)]
+    documents = [
+        [random_docs(10 * r + n, pictures if r == 0 else [Kind.TEXT, Kind.TEXT]) for n in range(ROUND)]
+        for r in range(2)
+    ]
     batches = [[pack(one) for one in own] for own in documents]
     both = [pack([*first, *second]) for first, second in zip(*documents, strict=True)]
     assert all(len(one.und_images) + len(one.gen_ids) == 3 for one in batches[0])
@@ -251,7 +268,10 @@ def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
-            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(
+                float("norm" in name and name.endswith("weight"))
+                + 0.2 * torch.randn(parameter.shape, generator=generator)
+            )
     set_trainable(oracle, cfg.stage.trainable)
     trained = [(name, p) for name, p in oracle.named_parameters() if p.requires_grad]
     plain_prepare = pretrained.prepare_weights
@@ -301,7 +321,8 @@ def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
 
 
 def turns(*, data: str, run_dir: str) -> dict:
-    """What the others get from a turn of rank 0 that outlasts the collective timeout, from one that fails, and (last) from one that never comes back."""
+    """What the others get from a turn of rank 0 that outlasts the collective timeout, from one that fails, and
+    (last) from one that never comes back."""
     import jp_train.engine.main_first as main_first
 
     ranks = init_process_group(make(data, run_dir, **{"engine.collective_timeout_s": 2.0}))

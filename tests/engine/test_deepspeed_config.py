@@ -21,13 +21,24 @@ def test_batch_clip_dtype_and_optimizer_come_from_the_run_config():
     cfg = run()
     cfg.optimizer.clip, cfg.optimizer.lr, cfg.engine.hpz_partition_size = 0.5, 4e-5, 8
     found = deepspeed_config(cfg, batch_plan(cfg, 32))
-    sizes = [found[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    sizes = [
+        found[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    ]
     assert sizes == [512, 2, 8] and sizes[0] == sizes[1] * sizes[2] * 32
     assert found["gradient_clipping"] == 0.5 and found["bf16"] == {"enabled": True}
     params = found["optimizer"]["params"]
-    assert found["optimizer"]["type"] == "AdamW" and params["torch_adam"] and params["betas"] == [0.9, 0.95] and params["lr"] == 4e-5
+    assert (
+        found["optimizer"]["type"] == "AdamW"
+        and params["torch_adam"]
+        and params["betas"] == [0.9, 0.95]
+        and params["lr"] == 4e-5
+    )
     zero = found["zero_optimization"]
-    assert zero["stage"] == 3 and zero["stage3_param_persistence_threshold"] == 100_000 and zero["zero_hpz_partition_size"] == 8
+    assert (
+        zero["stage"] == 3
+        and zero["stage3_param_persistence_threshold"] == 100_000
+        and zero["zero_hpz_partition_size"] == 8
+    )
 
 
 def test_gradients_travel_and_accumulate_in_fp32():

@@ -45,7 +45,9 @@ def nursery():
         yield started
 
 
-def launch(nursery: Nursery, runs: Path, data: Path, name: str, scenarios: list[dict], *, world: int, **options) -> Launch:
+def launch(
+    nursery: Nursery, runs: Path, data: Path, name: str, scenarios: list[dict], *, world: int, **options
+) -> Launch:
     for scenario in scenarios:
         scenario.setdefault("run_dir", str(runs / scenario["name"]))
         scenario["data"] = str(data)
@@ -56,7 +58,8 @@ def launch(nursery: Nursery, runs: Path, data: Path, name: str, scenarios: list[
 def two_ranks(nursery, data, runs) -> Launch:
     def stop_rank_0(pids):
         wait_for(lambda: (runs / "stopped" / "waiting").exists(), timeout_s=800)
-        os.kill(pids[0], signal.SIGTERM)  # the launcher signals one rank after the other: the flag must reach rank 1 by itself
+        # the launcher signals one rank after the other: the flag must reach rank 1 by itself
+        os.kill(pids[0], signal.SIGTERM)
 
     curve = {"kind": "train", "steps": STEPS, "held_out": True, "validation.every_steps": 7, **SMALL}
     return launch(
@@ -95,7 +98,14 @@ def one_rank(nursery, data, runs) -> Launch:
             {"name": "nan-once", **short, "nan_at": [2]},
             {"name": "nan-thrice", **short, "nan_at": [2, 3, 4]},
             {"name": "early", **short, "stage.early_stop.at_step": 2},
-            {"name": "early-again", "kind": "train", "run_dir": str(runs / "early"), "steps": 6, **SMALL, "stage.early_stop.at_step": 2},
+            {
+                "name": "early-again",
+                "kind": "train",
+                "run_dir": str(runs / "early"),
+                "steps": 6,
+                **SMALL,
+                "stage.early_stop.at_step": 2,
+            },
             {"name": "early-other", "kind": "train", "run_dir": str(runs / "early"), "steps": 6, **SMALL, "seed": 8},
         ],
         world=1,
@@ -107,8 +117,22 @@ def after_crashes(nursery, data, runs, two_ranks) -> Launch:
     """Resumes of two killed runs, the chain of stages, and the negative control, which ends the launch."""
     step = random.SystemRandom().choice((4, 5, 6, 7, 8))
     killed = {"kind": "train", **RESUMED}
-    launch(nursery, runs, data, "kill-step", [{"name": "killed", **killed, "kill_at": step, "kill_rank": step % 2}], world=2)
-    launch(nursery, runs, data, "kill-save", [{"name": "killed-saving", **killed, "kill_at": 6, "kill_in_save": True}], world=2)
+    launch(
+        nursery,
+        runs,
+        data,
+        "kill-step",
+        [{"name": "killed", **killed, "kill_at": step, "kill_rank": step % 2}],
+        world=2,
+    )
+    launch(
+        nursery,
+        runs,
+        data,
+        "kill-save",
+        [{"name": "killed-saving", **killed, "kill_at": 6, "kill_in_save": True}],
+        world=2,
+    )
     assert not (runs / "killed" / "export").exists() and not (runs / "killed-saving" / "export").exists()
     assert not (runs / "killed-saving" / "checkpoints" / "step_0000006").exists()
     stages = [
@@ -134,7 +158,14 @@ def after_crashes(nursery, data, runs, two_ranks) -> Launch:
             {"name": "resumed-saving", **killed, "run_dir": str(runs / "killed-saving")},
             *stages,
             *(
-                {"name": name, "kind": "train", "run_dir": str(runs / folder), "steps": steps, "init_from": str(runs / "stage1"), **SMALL}
+                {
+                    "name": name,
+                    "kind": "train",
+                    "run_dir": str(runs / folder),
+                    "steps": steps,
+                    "init_from": str(runs / "stage1"),
+                    **SMALL,
+                }
                 for name, folder, steps in (("split-1", "split", 2), ("split-2", "split", 4), ("unsplit", "unsplit", 4))
             ),
             {"name": "no-dummy", "kind": "presence", "stage": 3, "negative": True},
@@ -143,7 +174,7 @@ def after_crashes(nursery, data, runs, two_ranks) -> Launch:
     )
 
 
-# -- the oracle ---------------------------------------------------------------------------------------------------------------------
+# -- the oracle ------------------------------------------------------------------------------------
 
 
 def metrics(run: Path) -> dict[int, dict]:
@@ -153,7 +184,9 @@ def metrics(run: Path) -> dict[int, dict]:
 
 
 def events(run: Path, name: str) -> list[dict]:
-    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name]
+    return [
+        event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name
+    ]
 
 
 def small(data: Path, run_dir: Path, steps: int) -> RunConfig:
@@ -176,7 +209,10 @@ def reference(data, tmp_path_factory) -> tuple[list[float], list[float]]:
     set_trainable(model, cfg.stage.trainable)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in trained if p.ndim >= 2]}, {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
+        [
+            {"params": [p for p in trained if p.ndim >= 2]},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ],
         lr=3e-3,
         betas=(0.9, 0.95),
         eps=1e-8,
@@ -232,7 +268,7 @@ def test_rows_are_the_same_for_one_and_two_ranks(one_rank, two_ranks, data, tmp_
             assert [rows_hash(rows[:2]), rows_hash(rows[2:])] == [half[str(number)] for half in halves]
 
 
-# -- conditional compute --------------------------------------------------------------------------------------------------------------
+# -- conditional compute ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
@@ -247,10 +283,13 @@ def test_without_the_dummy_pass_the_same_check_fails(after_crashes):
     """The negative control: with one rank's picture branch skipped, gloo aborts (NCCL would wait for its timeout)."""
     found = [after_crashes.folder / f"no-dummy.rank{rank}.json" for rank in (0, 1)]
     told = [json.loads(path.read_text()) for path in found if path.exists()]
-    assert any(after_crashes.codes) or all("error" in result or result["grad"] > 1e-2 for result in told), (after_crashes.codes, told)
+    assert any(after_crashes.codes) or all("error" in result or result["grad"] > 1e-2 for result in told), (
+        after_crashes.codes,
+        told,
+    )
 
 
-# -- resume ---------------------------------------------------------------------------------------------------------------------------
+# -- resume ----------------------------------------------------------------------------------------
 
 
 def assert_same_run(runs: Path, resumed: str, launches: list[Launch], names: list[str], whole: Launch) -> None:
@@ -259,12 +298,19 @@ def assert_same_run(runs: Path, resumed: str, launches: list[Launch], names: lis
     for step, line in expected.items():
         for key, value in line.items():
             if key.startswith(("loss/", "val/", "optim/", "tokens/", "mixture/", "packing/")):
-                assert found[step][key] == value, f"step {step}, {key}: {found[step][key]!r} is not bit-equal to {value!r}"
+                assert found[step][key] == value, (
+                    f"step {step}, {key}: {found[step][key]!r} is not bit-equal to {value!r}"
+                )
     for rank in (0, 1):
         resumed_hashes = launches[-1].result(names[-1], rank)["hashes"]
         assert resumed_hashes, "some steps were trained again"
-        assert resumed_hashes == {step: h for step, h in whole.result("whole", rank)["hashes"].items() if step in resumed_hashes}
-    assert load_file(runs / "whole/export/model.safetensors").keys() == load_file(runs / resumed / "export/model.safetensors").keys()
+        assert resumed_hashes == {
+            step: h for step, h in whole.result("whole", rank)["hashes"].items() if step in resumed_hashes
+        }
+    assert (
+        load_file(runs / "whole/export/model.safetensors").keys()
+        == load_file(runs / resumed / "export/model.safetensors").keys()
+    )
     for name, tensor in load_file(runs / "whole/export/model.safetensors").items():
         assert torch.equal(tensor, load_file(runs / resumed / "export/model.safetensors")[name]), name
 
@@ -299,7 +345,7 @@ def test_sigterm_on_one_rank_saves_and_all_exit_with_143(runs, two_ranks):
     assert json.loads((runs / "stopped" / "status.json").read_text())["state"] == "stopped_by_signal"
 
 
-# -- stages ---------------------------------------------------------------------------------------------------------------------------
+# -- stages ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", (2, 3))
@@ -334,17 +380,25 @@ def test_a_checkpoint_without_the_frozen_weights_resumes_from_the_input_weights(
     assert manifest["with_frozen"] is False
     split, whole = metrics(runs / "split"), metrics(runs / "unsplit")
     for step in (3, 4):
-        assert (split[step]["loss/total"], split[step]["optim/grad_norm"]) == (whole[step]["loss/total"], whole[step]["optim/grad_norm"])
+        assert (split[step]["loss/total"], split[step]["optim/grad_norm"]) == (
+            whole[step]["loss/total"],
+            whole[step]["optim/grad_norm"],
+        )
 
 
-# -- stop rules and proofs ------------------------------------------------------------------------------------------------------------
+# -- stop rules and proofs -------------------------------------------------------------------------
 
 
 def test_the_freeze_proof_is_stored_and_names_both_kinds_of_leak(runs, one_rank):
     written = one_rank.result("leak-write")
-    assert written["error"] == "FreezeProofError" and "1 frozen parameter(s) changed in step 1: model.vision_model." in written["message"]
+    assert (
+        written["error"] == "FreezeProofError"
+        and "1 frozen parameter(s) changed in step 1: model.vision_model." in written["message"]
+    )
     skipped = one_rank.result("leak-skip")
-    assert skipped["error"] == "FreezeProofError" and "got no gradient in some micro-batch of step 1" in skipped["message"]
+    assert (
+        skipped["error"] == "FreezeProofError" and "got no gradient in some micro-batch of step 1" in skipped["message"]
+    )
     assert events(runs / "leak-write", "failed")[0]["error"] == "FreezeProofError"
     (proof,) = events(runs / "ranks1-gas4", "freeze_proof")
     assert proof["gradients_per_parameter"] == 4 and proof["frozen_parameters"] > 0
@@ -361,7 +415,9 @@ def test_the_frozen_checksum_does_not_depend_on_the_number_of_ranks(runs, one_ra
 def test_an_error_of_one_ranks_data_is_raised_by_all_ranks_at_the_same_step(two_ranks):
     for rank in (0, 1):
         result = two_ranks.result("data-error", rank)
-        assert result["error"] == "DataError" and result["exit_code"] == 3 and "x.tar: cannot be read" in result["message"]
+        assert (
+            result["error"] == "DataError" and result["exit_code"] == 3 and "x.tar: cannot be read" in result["message"]
+        )
         assert list(result["hashes"]) == ["1"]
 
 
@@ -369,7 +425,9 @@ def test_undecodable_pictures_are_named_in_the_ledger_and_counted_once(runs, two
     assert two_ranks.result("skips")["code"] == 0
     named = [json.loads(line) for line in (runs / "skips" / "ledger.jsonl").read_text().splitlines()]
     counted = sum(line["data/skipped"] for line in metrics(runs / "skips").values())
-    assert named and counted == len(named) == json.loads((runs / "skips" / "status.json").read_text())["skipped_documents"]
+    assert (
+        named and counted == len(named) == json.loads((runs / "skips" / "status.json").read_text())["skipped_documents"]
+    )
     assert {line["key"] for line in named} <= {"g0003", "g0008"}
 
 
@@ -395,7 +453,9 @@ def test_an_early_stop_saves_exports_marks_its_reason_and_exits_0(runs, one_rank
     (stop,) = events(runs / "early", "stopped_early")
     assert stop["step"] == 2 and "early_stop.at_step 2 of 6" in stop["reason"]
     assert json.loads((runs / "early" / "status.json").read_text())["state"] == "stopped_early"
-    assert (runs / "early" / "checkpoints" / "step_0000002").is_dir() and (runs / "early" / "export" / "model.safetensors").is_file()
+    assert (runs / "early" / "checkpoints" / "step_0000002").is_dir() and (
+        runs / "early" / "export" / "model.safetensors"
+    ).is_file()
 
 
 def test_a_finished_run_started_again_returns_0_without_training(runs, one_rank):

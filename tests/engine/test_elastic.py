@@ -1,7 +1,9 @@
-"""Runs that go on with another number of ranks, what a checkpoint holds against DeepSpeed's own view, and a disk that fills up.
+"""Runs that go on with another number of ranks, what a checkpoint holds against DeepSpeed's own view, and a disk that
+fills up.
 
-Real ZeRO-3 ranks (gloo). Three chains of launches, each a plain resume with the same run folder: 2 -> 1 -> 2 ranks (fp32, stage 2),
-1 -> 3 -> 2 (bf16, stage 3) and 1 -> 3 -> 2 (fp32, stage 1: most weights frozen), 6 rows a step, so that accumulation and micro-batch change too.
+Real ZeRO-3 ranks (gloo). Three chains of launches, each a plain resume with the same run folder: 2 -> 1 -> 2 ranks
+(fp32, stage 2), 1 -> 3 -> 2 (bf16, stage 3) and 1 -> 3 -> 2 (fp32, stage 1: most weights frozen), 6 rows a step, so
+that accumulation and micro-batch change too.
 """
 
 from __future__ import annotations
@@ -51,7 +53,14 @@ def launches(data, runs, small_disk) -> dict[str, Launch]:
 
     def part(name: str, until: int, **changes) -> dict:
         folder = runs / name[0]
-        return {**BASE, "name": name, "run_dir": str(folder), "stage.early_stop.at_step": until, "compare": True, **changes}
+        return {
+            **BASE,
+            "name": name,
+            "run_dir": str(folder),
+            "stage.early_stop.at_step": until,
+            "compare": True,
+            **changes,
+        }
 
     def alone(name: str, **changes) -> dict:
         return {**BASE, "name": name, "run_dir": str(runs / name), "checkpoint.export_at_end": True, **changes}
@@ -69,7 +78,11 @@ def launches(data, runs, small_disk) -> dict[str, Launch]:
                 alone(
                     name,
                     steps=5,
-                    **{"checkpoint.every_steps": 2, "checkpoint.on_error": "continue", "checkpoint.export_at_end": False},
+                    **{
+                        "checkpoint.every_steps": 2,
+                        "checkpoint.on_error": "continue",
+                        "checkpoint.export_at_end": False,
+                    },
                     **{"engine.micro_batch_rows": 6},
                     **changes,
                 )
@@ -141,7 +154,9 @@ def metrics(run: Path) -> dict[int, dict]:
 
 
 def events(run: Path, name: str) -> list[dict]:
-    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name]
+    return [
+        event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name
+    ]
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -153,7 +168,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_by_the_same_command(chain, l
     assert set(found) == set(expected) - {0} == set(range(1, STEPS + 1))
     worst = max(abs(found[step]["loss/total"] / expected[step]["loss/total"] - 1) for step in found)
     norms = max(abs(found[step]["optim/grad_norm"] / expected[step]["optim/grad_norm"] - 1) for step in found)
-    print(f"{chain}, {' -> '.join(map(str, worlds))} ranks: worst relative difference of loss {worst:.1e}, gradient norm {norms:.1e}")
+    print(
+        f"{chain}, {' -> '.join(map(str, worlds))} ranks: worst relative difference of loss {worst:.1e}, gradient norm {norms:.1e}"
+    )
     assert worst <= 1e-3
     assert expected[1]["loss/total"] - expected[STEPS]["loss/total"] > 0.01, "something must have been learnt"
     told = [event["resized"] for event in events(runs / parts[0][0], "resume")]
@@ -163,7 +180,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_by_the_same_command(chain, l
 
 def test_micro_batch_and_accumulation_follow_the_number_of_ranks(launches, runs):
     launches["b3"].result("b3"), launches["a3"].result("a3")
-    batches = {run: [event["batch"] for event in (*events(runs / run, "start"), *events(runs / run, "resume"))] for run in "ab"}
+    batches = {
+        run: [event["batch"] for event in (*events(runs / run, "start"), *events(runs / run, "resume"))] for run in "ab"
+    }
     assert [text.split(" = ")[1].split(" ranks")[0] for text in batches["a"]] == [
         "1 micro-batch rows x 3 accumulation x 2",
         "2 micro-batch rows x 3 accumulation x 1",
@@ -189,17 +208,22 @@ def test_rows_are_those_of_an_undisturbed_run(chain, launches, data, tmp_path):
             for step, digest in launches[name].result(name, rank)["hashes"].items():
                 hashes.setdefault((int(step), world), {})[rank] = digest
     assert [step for step, _ in sorted(hashes)] == list(range(1, STEPS + 1)), "every step once"
-    loader = StepLoader(cfg, build_plan(cfg, indexes, plan, tokenizer), indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=plan)
+    loader = StepLoader(
+        cfg, build_plan(cfg, indexes, plan, tokenizer), indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=plan
+    )
     with loader as steps:
         for (_, world), found in sorted(hashes.items()):
             rows = [row for batch in next(steps).micro_batches for row in batch.provenance]
             share = ROWS // world
-            assert [found[rank] for rank in range(world)] == [rows_hash(rows[rank * share : (rank + 1) * share]) for rank in range(world)]
+            assert [found[rank] for rank in range(world)] == [
+                rows_hash(rows[rank * share : (rank + 1) * share]) for rank in range(world)
+            ]
 
 
 @pytest.mark.parametrize("name", [part for _, parts, _ in CHAINS.values() for part in parts])
 def test_slices_are_what_deepspeed_gathers(name, launches):
-    """Masters, moments and frozen weights after training; and in the engine just after a resume, working and persistent copies included."""
+    """Masters, moments and frozen weights after training; and in the engine just after a resume, working and
+    persistent copies included."""
     result = launches[name].result(name)
     assert result["held"]["compared"] > 50 and not result["held"]["differ"] and not result["held"]["left over"]
     if name in ("b2", "c2"):
@@ -216,7 +240,10 @@ def test_slices_are_what_deepspeed_gathers(name, launches):
 def test_frozen_weights_survive_the_changes_bit_for_bit(chain, launches, runs):
     whole, parts, _ = CHAINS[chain]
     launches[parts[-1]].result(parts[-1])
-    expected, found = load_file(runs / whole / "export/model.safetensors"), load_file(runs / parts[0][0] / "export/model.safetensors")
+    expected, found = (
+        load_file(runs / whole / "export/model.safetensors"),
+        load_file(runs / parts[0][0] / "export/model.safetensors"),
+    )
     assert expected.keys() == found.keys()
     trained = {entry["name"] for entry in index_of(runs / whole) if entry["trained"]}
     for name, tensor in expected.items():
@@ -260,27 +287,38 @@ def test_ranks_agree_when_one_of_them_cannot_write_is_slow_or_cannot_read(launch
     assert "rank 1: " in told["full"] and "No space left" in told["full"] and "rank 0" not in told["full"]
     assert told["left"] == ["latest", "step_0000100"]
     assert (told["whole"], told["slow"], told["slow, later"], told["no memory"]) == (100, None, 300, 400)
-    assert told["problems"] == ["rank 1: no host memory for a copy (none left): training waited while step 400 was written"]
-    assert "step_0000400 is there, but not every rank can read it: rank 1 on " in told["unseen"] and "all hosts share" in told["unseen"]
+    assert told["problems"] == [
+        "rank 1: no host memory for a copy (none left): training waited while step 400 was written"
+    ]
+    assert (
+        "step_0000400 is there, but not every rank can read it: rank 1 on " in told["unseen"]
+        and "all hosts share" in told["unseen"]
+    )
     assert told["damaged"] == 300
 
 
-# -- weights out of a checkpoint ------------------------------------------------------------------------------------------------------
+# -- weights out of a checkpoint -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("run", "dtype"), (("whole-a", "fp32"), ("b", "bf16"), ("from-checkpoint", "fp32")))
 def test_an_export_of_a_checkpoint_equals_the_runs_own(run, dtype, launches, runs, tmp_path):
-    """Offline, in both layouts, from files of 2 ranks; the last run left its frozen weights in the checkpoint that it started from."""
+    """Offline, in both layouts, from files of 2 ranks; the last run left its frozen weights in the checkpoint that
+    it started from."""
     for name in ("whole-a", "b3", "from-checkpoint"):
         assert launches[name].result(name)["code"] == 0, launches[name].result(name)
     newest = max((runs / run / "checkpoints").glob("step_*"))
     convert(newest, tmp_path / "hf", dtype=dtype)
     expected, found = load_file(runs / run / "export/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
-    assert expected.keys() == found.keys() and all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert expected.keys() == found.keys() and all(
+        torch.equal(tensor, found[name]) for name, tensor in expected.items()
+    )
     assert (tmp_path / "hf/config.json").read_text() == (runs / run / "export/config.json").read_text()
     convert(newest, tmp_path / "released", layout="deepseek", dtype=dtype)
     convert(runs / run / "export", tmp_path / "expected", layout="deepseek", dtype=dtype)
-    expected, found = load_file(tmp_path / "expected/model.safetensors"), load_file(tmp_path / "released/model.safetensors")
+    expected, found = (
+        load_file(tmp_path / "expected/model.safetensors"),
+        load_file(tmp_path / "released/model.safetensors"),
+    )
     assert expected.keys() == found.keys()
     differ = {name for name, tensor in expected.items() if not torch.equal(tensor, found[name])}
     assert differ <= {"gen_vision_model.quantize.embedding.weight"}, "an export holds the codebook with unit rows"
@@ -314,7 +352,7 @@ def test_an_export_with_other_frozen_weights_than_the_run_had_is_refused(launche
         open_weights(copied)
 
 
-# -- the disk -------------------------------------------------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------------------
 
 
 def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_room_again(launches, runs, small_disk):
@@ -322,7 +360,12 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_when_there_is_room_again(launche
         pytest.skip("mounting a small file system needs root")
     assert launches["full-then-free"].result("full-then-free")["code"] == 0
     (failed,) = events(runs / "full-then-free", "save_failed")
-    assert failed["step"] == 2 and "needs" in failed["reason"] and "are free at" in failed["reason"] and failed["in_a_row"] == 1
+    assert (
+        failed["step"] == 2
+        and "needs" in failed["reason"]
+        and "are free at" in failed["reason"]
+        and failed["in_a_row"] == 1
+    )
     assert [event["step"] for event in events(runs / "full-then-free", "save")] == [4, 5]
     assert json.loads((runs / "full-then-free" / "status.json").read_text())["failed_saves"] == 1
     assert sorted(metrics(runs / "full-then-free")) == [1, 2, 3, 4, 5]

@@ -1,4 +1,5 @@
-"""Bad steps on real ZeRO-3 ranks: what is skipped, that nothing of it is left, and what is kept for the person who asks why."""
+"""Bad steps on real ZeRO-3 ranks: what is skipped, that nothing of it is left, and what is kept for the person who
+asks why."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def launch(data, tmp_path_factory) -> tuple[Launch, Path]:
 
 
 def events(run: Path, name: str) -> list[dict]:
-    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name]
+    return [
+        event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name
+    ]
 
 
 def test_a_skipped_step_leaves_weights_moments_and_buffers_as_if_it_had_never_been(launch):
@@ -58,7 +61,9 @@ def test_a_skipped_step_leaves_weights_moments_and_buffers_as_if_it_had_never_be
         assert [*found["norms"][:2], *found["norms"][4:]] == without["norms"]
         assert found["left"][2:4] == [0, 0]
         assert len(set(without["digests"])) == 4, "the other steps must have changed something"
-    assert launch[0].result("with", 0)["verdicts"][3] == launch[0].result("with", 1)["verdicts"][3], "all ranks decide alike"
+    assert launch[0].result("with", 0)["verdicts"][3] == launch[0].result("with", 1)["verdicts"][3], (
+        "all ranks decide alike"
+    )
 
 
 def test_a_finite_spike_is_told_with_its_own_norm(launch):
@@ -67,7 +72,8 @@ def test_a_finite_spike_is_told_with_its_own_norm(launch):
 
 
 def test_gradients_that_are_not_finite_do_not_come_back_in_a_step_that_does_not_reach_them(launch):
-    """Without the pass over empty pictures, text alone leaves the towers' gradient buffers as they are: here cleared, not NaN."""
+    """Without the pass over empty pictures, text alone leaves the towers' gradient buffers as they are: here
+    cleared, not NaN."""
     after, alone = launch[0].result("text-after-nan"), launch[0].result("text")
     assert after["norms"][1] == alone["norms"][0] and after["digests"][1] == alone["digests"][0]
 
@@ -76,7 +82,9 @@ def test_norms_per_block_are_those_of_the_whole_model(launch):
     found = launch[0].result("with")
     blocks = found["blocks"]
     assert blocks == launch[0].result("with", 1)["blocks"]
-    assert sum(block["gradients"] ** 2 for block in blocks.values()) ** 0.5 == pytest.approx(found["norms"][3], rel=1e-5)
+    assert sum(block["gradients"] ** 2 for block in blocks.values()) ** 0.5 == pytest.approx(
+        found["norms"][3], rel=1e-5
+    )
     assert {"vision_model.layers.0", "language_model.layers.0", "aligner", "gen_head"} <= blocks.keys()
     whole = launch[0].result("without")["weights"]
     assert whole.keys() == blocks.keys()
@@ -94,7 +102,7 @@ def test_another_deepspeed_without_the_hook_is_refused():
         UpdateGate(object(), lambda loss, norm: None)
 
 
-# -- a whole run ----------------------------------------------------------------------------------------------------------------------
+# -- a whole run -----------------------------------------------------------------------------------
 
 
 def test_a_bad_step_is_dumped_with_rows_losses_and_norms_and_dumps_are_bounded(launch):
@@ -108,8 +116,15 @@ def test_a_bad_step_is_dumped_with_rows_losses_and_norms_and_dumps_are_bounded(l
     report = json.loads((run / "forensics/step_0000009/report.json").read_text())
     assert report["loss"] > 1e4 and report["action"] == "skip" and report["applied"] is False
     assert report["usual"]["loss"]["limit"] < report["loss"] and report["losses"]["loss/source/gen"] > 0
-    assert report["blocks"]["language_model"]["gradients"] > 100 and report["blocks"]["vision_model"]["gradients"] is None
-    assert [(row["rank"], row["row"], row["step"]) for row in report["rows"]] == [(0, 0, 9), (0, 1, 9), (1, 2, 9), (1, 3, 9)]
+    assert (
+        report["blocks"]["language_model"]["gradients"] > 100 and report["blocks"]["vision_model"]["gradients"] is None
+    )
+    assert [(row["rank"], row["row"], row["step"]) for row in report["rows"]] == [
+        (0, 0, 9),
+        (0, 1, 9),
+        (1, 2, 9),
+        (1, 3, 9),
+    ]
     assert json.loads((run / "status.json").read_text())["skipped_steps"] == 2
 
 
@@ -119,7 +134,12 @@ def test_a_dump_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
     dumps = Forensics(cfg, Ranks(0, 1, 0, torch.device("cpu")), None, torch.nn.Linear(1, 1), None)
     batch = pack(random_docs(1, [Kind.TEXT]))
     document = Provenance(
-        source="s", shard="s.tar", key="not UTF-8: \udcff", kind=Kind.TEXT, start=0, length=int(batch.document_lengths[0])
+        source="s",
+        shard="s.tar",
+        key="not UTF-8: \udcff",
+        kind=Kind.TEXT,
+        start=0,
+        length=int(batch.document_lengths[0]),
     )
     batch = replace(batch, provenance=((document,),))
     verdict = Verdict(9.0, 1.0, "skip", "loss 9")
@@ -131,7 +151,9 @@ def test_a_dump_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
     tensors = path / "rank_0000_0.safetensors"
     tensors.unlink()
     tensors.mkdir()
-    assert "rank 0: cannot write the batch to" in dumps.dump(3, verdict, [batch], {}), "the report is written, the tensors are not"
+    assert "rank 0: cannot write the batch to" in dumps.dump(3, verdict, [batch], {}), (
+        "the report is written, the tensors are not"
+    )
     (tmp_path / "forensics" / "step_0000005").write_text("a file")
     assert "step_0000005 cannot be written" in dumps.dump(5, verdict, [batch], {})
 
@@ -144,20 +166,25 @@ def test_the_dumped_rows_are_those_that_were_trained(launch):
         for number in (0, 1):
             batch = load_batch(run / f"forensics/step_0000009/rank_{rank:04d}_{number}.safetensors")
             documents += [document.key for row in batch.provenance for document in row]
-        assert documents == [document["key"] for row in report["rows"] if row["rank"] == rank for document in row["documents"]]
+        assert documents == [
+            document["key"] for row in report["rows"] if row["rank"] == rank for document in row["documents"]
+        ]
 
 
-# -- the freeze, and unequal ranks ------------------------------------------------------------------------------------------------------
+# -- the freeze, and unequal ranks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_one_changed_bit_of_a_frozen_weight_on_one_rank_stops_the_run_at_step_1(launch, stage):
-    """In stages 1 and 2 of a frozen partition that only rank 1 holds; in stage 3, where the whole model learns, of rank 1's VQ tokenizer."""
+    """In stages 1 and 2 of a frozen partition that only rank 1 holds; in stage 3, where the whole model learns, of
+    rank 1's VQ tokenizer."""
     for rank in (0, 1):
         result = launch[0].result(f"write{stage}", rank)
         assert result["error"] == "FreezeProofError" and list(result["hashes"]) == ["1"], result
         module = {1: ("model.language_model.", "lm_head."), 2: ("model.vision_model.",), 3: ("model.vqmodel.",)}[stage]
-        assert result["message"].startswith(tuple(f"1 frozen parameter(s) changed in step 1: {name}" for name in module))
+        assert result["message"].startswith(
+            tuple(f"1 frozen parameter(s) changed in step 1: {name}" for name in module)
+        )
 
 
 @pytest.mark.parametrize("stage", (2,))
@@ -165,17 +192,21 @@ def test_an_optimizer_that_also_holds_a_frozen_weight_stops_the_run_before_step_
     result = launch[0].result(f"optimizer{stage}")
     assert (
         result["error"] == "FreezeProofError"
-        and "1 frozen parameter(s) are open to training, in the optimizer or by requires_grad: model.vision_model." in result["message"]
+        and "1 frozen parameter(s) are open to training, in the optimizer or by requires_grad: model.vision_model."
+        in result["message"]
     )
     assert not events(launch[1] / f"optimizer{stage}", "freeze_proof")
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_rank_without_pictures_for_100_steps_has_the_gradients_of_one_process(launch, stage):
-    """Rank 0 has three pictures in each of them; real updates; every partition of every gradient, and the norm, in 16 of the steps."""
+    """Rank 0 has three pictures in each of them; real updates; every partition of every gradient, and the norm, in
+    16 of the steps."""
     for rank in (0, 1):
         result = launch[0].result(f"lopsided{stage}", rank)
         print(
             f"stage {stage}, rank {rank}: worst of {result['compared']} of 100 steps: gradient {result['grad']:.1e}, norm {result['norm']:.1e}"
         )
-        assert (result["steps"], result["compared"]) == (100, 16) and result["grad"] < 1e-3 and result["norm"] < 1e-4, result
+        assert (result["steps"], result["compared"]) == (100, 16) and result["grad"] < 1e-3 and result["norm"] < 1e-4, (
+            result
+        )

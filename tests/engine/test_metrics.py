@@ -15,7 +15,15 @@ from tests.model.janus_tiny import N_SOURCES, pack, random_docs
 
 NAMES = ["text", "und", "gen"]
 KEYS = {
-    *("loss/total", "loss/text", "loss/understanding", "loss/generation", "loss/source/text", "loss/source/und", "loss/source/gen"),
+    *(
+        "loss/total",
+        "loss/text",
+        "loss/understanding",
+        "loss/generation",
+        "loss/source/text",
+        "loss/source/und",
+        "loss/source/gen",
+    ),
     *("tokens/total", "tokens/understanding", "tokens/text", "tokens/generation"),
     *("mixture/understanding", "mixture/text", "mixture/generation"),
     *("packing/fill", "packing/truncated_tokens", "data/skipped", "data/rows_digest"),
@@ -29,7 +37,12 @@ def batch(kinds: list[Kind], *, continued: int | None = None, skipped: int = 0, 
     packed = pack(random_docs(1, kinds))
     provenance = tuple(
         Provenance(
-            source="s", shard="x.tar", key=str(n), kind=kind, start=5 if n == continued else 0, length=int(packed.document_lengths[n])
+            source="s",
+            shard="x.tar",
+            key=str(n),
+            kind=kind,
+            start=5 if n == continued else 0,
+            length=int(packed.document_lengths[n]),
         )
         for n, kind in enumerate(kinds)
     )
@@ -66,14 +79,18 @@ def tallies() -> list[StepTally]:
 
 def totals() -> StepTotals:
     table = [
-        tally.vector(step_s=2.0 + rank, data_wait_s=0.5 - 0.1 * rank, signal_number=15 * rank, signature=9, peak_gib=1.0 + rank)
+        tally.vector(
+            step_s=2.0 + rank, data_wait_s=0.5 - 0.1 * rank, signal_number=15 * rank, signature=9, peak_gib=1.0 + rank
+        )
         for rank, tally in enumerate(tallies())
     ]
     return StepTotals(N_SOURCES, torch.stack(table))
 
 
 def values(unit: RatioUnit = RatioUnit.samples) -> dict[str, float]:
-    return step_values(totals(), source_names=NAMES, ratio_unit=unit, lr=1e-3, grad_norm=0.5, flops=3e12, peak_flops=1e12)
+    return step_values(
+        totals(), source_names=NAMES, ratio_unit=unit, lr=1e-3, grad_norm=0.5, flops=3e12, peak_flops=1e12
+    )
 
 
 def test_the_keys_are_those_of_the_design():
@@ -94,16 +111,24 @@ def test_mixture_counts_samples_once_and_tokens_by_length():
         for length, kind in zip(part.document_lengths.tolist(), part.document_kinds.tolist(), strict=True):
             by_kind[KINDS[kind]] += length
     samples, tokens = values(), values(RatioUnit.tokens)
-    assert [samples[f"mixture/{kind}"] for kind in KINDS] == [0.25, 0.25, 0.5], "the continued text was counted where it began"
-    assert [tokens[f"mixture/{kind}"] for kind in KINDS] == pytest.approx([by_kind[kind] / sum(by_kind.values()) for kind in KINDS])
+    assert [samples[f"mixture/{kind}"] for kind in KINDS] == [0.25, 0.25, 0.5], (
+        "the continued text was counted where it began"
+    )
+    assert [tokens[f"mixture/{kind}"] for kind in KINDS] == pytest.approx(
+        [by_kind[kind] / sum(by_kind.values()) for kind in KINDS]
+    )
     assert [tokens[f"tokens/{kind}"] for kind in KINDS] == [by_kind[kind] for kind in KINDS]
-    assert samples["tokens/total"] == sum(by_kind.values()) and samples["packing/fill"] == pytest.approx(sum(by_kind.values()) / (3 * 256))
+    assert samples["tokens/total"] == sum(by_kind.values()) and samples["packing/fill"] == pytest.approx(
+        sum(by_kind.values()) / (3 * 256)
+    )
 
 
 def test_times_and_memory_are_those_of_the_slowest_rank():
     found = values()
     assert (found["time/step_s"], found["time/data_wait_s"], found["memory/peak_gib"]) == (3.0, 0.5, 2.0)
-    assert found["perf/tokens_per_s"] == pytest.approx(found["tokens/total"] / 3.0) and found["perf/mfu"] == pytest.approx(1.0)
+    assert found["perf/tokens_per_s"] == pytest.approx(found["tokens/total"] / 3.0) and found[
+        "perf/mfu"
+    ] == pytest.approx(1.0)
 
 
 def test_signals_skips_and_truncation_of_any_rank_are_seen_by_all():
@@ -118,7 +143,13 @@ def test_a_kind_without_a_supervised_token_has_no_loss():
     tally.count(replace(batch([Kind.TEXT]), document_sources=torch.zeros(1, dtype=torch.int64)))
     vector = tally.vector(step_s=1.0, data_wait_s=0.0, peak_gib=0.0)
     found = step_values(
-        StepTotals(1, exchange(vector)), source_names=["a"], ratio_unit=RatioUnit.samples, lr=0.0, grad_norm=0.0, flops=0.0, peak_flops=1.0
+        StepTotals(1, exchange(vector)),
+        source_names=["a"],
+        ratio_unit=RatioUnit.samples,
+        lr=0.0,
+        grad_norm=0.0,
+        flops=0.0,
+        peak_flops=1.0,
     )
     assert not {key for key in found if key.startswith("loss/")} - {"loss/total"}
 
@@ -152,9 +183,9 @@ def digest(*ranks: list[PackedBatch]) -> float:
             tally.count(one)
         tallies.append(tally.vector(step_s=1.0, data_wait_s=0.0))
     table = StepTotals(N_SOURCES, torch.stack(tallies))
-    return step_values(table, source_names=NAMES, ratio_unit=RatioUnit.samples, lr=0.0, grad_norm=0.0, flops=1.0, peak_flops=1.0)[
-        "data/rows_digest"
-    ]
+    return step_values(
+        table, source_names=NAMES, ratio_unit=RatioUnit.samples, lr=0.0, grad_norm=0.0, flops=1.0, peak_flops=1.0
+    )["data/rows_digest"]
 
 
 def test_the_rows_digest_knows_the_rows_and_not_the_ranks() -> None:
@@ -163,5 +194,7 @@ def test_the_rows_digest_knows_the_rows_and_not_the_ranks() -> None:
     assert whole == digest([a], [b, c]) == digest([c], [a], [b]) == int(whole) > 0
     assert whole < 2**32
     assert whole != digest([a, b]) != digest([a, b, b])
-    shifted = replace(a, provenance=tuple(tuple(replace(document, start=1) for document in row) for row in a.provenance))
+    shifted = replace(
+        a, provenance=tuple(tuple(replace(document, start=1) for document in row) for row in a.provenance)
+    )
     assert digest([shifted, b, c]) != whole

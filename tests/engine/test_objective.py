@@ -28,7 +28,8 @@ def terms(text: float, image: float, document_mean: float | None = None) -> Loss
 
 
 @pytest.mark.parametrize(
-    ("reduction", "expected"), [(Reduction.token_mean, (2 * 6.0 + 3 * 8.0) / 10), (Reduction.task_mean, 2 * 6.0 / 6 + 3 * 8.0 / 4)]
+    ("reduction", "expected"),
+    [(Reduction.token_mean, (2 * 6.0 + 3 * 8.0) / 10), (Reduction.task_mean, 2 * 6.0 / 6 + 3 * 8.0 / 4)],
 )
 def test_reductions_by_hand(reduction, expected):
     cfg = LossConfig(reduction=reduction, text_weight=2.0, image_weight=3.0)
@@ -42,7 +43,10 @@ def test_sample_mean_divides_by_supervised_documents():
 
 def test_a_step_without_any_supervised_token_gives_zero_not_nan():
     for reduction in Reduction:
-        assert float(micro_batch_loss(terms(0.0, 0.0, 0.0), SupervisedTotals(0, 0, 0), LossConfig(reduction=reduction))) == 0.0
+        assert (
+            float(micro_batch_loss(terms(0.0, 0.0, 0.0), SupervisedTotals(0, 0, 0), LossConfig(reduction=reduction)))
+            == 0.0
+        )
 
 
 def test_counts_see_both_heads_and_documents_without_a_label():

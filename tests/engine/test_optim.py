@@ -40,7 +40,9 @@ def test_only_matrices_of_trainable_parameters_are_decayed_and_modules_keep_thei
     }
     cfg = OptimizerConfig(lr=1e-3, weight_decay=0.1)
     cfg.lr_scale.vision_model = 0.1
-    found = parameter_groups(named.items(), cfg, lambda name: "language_model" if name == "lm_head.weight" else "vision_model")
+    found = parameter_groups(
+        named.items(), cfg, lambda name: "language_model" if name == "lm_head.weight" else "vision_model"
+    )
     assert [group["weight_decay"] for group in found.groups] == [0.1, 0.0, 0.1] and found.lr_scales == (0.1, 0.1, 1.0)
     assert [id(p) for group in found.groups for p in group["params"]] == [id(p) for p in list(named.values())[:3]]
     optimizer = torch.optim.AdamW(found.groups, lr=1.0)
@@ -51,4 +53,9 @@ def test_only_matrices_of_trainable_parameters_are_decayed_and_modules_keep_thei
 def test_a_partitioned_parameter_is_judged_by_its_whole_shape():
     parameter = torch.nn.Parameter(torch.zeros(0))
     parameter.ds_shape = torch.Size((3, 2))
-    assert parameter_groups([("x", parameter)], OptimizerConfig(weight_decay=0.3), lambda name: "aligner").groups[0]["weight_decay"] == 0.3
+    assert (
+        parameter_groups([("x", parameter)], OptimizerConfig(weight_decay=0.3), lambda name: "aligner").groups[0][
+            "weight_decay"
+        ]
+        == 0.3
+    )

@@ -1,7 +1,7 @@
 """A training run of a few thousand parameters on a few dozen documents: shards, tokenizer and configuration.
 
-Used by the tests and by the worker processes they start (which have no pytest); everything is a function of numbers, so two processes
-that call it agree.
+Used by the tests and by the worker processes they start (which have no pytest); everything is a function of numbers, so
+two processes that call it agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from jp_train.config.schema import (
     VQConfig,
     WandbMode,
 )
-from tests.data.data_samples import IMAGE_SIZE, PATCH, generation_samples, text_samples, understanding_samples, write_shard
+from tests.data.data_samples import (
+    IMAGE_SIZE,
+    PATCH,
+    generation_samples,
+    text_samples,
+    understanding_samples,
+    write_shard,
+)
 
 STAGE1 = ["aligner", "gen_embed", "gen_aligner", "gen_head"]
 STAGE2 = ["aligner", "language_model", "gen_embed", "gen_aligner", "gen_head"]
@@ -63,7 +70,8 @@ def write_data(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_shard(folder / "gen.tar", generation_samples(25))
     broken = [
-        (key, {**fields, "png": fields["png"][:60]} if n in (3, 8) else fields) for n, (key, fields) in enumerate(generation_samples(12))
+        (key, {**fields, "png": fields["png"][:60]} if n in (3, 8) else fields)
+        for n, (key, fields) in enumerate(generation_samples(12))
     ]
     write_shard(folder / "gen-broken.tar", broken)
     write_shard(folder / "und.tar", understanding_samples(17))
@@ -74,12 +82,24 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def tiny_run(data: Path, run_dir: Path, *, stage: int = 2, steps: int = 6, rows: int = 4, init_from: Path | None = None) -> RunConfig:
-    """A valid configuration: fp32, persistence threshold 0 (a tiny model would hide gather mistakes otherwise), no workers, no wandb."""
-    cfg = RunConfig(run_dir=str(run_dir), seed=7, precision=Precision.fp32, tokenizer=TokenizerConfig(path=str(data / "tiny.model")))
-    cfg.model.vision = VisionConfig(hidden_size=24, layers=2, heads=2, mlp_ratio=2.0, image_size=IMAGE_SIZE, patch_size=PATCH)
+def tiny_run(
+    data: Path, run_dir: Path, *, stage: int = 2, steps: int = 6, rows: int = 4, init_from: Path | None = None
+) -> RunConfig:
+    """A valid configuration: fp32, persistence threshold 0 (a tiny model would hide gather mistakes otherwise), no
+    workers, no wandb."""
+    cfg = RunConfig(
+        run_dir=str(run_dir), seed=7, precision=Precision.fp32, tokenizer=TokenizerConfig(path=str(data / "tiny.model"))
+    )
+    cfg.model.vision = VisionConfig(
+        hidden_size=24, layers=2, heads=2, mlp_ratio=2.0, image_size=IMAGE_SIZE, patch_size=PATCH
+    )
     cfg.model.vq = VQConfig(
-        codebook_size=64, embed_dim=8, base_channels=32, channel_multiplier=[1, 1, 1, 1], res_blocks=1, latent_channels=32
+        codebook_size=64,
+        embed_dim=8,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1],
+        res_blocks=1,
+        latent_channels=32,
     )
     cfg.model.language = LanguageConfig(
         hidden_size=32, intermediate_size=48, layers=2, heads=2, vocab_size=512, max_position_embeddings=512
@@ -104,7 +124,8 @@ def tiny_run(data: Path, run_dir: Path, *, stage: int = 2, steps: int = 6, rows:
     cfg.optimizer.lr = 3e-3
     cfg.optimizer.weight_decay = 0.1
     cfg.engine.persistence_threshold = 0
-    cfg.engine.collective_timeout_s = 240.0  # a loaded machine may take its time; a lost rank closes its connections at once
+    # a loaded machine may take its time; a lost rank closes its connections at once
+    cfg.engine.collective_timeout_s = 240.0
     cfg.loss.chunk_tokens = 64
     cfg.checkpoint.every_steps = 1000
     cfg.logging.wandb.mode = WandbMode.disabled

@@ -1,6 +1,7 @@
 """What one rank of an engine test does (see tests/distributed.py). Not a test module.
 
-A scenario is a function `(**arguments) -> JSON-able result`. Several `train` runs share one process and one process group.
+A scenario is a function `(**arguments) -> JSON-able result`. Several `train` runs share one process and one process
+group.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def train(
 ) -> dict:
     """`jp_train.train.trainer.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
 
-    kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that step's checkpoint.
+    kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that
+    step's checkpoint.
     nan_at: steps whose loss rank 0 makes NaN. dump_start: a safetensors file for the weights before the first step.
     data_error_at: rank 1's loader fails at that step.
     wait_in_step: linger in this step until a stop signal has arrived at rank 0 (the test sends it there).
@@ -134,13 +136,18 @@ def train(
     except JpTrainError as error:
         return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "hashes": hashes}
     finally:
-        training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = plain_step, plain_loss, plain_save
+        training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = (
+            plain_step,
+            plain_loss,
+            plain_save,
+        )
         training.prepare = plain_prepare
         StepLoader.__next__ = plain_next
 
 
 def leak(what: str, **changes: Any) -> dict:
-    """A run whose model breaks the freeze in its first step: `write` moves a frozen weight, `skip` leaves trainable ones out."""
+    """A run whose model breaks the freeze in its first step: `write` moves a frozen weight, `skip` leaves trainable
+    ones out."""
     import jp_train.model.janus_pro as model
 
     plain_step, plain_place = training.Trainer.train_step, model._place
@@ -160,7 +167,9 @@ def leak(what: str, **changes: Any) -> dict:
 
         training.Trainer.train_step = step
     else:
-        model._place = lambda embeddings, slots, features: embeddings if slots is None else plain_place(embeddings, slots, features)
+        model._place = lambda embeddings, slots, features: (
+            embeddings if slots is None else plain_place(embeddings, slots, features)
+        )
     try:
         return train(**changes)
     finally:
@@ -168,8 +177,8 @@ def leak(what: str, **changes: Any) -> dict:
 
 
 def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> dict:
-    """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks (stages 1 and 2: in one of its two orders): losses and gradients against one plain
-    process."""
+    """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks (stages 1 and 2: in one of its two orders):
+    losses and gradients against one plain process."""
     import jp_train.model.janus_pro as model_code
     from jp_train.config import batch_plan
     from jp_train.engine.init import Ranks, gather_for_writing, init_process_group
@@ -180,19 +189,26 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
     from jp_train.types import KINDS
     from tests.model.janus_tiny import N_SOURCES, PLACEHOLDER, pack, random_docs, tiny_config
 
-    cfg = make(data, run_dir, stage=stage, rows=world(), **{"optimizer.weight_decay": 0.0, "engine.collective_timeout_s": 20.0})
+    cfg = make(
+        data, run_dir, stage=stage, rows=world(), **{"optimizer.weight_decay": 0.0, "engine.collective_timeout_s": 20.0}
+    )
     cfg.model = tiny_config()
     cfg.model.vision.layers = cfg.model.language.layers = 1
     cfg.engine.activation_checkpointing = stage == 3
     ranks: Ranks = init_process_group(cfg)
     subsets = [[kind for bit, kind in enumerate(KINDS) if number >> bit & 1] for number in range(8)]
-    batches = [[pack(random_docs(100 * r + number, kinds)) for number, kinds in enumerate(subsets)] for r in range(world())]
+    batches = [
+        [pack(random_docs(100 * r + number, kinds)) for number, kinds in enumerate(subsets)] for r in range(world())
+    ]
 
     oracle = JanusPro(cfg.model, cfg.loss, N_SOURCES, False, PLACEHOLDER)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
-            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(
+                float("norm" in name and name.endswith("weight"))
+                + 0.2 * torch.randn(parameter.shape, generator=generator)
+            )
     set_trainable(oracle, cfg.stage.trainable)
     trained = [(name, p) for name, p in oracle.named_parameters() if p.requires_grad]
     sums: list[list[tuple[float, list[torch.Tensor]]]] = []
@@ -203,7 +219,9 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
             terms = oracle(batch)
             loss = terms.text_sum + terms.image_sum
             loss.backward()
-            sums[-1].append((float(loss), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in trained]))
+            sums[-1].append(
+                (float(loss), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in trained])
+            )
 
     plain_prepare, plain_place = pretrained.prepare_weights, model_code._place
 
@@ -227,17 +245,22 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
         for pair in pairs:
             counts = [count_supervised([batches[r][number]]) for r, number in enumerate(pair)]
             totals = SupervisedTotals(
-                sum(c.text_tokens for c in counts), sum(c.image_tokens for c in counts), sum(c.documents for c in counts)
+                sum(c.text_tokens for c in counts),
+                sum(c.image_tokens for c in counts),
+                sum(c.documents for c in counts),
             )
             n = max(1, totals.text_tokens + totals.image_tokens)
             loss = micro_batch_loss(engine.deepspeed(batches[rank()][pair[rank()]]), totals, cfg.loss)
             engine.deepspeed.backward(loss * world(), scale_wrt_gas=False)
             expected_loss = sums[rank()][pair[rank()]][0] / n
             worst_loss = max(
-                worst_loss, abs(float(loss) - expected_loss) / max(1e-6, abs(expected_loss)) if expected_loss else abs(float(loss))
+                worst_loss,
+                abs(float(loss) - expected_loss) / max(1e-6, abs(expected_loss)) if expected_loss else abs(float(loss)),
             )
             named = dict(engine.model.named_parameters())
-            whole_gradients = [sum(sums[r][number][1][index] for r, number in enumerate(pair)) / n for index in range(len(trained))]
+            whole_gradients = [
+                sum(sums[r][number][1][index] for r, number in enumerate(pair)) / n for index in range(len(trained))
+            ]
             norm = float(sum(whole.square().sum() for whole in whole_gradients))
             for (name, plain), whole in zip(trained, whole_gradients, strict=True):
                 parameter = named[name]
@@ -246,7 +269,8 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
                 expected = torch.zeros_like(mine)
                 part = whole.flatten()[start : start + mine.numel()]
                 expected[: part.numel()] = part
-                # some gradients (key biases) are zero but for rounding: errors count relative to the whole gradient's norm there
+                # some gradients (key biases) are zero but for rounding: errors count relative to the whole gradient's
+                # norm there
                 scale = max(float(whole.abs().max()), 1e-3 * norm**0.5) or 1.0
                 held = max(0, min(mine.numel(), plain.numel() - start))
                 worst_grad = max(worst_grad, float((mine - expected)[:held].abs().max()) / scale if held else 0.0)

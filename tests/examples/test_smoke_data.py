@@ -156,7 +156,12 @@ def test_every_source_is_written_and_readable_by_webdataset_in_its_layout(built:
                 assert json.loads(sample["json"])["caption"] and sample["png"]
             elif base in UNDERSTANDING_SOURCES:
                 human, gpt = json.loads(sample["json"])["conversations"]
-                assert human["from"] == "human" and human["value"].startswith("<image>\n") and gpt["from"] == "gpt" and sample["png"]
+                assert (
+                    human["from"] == "human"
+                    and human["value"].startswith("<image>\n")
+                    and gpt["from"] == "gpt"
+                    and sample["png"]
+                )
             elif base == "text":
                 assert sample["txt"].decode().strip()
             else:

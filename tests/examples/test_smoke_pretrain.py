@@ -57,7 +57,9 @@ def test_the_folder_loads_with_no_missing_and_no_unexpected_key_and_untied(made:
     assert not torch.equal(model.lm_head.weight, model.model.language_model.embed_tokens.weight)
 
 
-def test_generation_embeddings_are_the_codebook_and_its_rows_have_unit_length(model: JanusForConditionalGeneration) -> None:
+def test_generation_embeddings_are_the_codebook_and_its_rows_have_unit_length(
+    model: JanusForConditionalGeneration,
+) -> None:
     rows = model.model.vqmodel.quantize.embedding.weight
     assert torch.allclose(rows.norm(dim=-1), torch.ones(len(rows)), atol=1e-6)
     assert torch.equal(model.model.generation_embeddings.weight, rows)
@@ -76,7 +78,9 @@ def test_vq_ids_are_the_nearest_unit_rows_in_transformers_too(model: JanusForCon
     assert decode_pictures(vq, ours).shape == (6, 3, 32, 32)
 
 
-def test_adaptors_and_image_head_start_at_the_scale_of_their_inputs_and_without_bias(model: JanusForConditionalGeneration) -> None:
+def test_adaptors_and_image_head_start_at_the_scale_of_their_inputs_and_without_bias(
+    model: JanusForConditionalGeneration,
+) -> None:
     for part in (model.model.aligner, model.model.generation_aligner, model.model.generation_head):
         for name, weight in part.named_parameters():
             if name.endswith("bias"):
@@ -99,7 +103,10 @@ def test_a_patch_that_differs_from_the_vq_stride_is_refused() -> None:
 
 def test_equal_seeds_train_equal_vq_weights() -> None:
     config = janus_config(SMALL, vocab_size=16, special_ids=IDS).vq_config
-    first, second = (train_vq(config, random_pictures(12), replace(SIZES.vq, batch_pictures=4), seed=1).state_dict() for _ in range(2))
+    first, second = (
+        train_vq(config, random_pictures(12), replace(SIZES.vq, batch_pictures=4), seed=1).state_dict()
+        for _ in range(2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

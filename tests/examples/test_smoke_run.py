@@ -1,4 +1,5 @@
-"""The smoke runner itself, at its smallest: real shards, real parts, a real stage under the deepspeed launcher with two ranks."""
+"""The smoke runner itself, at its smallest: real shards, real parts, a real stage under the deepspeed launcher with
+two ranks."""
 
 import json
 import socket
@@ -17,7 +18,16 @@ def free_port() -> int:
 
 def test_a_stage_alone_makes_what_it_needs_and_a_second_call_keeps_it(tmp_path, capsys):
     out = tmp_path / "smoke"
-    arguments = ["--tiny", "--out", str(out), "--only-stage", "1", "--master-port", str(free_port()), "logging.wandb.mode=disabled"]
+    arguments = [
+        "--tiny",
+        "--out",
+        str(out),
+        "--only-stage",
+        "1",
+        "--master-port",
+        str(free_port()),
+        "logging.wandb.mode=disabled",
+    ]
     assert main(arguments) == 0
     status = json.loads((out / "stage1" / "status.json").read_text())
     assert status["step"] == 3 and status["dp_world_size"] == 2
@@ -37,7 +47,10 @@ def test_a_stage_alone_makes_what_it_needs_and_a_second_call_keeps_it(tmp_path, 
     steps = [("data", never), ("tokenizer", never), ("parts", never), ("stage1", lambda: again.append("stage1") or 0)]
     assert (
         run_steps(
-            Options(out=out, tiny=True, overrides=("logging.wandb.mode=disabled",)), steps, dict.fromkeys(dict(steps), 1.0), only_stage=1
+            Options(out=out, tiny=True, overrides=("logging.wandb.mode=disabled",)),
+            steps,
+            dict.fromkeys(dict(steps), 1.0),
+            only_stage=1,
         )
         == 0
     )
@@ -57,7 +70,9 @@ def test_every_stage_starts_from_the_one_before(tmp_path, stage):
     from examples.smoke.run import ROOT
     from jp_train.config import load_config
 
-    config = load_config(ROOT / "examples" / "smoke" / f"stage{stage}.yaml", stage_overrides(Options(out=tmp_path), stage))
+    config = load_config(
+        ROOT / "examples" / "smoke" / f"stage{stage}.yaml", stage_overrides(Options(out=tmp_path), stage)
+    )
     assert config.model.init_from == str(tmp_path / ("init" if stage == 1 else f"stage{stage - 1}"))
     assert config.run_dir == str(tmp_path / f"stage{stage}")
     if stage == 2:

@@ -1,4 +1,5 @@
-"""The showcase's downloads, shards and judgement, without a network: small archives made here, a few lines of WordNet typed in."""
+"""The showcase's downloads, shards and judgement, without a network: small archives made here, a few lines of
+WordNet typed in."""
 
 from __future__ import annotations
 
@@ -31,7 +32,20 @@ from examples.smoke.shards import GENERATION_SOURCES, UNDERSTANDING_SOURCES
 from jp_train.config import load_config
 from jp_train.errors import ConfigError, DataError, LaunchError
 
-NAMES = ("anchor", "beetle", "cow face", "drum", "eagle", "fish", "grinning face", "hammer", "ice", "jar", "kite", "lemon")
+NAMES = (
+    "anchor",
+    "beetle",
+    "cow face",
+    "drum",
+    "eagle",
+    "fish",
+    "grinning face",
+    "hammer",
+    "ice",
+    "jar",
+    "kite",
+    "lemon",
+)
 COUNTS = ShowcaseCounts(names=8, held_out_names=3, held_out_drawings=4, documents=50, dialogues=50, held_out_texts=2)
 DATA_NOUN = """  1 This software and database is being provided to you
 02190166 05 n 01 beetle 0 001 @ 02159955 n 0000 | insect having biting mouthparts and front wings modified to form horny covers
@@ -53,7 +67,9 @@ def png(number: int, style: str) -> bytes:
     picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     picture.paste(colour, (8 + number, 8, 56, 56 - number))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG" if style != "fluent" else "WEBP", **({"lossless": True} if style == "fluent" else {}))
+    picture.save(
+        buffer, format="PNG" if style != "fluent" else "WEBP", **({"lossless": True} if style == "fluent" else {})
+    )
     return buffer.getvalue()
 
 
@@ -113,7 +129,8 @@ def test_emoji_are_joined_with_the_commonest_meaning_of_their_name(cache: Path) 
     found = {item.name: item for item in read_emoji(cache, first_senses(cache, synsets))}
     assert sorted(found) == sorted(NAMES)  # the flag has two code points
     assert found["hammer"].gloss == "a hand tool with a heavy rigid head"
-    assert found["cow face"].gloss.startswith("female of domestic cattle")  # not the woman; an animal's "face" is dropped
+    # not the woman; an animal's "face" is dropped
+    assert found["cow face"].gloss.startswith("female of domestic cattle")
     assert found["anchor"].gloss == ""
     assert found["cow face"].kind == "animals and nature"
     assert synsets[1].words == ("hammer", "mallet")
@@ -136,7 +153,8 @@ def test_names_take_their_article(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../evil.png", "/tmp/evil.png", "package/img/google/64/../../../../../evil.png", "package\\..\\evil.png"]
+    "name",
+    ["../../evil.png", "/tmp/evil.png", "package/img/google/64/../../../../../evil.png", "package\\..\\evil.png"],
 )
 def test_an_archive_with_a_member_that_points_outside_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "a" / "b" / "out"
@@ -165,7 +183,9 @@ def test_a_file_that_is_no_archive_is_an_error_of_the_data(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("tool", "present"), [("npm", ()), ("apt-get", STYLES), ("dpkg-deb", STYLES)])
-def test_a_missing_tool_is_named_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool, present) -> None:
+def test_a_missing_tool_is_named_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool, present
+) -> None:
     for style in present:
         (tmp_path / f"emoji-{style}").mkdir()
     monkeypatch.setattr(showcase_sources.shutil, "which", lambda name: None if name == tool else f"/usr/bin/{name}")
@@ -174,9 +194,14 @@ def test_a_missing_tool_is_named_before_anything_is_fetched(tmp_path: Path, monk
         download(tmp_path)
 
 
-def test_the_command_says_what_is_missing_and_ends_with_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_command_says_what_is_missing_and_ends_with_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setattr(showcase_sources.shutil, "which", lambda name: None)
-    assert main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--only-data"]) == LaunchError.exit_code
+    assert (
+        main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--only-data"])
+        == LaunchError.exit_code
+    )
     assert "apt-get install npm" in capsys.readouterr().err
 
 
@@ -199,7 +224,12 @@ def test_downloads_appear_when_complete_and_are_made_once(tmp_path: Path, monkey
     download(tmp_path)
     download(tmp_path)
     assert asked == ["google", "twitter", "twitter", "fluent"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji-fluent", "emoji-google", "emoji-twitter", "wordnet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "emoji-fluent",
+        "emoji-google",
+        "emoji-twitter",
+        "wordnet",
+    ]
 
 
 def test_held_out_names_and_drawings_never_occur_in_training(data: Path, cache: Path) -> None:
@@ -226,9 +256,14 @@ def test_held_out_names_and_drawings_never_occur_in_training(data: Path, cache: 
     assert texts and unseen and not texts & unseen
 
 
-def test_equal_seed_and_downloads_give_equal_bytes_and_another_seed_another_split(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_equal_seed_and_downloads_give_equal_bytes_and_another_seed_another_split(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
     def digests(root: Path) -> dict[str, str]:
-        return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.rglob("*.tar"))}
+        return {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(root.rglob("*.tar"))
+        }
 
     assert digests(build_showcase_shards(tmp_path / "again", cache, 1, COUNTS).root) == digests(data)
     assert read_split(cache, 2, COUNTS)[0].names != read_split(cache, 1, COUNTS)[0].names
@@ -242,7 +277,9 @@ def test_too_few_emoji_are_refused(cache: Path, tmp_path: Path) -> None:
 def test_pretraining_reads_every_trained_drawing_under_its_own_names(data: Path, tmp_path: Path) -> None:
     folder = link_pretraining_sources(data, tmp_path / "parts")
     for names, kind in ((GENERATION_SOURCES, "gen"), (UNDERSTANDING_SOURCES, "und")):
-        linked = sum(1 for name in names for sample in read_source(folder / name) if picture_of(sample, 8).shape == (8, 8, 3))
+        linked = sum(
+            1 for name in names for sample in read_source(folder / name) if picture_of(sample, 8).shape == (8, 8, 3)
+        )
         assert linked == sum(1 for style in STYLES for _ in read_source(data / f"emoji-{style}-{kind}"))
     assert list(read_source(folder / "text"))
 
@@ -252,9 +289,9 @@ def test_the_judge_finds_true_drawings_and_its_chance_is_one_in_as_many(data: Pa
     assert [len(groups[name]) for name in GROUPS] == [20, 4, 9]
     nearest = NearestDrawing(groups)
     for group in groups.values():
-        noisy = np.clip(group.pictures.astype(int) + np.random.default_rng(0).integers(-9, 10, group.pictures.shape), 0, 255).astype(
-            np.uint8
-        )
+        noisy = np.clip(
+            group.pictures.astype(int) + np.random.default_rng(0).integers(-9, 10, group.pictures.shape), 0, 255
+        ).astype(np.uint8)
         assert nearest.names_of(noisy, group.styles) == group.names
         assert nearest.chance(group.styles) == pytest.approx(1 / 11)
     assert Image.open(contact_sheet(data, tmp_path / "sheet.png")).width > 500

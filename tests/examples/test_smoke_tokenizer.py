@@ -39,7 +39,10 @@ def test_every_special_token_is_one_id_with_its_own_string_and_can_be_skipped(to
         ids = tokenizer.encode(token, add_special_tokens=False)
         assert len(ids) == 1
         assert tokenizer.convert_ids_to_tokens(ids) == [token]
-        assert tokenizer.decode([*ids, *tokenizer.encode("a circle", add_special_tokens=False)], skip_special_tokens=True) == "a circle"
+        assert (
+            tokenizer.decode([*ids, *tokenizer.encode("a circle", add_special_tokens=False)], skip_special_tokens=True)
+            == "a circle"
+        )
 
 
 def test_the_raw_model_and_the_folder_agree_on_every_id_but_for_ties(folder: Path, tokenizer) -> None:
@@ -48,7 +51,8 @@ def test_the_raw_model_and_the_folder_agree_on_every_id_but_for_ties(folder: Pat
     assert [raw.piece_to_id(t) for t in SPECIAL_TOKENS] == tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     for text in (*TEXTS, *list(training_texts(folder.parent / "data"))[::23]):
         ours, theirs = tokenizer.encode(text, add_special_tokens=False), raw.encode(text)
-        if ours != theirs:  # two segmentations of the same score, as in runs of one character: the libraries break the tie differently
+        # two segmentations of the same score, as in runs of one character: the libraries break the tie differently
+        if ours != theirs:
             assert tokenizer.decode(ours) == tokenizer.decode(theirs) == text
             assert sum(map(raw.get_score, ours)) == pytest.approx(sum(map(raw.get_score, theirs)), rel=1e-5)
 

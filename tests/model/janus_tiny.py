@@ -19,13 +19,25 @@ N_SOURCES = 3
 def tiny_config() -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(hidden_size=24, layers=2, heads=2, mlp_ratio=2.0, image_size=SIDE, patch_size=8),
-        vq=VQConfig(codebook_size=CODES, embed_dim=8, base_channels=32, channel_multiplier=[1, 1, 1, 2], res_blocks=1, latent_channels=32),
-        language=LanguageConfig(hidden_size=DIM, intermediate_size=48, layers=2, heads=2, vocab_size=VOCAB, max_position_embeddings=256),
+        vq=VQConfig(
+            codebook_size=CODES,
+            embed_dim=8,
+            base_channels=32,
+            channel_multiplier=[1, 1, 1, 2],
+            res_blocks=1,
+            latent_channels=32,
+        ),
+        language=LanguageConfig(
+            hidden_size=DIM, intermediate_size=48, layers=2, heads=2, vocab_size=VOCAB, max_position_embeddings=256
+        ),
     )
 
 
-def tiny_model(*, seed: int = 0, loss: LossConfig | None = None, checkpointing: bool = False, std: float = 0.2) -> JanusPro:
-    """float32, with weights large enough that a wrong position or a leak shows; every parameter random, norms and biases too."""
+def tiny_model(
+    *, seed: int = 0, loss: LossConfig | None = None, checkpointing: bool = False, std: float = 0.2
+) -> JanusPro:
+    """float32, with weights large enough that a wrong position or a leak shows; every parameter random, norms and
+    biases too."""
     model = JanusPro(tiny_config(), loss or LossConfig(chunk_tokens=7), N_SOURCES, checkpointing, PLACEHOLDER)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -58,7 +70,15 @@ def und_doc(question: Sequence[int], answer: Sequence[int], image: torch.Tensor,
     head = [BOS, BOI, *[PLACEHOLDER] * SLOTS, EOI, *question]
     ids = [*head, *answer, EOS]
     labels = [IGNORE_INDEX] * (len(head) - 1) + [*answer, EOS, IGNORE_INDEX]
-    return Doc(Kind.UNDERSTANDING, ids, labels, [IGNORE_INDEX] * len(ids), list(range(2, 2 + SLOTS)), image=image, source=source)
+    return Doc(
+        Kind.UNDERSTANDING,
+        ids,
+        labels,
+        [IGNORE_INDEX] * len(ids),
+        list(range(2, 2 + SLOTS)),
+        image=image,
+        source=source,
+    )
 
 
 def gen_doc(caption: Sequence[int], codes: Sequence[int], source: int = 2) -> Doc:
@@ -67,7 +87,13 @@ def gen_doc(caption: Sequence[int], codes: Sequence[int], source: int = 2) -> Do
     gen_labels = [IGNORE_INDEX] * len(ids)
     gen_labels[boi : boi + SLOTS] = codes
     return Doc(
-        Kind.GENERATION, ids, [IGNORE_INDEX] * len(ids), gen_labels, list(range(boi + 1, boi + 1 + SLOTS)), codes=list(codes), source=source
+        Kind.GENERATION,
+        ids,
+        [IGNORE_INDEX] * len(ids),
+        gen_labels,
+        list(range(boi + 1, boi + 1 + SLOTS)),
+        codes=list(codes),
+        source=source,
     )
 
 

@@ -49,7 +49,8 @@ def test_calls_that_would_mix_documents_are_refused() -> None:
 
 
 def test_the_cuda_path_hands_the_kernel_causal_packed_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU here: the kernel is replaced by a reference that checks what the real one documents about its arguments."""
+    """No GPU here: the kernel is replaced by a reference that checks what the real one documents about its
+    arguments."""
     q, k, v, cu = tensors()
 
     def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -75,7 +76,9 @@ def test_the_real_kernel_accepts_the_arguments_on_fake_tensors(monkeypatch: pyte
     monkeypatch.setattr(attention, "uses_varlen_kernel", lambda _: True)
     with FakeTensorMode():
         q = torch.empty(1, 4, 13, 8, dtype=torch.bfloat16)
-        out, _ = packed_attention(nn.Module(), q, q, q, None, scaling=0.3, cu_seqlens=torch.zeros(4, dtype=torch.int32), max_seqlen=7)
+        out, _ = packed_attention(
+            nn.Module(), q, q, q, None, scaling=0.3, cu_seqlens=torch.zeros(4, dtype=torch.int32), max_seqlen=7
+        )
         assert out.shape == (1, 13, 4, 8)
         assert out.dtype is torch.bfloat16
 

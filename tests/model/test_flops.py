@@ -41,10 +41,7 @@ TABLE = {
     },
 }
 TOTAL = {"1B": 2_076_636_811, "7B": 7_407_773_323}
-TRAINABLE = {
-    "1B": (48_408_576, 1_701_064_704, 2_004_753_408),
-    "7B": (121_835_520, 7_032_201_216, 7_335_889_920),
-}
+TRAINABLE = {"1B": (48_408_576, 1_701_064_704, 2_004_753_408), "7B": (121_835_520, 7_032_201_216, 7_335_889_920)}
 
 
 @pytest.mark.parametrize("size", MODELS)
@@ -72,9 +69,13 @@ def written_out_attention(query, key, value, *_, is_causal=False, scale=None, **
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("stage", [STAGE1, STAGE2, STAGE3, ["gen_head"], ["vision_model"]], ids=lambda names: f"{len(names)} modules")
+@pytest.mark.parametrize(
+    "stage", [STAGE1, STAGE2, STAGE3, ["gen_head"], ["vision_model"]], ids=lambda names: f"{len(names)} modules"
+)
 @pytest.mark.parametrize("kind", list(Kind))
-def test_forward_and_backward_equal_torchs_counter(stage: list[str], kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward_equal_torchs_counter(
+    stage: list[str], kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", written_out_attention)
     cfg, model = tiny_config(), tiny_model()
     set_trainable(model, stage)
@@ -91,7 +92,8 @@ def test_forward_and_backward_equal_torchs_counter(stage: list[str], kind: Kind,
         (terms.text_sum + terms.image_sum).backward()
     expected = step_flops(cfg, statistics, stage)
     assert forward.get_total_flops() == expected.forward
-    # recomputing the chunked logits is overhead, not model FLOPs; and the counter does not know the in-place product of their weight gradient
+    # recomputing the chunked logits is overhead, not model FLOPs; and the counter does not know the in-place product of
+    # their weight gradient
     image_logits = statistics.image_positions * 2.0 * 32 * 48
     text_logits = statistics.text_positions * 2.0 * 32 * 64
     seen = expected.backward + image_logits * (1 - ("gen_head" in stage))
@@ -100,7 +102,9 @@ def test_forward_and_backward_equal_torchs_counter(stage: list[str], kind: Kind,
 
 
 def test_a_frozen_module_has_no_weight_gradient_but_the_llm_still_passes_gradients_in_stage_1() -> None:
-    s = BatchStatistics(tokens=4096, squared_lengths=4096 * 700, und_images=0, gen_images=0, text_positions=0, image_positions=0)
+    s = BatchStatistics(
+        tokens=4096, squared_lengths=4096 * 700, und_images=0, gen_images=0, text_positions=0, image_positions=0
+    )
     stage1, stage2 = (step_flops(MODELS["7B"], s, stage) for stage in (STAGE1, STAGE2))
     weights = 4096 * 2.0 * 30 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     assert stage2.forward == stage1.forward
@@ -116,6 +120,9 @@ def test_statistics_of_a_batch_are_its_counts_and_add_up() -> None:
     lengths = [len(doc.ids) for doc in docs]
     assert (found.tokens, found.squared_lengths) == (sum(lengths), sum(n * n for n in lengths))
     assert (found.und_images, found.gen_images, found.encoded_images) == (1, 1, 0)
-    assert (found.text_positions, found.image_positions) == (batch.supervised_text_tokens, batch.supervised_image_tokens)
+    assert (found.text_positions, found.image_positions) == (
+        batch.supervised_text_tokens,
+        batch.supervised_image_tokens,
+    )
     pending = replace(batch, gen_pending=torch.tensor([0]), gen_images=torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))
     assert (found + BatchStatistics.of(pending)).encoded_images == 1

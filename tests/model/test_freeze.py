@@ -12,7 +12,9 @@ def test_exactly_the_listed_modules_learn_and_the_rest_is_frozen() -> None:
     model = tiny_model()
     report = set_trainable(model, ["gen_head", "language_model"])
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    expected = {n for n in model.state_dict() if n.startswith(("model.generation_head.", "model.language_model.", "lm_head."))}
+    expected = {
+        n for n in model.state_dict() if n.startswith(("model.generation_head.", "model.language_model.", "lm_head."))
+    }
     assert learning == expected == set(report.trainable_names)
     assert set(report.frozen_names) == set(model.state_dict()) - expected
     assert report.trainable_elements == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -83,12 +83,17 @@ def test_understanding_documents_equal_the_full_forward_of_transformers() -> Non
     model = tiny_model()
     reference = as_transformers(model)
     docs = random_docs(8, [Kind.UNDERSTANDING, Kind.UNDERSTANDING])
-    expected = [reference(input_ids=torch.tensor([d.ids]), pixel_values=(d.image[None].float() / 255 - 0.5) / 0.5).logits[0] for d in docs]
+    expected = [
+        reference(input_ids=torch.tensor([d.ids]), pixel_values=(d.image[None].float() / 255 - 0.5) / 0.5).logits[0]
+        for d in docs
+    ]
     assert (model.text_logits(pack(docs)) - torch.cat(expected)).abs().max() <= 1e-4
 
 
 def test_loss_terms_equal_a_plain_cross_entropy_of_each_document() -> None:
-    model = tiny_model(loss=LossConfig(reduction=Reduction.sample_mean, text_weight=1.0, image_weight=0.5, chunk_tokens=5))
+    model = tiny_model(
+        loss=LossConfig(reduction=Reduction.sample_mean, text_weight=1.0, image_weight=0.5, chunk_tokens=5)
+    )
     reference = as_transformers(model)
     docs = random_docs(5, MIXED)
     terms = model(pack(docs))
@@ -174,7 +179,9 @@ def test_perturbing_a_document_moves_no_logit_and_no_gradient_of_another(positio
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("present", [kinds for n in range(4) for kinds in combinations(Kind, n)], ids=lambda k: "+".join(k) or "nothing")
+@pytest.mark.parametrize(
+    "present", [kinds for n in range(4) for kinds in combinations(Kind, n)], ids=lambda k: "+".join(k) or "nothing"
+)
 def test_every_trainable_parameter_gets_a_gradient_whatever_is_present(stage: int, present: tuple[Kind, ...]) -> None:
     model = tiny_model(checkpointing=True).train()
     set_trainable(model, STAGES[stage])
@@ -227,13 +234,16 @@ def test_a_dummy_changes_no_loss() -> None:
 
 def test_a_whole_row_is_one_segment_with_causal_packing() -> None:
     docs = [text_doc([7, 8, 9]), text_doc([10, 11])]
-    joined = Doc(Kind.TEXT, docs[0].ids + docs[1].ids, docs[0].labels + docs[1].labels, docs[0].gen_labels + docs[1].gen_labels, [])
+    joined = Doc(
+        Kind.TEXT,
+        docs[0].ids + docs[1].ids,
+        docs[0].labels + docs[1].labels,
+        docs[0].gen_labels + docs[1].gen_labels,
+        [],
+    )
     model = tiny_model()
     whole = replace(
-        pack(docs),
-        cu_seqlens=torch.tensor([0, 9], dtype=torch.int32),
-        max_seqlen=9,
-        position_ids=torch.arange(9),
+        pack(docs), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), max_seqlen=9, position_ids=torch.arange(9)
     )
     assert torch.equal(model.text_logits(whole), model.text_logits(pack([joined])))
 

@@ -9,7 +9,9 @@ from jp_train.types import IGNORE_INDEX, Kind
 from tests.model.janus_tiny import pack, random_docs
 
 
-def case(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[CrossEntropyLinear, torch.Tensor, torch.Tensor, torch.Tensor]:
+def case(
+    dtype: torch.dtype = torch.float64, bias: bool = True
+) -> tuple[CrossEntropyLinear, torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     head = CrossEntropyLinear(12, 31, bias=bias).to(dtype)
     with torch.no_grad():
@@ -26,7 +28,9 @@ def case(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[CrossEn
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk: int, bias: bool) -> None:
     head, hidden, labels, weights = case(torch.float32, bias)
     plain = hidden.clone().requires_grad_()
-    expected = F.cross_entropy(F.linear(plain, head.weight, head.bias), labels, reduction="none", ignore_index=IGNORE_INDEX)
+    expected = F.cross_entropy(
+        F.linear(plain, head.weight, head.bias), labels, reduction="none", ignore_index=IGNORE_INDEX
+    )
     expected_grads = torch.autograd.grad((expected * weights).sum(), [plain, *head.parameters()])
     chunked = hidden.clone().requires_grad_()
     losses = head(chunked, labels, chunk)
@@ -38,7 +42,9 @@ def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk: int, bias: 
 
 def test_bfloat16_losses_are_float32_and_near_the_exact_ones() -> None:
     head, hidden, labels, _ = case(torch.bfloat16)
-    exact = F.cross_entropy(F.linear(hidden.double(), head.weight.double(), head.bias.double()), labels, reduction="none")
+    exact = F.cross_entropy(
+        F.linear(hidden.double(), head.weight.double(), head.bias.double()), labels, reduction="none"
+    )
     losses = head(hidden.requires_grad_(), labels, 7)
     losses.sum().backward()
     assert losses.dtype is torch.float32

@@ -25,7 +25,15 @@ from jp_train.errors import CheckpointError, ConfigError
 from jp_train.model.configuration import read_model_config
 from jp_train.model.freeze import module_of
 from jp_train.model.janus_pro import JanusPro, build_config
-from jp_train.model.pretrained import init_fresh, init_fresh_vq, load_weights, open_part, open_weights, prepare_weights, write_export
+from jp_train.model.pretrained import (
+    init_fresh,
+    init_fresh_vq,
+    load_weights,
+    open_part,
+    open_weights,
+    prepare_weights,
+    write_export,
+)
 from jp_train.model.vq import VQTokenizer, unit_rows
 from jp_train.types import Kind, SpecialTokens
 from tests.model.janus_tiny import DIM, PLACEHOLDER, SIDE, pack, random_docs, tiny_config, tiny_model
@@ -61,7 +69,8 @@ def same(a: JanusPro, b: JanusPro) -> bool:
     return all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------------------------- transformers
+# ----------------------------------------------------------------------------------------------------------------
+# transformers
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 2**30, 50_000])
@@ -99,7 +108,11 @@ def test_trained_weights_take_the_dtype_and_vq_weights_keep_float32(tmp_path: Pa
 def test_special_ids_reach_the_configuration_files(tmp_path: Path) -> None:
     folder = export(tmp_path / "e", *make(), run_config="seed: 7\n")
     config, generation = (json.loads((folder / n).read_text()) for n in ("config.json", "generation_config.json"))
-    assert (config["image_token_id"], config["text_config"]["bos_token_id"], config["text_config"]["eos_token_id"]) == (PLACEHOLDER, 0, 1)
+    assert (config["image_token_id"], config["text_config"]["bos_token_id"], config["text_config"]["eos_token_id"]) == (
+        PLACEHOLDER,
+        0,
+        1,
+    )
     assert config["text_config"]["pad_token_id"] is None
     assert generation["generation_kwargs"] == {"boi_token_id": 3}
     assert (folder / "tokenizer.model").exists()
@@ -118,7 +131,8 @@ def test_an_hf_export_round_trips_bit_equal_and_keeps_the_vq_fingerprint(tmp_pat
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-# -------------------------------------------------------------------------------------------------------------- released layout
+# --------------------------------------------------------------------------------------------------------------
+# released layout
 
 
 def released_by_hand(model: JanusPro, vq: VQTokenizer) -> dict[str, torch.Tensor]:
@@ -222,7 +236,8 @@ def test_the_configurations_of_the_released_models_are_understood(tmp_path: Path
     assert read_model_config(tmp_path) == ModelConfig()
 
 
-# -------------------------------------------------------------------------------------------------------------- strictness
+# --------------------------------------------------------------------------------------------------------------
+# strictness
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_one_clear_error_and_change_nothing(tmp_path: Path) -> None:
@@ -279,7 +294,8 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
         open_part(tmp_path / "vq.pt", "gen_vision_model")
 
 
-# -------------------------------------------------------------------------------------------------------------- atomic export
+# -------------------------------------------------------------------------------------------------------------- atomic
+# export
 
 
 def test_a_failed_export_leaves_the_earlier_one_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -306,12 +322,19 @@ def test_an_export_replaces_an_earlier_one_and_only_the_writer_writes(tmp_path: 
     assert same(model, other)
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
     seen: list[str] = []
-    write_export(tmp_path / "none", model.janus_config, ((seen.append(k) or k, v) for k, v in tensors(model, vq)), None, is_writer=False)
+    write_export(
+        tmp_path / "none",
+        model.janus_config,
+        ((seen.append(k) or k, v) for k, v in tensors(model, vq)),
+        None,
+        is_writer=False,
+    )
     assert len(seen) == len(list(tensors(model, vq)))
     assert not (tmp_path / "none").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- fresh and parts
+# -------------------------------------------------------------------------------------------------------------- fresh
+# and parts
 
 
 def fresh(cfg: ModelConfig, seed: int = 0, **options) -> tuple[JanusPro, VQTokenizer, str]:
@@ -324,7 +347,9 @@ def fresh(cfg: ModelConfig, seed: int = 0, **options) -> tuple[JanusPro, VQToken
 
 
 def test_fresh_weights_follow_the_rules_whatever_construction_left() -> None:
-    cfg = ModelConfig(vision=tiny_config().vision, vq=tiny_config().vq, language=tiny_config().language, adaptor_init_std=0.05)
+    cfg = ModelConfig(
+        vision=tiny_config().vision, vq=tiny_config().vq, language=tiny_config().language, adaptor_init_std=0.05
+    )
     model, vq, told = fresh(cfg)
     for name, p in model.named_parameters():
         assert torch.isfinite(p).all(), name
@@ -382,7 +407,13 @@ def test_a_stage_starts_from_a_llama_a_siglip_and_a_vq_file(tmp_path: Path) -> N
     ).eval()  # fmt: skip
     llama.save_pretrained(tmp_path / "llama")
     siglip_config = SiglipVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8, hidden_act="gelu"
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=8,
+        hidden_act="gelu",
     )
     siglip = SiglipVisionModel(siglip_config).eval()
     with torch.no_grad():
@@ -391,7 +422,9 @@ def test_a_stage_starts_from_a_llama_a_siglip_and_a_vq_file(tmp_path: Path) -> N
     siglip.save_pretrained(tmp_path / "siglip")
     source_model, source_vq = make(seed=9)
     released = released_by_hand(source_model, source_vq)
-    llamagen = {k.removeprefix("gen_vision_model."): v for k, v in released.items() if k.startswith("gen_vision_model.")}
+    llamagen = {
+        k.removeprefix("gen_vision_model."): v for k, v in released.items() if k.startswith("gen_vision_model.")
+    }
     torch.save({"model": {**llamagen, "quantize.codebook_used": torch.zeros(65536)}, "steps": 3}, tmp_path / "vq16.pt")
 
     cfg.init_parts.language_model = str(tmp_path / "llama")
@@ -428,7 +461,12 @@ def test_a_vq_folder_and_a_whole_export_serve_as_parts_too(tmp_path: Path) -> No
 
 def test_a_llama_with_tied_embeddings_lends_them_to_the_untied_text_head(tmp_path: Path) -> None:
     tied = LlamaConfig(
-        hidden_size=DIM, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, tie_word_embeddings=True
+        hidden_size=DIM,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
     )
     llama = LlamaForCausalLM(tied)
     llama.save_pretrained(tmp_path / "tied")
@@ -469,7 +507,8 @@ def test_the_released_map_covers_every_tensor_of_the_full_size_model() -> None:
     released = [layouts.to_released(name) for name in names]
     assert len(names) == 964
     distinct = {key for key, _ in released}
-    assert len(distinct) == len(names) - 2 * 2 * 24  # q, k and v of 24 blocks join: two tensors less for weight and for bias
+    # q, k and v of 24 blocks join: two tensors less for weight and for bias
+    assert len(distinct) == len(names) - 2 * 2 * 24
     back = {name for key in distinct for name, _ in layouts.from_released(key)}
     assert back == set(names)
     pooling_and_codebook_used = 882 - len(distinct)  # specification, section 2: the released file holds 882

@@ -106,7 +106,9 @@ def test_pending_pictures_are_filled_into_inputs_and_labels_where_they_belong() 
     filled = fill_pending(pending, vq)
     expected = nearest_by_hand(vq, images).tolist()
     assert filled.gen_ids.tolist() == [expected[0], codes, expected[1]]
-    by_hand = pack([gen_doc([9], expected[0]), text_doc([8]), gen_doc([7, 7], codes), gen_doc([], [IGNORE_INDEX] * SLOTS)])
+    by_hand = pack(
+        [gen_doc([9], expected[0]), text_doc([8]), gen_doc([7, 7], codes), gen_doc([], [IGNORE_INDEX] * SLOTS)]
+    )
     assert torch.equal(filled.gen_labels, by_hand.gen_labels)
     assert len(filled.gen_pending) == len(filled.gen_images) == 0
     assert fill_pending(filled, vq) is filled

@@ -1,16 +1,16 @@
 """Two to four "hosts" on this machine: real sshd, pdsh and gloo over a bridge, and the faults that a cluster has.
 
-A host is a set of namespaces (network, host name, processes, mounts, shared memory) whose process 1 is an sshd; a further network namespace
-holds the bridge. The namespaces have no names and the interfaces are made inside them, so the machine itself is not touched: no address, no /etc/netns,
-no ~/.ssh. They end with the process that made them, however that ends (PR_SET_PDEATHSIG and `unshare --kill-child`). The file system is the machine's own, as
-the run folder of a cluster is shared; /run and /dev/shm are each host's own, and `small_disk` and `mount_over` give one host another view of a path.
+A host is a set of namespaces (network, host name, processes, mounts, shared memory) whose process 1 is an sshd; a
+further network namespace holds the bridge. The namespaces have no names and the interfaces are made inside them, so the
+machine itself is not touched: no address, no /etc/netns, no ~/.ssh. They end with the process that made them, however
+that ends (PR_SET_PDEATHSIG and `unshare --kill-child`). The file system is the machine's own, as the run folder of a
+cluster is shared; /run and /dev/shm are each host's own, and `small_disk` and `mount_over` give one host another view
+of a path.
 
     with Cluster(tmp_path, hosts=2) as cluster:
-        done = cluster.run("node1", [sys.executable, "-m", "jp_train", "launch", ..., "--hostfile", str(cluster.hostfile)], timeout=60)
-        process = cluster.popen("node1", ["sleep", "100"])
-        cluster.send(process, signal.SIGTERM)
-        cluster.link("node2", "down")
-        assert cluster.processes("node2") == []
+        done = cluster.run("node1", [sys.executable, "-m", "jp_train", "launch", ..., "--hostfile",
+        str(cluster.hostfile)], timeout=60) process = cluster.popen("node1", ["sleep", "100"]) cluster.send(process,
+        signal.SIGTERM) cluster.link("node2", "down") assert cluster.processes("node2") == []
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def missing_parts() -> str:
 
 @dataclass
 class Node:
-    """One host: `shell` is the unshare process, `init` process 1 of the namespaces, both as process ids of this machine."""
+    """One host: `shell` is the unshare process, `init` process 1 of the namespaces, both as process ids of this
+    machine."""
 
     name: str
     address: str
@@ -115,8 +116,12 @@ class Cluster:
             self.folder.mkdir(parents=True)
             self._log = (self.folder / "rig.log").open("w")
             self._write_files()
-            self._switch = self._unshare(["--net"], "ip link add br0 type bridge && ip link set br0 up && echo up && exec sleep infinity")
-            assert self._switch.stdout is not None and self._switch.stdout.readline() == b"up\n", "the bridge could not be made"
+            self._switch = self._unshare(
+                ["--net"], "ip link add br0 type bridge && ip link set br0 up && echo up && exec sleep infinity"
+            )
+            assert self._switch.stdout is not None and self._switch.stdout.readline() == b"up\n", (
+                "the bridge could not be made"
+            )
             for name in self.names:
                 self.start_host(name)
         except BaseException:
@@ -127,10 +132,13 @@ class Cluster:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # -- using it -------------------------------------------------------------------------------------------------------------------
+    # -- using it ----------------------------------------------------------------------------------
 
-    def popen(self, host: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-        """Start `argv` on a host, with this process's environment and `env`, in a process group of its own; `options` go to Popen."""
+    def popen(
+        self, host: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start `argv` on a host, with this process's environment and `env`, in a process group of its own;
+        `options` go to Popen."""
         node = self.nodes[host]
         options.setdefault("text", True)
         process = subprocess.Popen(
@@ -141,9 +149,16 @@ class Cluster:
         return process
 
     def run(
-        self, host: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 60.0, **options: Any
+        self,
+        host: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `argv` on a host and return its code and output. Raises TimeoutExpired after having killed its process group."""
+        """Run `argv` on a host and return its code and output. Raises TimeoutExpired after having killed its process
+        group."""
         process = self.popen(host, argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         try:
             out, err = process.communicate(timeout=timeout)
@@ -159,7 +174,8 @@ class Cluster:
             os.kill(int(child), number)
 
     def processes(self, host: str) -> list[tuple[int, str]]:
-        """What runs on a host but its sshd: (process id of this machine, command line). A host that is off has none; zombies do not count."""
+        """What runs on a host but its sshd: (process id of this machine, command line). A host that is off has none;
+        zombies do not count."""
         node = self.nodes[host]
         if not node.up:
             return []
@@ -181,11 +197,13 @@ class Cluster:
     def wait_until_empty(self, timeout: float = 5.0) -> dict[str, list[tuple[int, str]]]:
         """Wait until no host runs anything, and return what is left: {} when nothing is."""
         deadline = time.monotonic() + timeout
-        while (left := {name: found for name in self.names if (found := self.processes(name))}) and time.monotonic() < deadline:
+        while (
+            left := {name: found for name in self.names if (found := self.processes(name))}
+        ) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
 
-    # -- faults ---------------------------------------------------------------------------------------------------------------------
+    # -- faults ------------------------------------------------------------------------------------
 
     def link(self, host: str, state: str) -> None:
         """Pull the cable of a host (`down`: packets are lost without a word) or plug it in (`up`)."""
@@ -193,7 +211,8 @@ class Cluster:
         self._in_switch("ip", "link", "set", self.nodes[host].port, state)
 
     def slow(self, host: str, *, rate: str = "1mbit", delay_ms: int = 0) -> None:
-        """Limit what a host sends and receives to `rate` (tc's units). `delay_ms` needs netem in the kernel, and fails where it is not."""
+        """Limit what a host sends and receives to `rate` (tc's units). `delay_ms` needs netem in the kernel, and
+        fails where it is not."""
         limit = ["tbf", "rate", rate, "burst", "16kbit", "latency", "500ms"]
         qdisc = ["netem", "delay", f"{delay_ms}ms", "rate", rate] if delay_ms else limit
         self._in_switch("tc", "qdisc", "replace", "dev", self.nodes[host].port, "root", *qdisc)
@@ -205,7 +224,8 @@ class Cluster:
         _checked([*self._enter(self.nodes[host]), "--", "tc", "qdisc", "del", "dev", "eth0", "root"])
 
     def stop_host(self, host: str) -> None:
-        """Power off: the cable goes dead first, so that no connection is closed, then every process of the host is gone."""
+        """Power off: the cable goes dead first, so that no connection is closed, then every process of the host is
+        gone."""
         node = self.nodes[host]
         if node.up:
             self.link(host, "down")
@@ -221,7 +241,11 @@ class Cluster:
             INIT.format(folder=shlex.quote(str(self.folder)), name=host),
         )
         node = self.nodes[host] = Node(host, address, shell, _only_child(shell), port)
-        subprocess.run(["nsenter", "-t", str(self._switch_pid), "--net", "ip", "link", "del", port], check=False, capture_output=True)
+        subprocess.run(
+            ["nsenter", "-t", str(self._switch_pid), "--net", "ip", "link", "del", port],
+            check=False,
+            capture_output=True,
+        )
         self._in_switch("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(node.init))
         self._in_switch("ip", "link", "set", port, "master", "br0", "up")
         enter = ["nsenter", "-t", str(node.init), "--net"]
@@ -250,18 +274,24 @@ class Cluster:
     def trust_host_keys(self) -> None:
         """All hosts know all present host keys (again)."""
         keys = {name: (self.folder / f"{name}.host_key.pub").read_text() for name in self.names}
-        (self.folder / "known_hosts").write_text("".join(f"{n},10.77.0.{i} {keys[n]}" for i, n in enumerate(self.names, 1)))
+        (self.folder / "known_hosts").write_text(
+            "".join(f"{n},10.77.0.{i} {keys[n]}" for i, n in enumerate(self.names, 1))
+        )
 
     def small_disk(self, host: str, path: Path, *, size: str = "1m", full: bool = False) -> None:
-        """On this host alone `path` (an existing folder) is a disk of its own of `size`, and `full` to the last byte if asked."""
+        """On this host alone `path` (an existing folder) is a disk of its own of `size`, and `full` to the last byte
+        if asked."""
         enter = self._enter(self.nodes[host])
         _checked([*enter, "--", "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)])
         self.nodes[host].mounts.append(str(path))
         if full:
-            subprocess.run([*enter, "--", "dd", "if=/dev/zero", f"of={path}/ballast", "bs=4096"], check=False, capture_output=True)
+            subprocess.run(
+                [*enter, "--", "dd", "if=/dev/zero", f"of={path}/ballast", "bs=4096"], check=False, capture_output=True
+            )
 
     def mount_over(self, host: str, source: Path, path: Path, *, read_only: bool = False) -> None:
-        """On this host alone `path` shows what `source` is (folder or file): other code, other data, a read-only disk."""
+        """On this host alone `path` shows what `source` is (folder or file): other code, other data, a read-only
+        disk."""
         enter = self._enter(self.nodes[host])
         _checked([*enter, "--", "mount", "--bind", str(source), str(path)])
         self.nodes[host].mounts.append(str(path))
@@ -274,7 +304,8 @@ class Cluster:
         self.nodes[host].mounts.remove(str(path))
 
     def repair(self) -> None:
-        """Every host up, connected, at full speed, trusted, with the machine's own file system and no processes: ready for the next test."""
+        """Every host up, connected, at full speed, trusted, with the machine's own file system and no processes:
+        ready for the next test."""
         for name in self.names:
             node = self.nodes[name]
             if not node.up:
@@ -283,7 +314,11 @@ class Cluster:
             self.link(name, "up")
             for pid, _ in self.processes(name):
                 _kill(pid)
-            subprocess.run([*self._enter(node), "--", "tc", "qdisc", "del", "dev", "eth0", "root"], check=False, capture_output=True)
+            subprocess.run(
+                [*self._enter(node), "--", "tc", "qdisc", "del", "dev", "eth0", "root"],
+                check=False,
+                capture_output=True,
+            )
             subprocess.run(["nsenter", "-t", str(self._switch_pid), "--net", "tc", "qdisc", "del", "dev", node.port, "root"], check=False, capture_output=True)  # fmt: skip
             for path in list(reversed(node.mounts)):
                 self.unmount(name, Path(path))
@@ -304,16 +339,20 @@ class Cluster:
         if self._log is not None:
             self._log.close()
 
-    # -- making it ------------------------------------------------------------------------------------------------------------------
+    # -- making it ---------------------------------------------------------------------------------
 
     def _write_files(self) -> None:
         folder = self.folder
-        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(self.names, 1)))
+        (folder / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(self.names, 1))
+        )
         (folder / "ssh_config").write_text(SSH_CONFIG.format(folder=folder))
         _checked(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")])
         for number, name in enumerate(self.names, 1):
             self._host_key(name)
-            (folder / f"{name}.sshd_config").write_text(SSHD_CONFIG.format(address=f"10.77.0.{number}", folder=folder, name=name))
+            (folder / f"{name}.sshd_config").write_text(
+                SSHD_CONFIG.format(address=f"10.77.0.{number}", folder=folder, name=name)
+            )
         self.trust_host_keys()
         self.hostfile.write_text("".join(f"{name} slots={self._slots}\n" for name in self.names))
 
@@ -347,12 +386,15 @@ class Cluster:
             line.split()[1].endswith(f":{port}") and line.split()[3] == "0A"
             for line in Path(f"/proc/{node.init}/net/tcp").read_text().splitlines()[1:]
         ):
-            assert node.up and time.monotonic() < deadline, f"sshd of {node.name} did not start; see {self.folder}/{node.name}.sshd.log"
+            assert node.up and time.monotonic() < deadline, (
+                f"sshd of {node.name} did not start; see {self.folder}/{node.name}.sshd.log"
+            )
             time.sleep(0.02)
 
 
 def end_orphans() -> list[int]:
-    """End what a rig left whose maker is gone. (The kernel ends it with its maker; this is for one that moved its children away.)"""
+    """End what a rig left whose maker is gone. (The kernel ends it with its maker; this is for one that moved its
+    children away.)"""
     ended = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -361,7 +403,9 @@ def end_orphans() -> list[int]:
             environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        owner = next((item.partition(b"=")[2].decode() for item in environment if item.startswith(f"{OWNER}=".encode())), "")
+        owner = next(
+            (item.partition(b"=")[2].decode() for item in environment if item.startswith(f"{OWNER}=".encode())), ""
+        )
         if owner:
             pid, _, started = owner.partition(":")
             if _started(int(pid)) != started:
@@ -395,7 +439,9 @@ def _only_child(process: subprocess.Popen[bytes]) -> int:
 def _checked(argv: Sequence[str]) -> None:
     done = subprocess.run(list(argv), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(argv)} failed with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+        raise RuntimeError(
+            f"{shlex.join(argv)} failed with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
+        )
 
 
 def _kill(pid: int) -> None:
@@ -418,5 +464,10 @@ def free_port() -> int:
 
 if __name__ == "__main__":  # a rig to play with: `python tests/multinode/cluster_rig.py FOLDER`, ends with its input
     with Cluster(Path(sys.argv[1]), hosts=3) as rig:
-        print("\n".join(f"{node.name} {node.address}: {shlex.join(rig._enter(node))} -- bash" for node in rig.nodes.values()), flush=True)
+        print(
+            "\n".join(
+                f"{node.name} {node.address}: {shlex.join(rig._enter(node))} -- bash" for node in rig.nodes.values()
+            ),
+            flush=True,
+        )
         sys.stdin.read()

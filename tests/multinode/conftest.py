@@ -1,4 +1,5 @@
-"""The rig of several hosts on one machine; its tests are skipped only where the machine lacks what it needs, and say what."""
+"""The rig of several hosts on one machine; its tests are skipped only where the machine lacks what it needs, and say
+what."""
 
 from __future__ import annotations
 

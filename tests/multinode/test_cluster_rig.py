@@ -1,4 +1,5 @@
-"""The rig of the multi-host tests itself: its hosts are apart, its faults are faults, and nothing of it outlives its maker."""
+"""The rig of the multi-host tests itself: its hosts are apart, its faults are faults, and nothing of it outlives its
+maker."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_hosts_reach_each_other_by_ssh_and_the_faults_of_one_are_its_own(make_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+def test_hosts_reach_each_other_by_ssh_and_the_faults_of_one_are_its_own(
+    make_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
     cluster = make_cluster(hosts=2)
     ask = ["ssh", "-o", "ConnectTimeout=1", "node2", "hostname"]
     assert cluster.run("node1", ask).stdout == "node2\n"
@@ -59,11 +62,14 @@ def test_hosts_reach_each_other_by_ssh_and_the_faults_of_one_are_its_own(make_cl
 
 def test_nothing_of_a_rig_outlives_a_maker_that_was_killed(rig_parts: None, tmp_path: Path) -> None:
     maker = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("cluster_rig.py")), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, str(Path(__file__).with_name("cluster_rig.py")), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert maker.stdout is not None
     inits = [int(re.search(r"-t (\d+)", maker.stdout.readline().decode())[1]) for _ in range(3)]
-    assert all(Path(f"/proc/{pid}/cmdline").read_text() for pid in inits) and len(owned_by(maker.pid)) >= 4  # their keepers, and the bridge
+    # their keepers, and the bridge
+    assert all(Path(f"/proc/{pid}/cmdline").read_text() for pid in inits) and len(owned_by(maker.pid)) >= 4
     maker.send_signal(signal.SIGKILL)
     maker.communicate()
     deadline = time.monotonic() + 20

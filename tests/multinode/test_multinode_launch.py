@@ -1,4 +1,5 @@
-"""`jp-train launch` over real ssh, pdsh (or mpirun) and gloo on several hosts, with hosts that die on the way: the stage-2 model at its smallest, real ZeRO-3."""
+"""`jp-train launch` over real ssh, pdsh (or mpirun) and gloo on several hosts, with hosts that die on the way: the
+stage-2 model at its smallest, real ZeRO-3."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ ENV = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twelve steps of four rows that saves every second step and takes a silent rank for stalled after 20 s."""
+    """A run of twelve steps of four rows that saves every second step and takes a silent rank for stalled after 20
+    s."""
     folder = tmp_path_factory.mktemp("world")
     cfg = tiny_run(write_data(folder / "data"), folder / "run", stage=2, steps=STEPS, rows=4)
     cfg.checkpoint.every_steps = 2
@@ -48,7 +50,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(config: Path) -> Run:
-    """The same run in one process, on this machine. It is read last, and trains while the launches wait for hosts that are gone."""
+    """The same run in one process, on this machine. It is read last, and trains while the launches wait for hosts
+    that are gone."""
     run_dir = config.parent / "alone"
     process = subprocess.Popen(
         [*JP_TRAIN, "train", str(config), f"run_dir={run_dir}"], env={**os.environ, **ENV, "GLOO_SOCKET_IFNAME": "lo"}, cwd=ROOT,
@@ -75,7 +78,9 @@ class Run:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+        )
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.lines("events.jsonl") if event["event"] == name]
@@ -93,7 +98,9 @@ class Run:
     def steps(self) -> dict[int, tuple[int, float]]:
         """Digest of the rows and loss of each step; of one that was trained again, the last."""
         return {
-            line["step"]: (line["data/rows_digest"], line["loss/total"]) for line in self.lines("metrics.jsonl") if "loss/total" in line
+            line["step"]: (line["data/rows_digest"], line["loss/total"])
+            for line in self.lines("metrics.jsonl")
+            if "loss/total" in line
         }
 
     @property
@@ -117,7 +124,17 @@ class Run:
 def start(cluster: Cluster, host: str, config: Path, hostfile: Path, *words: str) -> Run:
     folder = config.parent / hostfile.name
     with (config.parent / f"{hostfile.name}.terminal").open("w") as terminal:
-        argv = [*JP_TRAIN, "launch", str(config), f"run_dir={folder}", "--hostfile", str(hostfile), "--patience", "5", *words]
+        argv = [
+            *JP_TRAIN,
+            "launch",
+            str(config),
+            f"run_dir={folder}",
+            "--hostfile",
+            str(hostfile),
+            "--patience",
+            "5",
+            *words,
+        ]
         return Run(folder, cluster.popen(host, argv, env=ENV, cwd=ROOT, stdout=terminal, stderr=terminal))
 
 
@@ -133,7 +150,9 @@ def test_a_host_that_is_off_is_named_before_anything_starts(cluster: Cluster, co
         cluster.start_host("node3")
 
 
-def test_four_hosts_train_the_rows_of_one_and_two_go_on_when_the_others_die(cluster: Cluster, config: Path, request: Any) -> None:
+def test_four_hosts_train_the_rows_of_one_and_two_go_on_when_the_others_die(
+    cluster: Cluster, config: Path, request: Any
+) -> None:
     hostfile = cluster.folder / "four"
     shutil.copy(cluster.hostfile, hostfile)
     run = start(cluster, "node4", config, hostfile, "--max-restarts", "1", "--skip-preflight")
@@ -147,7 +166,10 @@ def test_four_hosts_train_the_rows_of_one_and_two_go_on_when_the_others_die(clus
     assert (restart["hosts"], restart["left_out"]) == (["node3", "node4"], ["node1", "node2"])
     assert (restart["ranks_before"], restart["ranks"]) == (4, 2)
     assert "host node1 does not answer" in restart["cause"] and "host node2 does not answer" in restart["cause"]
-    assert restart["resumes_at_step"] >= 2 and restart["lost_steps"] == restart["failed_at_step"] - restart["resumes_at_step"]
+    assert (
+        restart["resumes_at_step"] >= 2
+        and restart["lost_steps"] == restart["failed_at_step"] - restart["resumes_at_step"]
+    )
     (again,) = run.events("restarted")
     assert again["lost_s"] == pytest.approx(restart["lost_steps_s"] + restart["down_s"] + again["start_s"], abs=0.01)
     assert f"time lost in all {again['lost_s']:.1f} s" in run.terminal
@@ -163,12 +185,24 @@ def test_four_hosts_train_the_rows_of_one_and_two_go_on_when_the_others_die(clus
     cluster.start_host("node1")
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on_until_a_stop_signal_saves_it(cluster: Cluster, config: Path, alone: Run) -> None:
+def test_a_killed_rank_is_named_and_the_run_goes_on_until_a_stop_signal_saves_it(
+    cluster: Cluster, config: Path, alone: Run
+) -> None:
     hostfile = cluster.folder / "two"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
     # mpirun starts a rank without DeepSpeed's own launcher; where it is not installed, pdsh does
     launcher = ["--launcher", "openmpi"] if shutil.which("mpirun") else []
-    run = start(cluster, "node1", config, hostfile, "--max-restarts", "1", "--skip-preflight", "stage.training_steps=400", *launcher)
+    run = start(
+        cluster,
+        "node1",
+        config,
+        hostfile,
+        "--max-restarts",
+        "1",
+        "--skip-preflight",
+        "stage.training_steps=400",
+        *launcher,
+    )
     run.wait_for(lambda: run.step >= 3 and run.saved >= 2)
     (rank,) = [pid for pid, line in cluster.processes("node2") if "-m jp_train train" in line]
     os.kill(rank, signal.SIGKILL)
@@ -181,7 +215,9 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_until_a_stop_signal_saves_it
     assert run.process.wait(120) == 143, run.terminal[-6000:]
     stopped = run.events("stop")[-1]
     assert stopped["exit_code"] == 143 and run.step == stopped["step"]
-    assert (run.folder / "checkpoints" / f"step_{stopped['step']:07d}" / "manifest.json").is_file(), "all ranks have saved the last step"
+    assert (run.folder / "checkpoints" / f"step_{stopped['step']:07d}" / "manifest.json").is_file(), (
+        "all ranks have saved the last step"
+    )
     assert cluster.wait_until_empty() == {}
     common = [step for step in run.steps if step <= STEPS]
     assert [run.steps[step][0] for step in common] == [alone.steps[step][0] for step in common]

@@ -1,6 +1,8 @@
-"""Real faults planted on real (namespaced) hosts, and what `jp-train preflight` says of each: host, cause, remedy, in 30 seconds, with nothing left behind.
+"""Real faults planted on real (namespaced) hosts, and what `jp-train preflight` says of each: host, cause, remedy, in
+30 seconds, with nothing left behind.
 
-Faults that do not hide each other are planted together and examined by one preflight: one fixture a batch, one test a fault.
+Faults that do not hide each other are planted together and examined by one preflight: one fixture a batch, one test a
+fault.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 SOURCES = ("digits-und", "scenes-und", "text", "digits-gen", "scenes-gen")
 REPORTED_IN_S = 30.0
-"""With free cores. The hosts of a rig share this machine's, so on a busy one they are slow, as no real host would be: see `slowness`."""
+"""With free cores. The hosts of a rig share this machine's, so on a busy one they are slow, as no real host would
+be: see `slowness`."""
 PORT = 29512
 
 
@@ -38,7 +41,8 @@ def slowness() -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One preflight: its exit code and report, the seconds it took (of cores that were free), and what still ran on the hosts after it."""
+    """One preflight: its exit code and report, the seconds it took (of cores that were free), and what still ran on
+    the hosts after it."""
 
     returncode: int
     report: dict
@@ -72,7 +76,9 @@ class World:
     def hostfile(self) -> Path:
         return self.folder / "hostfile"
 
-    def preflight(self, *options: str, meanwhile: Callable[[], None] = lambda: None, with_config: bool = True) -> Outcome:
+    def preflight(
+        self, *options: str, meanwhile: Callable[[], None] = lambda: None, with_config: bool = True
+    ) -> Outcome:
         """`jp-train preflight` on node1."""
         argv = [sys.executable, "-m", "jp_train", "preflight", *([str(self.config)] if with_config else [])]
         argv += ["--hostfile", str(self.hostfile), "--master-port", str(PORT), "--json", "--timeout", "30", *options]
@@ -90,12 +96,17 @@ class World:
         left = {}
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
-            left = {name: [(pid, line) for pid, line in self.rig.processes(name) if pid not in before[name]] for name in self.rig.names}
+            left = {
+                name: [(pid, line) for pid, line in self.rig.processes(name) if pid not in before[name]]
+                for name in self.rig.names
+            }
             if not any(left.values()):
                 break
             time.sleep(0.1)
         assert process.returncode in (0, 5), err
-        return Outcome(process.returncode, json.loads(out), seconds, {name: found for name, found in left.items() if found}, err)
+        return Outcome(
+            process.returncode, json.loads(out), seconds, {name: found for name, found in left.items() if found}, err
+        )
 
     def firewall(self, host: str, *rules: str) -> None:
         """Packets that come in to a host are judged by these rules of nft."""
@@ -150,7 +161,7 @@ def world(make_cluster: Callable[..., Cluster], tmp_path_factory: pytest.TempPat
     return World(rig, folder)
 
 
-# -- a healthy cluster ------------------------------------------------------------------------------------------------------------------
+# -- a healthy cluster -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +178,9 @@ def test_a_healthy_cluster_has_no_fault(healthy: Outcome) -> None:
 def test_the_all_reduce_is_measured_and_names_the_slowest_host(healthy: Outcome) -> None:
     told = next(note for note in healthy.report["notes"] if note.startswith("all-reduce over 3 hosts (gloo"))
     assert "slowest host node" in told
-    assert all(host["sends"].endswith("B/s") and host["receives"].endswith("B/s") for host in healthy.report["hosts"].values())
+    assert all(
+        host["sends"].endswith("B/s") and host["receives"].endswith("B/s") for host in healthy.report["hosts"].values()
+    )
 
 
 def test_a_preflight_leaves_no_process_and_no_file(healthy: Outcome, world: World) -> None:
@@ -175,12 +188,13 @@ def test_a_preflight_leaves_no_process_and_no_file(healthy: Outcome, world: Worl
     assert list((world.folder / "run").iterdir()) == []
 
 
-# -- hosts that do not answer -----------------------------------------------------------------------------------------------------------
+# -- hosts that do not answer ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def silent(world: World, healthy: Outcome) -> Outcome:
-    """node2 is off, node3 has another host key, node4 does not know our key, node5 refuses, node6's sshd hangs, and there is no host `nosuch`."""
+    """node2 is off, node3 has another host key, node4 does not know our key, node5 refuses, node6's sshd hangs, and
+    there is no host `nosuch`."""
     rig = world.rig
     rig.stop_host("node2")
     rig.change_host_key("node3")
@@ -209,7 +223,9 @@ def silent(world: World, healthy: Outcome) -> Outcome:
         ("nosuch", "unknown host name", "correct the name in the hostfile"),
     ],
 )
-def test_a_host_that_cannot_be_logged_in_to_is_named_with_its_own_cause(silent: Outcome, host: str, found: str, remedy: str) -> None:
+def test_a_host_that_cannot_be_logged_in_to_is_named_with_its_own_cause(
+    silent: Outcome, host: str, found: str, remedy: str
+) -> None:
     silent.require(host, "ssh", found, remedy)
 
 
@@ -218,12 +234,13 @@ def test_hosts_that_are_down_cost_seconds_and_do_not_stop_the_others(silent: Out
     assert silent.seconds <= REPORTED_IN_S and silent.left == {}
 
 
-# -- hosts that differ ------------------------------------------------------------------------------------------------------------------
+# -- hosts that differ -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def unlike(world: World, silent: Outcome) -> Outcome:
-    """One host each with other code, packages, configuration, data or run folder, and some that an earlier launch left things on."""
+    """One host each with other code, packages, configuration, data or run folder, and some that an earlier launch
+    left things on."""
     rig, folder = world.rig, world.folder
     mine = folder / "unlike"
     shutil.copytree(ROOT / "jp_train", mine / "jp_train", ignore=shutil.ignore_patterns("__pycache__"))
@@ -241,7 +258,9 @@ def unlike(world: World, silent: Outcome) -> Outcome:
         / f"torch-{importlib.metadata.version('torch')}.dist-info/METADATA"
     )
     (mine / "METADATA").write_text(
-        about.read_text(encoding="utf-8").replace(f"\nVersion: {importlib.metadata.version('torch')}", "\nVersion: 2.12.1", 1),
+        about.read_text(encoding="utf-8").replace(
+            f"\nVersion: {importlib.metadata.version('torch')}", "\nVersion: 2.12.1", 1
+        ),
         encoding="utf-8",
     )
     rig.mount_over("node3", mine / "METADATA", about)
@@ -281,7 +300,9 @@ def unlike(world: World, silent: Outcome) -> Outcome:
             process.wait()
         if FAKETIME:
             config = rig.folder / "node5.sshd_config"
-            config.write_text("".join(line for line in config.read_text().splitlines(keepends=True) if not line.startswith("SetEnv")))
+            config.write_text(
+                "".join(line for line in config.read_text().splitlines(keepends=True) if not line.startswith("SetEnv"))
+            )
             restart_sshd(rig, "node5")
         world.heal()
 
@@ -320,7 +341,8 @@ def test_a_host_that_differs_is_named_with_what_differs_and_what_to_do(
 
 
 @pytest.mark.skipif(
-    not FAKETIME, reason="not installed: libfaketime (Debian: apt-get install libfaketime); no namespace has a real-time clock of its own"
+    not FAKETIME,
+    reason="not installed: libfaketime (Debian: apt-get install libfaketime); no namespace has a real-time clock of its own",
 )
 def test_a_host_with_another_time_is_named(unlike: Outcome) -> None:
     unlike.require("node5", "clock", "s ahead of the others'", "time synchronisation on node5")
@@ -336,12 +358,13 @@ def test_hosts_without_a_planted_fault_get_none(unlike: Outcome) -> None:
     assert {(fault["host"], fault["check"]) for fault in unlike.report["faults"]} - planted == set()
 
 
-# -- networks and disks -----------------------------------------------------------------------------------------------------------------
+# -- networks and disks ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def blocked(world: World, unlike: Outcome) -> Outcome:
-    """node2 and node3 are cut off from each other, node4 from all (but for ssh), node5's name is a loopback address, node6 has a GPU too few."""
+    """node2 and node3 are cut off from each other, node4 from all (but for ssh), node5's name is a loopback address,
+    node6 has a GPU too few."""
     rig, folder = world.rig, world.folder
     mine = folder / "blocked"
     mine.mkdir()
@@ -352,7 +375,13 @@ def blocked(world: World, unlike: Outcome) -> Outcome:
     rig.mount_over("node5", folder / "run", folder / "run", read_only=True)
     devices = mine / "dev"
     (devices / "shm").mkdir(parents=True)
-    for name, major, minor in (("null", 1, 3), ("zero", 1, 5), ("urandom", 1, 9), ("nvidia0", 195, 0), ("nvidiactl", 195, 255)):
+    for name, major, minor in (
+        ("null", 1, 3),
+        ("zero", 1, 5),
+        ("urandom", 1, 9),
+        ("nvidia0", 195, 0),
+        ("nvidiactl", 195, 255),
+    ):
         os.mknod(devices / name, 0o666 | 0o020000, os.makedev(major, minor))
     rig.mount_over("node6", devices, Path("/dev"))
     rig.small_disk("node6", folder / "run", full=True)
@@ -379,7 +408,9 @@ def blocked(world: World, unlike: Outcome) -> Outcome:
         ("node3", "devices", "no GPU device file in /dev, while host node6 has GPUs", "--exclude node3"),
     ],
 )  # fmt: skip
-def test_a_host_that_is_cut_off_or_lacks_room_or_devices_is_named(blocked: Outcome, host: str, check: str, found: str, remedy: str) -> None:
+def test_a_host_that_is_cut_off_or_lacks_room_or_devices_is_named(
+    blocked: Outcome, host: str, check: str, found: str, remedy: str
+) -> None:
     blocked.require(host, check, found, remedy)
 
 
@@ -388,12 +419,13 @@ def test_no_all_reduce_is_tried_over_hosts_that_cannot_meet(blocked: Outcome) ->
     assert blocked.returncode == 5 and blocked.left == {} and blocked.seconds <= REPORTED_IN_S
 
 
-# -- slow and hung ----------------------------------------------------------------------------------------------------------------------
+# -- slow and hung ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def limping(world: World, blocked: Outcome) -> Outcome:
-    """node3 has a slow link, the probe on node4 is stopped as soon as it runs, node5 has a broken torch, node6 no Python where node1 has it."""
+    """node3 has a slow link, the probe on node4 is stopped as soon as it runs, node5 has a broken torch, node6 no
+    Python where node1 has it."""
     empty = world.folder / "empty"
     empty.mkdir()
     world.rig.mount_over("node5", empty, Path(str(importlib.metadata.distribution("torch").locate_file("torch"))))
@@ -433,15 +465,29 @@ def test_a_hung_host_is_named_and_its_process_does_not_stay(limping: Outcome) ->
         ("node6", "code", "No such file or directory", f"node6 needs {sys.executable}"),
     ],
 )
-def test_a_host_without_a_working_environment_is_named(limping: Outcome, host: str, check: str, found: str, remedy: str) -> None:
+def test_a_host_without_a_working_environment_is_named(
+    limping: Outcome, host: str, check: str, found: str, remedy: str
+) -> None:
     limping.require(host, check, found, remedy)
 
 
 def test_an_interrupted_preflight_leaves_nothing(world: World, limping: Outcome) -> None:
-    argv = [sys.executable, "-m", "jp_train", "preflight", "--hostfile", str(world.hostfile), "--include", "node1@node2"]
+    argv = [
+        sys.executable,
+        "-m",
+        "jp_train",
+        "preflight",
+        "--hostfile",
+        str(world.hostfile),
+        "--include",
+        "node1@node2",
+    ]
     process = world.rig.popen("node1", argv, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 20
-    while not any("jp_train.cluster.probe" in line for _, line in world.rig.processes("node2")) and time.monotonic() < deadline:
+    while (
+        not any("jp_train.cluster.probe" in line for _, line in world.rig.processes("node2"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     own = [pid for pid, line in world.rig.processes("node1") if "jp_train preflight" in line]
     assert len(own) == 1

@@ -1,4 +1,5 @@
-"""`jp-train launch --launcher slurm` in an allocation of a real Slurm: slurmctld and slurmd on two hosts of the rig, srun, a stop signal that saves."""
+"""`jp-train launch --launcher slurm` in an allocation of a real Slurm: slurmctld and slurmd on two hosts of the rig,
+srun, a stop signal that saves."""
 
 from __future__ import annotations
 
@@ -55,7 +56,12 @@ def slurm(make_cluster: Callable[..., Cluster]) -> tuple[Cluster, dict[str, str]
     for name in ("state", "spool_node1", "spool_node2"):
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(SLURM.format(folder=folder))
-    env = {"SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    env = {
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": "1",
+    }
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     cluster.popen("node1", ["slurmctld", "-D", "-i"], env=env, **quiet)
     for host in cluster.names:
@@ -73,17 +79,32 @@ def test_srun_starts_the_ranks_and_a_stop_signal_to_the_launch_saves_on_all_host
     cluster, env = slurm
     cfg = tiny_run(write_data(tmp_path / "data"), tmp_path / "run", stage=2, steps=400, rows=4)
     save_config(cfg, tmp_path / "run.yaml")
-    words = ["launch", str(tmp_path / "run.yaml"), "--hostfile", str(cluster.hostfile), "--launcher", "slurm", "--skip-preflight"]
+    words = [
+        "launch",
+        str(tmp_path / "run.yaml"),
+        "--hostfile",
+        str(cluster.hostfile),
+        "--launcher",
+        "slurm",
+        "--skip-preflight",
+    ]
     metrics, terminal = tmp_path / "run" / "metrics.jsonl", tmp_path / "terminal"
     with terminal.open("w") as file:
         job = cluster.popen(
-            "node1", ["salloc", "-N2", "--exclusive", sys.executable, "-m", "jp_train", *words], env=env, cwd=ROOT, stdout=file, stderr=file
+            "node1",
+            ["salloc", "-N2", "--exclusive", sys.executable, "-m", "jp_train", *words],
+            env=env,
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
         )
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
         assert job.poll() is None and time.monotonic() < deadline, terminal.read_text()[-4000:]
         time.sleep(0.1)
-    (launch,) = [pid for pid, line in cluster.processes("node1") if line.startswith(f"{sys.executable} -m jp_train launch")]
+    (launch,) = [
+        pid for pid, line in cluster.processes("node1") if line.startswith(f"{sys.executable} -m jp_train launch")
+    ]
     os.kill(launch, signal.SIGTERM)
     assert job.wait(120) == 143, terminal.read_text()[-4000:]
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
@@ -91,7 +112,10 @@ def test_srun_starts_the_ranks_and_a_stop_signal_to_the_launch_saves_on_all_host
     assert manifest["dp_world_size"] == 2
     deadline = time.monotonic() + 30
     while left := [
-        line for host in cluster.names for _, line in cluster.processes(host) if "jp_train" in line and "slurm" not in line.split()[0]
+        line
+        for host in cluster.names
+        for _, line in cluster.processes(host)
+        if "jp_train" in line and "slurm" not in line.split()[0]
     ]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

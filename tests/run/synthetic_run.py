@@ -1,4 +1,5 @@
-"""Run folders that look like those of a real training, written from a seed: for the tests, and to look at the page while changing it.
+"""Run folders that look like those of a real training, written from a seed: for the tests, and to look at the page
+while changing it.
 
 python tests/run/synthetic_run.py OUT       writes OUT/stage1 .. stage3, OUT/run_a, OUT/run_b and their reports
 """
@@ -34,7 +35,8 @@ LEVELS = {"understanding": (4.6, 0.9), "text": (6.8, 3.1), "generation": (6.2, 3
 
 def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned: int | None = None, schedule: int | None = None, seed: int = 0,
               speed: float = 1.0, state: str = "done", evaluation: bool = False, pictures: bool = False, killed_at: int | None = None) -> Path:  # fmt: skip
-    """One run folder, as `run/log.py` and `run/sinks.py` write it. `killed_at`: the run was killed there with half a line written, and resumed from the checkpoint before it."""
+    """One run folder, as `run/log.py` and `run/sinks.py` write it. `killed_at`: the run was killed there with half a
+    line written, and resumed from the checkpoint before it."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     planned = planned or steps
@@ -54,10 +56,15 @@ def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned:
         if killed_at == step:
             resumed = step // every * every
             lines[-1] = lines[-1][:60]
-            lines += [json.dumps(_metrics(s, steps, stage, shares, random, speed)) + "\n" for s in range(resumed + 1, step + 1)]
+            lines += [
+                json.dumps(_metrics(s, steps, stage, shares, random, speed)) + "\n"
+                for s in range(resumed + 1, step + 1)
+            ]
             events.append(_event(step, "resume", resumed, checkpoint=f"step_{resumed:07d}", world_size=2))
     if stage == "stage2":
-        events.append(_event(steps * 0.6, "spike", int(steps * 0.6), loss=9.31, policy="skip", rows="explain/step_240.json"))
+        events.append(
+            _event(steps * 0.6, "spike", int(steps * 0.6), loss=9.31, policy="skip", rows="explain/step_240.json")
+        )
     if state == "stopped_early":
         events.append(_event(steps, "stopped_early", steps, reason=EARLY.format(steps), state=state, exit_code=0))
     elif state != "running":
@@ -72,7 +79,9 @@ def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned:
     if state != "running":
         status["reason"] = EARLY.format(steps) if state == "stopped_early" else "all training steps done"
     (folder / "status.json").write_text(json.dumps(status))
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in _ledger(steps)) if stage == "stage2" else "")
+    (folder / "ledger.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in _ledger(steps)) if stage == "stage2" else ""
+    )
     if pictures:
         _write_pictures(folder / "samples", random)
     if evaluation:
@@ -91,7 +100,14 @@ EVALUATION = [
     },
     {"name": "Held-out digits named", "value": 0.88, "chance": 0.1, "target": 0.8},
     {"name": "Scenes: single object", "value": 0.61, "chance": 0.04, "ceiling": 0.84, "target": 0.4},
-    {"name": "Scenes: colours", "value": 0.29, "chance": 0.11, "ceiling": 0.84, "target": 0.4, "note": "short by 0.11: too few steps"},
+    {
+        "name": "Scenes: colours",
+        "value": 0.29,
+        "chance": 0.11,
+        "ceiling": 0.84,
+        "target": 0.4,
+        "note": "short by 0.11: too few steps",
+    },
     {"name": "Scenes: counting", "value": 0.33, "chance": 0.2},
 ]
 
@@ -116,7 +132,9 @@ def _write_config(folder: Path, stage: str, planned: int, schedule: int) -> None
     )
 
 
-def _metrics(step: int, steps: int, stage: str, shares: np.ndarray, random: np.random.Generator, speed: float) -> dict[str, float]:
+def _metrics(
+    step: int, steps: int, stage: str, shares: np.ndarray, random: np.random.Generator, speed: float
+) -> dict[str, float]:
     progress = 1 - math.exp(-4 * step / steps)
     losses = {k: LEVELS[k][0] + (LEVELS[k][1] - LEVELS[k][0]) * progress + random.normal(0, 0.12) for k in KINDS}
     if stage == "stage2" and step == int(steps * 0.6):
@@ -126,7 +144,10 @@ def _metrics(step: int, steps: int, stage: str, shares: np.ndarray, random: np.r
     tokens = 16 * 512 * (1 - abs(random.normal(0, 0.0009)))
     wait = abs(random.normal(0.02, 0.015)) + (0.4 if step == 1 else 0)
     seconds = (1.85 + abs(random.normal(0, 0.05)) + (6 if step == 1 else 0)) / speed
-    record: dict[str, float] = {"step": step, "loss/total": float(sum(losses[k] * s for k, s in zip(KINDS, shares, strict=True)))}
+    record: dict[str, float] = {
+        "step": step,
+        "loss/total": float(sum(losses[k] * s for k, s in zip(KINDS, shares, strict=True))),
+    }
     for kind, share, mixed in zip(KINDS, shares, mixture, strict=True):
         if share > 0:
             record |= {f"loss/{kind}": losses[kind], f"tokens/{kind}": round(tokens * mixed)}
@@ -168,7 +189,10 @@ def _write_pictures(folder: Path, random: np.random.Generator) -> None:
             inset = int(random.integers(6, 18))
             draw.ellipse((x + inset, y + inset, x + cell - inset, y + cell - inset), fill=color)
         grid.save(folder / f"{name}.png")
-        caption = {"title": f"Generated {name}", "text": 'Rows: CFG 1, 1.5, 3.\nPrompts: a handwritten digit <0> ... "9" & so on.'}
+        caption = {
+            "title": f"Generated {name}",
+            "text": 'Rows: CFG 1, 1.5, 3.\nPrompts: a handwritten digit <0> ... "9" & so on.',
+        }
         (folder / f"{name}.json").write_text(json.dumps(caption))
 
 
@@ -180,7 +204,9 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     stages = [
         write_run(out / "stage1", stage="stage1", steps=200, seed=1),
-        write_run(out / "stage2", stage="stage2", steps=540, schedule=720, seed=2, state="stopped_early", killed_at=317),
+        write_run(
+            out / "stage2", stage="stage2", steps=540, schedule=720, seed=2, state="stopped_early", killed_at=317
+        ),
         write_run(out / "stage3", stage="stage3", steps=300, seed=3, evaluation=True, pictures=True),
     ]
     print(build_report(stages))

@@ -46,7 +46,9 @@ def start(tmp_path) -> Iterator:
     """Starts jobs that hold the lock of `tmp_path` until their stdin closes."""
     started: list[subprocess.Popen] = []
 
-    def begin(host: str = "", *, lease_s: float = 120.0, go: str = "", wait: bool = True, launch: str = "") -> subprocess.Popen:
+    def begin(
+        host: str = "", *, lease_s: float = 120.0, go: str = "", wait: bool = True, launch: str = ""
+    ) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JP_TRAIN_LAUNCH_ID": launch}
         job = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path), host, str(lease_s), go],
@@ -109,7 +111,9 @@ def test_the_lock_of_a_killed_job_of_this_host_is_taken_over_without_a_wait(star
     lock.release()
 
 
-@pytest.mark.parametrize("gone", [{"process_started": "1"}, {"boot": "an earlier start of this host", "pid_space": "pid:[1]"}])
+@pytest.mark.parametrize(
+    "gone", [{"process_started": "1"}, {"boot": "an earlier start of this host", "pid_space": "pid:[1]"}]
+)
 def test_a_process_number_that_is_used_again_and_a_host_that_restarted_hold_nothing(gone, start, tmp_path):
     start()
     changed(tmp_path, **gone)

@@ -80,7 +80,8 @@ def test_a_failed_attempt_says_why_and_a_refused_one_leaves_the_status_of_the_ru
 
 @pytest.mark.parametrize("begun", (False, True))
 def test_a_second_signal_leaves_a_status_that_says_stopped_wherever_it_finds_the_process(begun, tmp_path, monkeypatch):
-    """Also while the training thread holds a lock that starting a thread needs: the handler runs on top of it and may wait for nothing."""
+    """Also while the training thread holds a lock that starting a thread needs: the handler runs on top of it and
+    may wait for nothing."""
     monkeypatch.setattr(stop, "SAME_SIGNAL_S", 0.02)
     log = started(tmp_path)
     if begun:
@@ -96,7 +97,10 @@ def test_a_second_signal_leaves_a_status_that_says_stopped_wherever_it_finds_the
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status["state"] == "stopped_by_signal" and ("asked twice" if begun else "before the first step") in status["reason"]
+    assert (
+        status["state"] == "stopped_by_signal"
+        and ("asked twice" if begun else "before the first step") in status["reason"]
+    )
     (told,) = events(tmp_path)
     assert (told["event"], told["step"], told["exit_code"]) == ("stop", 7 if begun else 0, 143)
 

@@ -21,20 +21,30 @@ def write_lines(folder: Path, records: list[object], name: str = "metrics.jsonl"
 
 
 def test_a_torn_last_line_is_counted_and_the_rest_is_read(tmp_path: Path) -> None:
-    run = read_run(write_lines(tmp_path / "r", [{"step": 1, "loss/total": 3.0}, {"step": 2, "loss/total": 2.5}, '{"step": 3, "loss/to']))
+    run = read_run(
+        write_lines(
+            tmp_path / "r", [{"step": 1, "loss/total": 3.0}, {"step": 2, "loss/total": 2.5}, '{"step": 3, "loss/to']
+        )
+    )
     assert run.series["loss/total"].values.tolist() == [3.0, 2.5]
     assert run.unreadable_lines == {"metrics.jsonl": 1}
 
 
 def test_a_line_appended_to_a_torn_line_is_recovered(tmp_path: Path) -> None:
-    run = read_run(write_lines(tmp_path / "r", [{"step": 1, "loss/total": 3.0}, '{"step": 2, "lo{"step": 2, "loss/total": 2.0}']))
+    run = read_run(
+        write_lines(tmp_path / "r", [{"step": 1, "loss/total": 3.0}, '{"step": 2, "lo{"step": 2, "loss/total": 2.0}'])
+    )
     assert run.series["loss/total"].steps.tolist() == [1, 2] and run.unreadable_lines == {"metrics.jsonl": 1}
 
 
 def test_an_object_inside_a_torn_ledger_line_is_no_bad_sample(tmp_path: Path) -> None:
     write_lines(tmp_path / "r", [{"step": 1, "loss/total": 3.0}])
     run = read_run(
-        write_lines(tmp_path / "r", ['{"step": 4, "source": "a", "reason": "x", "document": {"source": 0, "epoch": 1}'], "ledger.jsonl")
+        write_lines(
+            tmp_path / "r",
+            ['{"step": 4, "source": "a", "reason": "x", "document": {"source": 0, "epoch": 1}'],
+            "ledger.jsonl",
+        )
     )
     assert run.ledger.total == 0 and run.unreadable_lines == {"ledger.jsonl": 1}
 
@@ -50,7 +60,9 @@ def test_steps_trained_again_after_a_resume_count_once_and_nothing_of_the_lost_a
 
 def test_a_validation_line_of_the_same_step_takes_nothing_away(tmp_path: Path) -> None:
     run = read_run(
-        write_lines(tmp_path / "r", [{"step": 0, "val/text": 5.0}, {"step": 1, "loss/total": 3.0}, {"step": 1, "val/text": 4.0}])
+        write_lines(
+            tmp_path / "r", [{"step": 0, "val/text": 5.0}, {"step": 1, "loss/total": 3.0}, {"step": 1, "val/text": 4.0}]
+        )
     )
     assert run.series["val/text"].values.tolist() == [5.0, 4.0] and run.series["loss/total"].values.tolist() == [3.0]
     assert run.repeated_steps == 0
@@ -82,7 +94,12 @@ def test_every_missing_file_is_said_and_none_is_fatal(tmp_path: Path) -> None:
     run = read_run(write_lines(tmp_path / "r", [{"step": 1, "loss/total": 3.0}]))
     assert set(run.missing) == {"config", "status", "events", "ledger", "samples", "evaluation"}
     summary = summarize(run)
-    assert summary.state == "unknown" and summary.steps_done == 1 and summary.steps_planned is None and summary.fill is None
+    assert (
+        summary.state == "unknown"
+        and summary.steps_done == 1
+        and summary.steps_planned is None
+        and summary.fill is None
+    )
 
 
 def test_damaged_side_files_are_said_and_not_fatal(tmp_path: Path) -> None:
@@ -101,14 +118,21 @@ def test_damaged_side_files_are_said_and_not_fatal(tmp_path: Path) -> None:
 def test_the_summary_says_what_the_files_say(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "stage2", steps=200, schedule=300, state="stopped_early", killed_at=120)
     summary = summarize(read_run(folder))
-    lines = [json.loads('{"step"' + line.rpartition('{"step"')[2]) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads('{"step"' + line.rpartition('{"step"')[2])
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     by_step = {r["step"]: r for r in lines if "loss/text" in r}  # the last attempt wins
     texts = [by_step[s]["loss/text"] for s in sorted(by_step)]
     change = next(c for c in summary.losses if c.name == "text")
     assert change.first == pytest.approx(np.mean(texts[:10])) and change.last == pytest.approx(np.mean(texts[-10:]))
-    assert change.held_out_first == pytest.approx(lines[0]["val/text"]) and change.held_out_last == pytest.approx(by_step[200]["val/text"])
+    assert change.held_out_first == pytest.approx(lines[0]["val/text"]) and change.held_out_last == pytest.approx(
+        by_step[200]["val/text"]
+    )
     assert [share.configured for share in summary.shares] == pytest.approx([0.2, 0.3, 0.5])
-    realised = [np.mean([by_step[s][f"mixture/{kind}"] for s in by_step]) for kind in ("understanding", "text", "generation")]
+    realised = [
+        np.mean([by_step[s][f"mixture/{kind}"] for s in by_step]) for kind in ("understanding", "text", "generation")
+    ]
     assert [share.realised for share in summary.shares] == pytest.approx(realised)
     assert (summary.steps_done, summary.steps_planned, summary.schedule_steps) == (200, 200, 300)
     assert summary.state == "stopped_early" and "at_step 200" in summary.reason

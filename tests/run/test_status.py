@@ -32,7 +32,8 @@ def test_a_running_run_shows_progress_losses_and_eta(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_sign_of_life_for_three_step_times_is_stale(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", steps=60, planned=480, state="running", speed=0.1)  # about 19 s a step, the first 80 s
+    # about 19 s a step, the first 80 s
+    folder = write_run(tmp_path / "run", steps=60, planned=480, state="running", speed=0.1)
     beat(folder, 1_000_000.0)
     limit = status(folder, now=1_000_000.0)["stale_after_s"]
     assert status(folder, now=1_000_000.0 + limit - 1)["state"] == "running"

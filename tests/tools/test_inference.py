@@ -20,7 +20,14 @@ from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import CheckpointError
 from jp_train.model.pretrained import init_fresh_vq, write_export
 from jp_train.model.vq import VQTokenizer
-from jp_train.tools.inference import InferenceModel, _Reader, answer_questions, generate_image_ids, generate_images, load_for_inference
+from jp_train.tools.inference import (
+    InferenceModel,
+    _Reader,
+    answer_questions,
+    generate_image_ids,
+    generate_images,
+    load_for_inference,
+)
 from jp_train.types import Kind
 from tests.model.janus_tiny import SIDE, SLOTS, Doc, gen_doc, pack, tiny_config, tiny_model
 
@@ -30,7 +37,10 @@ PROMPTS = ["a red ring", "blue", "a blue square is this", "two red"]
 
 def tokenizer_folder(path: Path) -> Path:
     """A word-level Hugging Face tokenizer with the special tokens of Janus-Pro."""
-    special = [getattr(TokenizerConfig(), name) for name in ("bos", "eos", "pad", "boi", "eoi", "image_placeholder", "user", "assistant")]
+    special = [
+        getattr(TokenizerConfig(), name)
+        for name in ("bos", "eos", "pad", "boi", "eoi", "image_placeholder", "user", "assistant")
+    ]
     vocabulary = {word: i for i, word in enumerate([*special, "<unk>", *WORDS])}
     raw = RawTokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -60,7 +70,9 @@ def image_logits_without_cache(model: InferenceModel, prompt: list[int], codes: 
         return model.janus.image_logits(pack([doc]))[len(prompt) - 1 + len(codes)]
 
 
-def sampled_without_cache(model: InferenceModel, prompt: str, index: int, seed: int, scale: float, temperature: float) -> list[int]:
+def sampled_without_cache(
+    model: InferenceModel, prompt: str, index: int, seed: int, scale: float, temperature: float
+) -> list[int]:
     """Classifier-free guidance written out, one picture at a time."""
     special = model.tokenizer.special
     conditional = model.encoder.generation_prompt_ids(prompt)
@@ -79,7 +91,9 @@ def sampled_without_cache(model: InferenceModel, prompt: str, index: int, seed: 
 
 
 @pytest.mark.parametrize(("scale", "temperature"), [(5.0, 1.0), (1.5, 0.7), (1.0, 1.0), (3.0, 0.0)])
-def test_generation_equals_guided_sampling_without_cache_or_padding(model: InferenceModel, scale: float, temperature: float) -> None:
+def test_generation_equals_guided_sampling_without_cache_or_padding(
+    model: InferenceModel, scale: float, temperature: float
+) -> None:
     found = generate_image_ids(model, PROMPTS, cfg_scale=scale, temperature=temperature, seed=4)
     expected = [sampled_without_cache(model, prompt, i, 4, scale, temperature) for i, prompt in enumerate(PROMPTS)]
     assert found.tolist() == expected
@@ -180,7 +194,9 @@ def test_pictures_may_be_files_pil_images_or_arrays(model: InferenceModel) -> No
 def exported(model: InferenceModel, folder: Path, layout: str = "hf") -> Path:
     named = [*model.janus.state_dict().items(), *((f"model.{k}", v) for k, v in model.vq.state_dict().items())]
     text = "data: {system_prompt: You are}\nstage: {template: stage3}\n"
-    write_export(folder, model.janus.janus_config, named, model.tokenizer, layout=layout, dtype=torch.float32, run_config=text)
+    write_export(
+        folder, model.janus.janus_config, named, model.tokenizer, layout=layout, dtype=torch.float32, run_config=text
+    )
     return folder
 
 
@@ -205,7 +221,10 @@ def test_transformers_own_generate_makes_the_same_picture_from_an_export(model: 
         ours = generate_image_ids(model, [prompt], cfg_scale=3.0, temperature=0.0)
         assert torch.equal(theirs, ours)
         pixels = ((loaded.decode_image_tokens(theirs) + 1) / 2 * 255).clamp(0, 255)
-        assert np.abs(pixels.detach().numpy() - generate_images(model, [prompt], cfg_scale=3.0, temperature=0.0)).max() <= 0.51
+        assert (
+            np.abs(pixels.detach().numpy() - generate_images(model, [prompt], cfg_scale=3.0, temperature=0.0)).max()
+            <= 0.51
+        )
 
 
 def test_packed_training_works_again_after_generation(model: InferenceModel) -> None:

@@ -26,7 +26,9 @@ def after(cfg: RunConfig, step: int, waited: int = 0) -> Checkpoint:
 
 
 @pytest.mark.parametrize(("step", "early", "waited", "state"), [(100, {}, 0, "finished"), (60, {"at_step": 60}, 0, "stopped_early"), (9, {"patience": 3}, 3, "stopped_early")])  # fmt: skip
-def test_a_run_whose_stop_rule_holds_and_whose_export_exists_has_nothing_left_to_do(tmp_path, step, early, waited, state):
+def test_a_run_whose_stop_rule_holds_and_whose_export_exists_has_nothing_left_to_do(
+    tmp_path, step, early, waited, state
+):
     cfg = run(tmp_path, **early)
     assert finished_before(cfg, after(cfg, step, waited)) is None, "the export is missing"
     (tmp_path / "export").mkdir()

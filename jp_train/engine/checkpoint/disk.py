@@ -15,7 +15,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def require_space(folder: Path, needed: int, what: str, damaged: Collection[str] = ()) -> None:
-    """Raise CheckpointError when fewer than `needed` bytes are free where `folder` lies. (A quota shows only when writing fails.)
+    """Raise CheckpointError when fewer than `needed` bytes are free where `folder` lies. (A quota shows only when
+    writing fails.)
 
     `damaged` names checkpoints there that are worth nothing: the first to go.
     """
@@ -44,7 +45,8 @@ def explained(error: OSError, folder: Path, damaged: Collection[str] = ()) -> st
 
 
 def advice(folder: Path, missing: int = 0, damaged: Collection[str] = ()) -> str:
-    """What to delete: damaged checkpoints, then old ones but the newest whole one, else something that is not the run's."""
+    """What to delete: damaged checkpoints, then old ones but the newest whole one, else something that is not the
+    run's."""
     sizes = [(path, folder_bytes(path)) for path in sorted(folder.glob("step_*"))] if folder.is_dir() else []
     at_least = f" at least {gib(missing)}" if missing else " space"
     bad = _listed([(path, size) for path, size in sizes if path.name in damaged])

@@ -1,12 +1,14 @@
 """What a checkpoint folder looks like, and how all ranks agree about one.
 
-    checkpoints/step_0000100/manifest.json     step, ranks, sizes and checksums of every other file, code and package versions
+    checkpoints/step_0000100/manifest.json     step, ranks, sizes and checksums of every other file, code and package
+                                               versions
                              state.json        plan state, counters, patience, freeze proof
                              config.yaml       the resolved configuration
                              partitions.json   how parameters are cut (model/partition_files.py)
                              rank_00000.safetensors   this rank's slices of weights and moments, and its random states
                              vq.safetensors    the VQ tokenizer, where frozen weights are kept too
-    checkpoints/latest, best                   names of the newest and of the best one (for people and scripts: resume does not trust them)
+    checkpoints/latest, best                   names of the newest and of the best one (for people and scripts: resume
+                                               does not trust them)
 
 `checkpoint.py` writes them, `checkpoint_reading.py` finds and reads them.
 """
@@ -31,7 +33,8 @@ from jp_train.model.partition_files import BLOCK
 FORMAT = 2
 VQ_FILE = "vq.safetensors"
 DAMAGED_FILE = "DAMAGED"
-"""Lies in a checkpoint that a resume has found damaged, with the reason: a later attempt, which need not look at it again, knows too."""
+"""Lies in a checkpoint that a resume has found damaged, with the reason: a later attempt, which need not look at it
+again, knows too."""
 SMALL_FILE = 1 << 20
 """Text files up to this many bytes get a SHA-256, everything else a CRC-32 (which a rank computes at over 1 GB/s)."""
 SHOWN = 2
@@ -66,7 +69,8 @@ class Together:
         return values
 
     def on_main(self, action: Callable[[], T], what: str, folder: Path, damaged: Collection[str] = ()) -> T:
-        """Run on rank 0; its value is everybody's, and so is its failure, as a CheckpointError. `folder` and `damaged` go into advice about space."""
+        """Run on rank 0; its value is everybody's, and so is its failure, as a CheckpointError. `folder` and
+        `damaged` go into advice about space."""
         box: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -94,10 +98,13 @@ def step_of(name: str) -> int | None:
 
 
 def names(folder: Path, until: int | None = None) -> list[str]:
-    """Checkpoints, oldest first. `until` leaves out those of later steps: they were passed over as damaged when this attempt resumed."""
+    """Checkpoints, oldest first. `until` leaves out those of later steps: they were passed over as damaged when this
+    attempt resumed."""
     if not folder.is_dir():
         return []
-    found = [(step, path.name) for path in folder.iterdir() if path.is_dir() and (step := step_of(path.name)) is not None]
+    found = [
+        (step, path.name) for path in folder.iterdir() if path.is_dir() and (step := step_of(path.name)) is not None
+    ]
     return [name for step, name in sorted(found) if until is None or step <= until]
 
 

@@ -10,7 +10,8 @@ ALIGNMENT = 64
 
 
 class HostCopy:
-    """One buffer (page-locked where there is a GPU, so that the copy runs at the bus's speed), as large as the largest save so far.
+    """One buffer (page-locked where there is a GPU, so that the copy runs at the bus's speed), as large as the largest
+    save so far.
 
     What `take` returned is overwritten by the next `take`.
     """
@@ -19,7 +20,8 @@ class HostCopy:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, tensors: NamedTensors) -> NamedTensors:
-        """The same names with copies on the CPU. Returns when they are complete: the originals may change from then on."""
+        """The same names with copies on the CPU. Returns when they are complete: the originals may change from then
+        on."""
         starts, total = [], 0
         for _, tensor in tensors:
             starts.append(total)

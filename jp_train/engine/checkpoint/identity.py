@@ -81,11 +81,14 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str
     return found
 
 
-def accepted_differences(origin: Path, saved: dict[str, Any], current: dict[str, Any], accept: Iterable[str]) -> list[str]:
+def accepted_differences(
+    origin: Path, saved: dict[str, Any], current: dict[str, Any], accept: Iterable[str]
+) -> list[str]:
     """The differences that `accept` (keys, or sections of keys) lets pass, in words.
 
-    Raises CheckpointError when resuming would train something else than the checkpoint at `origin` did, naming every difference and what to pass to
-    go on all the same. What fixes the shape of the checkpoint (FIXED_KEYS) cannot be accepted.
+    Raises CheckpointError when resuming would train something else than the checkpoint at `origin` did, naming every
+    difference and what to pass to go on all the same. What fixes the shape of the checkpoint (FIXED_KEYS) cannot be
+    accepted.
     """
     found = differences(saved, current)
     accept = list(accept)
@@ -96,7 +99,9 @@ def accepted_differences(origin: Path, saved: dict[str, Any], current: dict[str,
     may = [key for key in refused if key not in fixed]
     lines = [found[key] for key in refused]
     more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    advice = f"To go on with the change on purpose, pass checkpoint.accept=[{','.join([*accept, *may])}]. " if may else ""
+    advice = (
+        f"To go on with the change on purpose, pass checkpoint.accept=[{','.join([*accept, *may])}]. " if may else ""
+    )
     if fixed:
         advice += f"{', '.join(fixed[:SHOWN])} cannot change within a run: use another run_dir, with model.init_from naming {origin} for the weights. "
     raise CheckpointError(
@@ -137,7 +142,9 @@ def git_commit() -> str | None:
 
 
 def _is_free(key: str, free: list[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in free) or (key.startswith("data.sources.") and key.endswith(".license"))
+    return any(key == name or key.startswith(name + ".") for name in free) or (
+        key.startswith("data.sources.") and key.endswith(".license")
+    )
 
 
 def plain(value: Any) -> Any:

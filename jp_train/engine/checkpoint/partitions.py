@@ -1,9 +1,10 @@
 """What this rank holds of weights and optimizer state: the only module that reaches into DeepSpeed's ZeRO-3 optimizer.
 
-Under ZeRO-3 the trained slices of a rank lie in a few flat buffers (sub-groups): `fp16_groups[i]` lists the parameters of sub-group i in order,
-`fp32_partitioned_groups_flat[i]` is the fp32 master of their slices one after the other, and the base optimizer's moments have the same layout.
-A frozen parameter has only its slice in the run's dtype, `ds_tensor`. The tests compare every value here with DeepSpeed's own view of it
-(`safe_get_full_fp32_param` and its kin). DeepSpeed is pinned for this reason.
+Under ZeRO-3 the trained slices of a rank lie in a few flat buffers (sub-groups): `fp16_groups[i]` lists the parameters
+of sub-group i in order, `fp32_partitioned_groups_flat[i]` is the fp32 master of their slices one after the other, and
+the base optimizer's moments have the same layout. A frozen parameter has only its slice in the run's dtype,
+`ds_tensor`. The tests compare every value here with DeepSpeed's own view of it (`safe_get_full_fp32_param` and its
+kin). DeepSpeed is pinned for this reason.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def check_supported(engine: Any) -> None:
     """Raise ConfigError for raw DeepSpeed keys under which a rank's slices are not in memory."""
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
-        raise ConfigError("engine.deepspeed offloads to NVMe, which checkpoints cannot read; offload to cpu, or not at all")
+        raise ConfigError(
+            "engine.deepspeed offloads to NVMe, which checkpoints cannot read; offload to cpu, or not at all"
+        )
 
 
 def parameters(engine: Any) -> list[Parameter]:
@@ -33,14 +36,16 @@ def parameters(engine: Any) -> list[Parameter]:
 
 
 def optimizer_step(engine: Any) -> int:
-    """Updates made so far, 0 for a fresh optimizer. They are the same for every sub-group, since an update is skipped for all or none."""
+    """Updates made so far, 0 for a fresh optimizer. They are the same for every sub-group, since an update is
+    skipped for all or none."""
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     assert len(steps) <= 1, f"sub-groups at different steps: {steps}"
     return steps.pop() if steps else 0
 
 
 def held(engine: Any, *, with_frozen: bool) -> NamedTensors:
-    """This rank's slices without padding, named as in `model/partition_files.py`. They are views: an optimizer step changes them."""
+    """This rank's slices without padding, named as in `model/partition_files.py`. They are views: an optimizer step
+    changes them."""
     found: list[tuple[str, torch.Tensor]] = []
     for name, parameter, buffers in _trained(engine):
         keep = _stored(parameter)
@@ -61,9 +66,11 @@ def prepare(engine: Any) -> None:
 
 @torch.no_grad()
 def fill(engine: Any, reader: PartitionReader) -> None:
-    """Put a checkpoint of any number of ranks into a fresh engine: this rank reads its own ranges, one parameter at a time. No collective.
+    """Put a checkpoint of any number of ranks into a fresh engine: this rank reads its own ranges, one parameter at a
+    time. No collective.
 
-    Frozen weights that the checkpoint does not hold stay as they are. Raises CheckpointError when names, shapes or the trained set differ.
+    Frozen weights that the checkpoint does not hold stay as they are. Raises CheckpointError when names, shapes or the
+    trained set differ.
     """
     _compare(parameters(engine), reader)
     optimizer = engine.optimizer
@@ -86,12 +93,14 @@ def fill(engine: Any, reader: PartitionReader) -> None:
 
 
 def refresh(engine: Any) -> None:
-    """After `fill`: small parameters that ZeRO-3 keeps whole on every rank are gathered anew, and secondary copies are dropped. Collective."""
+    """After `fill`: small parameters that ZeRO-3 keeps whole on every rank are gathered anew, and secondary copies
+    are dropped. Collective."""
     engine.optimizer.checkpoint_event_epilogue()
 
 
 def _trained(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
-    """Name, parameter, and its slices (padding included) of master and moments; moments of a fresh optimizer are zeros."""
+    """Name, parameter, and its slices (padding included) of master and moments; moments of a fresh optimizer are
+    zeros."""
     optimizer = engine.optimizer
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
@@ -101,7 +110,9 @@ def _trained(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
             size = parameter.partition_numel()
             slices = {MASTER: flat.detach()[offset : offset + size]}
             for kind in MOMENTS:
-                slices[kind] = state[kind][offset : offset + size] if kind in state else torch.zeros_like(slices[MASTER])
+                slices[kind] = (
+                    state[kind][offset : offset + size] if kind in state else torch.zeros_like(slices[MASTER])
+                )
             offset += size
             yield names[id(parameter)], parameter, slices
 
@@ -125,7 +136,10 @@ def _stored(parameter: Any) -> int:
 def _create_moments(optimizer: Any, step: int) -> None:
     """The state that torch's AdamW makes in its first step, so that it is there to be filled."""
     for flat in optimizer.fp32_partitioned_groups_flat:
-        optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step)), **{kind: torch.zeros_like(flat.data) for kind in MOMENTS}}
+        optimizer.optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),
+            **{kind: torch.zeros_like(flat.data) for kind in MOMENTS},
+        }
 
 
 def _compare(here: list[Parameter], reader: PartitionReader) -> None:
@@ -141,4 +155,6 @@ def _compare(here: list[Parameter], reader: PartitionReader) -> None:
             )
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{reader.folder} does not fit this model and stage.trainable: {'; '.join(problems[:4])}{more}")
+        raise CheckpointError(
+            f"{reader.folder} does not fit this model and stage.trainable: {'; '.join(problems[:4])}{more}"
+        )

@@ -1,4 +1,5 @@
-"""Finds the newest complete checkpoint of a run and reads it back, for any number of ranks (layout: checkpoint_files.py)."""
+"""Finds the newest complete checkpoint of a run and reads it back, for any number of ranks (layout:
+checkpoint_files.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,17 @@ from typing import Any
 
 import torch
 
-from jp_train.engine.checkpoint.files import DAMAGED_FILE, FORMAT, VQ_FILE, Checkpoint, Together, described, first_of, names, step_of
+from jp_train.engine.checkpoint.files import (
+    DAMAGED_FILE,
+    FORMAT,
+    VQ_FILE,
+    Checkpoint,
+    Together,
+    described,
+    first_of,
+    names,
+    step_of,
+)
 from jp_train.engine.checkpoint.rng import PREFIX, derive_rng, restore_rng
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import PartitionReader, ShardReader, file_rank, rank_file
@@ -23,15 +34,17 @@ class CheckpointReader:
     def __init__(self, folder: Path, together: Together) -> None:
         self.folder = folder
         self.damaged: list[str] = []
-        """Names of the checkpoints that `newest` passed over, newest first, and of older ones that an earlier attempt passed over."""
+        """Names of the checkpoints that `newest` passed over, newest first, and of older ones that an earlier
+        attempt passed over."""
         self._together = together
 
     def newest(self, *, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
         """The newest complete checkpoint, None for a run that has none. Collective.
 
-        A damaged one is reported to `on_damage` (on rank 0) and the one before is tried. Raises CheckpointError when there are checkpoints but
-        none is whole (a silent start from scratch would throw the run away), when the newest has the format of another version, and when a rank
-        cannot open what rank 0 sees (passing over a good checkpoint would train its steps again).
+        A damaged one is reported to `on_damage` (on rank 0) and the one before is tried. Raises CheckpointError when
+        there are checkpoints but none is whole (a silent start from scratch would throw the run away), when the newest
+        has the format of another version, and when a rank cannot open what rank 0 sees (passing over a good checkpoint
+        would train its steps again).
         """
         on_main = self._together.on_main
         problems: list[str] = []
@@ -43,9 +56,13 @@ class CheckpointReader:
                 _refuse_other_format(path, manifest)
                 problem = self._contents_fault(path, manifest)
             if problem is None:
-                self.damaged += on_main(lambda path=path: _marked_before(path), f"cannot list {self.folder}", self.folder)
+                self.damaged += on_main(
+                    lambda path=path: _marked_before(path), f"cannot list {self.folder}", self.folder
+                )
                 state = on_main(
-                    lambda path=path: json.loads((path / "state.json").read_text(encoding="utf-8")), f"cannot read {path}", self.folder
+                    lambda path=path: json.loads((path / "state.json").read_text(encoding="utf-8")),
+                    f"cannot read {path}",
+                    self.folder,
                 )
                 return Checkpoint(path, int(manifest["step"]), manifest, state)
             problems.append(f"{path}: {problem}")
@@ -62,8 +79,11 @@ class CheckpointReader:
             )
         return None
 
-    def load(self, checkpoint: Checkpoint, fill: Callable[[PartitionReader], None], vq: torch.nn.Module | None = None) -> None:
-        """Read a checkpoint of any number of ranks: `fill` takes weights and optimizer state, `vq` its weights; random states are set. Collective.
+    def load(
+        self, checkpoint: Checkpoint, fill: Callable[[PartitionReader], None], vq: torch.nn.Module | None = None
+    ) -> None:
+        """Read a checkpoint of any number of ranks: `fill` takes weights and optimizer state, `vq` its weights; random
+        states are set. Collective.
 
         `fill` may not run collectives. Raises CheckpointError on every rank when one rank cannot read its part.
         """
@@ -89,7 +109,8 @@ class CheckpointReader:
     def _contents_fault(self, path: Path, manifest: dict[str, Any]) -> str | None:
         """Compare checksums; the files are dealt to the ranks, however many wrote them.
 
-        Raises CheckpointError on every rank when one cannot open a file: rank 0 has seen them all, so the fault is that host's, not the checkpoint's.
+        Raises CheckpointError on every rank when one cannot open a file: rank 0 has seen them all, so the fault is that
+        host's, not the checkpoint's.
         """
         fault = unseen = None
         for name, expected in manifest["files"].items():
@@ -115,7 +136,8 @@ class CheckpointReader:
 
 
 def _marked_before(whole: Path) -> list[str]:
-    """Names of the checkpoints older than this one, which is whole, that an earlier attempt found damaged, newest first."""
+    """Names of the checkpoints older than this one, which is whole, that an earlier attempt found damaged, newest
+    first."""
     with contextlib.suppress(OSError):
         (whole / DAMAGED_FILE).unlink(missing_ok=True)  # restored since
     older = [name for name in names(whole.parent, step_of(whole.name)) if name != whole.name]

@@ -1,4 +1,5 @@
-"""Random states of this process as plain tensors, for a checkpoint; and those of a rank that the checkpoint does not know."""
+"""Random states of this process as plain tensors, for a checkpoint; and those of a rank that the checkpoint does not
+know."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def rng_tensors() -> list[tuple[str, torch.Tensor]]:
     found = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.tensor([*legacy["state"]["key"].tolist(), int(legacy["state"]["pos"]), int(legacy["has_gauss"])], dtype=torch.int64),
+        "numpy": torch.tensor(
+            [*legacy["state"]["key"].tolist(), int(legacy["state"]["pos"]), int(legacy["has_gauss"])], dtype=torch.int64
+        ),
         "gauss": torch.tensor([float("nan") if gauss is None else gauss, float(legacy["gauss"])], dtype=torch.float64),
     }
     if torch.cuda.is_available():
@@ -39,7 +42,8 @@ def restore_rng(saved: dict[str, torch.Tensor]) -> None:
 
 
 def derive_rng(*parts: object) -> None:
-    """Random states that depend on nothing but `parts`: a rank that joins at some step starts the same however often it is started."""
+    """Random states that depend on nothing but `parts`: a rank that joins at some step starts the same however often
+    it is started."""
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "little")
     random.seed(seed)
     np.random.seed(seed)

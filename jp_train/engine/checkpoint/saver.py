@@ -37,11 +37,13 @@ class Told(Protocol):
 class Saver:
     """Saves and restores one run's engine. Every method that is not a property is collective.
 
-    `stall_s` is the time that training waited for the newest save so far: copying to host memory, handing over, and, where the disk is slower than
-    the interval, waiting for the save before.
+    `stall_s` is the time that training waited for the newest save so far: copying to host memory, handing over, and,
+    where the disk is slower than the interval, waiting for the save before.
     """
 
-    def __init__(self, cfg: RunConfig, store: CheckpointStore, engine: Engine, log: Told, *, saved_step: int | None) -> None:
+    def __init__(
+        self, cfg: RunConfig, store: CheckpointStore, engine: Engine, log: Told, *, saved_step: int | None
+    ) -> None:
         self.stall_s = 0.0
         self.longest_s = 0.0
         """Seconds that the longest save so far took, from its begin to its completion."""
@@ -60,7 +62,8 @@ class Saver:
         partitions.check_supported(engine.deepspeed)
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any], *, final: bool) -> None:
-        """A checkpoint of `step` completed steps, unless there is one. `final`: the run ends; return when it is complete.
+        """A checkpoint of `step` completed steps, unless there is one. `final`: the run ends; return when it is
+        complete.
 
         Raises CheckpointError on every rank when a final save fails, or another one by `checkpoint.on_error`.
         """
@@ -100,7 +103,8 @@ class Saver:
         partitions.prepare(engine)
         self._store.load(checkpoint, lambda reader: partitions.fill(engine, reader), self._engine.vq)
         partitions.refresh(engine)
-        self._with_frozen |= bool(checkpoint.manifest["with_frozen"])  # the only copy of it, whatever init_from says now
+        # the only copy of it, whatever init_from says now
+        self._with_frozen |= bool(checkpoint.manifest["with_frozen"])
         engine.global_steps = checkpoint.step
 
     def _content(self, state: dict[str, Any], about: dict[str, Any]) -> Content:
@@ -113,7 +117,9 @@ class Saver:
             parameters=partitions.parameters(engine),
             optimizer_step=partitions.optimizer_step(engine),
             with_frozen=with_frozen,
-            vq=[(f"model.{name}", tensor) for name, tensor in self._engine.vq.state_dict().items()] if with_frozen else (),
+            vq=[(f"model.{name}", tensor) for name, tensor in self._engine.vq.state_dict().items()]
+            if with_frozen
+            else (),
             state=state,
             identity=self._identity,
             config_text=self._config_text,
@@ -157,8 +163,14 @@ class Saver:
         self._log.event("save_failed", step, reason=str(error), in_a_row=self._failures_in_a_row)
         too_many = self._failures_in_a_row >= cfg.max_failed_saves
         if not tolerant and (fatal or cfg.on_error is SaveErrorAction.stop or too_many):
-            hint = f" ({self._failures_in_a_row} failed saves in a row)" if too_many and cfg.on_error is not SaveErrorAction.stop else ""
-            raise CheckpointError(f"{error}{hint}. The checkpoint before is untouched: resume from it with the same command") from error
+            hint = (
+                f" ({self._failures_in_a_row} failed saves in a row)"
+                if too_many and cfg.on_error is not SaveErrorAction.stop
+                else ""
+            )
+            raise CheckpointError(
+                f"{error}{hint}. The checkpoint before is untouched: resume from it with the same command"
+            ) from error
         next_try = "with the last save" if tolerant else f"after step {step - step % cfg.every_steps + cfg.every_steps}"
         self._log.say(f"step {step}: the checkpoint was NOT saved, trying again {next_try}: {error}")
 

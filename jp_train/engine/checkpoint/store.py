@@ -1,10 +1,12 @@
 """Writes checkpoints that are complete or absent, for any number of ranks (layout: checkpoint_files.py).
 
-A save writes everything into `.saving_step_0000100`, with every file summed and fsynced; when all ranks are done, rank 0 writes the manifest last,
-renames the folder and only then moves `latest` and deletes old ones. `run_dir` must lie on a file system that all hosts share.
+A save writes everything into `.saving_step_0000100`, with every file summed and fsynced; when all ranks are done, rank
+0 writes the manifest last, renames the folder and only then moves `latest` and deletes old ones. `run_dir` must lie on
+a file system that all hosts share.
 
-`begin` returns as soon as what is to be written is copied to host memory (or is on the CPU and may not change: `background` False); a thread writes.
-`poll`, at later step boundaries, completes the save once all ranks have written; `settle` waits for it. At most one save is under way.
+`begin` returns as soon as what is to be written is copied to host memory (or is on the CPU and may not change:
+`background` False); a thread writes. `poll`, at later step boundaries, completes the save once all ranks have written;
+`settle` waits for it. At most one save is under way.
 """
 
 from __future__ import annotations
@@ -39,20 +41,31 @@ from jp_train.engine.checkpoint.host_copy import HostCopy
 from jp_train.engine.checkpoint.reading import CheckpointReader
 from jp_train.engine.checkpoint.rng import rng_tensors
 from jp_train.errors import CheckpointError
-from jp_train.model.partition_files import INDEX_FILE, NamedTensors, Parameter, index_text, rank_file, shard_bytes, write_shard
+from jp_train.model.partition_files import (
+    INDEX_FILE,
+    NamedTensors,
+    Parameter,
+    index_text,
+    rank_file,
+    shard_bytes,
+    write_shard,
+)
 
 __all__ = ["Checkpoint", "CheckpointStore", "Content", "Saved"]
 
 WAIT_S = 2.0
-"""How long a rank waits for its own thread before it tells the others, so that no collective waits longer for a slow disk."""
+"""How long a rank waits for its own thread before it tells the others, so that no collective waits longer for a slow
+disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a checkpoint is made of. `tensors` are this rank's (views are fine: `begin` copies); the rest is the same on every rank or rank 0's.
+    """What a checkpoint is made of. `tensors` are this rank's (views are fine: `begin` copies); the rest is the same on
+    every rank or rank 0's.
 
-    `about` goes into the manifest; `val/total` in it makes the checkpoint a candidate for the best one. `logs` are files of the run whose lines the
-    checkpoint's step counts on: they are on the disk before it is complete, so that no power cut leaves a checkpoint with gaps before it.
+    `about` goes into the manifest; `val/total` in it makes the checkpoint a candidate for the best one. `logs` are
+    files of the run whose lines the checkpoint's step counts on: they are on the disk before it is complete, so that no
+    power cut leaves a checkpoint with gaps before it.
     """
 
     tensors: NamedTensors
@@ -79,7 +92,8 @@ class Saved:
 
 @dataclass
 class _Pending:
-    """A save under way on this rank; `report` is set by the thread when it is done. `note` is for the caller's `problems`."""
+    """A save under way on this rank; `report` is set by the thread when it is done. `note` is for the caller's
+    `problems`."""
 
     step: int
     partial: Path
@@ -92,7 +106,8 @@ class _Pending:
 
 
 class CheckpointStore(CheckpointReader):
-    """The `checkpoints/` folder of one run, to read and to write. Every method is called by all ranks; rank 0 decides and writes what is not per rank."""
+    """The `checkpoints/` folder of one run, to read and to write. Every method is called by all ranks; rank 0
+    decides and writes what is not per rank."""
 
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, *, dp_rank: int, dp_world_size: int) -> None:
         super().__init__(run_dir / "checkpoints", Together(dp_rank, dp_world_size))
@@ -103,7 +118,7 @@ class CheckpointStore(CheckpointReader):
         self._pending: _Pending | None = None
         self._retiring: threading.Thread | None = None
 
-    # -- saving ---------------------------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------
 
     @property
     def pending_step(self) -> int | None:
@@ -113,7 +128,8 @@ class CheckpointStore(CheckpointReader):
     def begin(self, step: int, content: Content) -> None:
         """Start the checkpoint of `step` completed steps; the save before must be settled. Collective.
 
-        Raises CheckpointError on every rank when there is no room or the folder cannot be written; the previous checkpoint is untouched.
+        Raises CheckpointError on every rank when there is no room or the folder cannot be written; the previous
+        checkpoint is untouched.
         """
         assert self._pending is None, "one save at a time"
         began = time.perf_counter()
@@ -138,11 +154,12 @@ class CheckpointStore(CheckpointReader):
         background = self._cfg.background
         if background:
             try:
-                tensors, vq = self._host.take(tensors), [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq]
-            except (MemoryError, RuntimeError) as error:  # on one rank perhaps; the others need not know
-                pending.note = (
-                    f"rank {self._together.rank}: no host memory for a copy ({error}): training waited while step {step} was written"
+                tensors, vq = (
+                    self._host.take(tensors),
+                    [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq],
                 )
+            except (MemoryError, RuntimeError) as error:  # on one rank perhaps; the others need not know
+                pending.note = f"rank {self._together.rank}: no host memory for a copy ({error}): training waited while step {step} was written"
                 background = False
         self._pending = pending
         if background:
@@ -154,7 +171,8 @@ class CheckpointStore(CheckpointReader):
             self._write(pending, tensors, vq, texts, logs)
 
     def poll(self, *, wait_s: float = 0.0) -> Saved | None:
-        """Complete the save under way if every rank has written its part; None when there is none or it still runs. Collective.
+        """Complete the save under way if every rank has written its part; None when there is none or it still runs.
+        Collective.
 
         Raises CheckpointError on every rank when a part could not be written; what was written is removed then.
         """
@@ -183,7 +201,8 @@ class CheckpointStore(CheckpointReader):
         return Saved(pending.target, pending.step, size, time.perf_counter() - pending.began)
 
     def settle(self) -> Saved | None:
-        """`poll` until the save under way is complete, and old checkpoints are deleted. Collective; raises as `poll` does."""
+        """`poll` until the save under way is complete, and old checkpoints are deleted. Collective; raises as `poll`
+        does."""
         saved = None
         while self._pending is not None:
             saved = self.poll(wait_s=WAIT_S)
@@ -193,12 +212,17 @@ class CheckpointStore(CheckpointReader):
 
     def _texts(self, content: Content) -> dict[str, bytes]:
         index = index_text(
-            content.parameters, world=self._together.world, with_frozen=content.with_frozen, optimizer_step=content.optimizer_step
+            content.parameters,
+            world=self._together.world,
+            with_frozen=content.with_frozen,
+            optimizer_step=content.optimizer_step,
         )
         texts = {"state.json": json.dumps(content.state), "config.yaml": content.config_text, INDEX_FILE: index}
         return {name: text.encode() for name, text in texts.items()}
 
-    def _write(self, pending: _Pending, tensors: NamedTensors, vq: NamedTensors, texts: dict[str, bytes], logs: Sequence[Path]) -> None:
+    def _write(
+        self, pending: _Pending, tensors: NamedTensors, vq: NamedTensors, texts: dict[str, bytes], logs: Sequence[Path]
+    ) -> None:
         """This rank's files; in a thread, so that nothing may be raised and no collective may run."""
         partial, files = pending.partial, {}
         error = None
@@ -222,7 +246,7 @@ class CheckpointStore(CheckpointReader):
     def _on_main(self, action: Callable[[], None], what: str) -> None:
         self._together.on_main(action, what, self.folder, self.damaged)
 
-    # -- rank 0 ---------------------------------------------------------------------------------------------------------------------
+    # -- rank 0 ------------------------------------------------------------------------------------
 
     def _start(self, target: Path, partial: Path, needed: int) -> None:
         if self._retiring is not None:
@@ -243,7 +267,9 @@ class CheckpointStore(CheckpointReader):
         for name, found in files.items():
             file = partial / name
             if not file.is_file() or file.stat().st_size != found["size"]:
-                raise CheckpointError(f"{file} is not visible to rank 0; run_dir must lie on a file system that all hosts share")
+                raise CheckpointError(
+                    f"{file} is not visible to rank 0; run_dir must lie on a file system that all hosts share"
+                )
         write_durably(partial / "manifest.json", json.dumps({**pending.manifest, "files": files}, indent=1))
         fsync(partial)
         if target.exists():  # a damaged one of the same step, from an earlier attempt
@@ -255,7 +281,8 @@ class CheckpointStore(CheckpointReader):
         best = self._best(pending.step) if self._cfg.keep_best else None
         if best is not None:
             write_durably(self.folder / "best", best + "\n")
-        self._retiring = threading.Thread(target=self._retire, args=(pending.step, best), daemon=True)  # a large folder takes its time
+        # a large folder takes its time
+        self._retiring = threading.Thread(target=self._retire, args=(pending.step, best), daemon=True)
         self._retiring.start()
 
     def _best(self, newest: int) -> str | None:
@@ -271,7 +298,8 @@ class CheckpointStore(CheckpointReader):
         return min(found)[1] if found else None
 
     def _sound(self, until: int) -> list[str]:
-        """Complete checkpoints of steps until `until`, oldest first: a later one is damaged, and may not push out a whole one."""
+        """Complete checkpoints of steps until `until`, oldest first: a later one is damaged, and may not push out a
+        whole one."""
         return [name for name in names(self.folder, until) if name not in self.damaged]
 
     def _retire(self, newest: int, best: str | None) -> None:
@@ -302,7 +330,8 @@ class CheckpointStore(CheckpointReader):
         self.damaged = [other for other in self.damaged if other != name]
 
     def _delete(self, folder: Path) -> None:
-        """Nothing to fail a save for: on NFS a folder stays while one of its files is open somewhere. The next save tries again."""
+        """Nothing to fail a save for: on NFS a folder stays while one of its files is open somewhere. The next save
+        tries again."""
         try:
             shutil.rmtree(folder)
         except OSError as error:

@@ -1,4 +1,5 @@
-"""From the heartbeats of a run that stands still to one sentence that names the rank at fault. Pure functions: no file, no clock, no collective."""
+"""From the heartbeats of a run that stands still to one sentence that names the rank at fault. Pure functions: no
+file, no clock, no collective."""
 
 from __future__ import annotations
 
@@ -40,21 +41,30 @@ def moving(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> list[int]:
 
 
 def silent(before: Mapping[int, Beat], after: Mapping[int, Beat], world: int) -> list[int]:
-    """Ranks whose watchdog wrote nothing between two readings: dead, stopped, or on a host that is gone. One that said why it ended is not."""
+    """Ranks whose watchdog wrote nothing between two readings: dead, stopped, or on a host that is gone. One that
+    said why it ended is not."""
     return [
         rank
         for rank in range(world)
-        if rank not in after or (not after[rank].ended and (rank not in before or after[rank].beat <= before[rank].beat))
+        if rank not in after
+        or (not after[rank].ended and (rank not in before or after[rank].beat <= before[rank].beat))
     ]
 
 
 def diagnose(
-    before: Mapping[int, Beat], after: Mapping[int, Beat], world: int, host: str, *, state: Callable[[int], str] = process_state
+    before: Mapping[int, Beat],
+    after: Mapping[int, Beat],
+    world: int,
+    host: str,
+    *,
+    state: Callable[[int], str] = process_state,
 ) -> Diagnosis:
-    """What holds the run up. `before` and `after` are two readings of all ranks' heartbeats, the second after they were asked for their trails.
+    """What holds the run up. `before` and `after` are two readings of all ranks' heartbeats, the second after they were
+    asked for their trails.
 
-    The order is that of causes: a rank that ended or does not answer explains everything else, then data, then unequal module sequences, then a
-    rank that is behind; only when all stand at the same place is it the collective itself. `state` tells about a process of this `host`.
+    The order is that of causes: a rank that ended or does not answer explains everything else, then data, then unequal
+    module sequences, then a rank that is behind; only when all stand at the same place is it the collective itself.
+    `state` tells about a process of this `host`.
     """
     ended = [rank for rank in sorted(after) if after[rank].ended]
     if ended:
@@ -108,7 +118,9 @@ def _hungry(beat: Beat) -> str:
     document = f" (first document: {awaited['document']})" if awaited.get("document") else ""
     workers = awaited.get("workers", ())
     bad = [f"loader worker {worker['pid']} is {worker['state']}" for worker in workers if worker["state"] != "running"]
-    why = "; ".join(bad) or ("its loader workers run: a slow or hanging file system" if workers else "it builds its rows itself")
+    why = "; ".join(bad) or (
+        "its loader workers run: a slow or hanging file system" if workers else "it builds its rows itself"
+    )
     return f"rank {beat.rank} has waited {beat.idle_s:.0f} s for {row}{document}: {why}"
 
 
@@ -129,9 +141,12 @@ def _unequal(beats: Mapping[int, Beat]) -> Diagnosis | None:
     return None
 
 
-def _first_difference(step: int, number: int, names: Mapping[str, Sequence[int]], beats: Mapping[int, Beat]) -> Diagnosis:
+def _first_difference(
+    step: int, number: int, names: Mapping[str, Sequence[int]], beats: Mapping[int, Beat]
+) -> Diagnosis:
     counted = Counter({name: len(ranks) for name, ranks in names.items()})
-    usual, _ = max(counted.items(), key=lambda item: (item[1], 0 in names[item[0]]))  # what most did, else what rank 0 did
+    # what most did, else what rank 0 did
+    usual, _ = max(counted.items(), key=lambda item: (item[1], 0 in names[item[0]]))
     odd = sorted(rank for name, ranks in names.items() if name != usual for rank in ranks)
     beat = beats[odd[0]]
     micro = f" micro-batch {beat.micro_batch}" if beat.micro_batch >= 0 else ""

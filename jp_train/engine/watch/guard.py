@@ -1,9 +1,10 @@
 """Where this rank stands, and what it says when a collective fails.
 
-Under ZeRO-3 a module that runs on one rank and not on another leaves the others in a collective until its timeout. The guard notes the modules each
-micro-batch enters (a counter, a running hash and the last names: nothing is read from the device, nothing is sent), so that
-(1) the ranks' hashes can be compared with the other numbers at the end of a step, (2) a collective that fails says at which step, micro-batch
-and module each rank stood, and (3) the watchdog (`watchdog.py`) sees a rank that stands still and can tell whose sequence differs.
+Under ZeRO-3 a module that runs on one rank and not on another leaves the others in a collective until its timeout. The
+guard notes the modules each micro-batch enters (a counter, a running hash and the last names: nothing is read from the
+device, nothing is sent), so that (1) the ranks' hashes can be compared with the other numbers at the end of a step, (2)
+a collective that fails says at which step, micro-batch and module each rank stood, and (3) the watchdog (`watchdog.py`)
+sees a rank that stands still and can tell whose sequence differs.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ class Pace(Enum):
 
 
 class SequenceGuard:
-    """Forward pre-hooks on every module that owns parameters; `signature` is the hash of the names entered since `begin_step`.
+    """Forward pre-hooks on every module that owns parameters; `signature` is the hash of the names entered since
+    `begin_step`.
 
-    Written by the training thread only; the watchdog's thread reads the attributes as they are. Without a model (before there is one) it
-    only knows phases.
+    Written by the training thread only; the watchdog's thread reads the attributes as they are. Without a model (before
+    there is one) it only knows phases.
     """
 
     def __init__(self, model: torch.nn.Module | None, rank: int) -> None:
@@ -73,7 +75,8 @@ class SequenceGuard:
         return note
 
     def begin_step(self, step: int) -> None:
-        """Start `step` (counted from 1); the first one of a process may be slow: kernels are built and memory is laid out."""
+        """Start `step` (counted from 1); the first one of a process may be slow: kernels are built and memory is
+        laid out."""
         if self.first_step < 0:
             self.first_step = step
         self.step, self.micro_batch, self.entered, self.signature = step, -1, 0, 0
@@ -124,13 +127,15 @@ _MARKS = (
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """Whether an exception comes from a process group (gloo and NCCL raise plain RuntimeErrors; torch's DistBackendError is one)."""
+    """Whether an exception comes from a process group (gloo and NCCL raise plain RuntimeErrors; torch's
+    DistBackendError is one)."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or any(mark in text for mark in _MARKS)
 
 
 def compare_signatures(signatures: list[int], step: int, explain: Callable[[], str] = str) -> None:
-    """Raise JpTrainError naming the ranks whose module sequence of this step differs from rank 0's; `explain` may know the module."""
+    """Raise JpTrainError naming the ranks whose module sequence of this step differs from rank 0's; `explain` may
+    know the module."""
     odd = [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]
     if odd:
         detail = explain()

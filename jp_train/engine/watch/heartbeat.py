@@ -5,8 +5,8 @@
     RUN_DIR/heartbeats/verdict.json     why the run is over: every rank that sees it ends
     RUN_DIR/stacks/rank_0000_step_7.txt Python stacks of a rank's threads
 
-Every object carries the `attempt`, so that nothing of an earlier start is believed. Files are replaced atomically and not synced: a stale one after a
-power cut harms nobody. Standard library only.
+Every object carries the `attempt`, so that nothing of an earlier start is believed. Files are replaced atomically and
+not synced: a stale one after a power cut harms nobody. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ VERDICT = "verdict.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """Where one rank stands. `beat` counts the rank's writes, `progress` what its training thread did; neither goes back within an attempt."""
+    """Where one rank stands. `beat` counts the rank's writes, `progress` what its training thread did; neither goes
+    back within an attempt."""
 
     attempt: str
     rank: int
@@ -69,7 +70,8 @@ class Beat:
 
 
 class HeartbeatFolder:
-    """Reads and writes the files of one attempt. Every method may raise OSError; a reader of torn or foreign content gets None."""
+    """Reads and writes the files of one attempt. Every method may raise OSError; a reader of torn or foreign content
+    gets None."""
 
     def __init__(self, run_dir: Path, attempt: str) -> None:
         self.folder = run_dir / FOLDER
@@ -83,7 +85,8 @@ class HeartbeatFolder:
         if clear:
             known = {rank_name(rank) for rank in range(world)}
             for path in self.folder.iterdir():
-                if path.name not in known and not path.name.startswith("."):  # another rank may be about to rename its own
+                # another rank may be about to rename its own
+                if path.name not in known and not path.name.startswith("."):
                     path.unlink(missing_ok=True)
 
     def write_beat(self, beat: Beat) -> None:

@@ -1,6 +1,7 @@
 """When a run ends before its last planned step: signals, early stop, patience, and steps that are not finite.
 
-Every decision here is either made from values that all ranks share, or (signals) is shared by the end-of-step exchange of `engine/metrics.py`.
+Every decision here is either made from values that all ranks share, or (signals) is shared by the end-of-step exchange
+of `engine/metrics.py`.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from jp_train.config.schema import GuardConfig, StageConfig
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 2.0
-"""A repeat within this many seconds belongs to the first: Ctrl-C reaches a rank both from the terminal and from the launcher."""
+"""A repeat within this many seconds belongs to the first: Ctrl-C reaches a rank both from the terminal and from the
+launcher."""
 
 LAST_WORDS_S = 2.0
 """Seconds for what is told between a second signal and the end."""
 
 
 class SignalFlag:
-    """Remembers the first stop signal; the loop acts on it at the step boundary. A second one (after SAME_SIGNAL_S) exits at once.
+    """Remembers the first stop signal; the loop acts on it at the step boundary. A second one (after SAME_SIGNAL_S)
+    exits at once.
 
-    A save inside the handler would deadlock: the DeepSpeed launcher signals rank k + 1 only after rank k has exited (DEEPSPEED.md section 7). Python's
-    handlers wait while the main thread is inside a collective or a system call, so signals are also written to a pipe, which `must_exit` reads in
-    the watchdog's thread.
+    A save inside the handler would deadlock: the DeepSpeed launcher signals rank k + 1 only after rank k has exited
+    (DEEPSPEED.md section 7). Python's handlers wait while the main thread is inside a collective or a system call, so
+    signals are also written to a pipe, which `must_exit` reads in the watchdog's thread.
 
-    `last_words` is called with the exit status before a second signal ends the process, `end` ends it. The words have LAST_WORDS_S seconds in a thread of
+    `last_words` is called with the exit status before a second signal ends the process, `end` ends it. The words have
+    LAST_WORDS_S seconds in a thread of
     their own: the handler interrupts the training thread anywhere, so it may wait for no lock and for no disk.
     """
 
@@ -60,7 +64,8 @@ class SignalFlag:
                 said.append(True)
 
         if self._last_words is not None:
-            _thread.start_new_thread(say, ())  # threading.Thread.start waits for locks that the interrupted thread may hold
+            # threading.Thread.start waits for locks that the interrupted thread may hold
+            _thread.start_new_thread(say, ())
             until = time.monotonic() + LAST_WORDS_S
             while not said and time.monotonic() < until:
                 time.sleep(0.01)
@@ -69,8 +74,8 @@ class SignalFlag:
     def must_exit(self, *, starting: bool) -> int:
         """The exit status with which this process should end now, 0 to go on. Call it from one thread, often.
 
-        A first signal ends a run that is still `starting`, as there is nothing to save; a second one ends any run, even one whose main thread is
-        stuck and cannot run `handle`.
+        A first signal ends a run that is still `starting`, as there is nothing to save; a second one ends any run, even
+        one whose main thread is stuck and cannot run `handle`.
         """
         now = time.monotonic()
         for number in self._read_pipe():
@@ -146,7 +151,8 @@ class Patience:
 
 @dataclass
 class SkipCounter:
-    """Updates that were left out because the loss or the gradient was not finite or an outlier. `recent` holds their steps."""
+    """Updates that were left out because the loss or the gradient was not finite or an outlier. `recent` holds their
+    steps."""
 
     total: int = 0
     consecutive: int = 0
@@ -176,7 +182,8 @@ class SkipCounter:
 
 
 class GraceCheck:
-    """Says in time that a stop signal could not be obeyed: the step under way must end, and a save follow, before the scheduler kills."""
+    """Says in time that a stop signal could not be obeyed: the step under way must end, and a save follow, before
+    the scheduler kills."""
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
@@ -184,7 +191,8 @@ class GraceCheck:
         self._warned_s = 0.0
 
     def observe(self, step_s: float, save_s: float) -> str:
-        """Take a step's seconds and the longest save's so far. Returns a warning, empty for none; repeated when it has become half as bad again."""
+        """Take a step's seconds and the longest save's so far. Returns a warning, empty for none; repeated when it
+        has become half as bad again."""
         self._step_s = max(self._step_s, step_s)
         needed = self._step_s + save_s
         if needed <= max(self._grace_s, 1.5 * self._warned_s):
@@ -212,7 +220,8 @@ def last_step(stage: StageConfig) -> int:
 
 
 def decide(stage: StageConfig, *, step: int, signal_number: int, patience_over: bool) -> Stop | None:
-    """Whether to end after `step` completed steps. A finished stage wins over a signal that arrives in its last step."""
+    """Whether to end after `step` completed steps. A finished stage wins over a signal that arrives in its last
+    step."""
     if step >= stage.training_steps:
         return Stop("all training steps done", "finished")
     at_step = stage.early_stop.at_step

@@ -1,14 +1,18 @@
-"""One thread per rank that tells a slow run from one that stands still, names the cause, and ends it: never a silent hang.
+"""One thread per rank that tells a slow run from one that stands still, names the cause, and ends it: never a silent
+hang.
 
-Every few seconds it writes where its rank stands (`heartbeat.py`). When the training thread has made no progress for `engine.stall_timeout_s`,
-(1) all ranks are asked for their Python stacks and their last modules, (2) the lowest rank whose watchdog still answers compares all heartbeats
-(`diagnosis.py`), (3) it writes the diagnosis to events.jsonl, status.json and the console, and (4) every rank ends its process, by force: a thread that
-waits in a collective cannot be woken. While any rank still makes progress nobody is ended: the others only wait for a slow one.
+Every few seconds it writes where its rank stands (`heartbeat.py`). When the training thread has made no progress for
+`engine.stall_timeout_s`, (1) all ranks are asked for their Python stacks and their last modules, (2) the lowest rank
+whose watchdog still answers compares all heartbeats (`diagnosis.py`), (3) it writes the diagnosis to events.jsonl,
+status.json and the console, and (4) every rank ends its process, by force: a thread that waits in a collective cannot
+be woken. While any rank still makes progress nobody is ended: the others only wait for a slow one.
 
-The other ranks' files are read by one rank and only then, so 256 ranks cost a shared file system 26 small writes a second and nothing else. Every
-access of the run folder runs beside the thread with a time limit: a folder that hangs or refuses writes costs what the other ranks would have said,
-not the watch itself: without them a rank ends the run only when the collectives are about to. Time in which this thread itself did not run (a suspended
-machine, a stopped process) does not count as standing still.
+The other ranks' files are read by one rank and only then, so 256 ranks cost a shared file system 26 small writes a
+second and nothing else. Every
+access of the run folder runs beside the thread with a time limit: a folder that hangs or refuses writes costs what the
+other ranks would have said,
+not the watch itself: without them a rank ends the run only when the collectives are about to. Time in which this thread
+itself did not run (a suspended machine, a stopped process) does not count as standing still.
 """
 
 from __future__ import annotations
@@ -44,9 +48,11 @@ ACCESS_S = 5.0
 READ_S = 0.05
 """The same for each heartbeat, where those of all ranks are read."""
 REPORT_S = 20.0
-"""The same for what is told at the end: synced to a disk that may be slow, but before the other ranks take this one for silent."""
+"""The same for what is told at the end: synced to a disk that may be slow, but before the other ranks take this one
+for silent."""
 COLLECTIVE_SHARE = 0.9
-"""Share of `engine.collective_timeout_s` after which even a slow phase stands still: the cause is named before collectives fail."""
+"""Share of `engine.collective_timeout_s` after which even a slow phase stands still: the cause is named before
+collectives fail."""
 SLOW_ALONE_S = 1800.0
 """Seconds that a slow phase may take at least where there is only one rank, which no collective's timeout ends."""
 DEPUTIES = 4
@@ -66,10 +72,12 @@ class Loader(Protocol):
 
 
 class Watchdog:
-    """Watches one rank for the duration of a `with` block. `follow` tells it whom, as soon as there is an engine and a loader.
+    """Watches one rank for the duration of a `with` block. `follow` tells it whom, as soon as there is an engine and a
+    loader.
 
-    `attempt` is the same on all ranks and new for every start. `report` is called on the rank that names the cause, from the watchdog's thread;
-    `stopped` with the exit code when a signal ends the process at once (before there is anything to save, or a second one); `end` ends the process (os._exit but for tests).
+    `attempt` is the same on all ranks and new for every start. `report` is called on the rank that names the cause,
+    from the watchdog's thread; `stopped` with the exit code when a signal ends the process at once (before there is
+    anything to save, or a second one); `end` ends the process (os._exit but for tests).
     """
 
     def __init__(
@@ -128,7 +136,7 @@ class Watchdog:
         guard.explain = self.explain_failure
         self.guard, self.loader = guard, loader or self.loader
 
-    # -- the thread -----------------------------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -147,7 +155,9 @@ class Watchdog:
         starting = self.guard.step < 0
         code = self._flag.must_exit(starting=starting)
         if code:
-            self._say(f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if starting else 'asked twice'}")
+            self._say(
+                f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if starting else 'asked twice'}"
+            )
             self._bounded(lambda: self._stopped(code), within_s=REPORT_S if starting else LAST_WORDS_S)
             self._leave(code)
         seen = (id(self.guard), self.guard.progress, self.loader.received if self.loader else 0)
@@ -164,8 +174,11 @@ class Watchdog:
             self._stalled()
 
     def limit_s(self) -> float | None:
-        """Seconds that the present phase may go without progress; None: as long as it likes, as no other rank waits in a collective."""
-        return {Pace.NORMAL: self._normal_s, Pace.SLOW: max(self._normal_s, self._slow_s), Pace.FREE: None}[self.guard.pace]
+        """Seconds that the present phase may go without progress; None: as long as it likes, as no other rank waits
+        in a collective."""
+        return {Pace.NORMAL: self._normal_s, Pace.SLOW: max(self._normal_s, self._slow_s), Pace.FREE: None}[
+            self.guard.pace
+        ]
 
     def _correspond(self) -> None:
         """Say where this rank stands, and do what other ranks ask for: stacks and last modules, or to end."""
@@ -174,13 +187,17 @@ class Watchdog:
         if asked and asked != self._answered:
             self._testify(asked)
         if verdict is not None:
-            self._say(f"rank {self.rank} ends on the word of rank {verdict['rank']}" + (f": {verdict['text']}" if self.rank == 0 else ""))
+            self._say(
+                f"rank {self.rank} ends on the word of rank {verdict['rank']}"
+                + (f": {verdict['text']}" if self.rank == 0 else "")
+            )
             self._leave(int(verdict["exit_code"]))
 
-    # -- standing still -------------------------------------------------------------------------------------------------------------
+    # -- standing still ----------------------------------------------------------------------------
 
     def _stalled(self) -> None:
-        """The training thread stands still. Leave it to a lower rank that answers, else find the cause, and end the run if nobody moves."""
+        """The training thread stands still. Leave it to a lower rank that answers, else find the cause, and end the
+        run if nobody moves."""
         lower = range(min(self.rank, DEPUTIES))
         first = {rank: beat for rank in lower if (beat := self._access(lambda rank=rank: self._files.read_beat(rank)))}
         if first:
@@ -199,7 +216,9 @@ class Watchdog:
             return
         idle = time.monotonic() - self._since
         if self.world > 1 and idle < self._slow_s and not (self.rank in before and self.rank in after):
-            self._say(f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; {self._files.folder} does not say why")
+            self._say(
+                f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; {self._files.folder} does not say why"
+            )
             self._next_check = time.monotonic() + max(self._normal_s / 4, self._settle_s)
             return
         at_work = [rank for rank in diagnosis.moving(before, after) if rank != self.rank]
@@ -212,15 +231,16 @@ class Watchdog:
         self._conclude(self._cause(before, after))
 
     def _cause(self, before: dict[int, Beat], after: dict[int, Beat]) -> diagnosis.Diagnosis:
-        if self.rank not in before or self.rank not in after:  # the folder does not work: this rank can only speak for itself
+        # the folder does not work: this rank can only speak for itself
+        if self.rank not in before or self.rank not in after:
             own = self._describe(full=True)
             before, after = {}, {self.rank: own}
-            found = diagnosis.diagnose({self.rank: own}, {self.rank: Beat(**{**vars(own), "beat": own.beat + 1})}, 1, self._host)
+            found = diagnosis.diagnose(
+                {self.rank: own}, {self.rank: Beat(**{**vars(own), "beat": own.beat + 1})}, 1, self._host
+            )
             if self.world == 1:
                 return found
-            text = (
-                f"{found.text}. The heartbeats of the other ranks cannot be read in {self._files.folder}: look at each rank's own message"
-            )
+            text = f"{found.text}. The heartbeats of the other ranks cannot be read in {self._files.folder}: look at each rank's own message"
             return diagnosis.Diagnosis(found.kind, text, found.ranks, found.error)
         return diagnosis.diagnose(before, after, self.world, self._host)
 
@@ -238,14 +258,17 @@ class Watchdog:
         self._bounded(lambda: self._report(error, details), within_s=REPORT_S)
         self._say(f"rank {self.rank}: {type(error).__name__}: {text}")
         self._access(
-            lambda: self._files.judge({"text": f"{type(error).__name__}: {text}", "exit_code": error.exit_code, "rank": self.rank})
+            lambda: self._files.judge(
+                {"text": f"{type(error).__name__}: {text}", "exit_code": error.exit_code, "rank": self.rank}
+            )
         )
         if self.world > 1:  # the others end first, or they would report this rank as the one that left
             time.sleep(self._settle_s)
         self._leave(error.exit_code)
 
     def explain_failure(self) -> str:
-        """Called by the training thread when a collective has failed: what the heartbeats of the other ranks say; empty when that is nothing."""
+        """Called by the training thread when a collective has failed: what the heartbeats of the other ranks say;
+        empty when that is nothing."""
         if self.world == 1 or not self.on or self._closing.is_set():
             return ""
         if self.rank >= DEPUTIES:
@@ -258,7 +281,10 @@ class Watchdog:
         deadline = time.monotonic() + max(FAILURE_WAIT_S, 2 * self._settle_s)
         while True:
             after = self._read_all()
-            if all(self._has_spoken(before.get(rank), after.get(rank)) for rank in range(self.world)) or time.monotonic() > deadline:
+            if (
+                all(self._has_spoken(before.get(rank), after.get(rank)) for rank in range(self.world))
+                or time.monotonic() > deadline
+            ):
                 break
             time.sleep(self._look_s)
         if self.rank not in after:
@@ -273,7 +299,7 @@ class Watchdog:
         answered = bool(now.answers) and (before is None or now.beat > before.beat)
         return answered or bool(now.ended) or (now.host == self._host and process_state(now.pid) == "gone")
 
-    # -- small parts ----------------------------------------------------------------------------------------------------------------
+    # -- small parts -------------------------------------------------------------------------------
 
     def _describe(self, *, answers: str = "", ended: str = "", full: bool = False) -> Beat:
         guard = self.guard
@@ -296,7 +322,8 @@ class Watchdog:
             self._access(lambda: self._files.write_beat(beat))
 
     def _testify(self, name: str) -> None:
-        """Answer a request: stacks into a file (to the console when there is none), and a heartbeat with the last modules."""
+        """Answer a request: stacks into a file (to the console when there is none), and a heartbeat with the last
+        modules."""
         self._answered = name
         path = self._files.stack_file(self.rank, self.guard.step)
         if self._access(lambda: self._dump(path)) is None:
@@ -338,7 +365,8 @@ class Watchdog:
         return found
 
     def _bounded(self, action: Callable[[], T], *, strict: bool = False, within_s: float = ACCESS_S) -> T | None:
-        """Run `action` in a thread of its own for at most `within_s`; None when it hangs or fails. `strict`: an OSError is raised instead."""
+        """Run `action` in a thread of its own for at most `within_s`; None when it hangs or fails. `strict`: an
+        OSError is raised instead."""
         if self._busy is not None and self._busy.is_alive():
             if strict:
                 raise TimeoutError("an earlier access still hangs")
@@ -386,7 +414,8 @@ class Watchdog:
 
 
 def innermost(thread: int) -> str:
-    """`train.py:210 in train_step`: the innermost frame of this package that a thread is in; empty when it is in none."""
+    """`train.py:210 in train_step`: the innermost frame of this package that a thread is in; empty when it is in
+    none."""
     frame = sys._current_frames().get(thread)
     package = f"{os.sep}jp_train{os.sep}"
     while frame is not None:

@@ -1,4 +1,5 @@
-"""What `jp-train data encode-images` does: one rank's work and its report, or the launch of all ranks on the hosts of a hostfile."""
+"""What `jp-train data encode-images` does: one rank's work and its report, or the launch of all ranks on the hosts
+of a hostfile."""
 
 from __future__ import annotations
 
@@ -31,10 +32,12 @@ def encode_images(
     world_size: int | None = None,
     table: TextIO | None = None,
 ) -> tuple[dict[str, Any], int]:
-    """One rank of `jp-train data encode-images`: encode what is missing, or only look (`dry_run`), or verify `verify_sample` samples.
+    """One rank of `jp-train data encode-images`: encode what is missing, or only look (`dry_run`), or verify
+    `verify_sample` samples.
 
-    Rank 0 prints the table of all ranks to `table` (default: stdout), for `world_size` ranks when that is not the launch's own. Returns a
-    JSON-able summary and the exit code: 0, or 3 when more than the share `max_mismatch` of the verified ids differ.
+    Rank 0 prints the table of all ranks to `table` (default: stdout), for `world_size` ranks when that is not the
+    launch's own. Returns a JSON-able summary and the exit code: 0, or 3 when more than the share `max_mismatch` of the
+    verified ids differ.
 
     Raises:
         ConfigError: without a generation source, or for impossible options.
@@ -45,7 +48,12 @@ def encode_images(
         raise ConfigError(f"--max-mismatch {max_mismatch} must be a share between 0 and 1")
     encoder = ImageEncoder(cfg, place, batch=batch)
     table = table or sys.stdout
-    told: dict[str, Any] = {"fingerprint": encoder.recipe.fingerprint, "recipe": asdict(encoder.recipe), "rank": place.rank, "code": 0}
+    told: dict[str, Any] = {
+        "fingerprint": encoder.recipe.fingerprint,
+        "recipe": asdict(encoder.recipe),
+        "rank": place.rank,
+        "code": 0,
+    }
     try:
         if verify_sample:
             found = encoder.verify(-(-verify_sample // place.world_size), random.SystemRandom().randrange(2**32))
@@ -60,7 +68,11 @@ def encode_images(
         if place.rank == 0:
             ranks = encoder.ranks(world_size)
             told["ranks"] = [asdict(line) for line in ranks]
-            print(f"fingerprint {encoder.recipe.fingerprint} (VQ {encoder.recipe.vq})\n{format_ranks(ranks)}", file=table, flush=True)
+            print(
+                f"fingerprint {encoder.recipe.fingerprint} (VQ {encoder.recipe.vq})\n{format_ranks(ranks)}",
+                file=table,
+                flush=True,
+            )
         return told, 0
     finally:
         encoder.close()
@@ -74,9 +86,7 @@ def _tally_text(tally: Tally) -> str:
 
 
 def _verified_text(place: Place, found: Verification) -> str:
-    head = (
-        f"rank {place.rank}: {found.samples} samples encoded again (seed {found.seed}): {found.different_ids} of {found.ids:,} ids differ"
-    )
+    head = f"rank {place.rank}: {found.samples} samples encoded again (seed {found.seed}): {found.different_ids} of {found.ids:,} ids differ"
     return "\n".join([f"{head} ({found.rate:.2e})", *(f"  {line}" for line in [*found.problems, *found.mismatches])])
 
 
@@ -90,9 +100,11 @@ def encode_on_hosts(
     max_mismatch: float = 0.0,
     as_json: bool = False,
 ) -> int:
-    """Start `encode-images` on every slot of a hostfile and return the ranks' exit code; `options.dry_run` prints the shares and the command only.
+    """Start `encode-images` on every slot of a hostfile and return the ranks' exit code; `options.dry_run` prints the
+    shares and the command only.
 
-    Raises ConfigError (configuration, filter) and LaunchError (hostfile, busy port, missing pdsh, a rank killed from outside).
+    Raises ConfigError (configuration, filter) and LaunchError (hostfile, busy port, missing pdsh, a rank killed from
+    outside).
     """
     from jp_train.cluster.launch import launch_ranks
 

@@ -1,7 +1,8 @@
 """VQ ids of all generation pictures, computed once and stored beside the shards: `jp-train data encode-images`.
 
-Each rank takes its share of the shards (RANK and WORLD_SIZE of the launcher; without them, all), so ranks need not talk. A shard is
-written when its last picture is encoded; a run that was killed loses the shards it had begun, and starts at those.
+Each rank takes its share of the shards (RANK and WORLD_SIZE of the launcher; without them, all), so ranks need not
+talk. A shard is written when its last picture is encoded; a run that was killed loses the shards it had begun, and
+starts at those.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ class Place:
 
     @classmethod
     def of_environment(cls, environ: Mapping[str, str] = os.environ) -> Place:
-        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE as deepspeed's launcher sets them; the local rank's GPU where there is one, else the CPU."""
+        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE as deepspeed's launcher sets them; the local rank's GPU where
+        there is one, else the CPU."""
         defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
         try:
-            rank, world_size, local, local_size = (int(environ.get(name, default)) for name, default in defaults.items())
+            rank, world_size, local, local_size = (
+                int(environ.get(name, default)) for name, default in defaults.items()
+            )
         except ValueError as error:
             raise ConfigError(f"{', '.join(defaults)} must be whole numbers: {error}") from None
         if not 0 <= rank < world_size:
@@ -110,7 +114,13 @@ class ImageEncoder:
     """The work of one rank. `batch` pictures go through the VQ together; `threads` read and decode."""
 
     def __init__(
-        self, cfg: RunConfig, place: Place, *, batch: int = PICTURES_AT_ONCE, threads: int | None = None, log: TextIO | None = None
+        self,
+        cfg: RunConfig,
+        place: Place,
+        *,
+        batch: int = PICTURES_AT_ONCE,
+        threads: int | None = None,
+        log: TextIO | None = None,
     ) -> None:
         codes = cfg.model.vq.codebook_size
         if codes > NO_IDS:
@@ -146,7 +156,8 @@ class ImageEncoder:
         return rank_shares(self._shares if world_size is None else shares(self._shards, world_size), self.state)
 
     def encode(self) -> Tally:
-        """Encode what is missing of this rank's shards. Raises DataError for shards that cannot be read or ids that cannot be written."""
+        """Encode what is missing of this rank's shards. Raises DataError for shards that cannot be read or ids that
+        cannot be written."""
         tally, began = Tally(), time.monotonic()
         todo = [shard for shard in self.mine if self.state(shard) is not IdsState.done]
         tally.already_done = len(self.mine) - len(todo)
@@ -168,8 +179,8 @@ class ImageEncoder:
     def verify(self, samples: int, seed: int) -> Verification:
         """Encode `samples` random pictures of this rank's finished shards again and compare every id.
 
-        `problems` names damaged files and pictures that are usable only then or only now, `mismatches` samples with other ids. Raises
-        DataError when nothing is stored yet.
+        `problems` names damaged files and pictures that are usable only then or only now, `mismatches` samples with
+        other ids. Raises DataError when nothing is stored yet.
         """
         stored = [shard for shard in self.mine if self.state(shard) is IdsState.done]
         members = [shard_members(shard, self._reader) for shard in stored]
@@ -191,7 +202,9 @@ class ImageEncoder:
                     self._verify_shard(shard, own, numbers, source, found)
         return found
 
-    def _verify_shard(self, shard: Shard, members: ShardMembers, numbers: list[int], source: PictureReader, found: Verification) -> None:
+    def _verify_shard(
+        self, shard: Shard, members: ShardMembers, numbers: list[int], source: PictureReader, found: Verification
+    ) -> None:
         manifest = load_manifest(shard, self.recipe.fingerprint)
         problem = ids_problem(manifest, self._reader, digest=True) if manifest else "its manifest vanished"
         table = None if problem else open_ids(shard, self.recipe.fingerprint, self._reader)
@@ -218,19 +231,28 @@ class ImageEncoder:
         self._reader.close()
 
     def _recognised(self, shard: Shard, members: ShardMembers, source: PictureReader) -> bool:
-        """Whether ids of another size or stamp are of exactly these pictures (a copied or touched file): they then stay."""
+        """Whether ids of another size or stamp are of exactly these pictures (a copied or touched file): they then
+        stay."""
         manifest = load_manifest(shard, self.recipe.fingerprint)
-        if manifest is None or manifest.samples != len(members.keys) or ids_problem(manifest, self._reader, digest=True):
+        if (
+            manifest is None
+            or manifest.samples != len(members.keys)
+            or ids_problem(manifest, self._reader, digest=True)
+        ):
             return False
         digest = PicturesDigest()
-        for picture in source.pictures(shard, members, range(len(members.keys)), ahead=READ_AHEAD * self._threads, decode=False):
+        for picture in source.pictures(
+            shard, members, range(len(members.keys)), ahead=READ_AHEAD * self._threads, decode=False
+        ):
             digest.add(picture)
         if digest.hex() != manifest.pictures_sha256:
             return False
         restamp_ids(shard, manifest)
         return True
 
-    def _encode_shard(self, shard: Shard, members: ShardMembers, source: PictureReader, tally: Tally, progress: Progress) -> IdsManifest:
+    def _encode_shard(
+        self, shard: Shard, members: ShardMembers, source: PictureReader, tally: Tally, progress: Progress
+    ) -> IdsManifest:
         samples, slots = len(members.keys), self._vq.grid**2
         ids = np.full((samples, slots), NO_IDS, np.uint16)
         digest, seen, unusable = PicturesDigest(), 0, []
@@ -255,7 +277,8 @@ class ImageEncoder:
         )
 
     def _encoded(self, source: PictureReader, shard: Shard, members: ShardMembers, numbers: Sequence[int]):
-        """(picture, its ids uint16 [S] or None when it is unusable) in order; the VQ works while threads decode the next pictures."""
+        """(picture, its ids uint16 [S] or None when it is unusable) in order; the VQ works while threads decode the
+        next pictures."""
         group: list[Picture] = []
         ready = 0
         for picture in source.pictures(shard, members, numbers, ahead=READ_AHEAD * self._batch):
@@ -277,4 +300,8 @@ class ImageEncoder:
 
     def say(self, text: str) -> None:
         """A line for people, with the rank where there are several."""
-        print(f"encode-images{f' rank {self._place.rank}' if self._place.world_size > 1 else ''}: {text}", file=self._log, flush=True)
+        print(
+            f"encode-images{f' rank {self._place.rank}' if self._place.world_size > 1 else ''}: {text}",
+            file=self._log,
+            flush=True,
+        )

@@ -1,4 +1,5 @@
-"""The work of encode-images without the VQ: which shards there are, who takes which, what is done, and pictures ready to encode."""
+"""The work of encode-images without the VQ: which shards there are, who takes which, what is done, and pictures
+ready to encode."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ READ_AHEAD = 4
 
 
 class IdsState(Enum):
-    """Whether a shard's ids are there. `stale`: they are of a file of another size or stamp, perhaps with the same pictures."""
+    """Whether a shard's ids are there. `stale`: they are of a file of another size or stamp, perhaps with the same
+    pictures."""
 
     done = "done"
     stale = "stale"
@@ -42,13 +44,16 @@ def generation_shards(cfg: RunConfig, reader: ShardReader) -> list[Shard]:
     sources = [*cfg.data.sources.values(), *cfg.validation.sources.values()]
     mine = [source for source in sources if source.kind is SourceKind.generation]
     if not mine:
-        raise ConfigError("the configuration has no generation source, so there is no picture to encode: name a recipe that has one")
+        raise ConfigError(
+            "the configuration has no generation source, so there is no picture to encode: name a recipe that has one"
+        )
     paths = dict.fromkeys(path for source in mine for path in expand_shards(source.shards, cfg.data.root))
     return [reader.stat(path) for path in paths]
 
 
 def shares(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]:
-    """Each rank's shards: the largest first, always to the rank with the fewest bytes. The same on every rank, whatever is done already."""
+    """Each rank's shards: the largest first, always to the rank with the fewest bytes. The same on every rank,
+    whatever is done already."""
     share: list[list[Shard]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for shard in sorted(shards, key=lambda shard: (-shard.size, shard.path)):
@@ -67,7 +72,8 @@ def ids_state(shard: Shard, fingerprint: str, reader: ShardReader) -> IdsState:
 
 
 def picture_member(members: ShardMembers, number: int) -> int | None:
-    """The member that is the picture of sample `number`; None when it has none, or several (training leaves such a sample out)."""
+    """The member that is the picture of sample `number`; None when it has none, or several (training leaves such a
+    sample out)."""
     own = range(int(members.member_start[number]), int(members.member_start[number + 1]))
     found = [member for member in own if members.extensions[members.extension[member]] in IMAGE_EXTENSIONS]
     return found[0] if len(found) == 1 else None
@@ -75,7 +81,8 @@ def picture_member(members: ShardMembers, number: int) -> int | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """The picture of one sample, decoded: `pixels` uint8 [3, side, side], or None with `fault`, the reason that training would give."""
+    """The picture of one sample, decoded: `pixels` uint8 [3, side, side], or None with `fault`, the reason that
+    training would give."""
 
     number: int
     key: str
@@ -89,14 +96,19 @@ class PictureReader:
     """Reads pictures of a shard and makes them what the VQ sees, on the threads of `pool`."""
 
     def __init__(self, cfg: RunConfig, reader: ShardReader, pool: Executor) -> None:
-        self._side, self._max_pixels, self._decode = cfg.model.vision.image_size, cfg.data.max_image_pixels, cfg.data.image_decode
+        self._side, self._max_pixels, self._decode = (
+            cfg.model.vision.image_size,
+            cfg.data.max_image_pixels,
+            cfg.data.image_decode,
+        )
         self._reader, self._pool = reader, pool
 
     def pictures(
         self, shard: Shard, members: ShardMembers, numbers: Iterable[int], *, ahead: int, decode: bool = True
     ) -> Iterator[Picture]:
-        """The pictures of these samples in order, at most `ahead` of them decoded before they are asked for; samples without a picture
-        are left out. `decode=False` only reads and digests them. Raises DataError when the shard cannot be read."""
+        """The pictures of these samples in order, at most `ahead` of them decoded before they are asked for; samples
+        without a picture are left out. `decode=False` only reads and digests them. Raises DataError when the shard
+        cannot be read."""
         waiting: deque[Future[Picture]] = deque()
         try:
             for number in numbers:
@@ -119,7 +131,9 @@ class PictureReader:
             check_field_size(members.extensions[members.extension[member]], size)
             data = self._reader.read(shard, int(members.offset[member]), size)
             if decode:
-                pixels = load_generation_image(data, self._side, Crop.centre, max_pixels=self._max_pixels, decode=self._decode)
+                pixels = load_generation_image(
+                    data, self._side, Crop.centre, max_pixels=self._max_pixels, decode=self._decode
+                )
         except SkipSample as reason:
             fault = str(reason)
         digest = hashlib.sha256(data).digest()
@@ -143,7 +157,8 @@ class PicturesDigest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankShare:
-    """One line of the table of ranks: shards of the rank, how many of them have their ids, and MiB in all and still to do."""
+    """One line of the table of ranks: shards of the rank, how many of them have their ids, and MiB in all and still
+    to do."""
 
     rank: int
     shards: int
@@ -158,19 +173,26 @@ def rank_shares(share: Sequence[Sequence[Shard]], state: Callable[[Shard], IdsSt
     for rank, shards in enumerate(share):
         left = [shard.size for shard in shards if state(shard) is not IdsState.done]
         total = sum(shard.size for shard in shards) / 2**20
-        lines.append(RankShare(rank=rank, shards=len(shards), done=len(shards) - len(left), mib=total, mib_left=sum(left) / 2**20))
+        lines.append(
+            RankShare(
+                rank=rank, shards=len(shards), done=len(shards) - len(left), mib=total, mib_left=sum(left) / 2**20
+            )
+        )
     return lines
 
 
 def format_ranks(lines: Sequence[RankShare]) -> str:
     """The ranks as an aligned text table."""
     rows = [("rank", "shards", "done", "MiB", "MiB left")]
-    rows += [(f"{one.rank}", f"{one.shards:,}", f"{one.done:,}", f"{one.mib:,.1f}", f"{one.mib_left:,.1f}") for one in lines]
+    rows += [
+        (f"{one.rank}", f"{one.shards:,}", f"{one.done:,}", f"{one.mib:,.1f}", f"{one.mib_left:,.1f}") for one in lines
+    ]
     return "\n".join(aligned(rows, left=()))
 
 
 class Progress:
-    """A line every `every_s` seconds: shards, pictures, pictures a second, and the time left, estimated from the bytes of the shards."""
+    """A line every `every_s` seconds: shards, pictures, pictures a second, and the time left, estimated from the
+    bytes of the shards."""
 
     def __init__(self, say: Callable[[str], None], todo: Sequence[Shard], every_s: float) -> None:
         self._say, self._every_s = say, every_s

@@ -1,7 +1,8 @@
 """Rebuilds the micro-batches of any step, bit for bit as training consumed them, in one process.
 
-Rows are a pure function of the configuration and the indexed data, and micro-batch m of a step holds its rows [m * b, (m + 1) * b), with b =
-engine.micro_batch_rows, for every number of ranks. A run's plan snapshots only make it quick: without them the plan is folded from step 0.
+Rows are a pure function of the configuration and the indexed data, and micro-batch m of a step holds its rows [m * b,
+(m + 1) * b), with b = engine.micro_batch_rows, for every number of ranks. A run's plan snapshots only make it quick:
+without them the plan is folded from step 0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FOLD_AT_ONCE = 50
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One micro-batch as trained: the number of its first row within the step, its batch, and the rows and specs it was made of."""
+    """One micro-batch as trained: the number of its first row within the step, its batch, and the rows and specs it
+    was made of."""
 
     first_row: int
     batch: PackedBatch
@@ -41,18 +43,26 @@ class MicroBatch:
 
 
 class Replay:
-    """The rows of a configuration. Steps are the numbers of metrics.jsonl and wandb: step n, from 1, is made of plan step n - 1.
+    """The rows of a configuration. Steps are the numbers of metrics.jsonl and wandb: step n, from 1, is made of plan
+    step n - 1.
 
-    `run_dir`: a run folder whose plan snapshots shorten the way, and prove that the data are still those it was trained on. `recipe`: of the run's VQ,
-    so that VQ ids stored beside the shards are used as training uses them (None: they are not, and pictures are read). `notes` collects what a reader of the result should know. Close it, or use it as a context.
+    `run_dir`: a run folder whose plan snapshots shorten the way, and prove that the data are still those it was trained
+    on. `recipe`: of the run's VQ, so that VQ ids stored beside the shards are used as training uses them (None: they
+    are not, and pictures are read). `notes` collects what a reader of the result should know. Close it, or use it as a
+    context.
 
     Raises:
-        ConfigError, DataError: as training would for this configuration and data; DataError also when the run's plan states belong to
-            other data or another recipe (the message names what differs).
+        ConfigError, DataError: as training would for this configuration and data; DataError also when the run's plan
+            states belong to other data or another recipe (the message names what differs).
     """
 
     def __init__(
-        self, cfg: RunConfig, run_dir: Path | None = None, *, recipe: IdsRecipe | None = None, progress: TextIO | None = None
+        self,
+        cfg: RunConfig,
+        run_dir: Path | None = None,
+        *,
+        recipe: IdsRecipe | None = None,
+        progress: TextIO | None = None,
     ) -> None:
         self.cfg, self._run_dir = cfg, run_dir
         self._progress = sys.stderr if progress is None else progress
@@ -81,7 +91,8 @@ class Replay:
         self._builder.close()
 
     def rows_of_rank(self, rank: int, world: int) -> range:
-        """The rows of every step that data-parallel rank `rank` of `world` trains. Raises ConfigError when the world does not fit."""
+        """The rows of every step that data-parallel rank `rank` of `world` trains. Raises ConfigError when the world
+        does not fit."""
         batch_plan(self.cfg, world)
         if not 0 <= rank < world:
             raise ConfigError(f"--rank counts from 0: expected 0 to {world - 1} with --world {world}, got {rank}")
@@ -114,7 +125,9 @@ class Replay:
         """
         rows = range(self.rows_per_step) if rows is None else rows
         if rows and not 0 <= rows[0] <= rows[-1] < self.rows_per_step:
-            raise ConfigError(f"a step has {self.rows_per_step} rows, numbered from 0 to {self.rows_per_step - 1}; asked for {rows[-1]}")
+            raise ConfigError(
+                f"a step has {self.rows_per_step} rows, numbered from 0 to {self.rows_per_step - 1}; asked for {rows[-1]}"
+            )
         specs = self.specs(step)
         size = self.micro_batch_rows
         wanted = sorted({row // size for row in rows})
@@ -127,11 +140,16 @@ class Replay:
             if now - shown > 1 and done + 1 < len(wanted):
                 shown = now
                 left = (now - began) / (done + 1) * (len(wanted) - done - 1)
-                self._say(f"rebuilding: micro-batch {done + 1} of {len(wanted)}, {now - began:.0f} s, {left:.0f} s left")
+                self._say(
+                    f"rebuilding: micro-batch {done + 1} of {len(wanted)}, {now - began:.0f} s, {left:.0f} s left"
+                )
 
     def with_pictures(self, spec: RowSpec) -> Row:
-        """The row of `spec` with every picture read, also where training takes stored VQ ids instead; samples without a picture are skipped."""
-        locators = [replace(one, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False) for one in self._locators]
+        """The row of `spec` with every picture read, also where training takes stored VQ ids instead; samples
+        without a picture are skipped."""
+        locators = [
+            replace(one, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False) for one in self._locators
+        ]
         builder = RowBuilder(self.cfg, locators, self.tokenizer)
         try:
             return builder.build(spec)

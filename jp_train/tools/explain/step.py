@@ -1,7 +1,8 @@
 """`jp-train data explain`: which documents an optimizer step was made of, and its micro-batches as files.
 
-The rows come from `tools/explain/replay.py`; this module adds what a run folder knows about itself: its configuration, the code that trained it, and
-the counts that its metrics.jsonl holds for the step, against which the replay is compared.
+The rows come from `tools/explain/replay.py`; this module adds what a run folder knows about itself: its configuration,
+the code that trained it, and the counts that its metrics.jsonl holds for the step, against which the replay is
+compared.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from jp_train.tools.explain.replay import Replay
 from jp_train.tools.explain.table import format_row, format_rows, totals
 
 
-def open_replay(config: Path | None, overrides: Sequence[str], run_dir: Path | None, *, progress: TextIO | None = None) -> Replay:
-    """The replay of a configuration, or of a run folder's own `config.yaml` where none is given, helped by the run's plan states.
+def open_replay(
+    config: Path | None, overrides: Sequence[str], run_dir: Path | None, *, progress: TextIO | None = None
+) -> Replay:
+    """The replay of a configuration, or of a run folder's own `config.yaml` where none is given, helped by the run's
+    plan states.
 
-    Its `notes` say when the code changed since the run. Raises ConfigError when neither is given or the run folder has no configuration.
+    Its `notes` say when the code changed since the run. Raises ConfigError when neither is given or the run folder has
+    no configuration.
     """
     if config is None:
         if run_dir is None:
@@ -47,7 +52,8 @@ def open_replay(config: Path | None, overrides: Sequence[str], run_dir: Path | N
 
 
 def _recipe(cfg: RunConfig) -> tuple[IdsRecipe | None, str | None]:
-    """What stored VQ ids must have been made with; without the VQ's weights none, and a note that says what this changes."""
+    """What stored VQ ids must have been made with; without the VQ's weights none, and a note that says what this
+    changes."""
     try:
         return ids_recipe(cfg), None
     except CheckpointError as error:
@@ -58,13 +64,20 @@ def _recipe(cfg: RunConfig) -> tuple[IdsRecipe | None, str | None]:
 
 
 def explain_step(
-    replay: Replay, step: int, *, row: int | None = None, rank: int | None = None, world: int = 1, save: Path | None = None
+    replay: Replay,
+    step: int,
+    *,
+    row: int | None = None,
+    rank: int | None = None,
+    world: int = 1,
+    save: Path | None = None,
 ) -> dict[str, Any]:
-    """The rows of an optimizer step, described (`tools/explain/describe.py` has the format), with their sum, all JSON-able.
+    """The rows of an optimizer step, described (`tools/explain/describe.py` has the format), with their sum, all
+    JSON-able.
 
-    `row`: only this one; `rank` of `world`: only those of this data-parallel rank; else all of the step. `save`: a .safetensors file for the
-    micro-batch that was trained; where the rows are of several, each gets its own file, named with its rows.
-    Raises ConfigError for a step, row or rank that does not exist; DataError for unreadable data.
+    `row`: only this one; `rank` of `world`: only those of this data-parallel rank; else all of the step. `save`: a
+    .safetensors file for the micro-batch that was trained; where the rows are of several, each gets its own file, named
+    with its rows. Raises ConfigError for a step, row or rank that does not exist; DataError for unreadable data.
     """
     wanted = _wanted(replay, row, rank, world)
     if save is not None and save.suffix != ".safetensors":
@@ -96,10 +109,11 @@ def explain_step(
 
 
 def compare_with_metrics(found: dict[str, Any], run_dir: Path) -> str | None:
-    """One line that says whether a whole explained step has the rows, tokens and skipped documents that the run's metrics.jsonl has for it.
+    """One line that says whether a whole explained step has the rows, tokens and skipped documents that the run's
+    metrics.jsonl has for it.
 
-    None when the run has no such step yet, or only a part of the step was explained. Raises DataError when they differ: then what was
-    explained is not what was trained.
+    None when the run has no such step yet, or only a part of the step was explained. Raises DataError when they differ:
+    then what was explained is not what was trained.
     """
     if len(found["rows"]) < found["rows_per_step"]:
         return None
@@ -107,16 +121,24 @@ def compare_with_metrics(found: dict[str, Any], run_dir: Path) -> str | None:
     if line is None:
         return None
     totals = found["totals"]
-    checks = {"data/rows_digest": found["rows_digest"], "tokens/total": totals["tokens"], "data/skipped": totals["skipped"]}
+    checks = {
+        "data/rows_digest": found["rows_digest"],
+        "tokens/total": totals["tokens"],
+        "data/skipped": totals["skipped"],
+    }
     differ = [
-        f"{key} is {int(line[key])} there, {mine} as rebuilt" for key, mine in checks.items() if key in line and int(line[key]) != mine
+        f"{key} is {int(line[key])} there, {mine} as rebuilt"
+        for key, mine in checks.items()
+        if key in line and int(line[key]) != mine
     ]
     if differ:
         raise DataError(
             f"step {found['step']} was not rebuilt as it was trained, {run_dir}/metrics.jsonl has other rows: {'; '.join(differ)}. The data, the tokenizer or the "
             "code changed since; use those of the run"
         )
-    return f"metrics.jsonl of the run agrees: {', '.join(f'{key} {mine}' for key, mine in checks.items() if key in line)}"
+    return (
+        f"metrics.jsonl of the run agrees: {', '.join(f'{key} {mine}' for key, mine in checks.items() if key in line)}"
+    )
 
 
 def format_explained(found: dict[str, Any]) -> str:
@@ -138,7 +160,9 @@ def format_explained(found: dict[str, Any]) -> str:
 def _wanted(replay: Replay, row: int | None, rank: int | None, world: int) -> range:
     if row is not None:
         if not 0 <= row < replay.rows_per_step:
-            raise ConfigError(f"--row {row}: a step has {replay.rows_per_step} rows, numbered from 0 to {replay.rows_per_step - 1}")
+            raise ConfigError(
+                f"--row {row}: a step has {replay.rows_per_step} rows, numbered from 0 to {replay.rows_per_step - 1}"
+            )
         return range(row, row + 1)
     if rank is not None:
         return replay.rows_of_rank(rank, world)

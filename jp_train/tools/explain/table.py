@@ -46,16 +46,33 @@ def format_row(row: dict[str, Any], rows_per_step: int, width: int = 120) -> str
         if remarks:
             lines.append(f"     ({remarks})")
         if "snippet" in document:
-            lines += textwrap.wrap(document["snippet"], width - 5, initial_indent="     ", subsequent_indent="     ") or []
+            lines += (
+                textwrap.wrap(document["snippet"], width - 5, initial_indent="     ", subsequent_indent="     ") or []
+            )
     for skip in row["skipped"]:
         where = f"source {skip['source']!r}, shard {skip['shard']}, key {skip['key']!r}"
-        lines.append(printable(f"skipped: {where}, its {_length(skip['document_span']):,} tokens stay empty: {skip['reason']}"))
+        lines.append(
+            printable(f"skipped: {where}, its {_length(skip['document_span']):,} tokens stay empty: {skip['reason']}")
+        )
     return "\n".join(lines)
 
 
 def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
     """Described rows in a line each, and their sum."""
-    head = ("row", "tokens", "fill", "documents", "und", "text", "gen", "text head", "image head", "cut", "truncated", "skipped")
+    head = (
+        "row",
+        "tokens",
+        "fill",
+        "documents",
+        "und",
+        "text",
+        "gen",
+        "text head",
+        "image head",
+        "cut",
+        "truncated",
+        "skipped",
+    )
     lines = [head]
     for row in rows:
         kinds = [document["kind"] for document in row["documents"]]
@@ -89,7 +106,9 @@ def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
     )
     text = aligned(_clean(lines), left=())
     skipped = [
-        printable(f"skipped in row {row['row']}: source {skip['source']!r}, shard {skip['shard']}, key {skip['key']!r}: {skip['reason']}")
+        printable(
+            f"skipped in row {row['row']}: source {skip['source']!r}, shard {skip['shard']}, key {skip['key']!r}: {skip['reason']}"
+        )
         for row in rows
         for skip in row["skipped"]
     ]
@@ -134,7 +153,8 @@ def _number(value: int | None) -> str:
 
 
 def totals(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over described rows: rows, tokens, fill, documents and tokens by kind, supervised positions by head, cuts, truncated, skipped."""
+    """Sums over described rows: rows, tokens, fill, documents and tokens by kind, supervised positions by head,
+    cuts, truncated, skipped."""
     rows = list(rows)
     documents = [document for row in rows for document in row["documents"]]
     capacity = sum(row["seq_len"] for row in rows)

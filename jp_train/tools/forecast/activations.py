@@ -1,8 +1,9 @@
 """Bytes of activations: what a block keeps for its backward pass, and what it takes beyond that while it runs.
 
-Counted from the operations of transformers' Llama and SigLIP blocks in the order in which they run, with DeepSpeed's linear layer (it keeps its input
-whether or not its weight learns). b is the size of the compute dtype: 2 for bf16, 4 for fp32. T tokens, N picture tokens, d width, f hidden width of
-an MLP, H heads. Checked against torch's own accounting of the true 1B and 7B shapes (tests/tools/forecast/test_activations.py).
+Counted from the operations of transformers' Llama and SigLIP blocks in the order in which they run, with DeepSpeed's
+linear layer (it keeps its input whether or not its weight learns). b is the size of the compute dtype: 2 for bf16, 4
+for fp32. T tokens, N picture tokens, d width, f hidden width of an MLP, H heads. Checked against torch's own accounting
+of the true 1B and 7B shapes (tests/tools/forecast/test_activations.py).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from jp_train.tools.forecast.shapes import MicroBatch, Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """Bytes of one block. `saved`: kept from its forward to its backward pass; `entry`: all that checkpointing keeps instead; `forward` and `backward`:
-    taken while it runs, besides what is saved (at its largest). Backward, the MLP comes first; its share of `saved`, `mlp`, is free when the attention
-    in front of it takes `attention`."""
+    """Bytes of one block. `saved`: kept from its forward to its backward pass; `entry`: all that checkpointing keeps
+    instead; `forward` and `backward`: taken while it runs, besides what is saved (at its largest). Backward, the MLP
+    comes first; its share of `saved`, `mlp`, is free when the attention in front of it takes `attention`."""
 
     saved: int
     entry: int
@@ -28,8 +29,8 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numerics:
-    """`size`: bytes of the compute dtype; `fused_attention`: the CUDA kernel over all documents (otherwise one call a document and a copy that joins
-    them); `chunk`: positions whose logits exist at one time."""
+    """`size`: bytes of the compute dtype; `fused_attention`: the CUDA kernel over all documents (otherwise one call
+    a document and a copy that joins them); `chunk`: positions whose logits exist at one time."""
 
     size: int
     fused_attention: bool
@@ -40,9 +41,11 @@ def language_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Blo
     """One decoder layer: 24 Td + 8 Tf bytes in bf16 on CUDA."""
     b, tokens, width, hidden = numerics.size, batch.tokens, shapes.width, shapes.intermediate
     learns = "language_model" in shapes.learns
-    # RMSNorm: its input in fp32, the normalised value where its weight learns, and its output (the input of the linear layers behind)
+    # RMSNorm: its input in fp32, the normalised value where its weight learns, and its output (the input of the linear
+    # layers behind)
     norm = (4 + b * learns + b) * tokens * width
-    # queries and keys after rotation, values, the output; without the fused kernel the documents' outputs before they are joined; log-sum-exp in fp32
+    # queries and keys after rotation, values, the output; without the fused kernel the documents' outputs before they
+    # are joined; log-sum-exp in fp32
     attention = (4 + (not numerics.fused_attention)) * b * tokens * width + 4 * tokens * shapes.heads
     # gate, silu(gate), up, and their product
     mlp = 4 * b * tokens * hidden
@@ -52,7 +55,8 @@ def language_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Blo
         entry=b * tokens * width,
         # residual, norm, three of the four hidden values at a time; attention before it takes less
         forward=3 * b * tokens * hidden + 3 * b * tokens * width,
-        # behind the product: gradients of silu(gate), up and the product, while the product itself is already free; and of the block's output
+        # behind the product: gradients of silu(gate), up and the product, while the product itself is already free; and
+        # of the block's output
         backward=2 * b * tokens * hidden + 2 * b * tokens * width,
         mlp=mlp,
         # the norm's gradient in four fp32 steps, beside the gradients of the block's output and of the norm's
@@ -61,7 +65,8 @@ def language_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Blo
 
 
 def vision_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Block:
-    """One SigLIP block: 32 Nd bytes in bf16 with an MLP four times as wide. Nothing is kept where the tower is frozen: pixels need no gradient."""
+    """One SigLIP block: 32 Nd bytes in bf16 with an MLP four times as wide. Nothing is kept where the tower is
+    frozen: pixels need no gradient."""
     b, width, hidden = numerics.size, shapes.vision_width, shapes.vision_intermediate
     tokens = max(1, batch.und_images) * shapes.slots
     # both norms' input and output, queries, keys, values, attention's output; the MLP before and after GELU
@@ -78,14 +83,16 @@ def vision_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Block
 
 
 def pictures(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
-    """Kept of both adaptors and of the tower's ends: the MLPs' inputs, and their values before and after GELU. An absent kind has a dummy."""
+    """Kept of both adaptors and of the tower's ends: the MLPs' inputs, and their values before and after GELU. An
+    absent kind has a dummy."""
     b, width = numerics.size, shapes.width
     und = max(1, batch.und_images) * shapes.slots
     gen = batch.gen_images * shapes.slots or 1
     kept = und * (shapes.vision_width + 2 * width) * b + gen * (shapes.code_width + 2 * width) * b
     if "vision_model" in shapes.learns:
         pixels = max(1, batch.und_images) * 3 * shapes.image_size**2
-        kept += b * pixels + 2 * b * und * shapes.vision_width  # the patches' pixels; the last norm's input and its statistics
+        # the patches' pixels; the last norm's input and its statistics
+        kept += b * pixels + 2 * b * und * shapes.vision_width
     return kept
 
 
@@ -115,12 +122,15 @@ def image_head(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Head:
     """A hidden layer, whose value is kept before and after GELU, and the logits."""
     b, positions = numerics.size, max(1, batch.image_positions)
     forward, backward = _logits(positions, shapes.codebook, numerics)
-    return Head(saved=3 * b * positions * shapes.width, forward=forward, backward=backward + b * positions * shapes.width)
+    return Head(
+        saved=3 * b * positions * shapes.width, forward=forward, backward=backward + b * positions * shapes.width
+    )
 
 
 def _logits(positions: int, classes: int, numerics: Numerics) -> tuple[int, int]:
-    """Taken by logits at the most, forward and backward. A chunk's are made in the run's dtype and copied to fp32 while those of the chunk before still
-    have their name (forward in fp32, backward in the run's dtype); the log-sum-exp copies them once."""
+    """Taken by logits at the most, forward and backward. A chunk's are made in the run's dtype and copied to fp32
+    while those of the chunk before still have their name (forward in fp32, backward in the run's dtype); the
+    log-sum-exp copies them once."""
     first = min(positions, numerics.chunk)
     second = min(positions - first, numerics.chunk)
     narrow = numerics.size if numerics.size < 4 else 0
@@ -130,7 +140,8 @@ def _logits(positions: int, classes: int, numerics: Numerics) -> tuple[int, int]
 
 
 def final_norm(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
-    """Kept of the norm in front of the heads: as in a layer; its output is gathered at the supervised positions and not kept."""
+    """Kept of the norm in front of the heads: as in a layer; its output is gathered at the supervised positions and
+    not kept."""
     return (4 + numerics.size * ("language_model" in shapes.learns)) * batch.tokens * shapes.width
 
 
@@ -140,7 +151,8 @@ def rotary(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
 
 
 VQ_MAPS = 4
-"""Feature maps of a picture at full resolution that exist at one time in the VQ encoder's first blocks (input, norm, swish's factor and product)."""
+"""Feature maps of a picture at full resolution that exist at one time in the VQ encoder's first blocks (input, norm,
+swish's factor and product)."""
 VQ_AT_ONCE = 8
 """model/vq.py PICTURES_AT_ONCE."""
 

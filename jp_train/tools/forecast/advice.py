@@ -16,7 +16,8 @@ from jp_train.tools.forecast.shapes import Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """One variant. `gain`: share of the step's time that it saves (half way between full overlap and none); `cost`: its GPU hours over the run's."""
+    """One variant. `gain`: share of the step's time that it saves (half way between full overlap and none); `cost`:
+    its GPU hours over the run's."""
 
     change: str
     kind: str
@@ -32,8 +33,11 @@ class Advice:
 LEAST_GAIN = 0.01
 
 
-def advice(cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes) -> list[Advice]:
-    """Variants that save at least LEAST_GAIN of a step and fit, the largest gain first; `own` are the candidates of this run."""
+def advice(
+    cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes
+) -> list[Advice]:
+    """Variants that save at least LEAST_GAIN of a step and fit, the largest gain first; `own` are the candidates of
+    this run."""
     now = next(one for one in own if is_own(cfg, one))
     found = []
     for change, kind, one, world in _variants(cfg, cluster, hardware, own, shapes):
@@ -57,7 +61,8 @@ def advice(cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[C
 def _variants(
     cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes
 ) -> Iterator[tuple[str, str, Candidate, int]]:
-    """What changes, whether it is a setting or hardware, its forecast, and its ranks. Variants that are impossible are left out."""
+    """What changes, whether it is a setting or hardware, its forecast, and its ranks. Variants that are impossible
+    are left out."""
     choice = best(own)
     if choice is not None:
         yield choice.describe(), "setting", choice, cluster.world
@@ -81,11 +86,19 @@ def _variants(
         changed = replace(cfg, engine=replace(cfg.engine, deepspeed={**raw, "zero_optimization": zero}))
         other = best(candidates(changed, cluster, hardware, shapes))
         if other is not None and (choice is None or other.seconds < 0.995 * choice.seconds):
-            yield f"engine.deepspeed.zero_optimization.{name}={value} ({why}) with {other.describe()}", "setting", other, cluster.world
+            yield (
+                f"engine.deepspeed.zero_optimization.{name}={value} ({why}) with {other.describe()}",
+                "setting",
+                other,
+                cluster.world,
+            )
     for change, given in (
         ("twice the bandwidth between nodes", replace(hardware, inter_gbs=2 * hardware.inter_gbs)),
         ("twice the bandwidth inside nodes", replace(hardware, intra_gbs=2 * hardware.intra_gbs)),
-        ("kernels that reach a tenth more of the peak", replace(hardware, achievable=min(1.0, 1.1 * hardware.achievable))),
+        (
+            "kernels that reach a tenth more of the peak",
+            replace(hardware, achievable=min(1.0, 1.1 * hardware.achievable)),
+        ),
     ):
         if cluster.nodes > 1 or "nodes" not in change:
             yield change, "cluster", evaluate(cfg, cluster, given, shapes), cluster.world

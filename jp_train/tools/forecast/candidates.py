@@ -33,7 +33,8 @@ UNPREFIXED = {
 
 
 def setting_of(cfg: RunConfig, plan: BatchPlan, *, cuda: bool = True) -> Setting:
-    """How a rank of this configuration runs; raises ConfigError for raw DeepSpeed keys that the forecast does not know (offloading)."""
+    """How a rank of this configuration runs; raises ConfigError for raw DeepSpeed keys that the forecast does not
+    know (offloading)."""
     zero: dict[str, Any] = deepspeed_config(cfg, plan)["zero_optimization"]
     for key in ("offload_optimizer", "offload_param", "zenflow", "cpu_offload", "cpu_offload_param"):
         if zero.get(key):
@@ -102,7 +103,8 @@ class Candidate:
 
 
 ROOM = 0.20
-"""Share of the GPU that a recommended setting leaves free beyond what is forecast: twice the error that the validation allows, as it had no GPU."""
+"""Share of the GPU that a recommended setting leaves free beyond what is forecast: twice the error that the
+validation allows, as it had no GPU."""
 MOST_ROWS = 16
 """Micro-batches above this are not looked at."""
 
@@ -118,7 +120,9 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
     row = average_row(cfg, shapes.slots)
     encoded = cfg.data.vq_ids.value != "require"
     work = arithmetic(cfg, shapes, row.step(plan.rows_per_step, encoded=encoded), checkpointing=setting.checkpointing)
-    sent = communication(shapes, forecast.replay, setting, nodes=cluster.nodes, micro_batches=plan.gradient_accumulation_steps)
+    sent = communication(
+        shapes, forecast.replay, setting, nodes=cluster.nodes, micro_batches=plan.gradient_accumulation_steps
+    )
     return Candidate(
         plan=plan,
         setting=setting,
@@ -129,17 +133,24 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
         roomy=allocated + overhead <= (1 - ROOM) * hardware.memory_gib,
         work=work,
         sent=sent,
-        time=step_time(work, sent, shapes, setting, hardware, nodes=cluster.nodes, tokens=row.tokens * plan.rows_per_step),
+        time=step_time(
+            work, sent, shapes, setting, hardware, nodes=cluster.nodes, tokens=row.tokens * plan.rows_per_step
+        ),
     )
 
 
 def with_setting(cfg: RunConfig, *, rows: int, checkpointing: bool, hpz: int) -> RunConfig:
-    return replace(cfg, engine=replace(cfg.engine, micro_batch_rows=rows, activation_checkpointing=checkpointing, hpz_partition_size=hpz))
+    return replace(
+        cfg,
+        engine=replace(
+            cfg.engine, micro_batch_rows=rows, activation_checkpointing=checkpointing, hpz_partition_size=hpz
+        ),
+    )
 
 
 def candidates(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shapes | None = None) -> list[Candidate]:
-    """Every micro-batch that divides a rank's rows, with and without checkpointing, with and without hpZ over a node; the configuration's own first
-    among equals. The configuration's own setting is always there."""
+    """Every micro-batch that divides a rank's rows, with and without checkpointing, with and without hpZ over a
+    node; the configuration's own first among equals. The configuration's own setting is always there."""
     shapes = shapes or shapes_of(cfg)
     own = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
     per_rank = rows_per_step(cfg) // cluster.world
@@ -148,11 +159,15 @@ def candidates(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Sha
     choices = [(n, kept, hpz) for n in rows for kept in (True, False) for hpz in copies]
     if own not in choices:
         choices.insert(0, own)
-    return [evaluate(with_setting(cfg, rows=n, checkpointing=kept, hpz=hpz), cluster, hardware, shapes) for n, kept, hpz in choices]
+    return [
+        evaluate(with_setting(cfg, rows=n, checkpointing=kept, hpz=hpz), cluster, hardware, shapes)
+        for n, kept, hpz in choices
+    ]
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
-    """The fastest that fits with room to spare; among those within 1 % the one that takes the least memory. None where none fits."""
+    """The fastest that fits with room to spare; among those within 1 % the one that takes the least memory. None
+    where none fits."""
     fitting = [one for one in found if one.roomy] or [one for one in found if one.fits]
     if not fitting:
         return None

@@ -1,6 +1,8 @@
-"""`jp-train forecast`: memory, communication, FLOPs and time of a stage on a cluster, without a GPU, data, or a process group.
+"""`jp-train forecast`: memory, communication, FLOPs and time of a stage on a cluster, without a GPU, data, or a process
+group.
 
-The facade over `forecasting/`: it reads the hostfile, forecasts every candidate, and lays all figures into one JSON-able object.
+The facade over `forecasting/`: it reads the hostfile, forecasts every candidate, and lays all figures into one
+JSON-able object.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ PAPER = {"janus_pro_1b": (9, 16), "janus_pro_7b": (14, 32)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What to forecast. `hostfile` (with DeepSpeed's filters) or `world` give the ranks; `figures` override the preset `gpu`'s (`field=value`)."""
+    """What to forecast. `hostfile` (with DeepSpeed's filters) or `world` give the ranks; `figures` override the
+    preset `gpu`'s (`field=value`)."""
 
     hostfile: Path | None = None
     world: int | None = None
@@ -41,7 +44,8 @@ class Question:
 def forecast_stage(path: Path, overrides: Sequence[str], question: Question) -> dict[str, Any]:
     """The forecast of the stage that `path` configures, and of its siblings for the days of the whole training.
 
-    Raises ConfigError (configuration, ranks that do not divide the rows, unknown GPU or figure, offloading), LaunchError (hostfile).
+    Raises ConfigError (configuration, ranks that do not divide the rows, unknown GPU or figure, offloading),
+    LaunchError (hostfile).
     """
     cfg = load_config(path, overrides)
     given = hardware(question.gpu, question.figures)
@@ -91,7 +95,8 @@ def _assumptions(cfg: RunConfig, row: Any, worst: Any) -> list[str]:
         f"a row holds on average {row.tokens:,.0f} tokens in {row.documents:.2f} documents ({pictures}): the mixture with stated lengths, no data read",
         f"memory is for a full row of {worst.und_images // max(1, cfg.engine.micro_batch_rows)} pictures to understand and "
         f"{worst.gen_images // max(1, cfg.engine.micro_batch_rows)} to generate, more than any row holds of both",
-        "VQ ids of pictures to generate are " + ("stored" if stored else "encoded on the fly (data.vq_ids=require: stored)"),
+        "VQ ids of pictures to generate are "
+        + ("stored" if stored else "encoded on the fly (data.vq_ids=require: stored)"),
         "all ranks have equal work, data never waits; saves and validation are not in the days (jp-train data simulate tells the balance)",
         "overlapped: collectives hide behind the arithmetic of their pass where it is longer; not overlapped: one after the other; the truth lies between",
     ]
@@ -122,7 +127,11 @@ def _row_of(one: Candidate, cfg: RunConfig, choice: Candidate | None) -> dict[st
 
 def _details(now: Candidate, cluster: Cluster) -> dict[str, Any]:
     sent, legs = now.sent, {}
-    for name, leg in (("gather_forward", now.sent.forward), ("gather_backward", now.sent.backward), ("reduce_scatter", now.sent.reduce)):
+    for name, leg in (
+        ("gather_forward", now.sent.forward),
+        ("gather_backward", now.sent.backward),
+        ("reduce_scatter", now.sent.reduce),
+    ):
         legs[name] = {"all_ranks_gib": leg.over_all / GIB, "node_gib": leg.in_node / GIB, "calls": leg.calls}
     return {
         "phases_gib": {name: value / GIB for name, value in now.memory.phases.items()},
@@ -158,8 +167,9 @@ def _days(one: Candidate, steps: int) -> dict[str, float]:
 
 
 def _whole_training(path: Path, cfg: RunConfig, cluster: Cluster, given: Hardware) -> dict[str, Any] | None:
-    """Days of the three stages with their own settings on this cluster (on the largest part of it that divides a stage's rows), beside the paper's.
-    None for a configuration without siblings `..._stage1.yaml` to `..._stage3.yaml`."""
+    """Days of the three stages with their own settings on this cluster (on the largest part of it that divides a
+    stage's rows), beside the paper's. None for a configuration without siblings `..._stage1.yaml` to
+    `..._stage3.yaml`."""
     match = re.fullmatch(r"(.*stage)[123]", path.stem)
     files = [path.with_name(f"{match[1]}{number}{path.suffix}") for number in (1, 2, 3)] if match else []
     if not files or not all(file.is_file() for file in files):
@@ -170,7 +180,15 @@ def _whole_training(path: Path, cfg: RunConfig, cluster: Cluster, given: Hardwar
         part = _part_of(cluster, stage)
         one = next(one for one in candidates(stage, part, given) if is_own(stage, one))
         steps = stage.stage.early_stop.at_step or stage.stage.training_steps
-        stages.append({"stage": stage.stage.name, "steps": steps, "ranks": part.world, "total_gib": one.total_gib, **_days(one, steps)})
+        stages.append(
+            {
+                "stage": stage.stage.name,
+                "steps": steps,
+                "ranks": part.world,
+                "total_gib": one.total_gib,
+                **_days(one, steps),
+            }
+        )
     paper = PAPER.get(cfg.model.name)
     return {
         "stages": stages,
@@ -183,7 +201,9 @@ def _whole_training(path: Path, cfg: RunConfig, cluster: Cluster, given: Hardwar
 
 def _part_of(cluster: Cluster, cfg: RunConfig) -> Cluster:
     """The most nodes of the cluster whose ranks divide the stage's rows."""
-    smaller = replace(cfg, engine=replace(cfg.engine, micro_batch_rows=min(cfg.engine.micro_batch_rows, rows_per_step(cfg))))
+    smaller = replace(
+        cfg, engine=replace(cfg.engine, micro_batch_rows=min(cfg.engine.micro_batch_rows, rows_per_step(cfg)))
+    )
     valid = set(valid_world_sizes(smaller))
     for nodes in range(cluster.nodes, 0, -1):
         if nodes * cluster.node in valid:

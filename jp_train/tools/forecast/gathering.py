@@ -1,11 +1,15 @@
-"""What DeepSpeed ZeRO-3 gathers, prefetches and lets go during one forward and backward pass, replayed without DeepSpeed.
+"""What DeepSpeed ZeRO-3 gathers, prefetches and lets go during one forward and backward pass, replayed without
+DeepSpeed.
 
-The rules are those of `PartitionedParameterCoordinator` (deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py) in the steady state, with
-its recorded trace: a visit fetches what its module needs, then prefetches the next parameters of the trace (`prefetch` elements a visit, while fewer
-than `max_live` are available), and lets a parameter go unless it is needed again within `max_reuse` elements of the trace. So a small model stays
-whole from forward to backward, and of a large one about `max_live` elements are there at any time.
+The rules are those of `PartitionedParameterCoordinator` (deepspeed 0.19.8,
+runtime/zero/partitioned_param_coordinator.py) in the steady state, with
+its recorded trace: a visit fetches what its module needs, then prefetches the next parameters of the trace (`prefetch`
+elements a visit, while fewer than `max_live` are available), and lets a parameter go unless it is needed again within
+`max_reuse` elements of the trace. So a small model stays whole from forward to backward, and of a large one about
+`max_live` elements are there at any time.
 
-Several parameters gathered together arrive in one buffer and are copied out; the buffer lives until the last of them is used.
+Several parameters gathered together arrive in one buffer and are copied out; the buffer lives until the last of them is
+used.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ class GatherRules:
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Elements gathered and collectives made in one phase of the pass. `fresh`: of trained parameters that the pass had not gathered before, which
-    hpZ has no copy of yet in the first micro-batch of a step."""
+    """Elements gathered and collectives made in one phase of the pass. `fresh`: of trained parameters that the pass
+    had not gathered before, which hpZ has no copy of yet in the first micro-batch of a step."""
 
     elements: int = 0
     fresh: int = 0
@@ -51,7 +55,8 @@ class Replay:
 
 @dataclass(slots=True)
 class _Gather:
-    """One collective under way or done: its buffer, where several parameters share it, lives while one of them has not been asked for."""
+    """One collective under way or done: its buffer, where several parameters share it, lives while one of them has
+    not been asked for."""
 
     buffer: int
     waiting: set[str]
@@ -116,7 +121,8 @@ class _Coordinator:
             self.available -= p.numel
 
     def needed_again(self, p: Parameter) -> bool:
-        """Whether the parameter occurs within `max_reuse` elements of the trace behind the current step, or was skipped by the prefetch for that."""
+        """Whether the parameter occurs within `max_reuse` elements of the trace behind the current step, or was
+        skipped by the prefetch for that."""
         if self.fetched_for.get(p.name, -1) > self.step:
             return True
         at = next((use for use in self.uses[p.name] if use >= self.step), None)

@@ -1,9 +1,11 @@
-"""Bytes of a rank, by what they are for: states that are always there, and the peak of the three phases that follow each other in a step.
+"""Bytes of a rank, by what they are for: states that are always there, and the peak of the three phases that follow
+each other in a step.
 
-Phases: encoding pictures with the VQ tokenizer; forward and backward (activations, gathered parameters, and gradients on their way, followed visit by
-visit); the optimizer's update. The states follow DeepSpeed 0.19.8 (runtime/zero/stage3.py) under our DeepSpeed JSON (engine/config.py): one flat
-buffer of slices in the run's dtype, fp32 master weights (a copy in an fp32 run too: DeepSpeed compares a device with its name), two moments, fp32 accumulated gradients, and the reduce
-bucket in fp32, allocated once.
+Phases: encoding pictures with the VQ tokenizer; forward and backward (activations, gathered parameters, and gradients
+on their way, followed visit by visit); the optimizer's update. The states follow DeepSpeed 0.19.8
+(runtime/zero/stage3.py) under our DeepSpeed JSON (engine/config.py): one flat buffer of slices in the run's dtype, fp32
+master weights (a copy in an fp32 run too: DeepSpeed compares a device with its name), two moments, fp32 accumulated
+gradients, and the reduce bucket in fp32, allocated once.
 """
 
 from __future__ import annotations
@@ -90,15 +92,24 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
     """The largest sum over a micro-batch and the update that follows the last one."""
     size, world = setting.size, setting.world
     visits = walk(
-        shapes, batch, Numerics(size=size, fused_attention=setting.cuda, chunk=setting.chunk), checkpointing=setting.checkpointing
+        shapes,
+        batch,
+        Numerics(size=size, fused_attention=setting.cuda, chunk=setting.chunk),
+        checkpointing=setting.checkpointing,
     )
     rules = GatherRules(
-        world=world, prefetch=setting.prefetch, max_live=setting.max_live, max_reuse=setting.max_reuse, persistent=setting.persistent
+        world=world,
+        prefetch=setting.prefetch,
+        max_live=setting.max_live,
+        max_reuse=setting.max_reuse,
+        persistent=setting.persistent,
     )
     gathers = _replayed(shapes.parameters, tuple((visit.path, visit.phase, visit.released) for visit in visits), rules)
     trained = sum(p.share(world) for p in shapes.parameters if p.trained)
     whole = sum(p.numel for p in shapes.parameters if p.numel <= setting.persistent) if world > 1 else 0
-    bucket = setting.reduce_bucket if setting.cuda else min(setting.reduce_bucket, _fullest_bucket(shapes, visits, setting))
+    bucket = (
+        setting.reduce_bucket if setting.cuda else min(setting.reduce_bucket, _fullest_bucket(shapes, visits, setting))
+    )
     states = {
         "parameters": size * (sum(p.share(world) for p in shapes.parameters) + whole),
         "optimizer": 12 * trained,
@@ -108,7 +119,8 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
         "vq": 4 * shapes.vq_parameters,
     }
     moments = _passes(shapes, visits, gathers, setting)
-    # the update: gradients in one flat copy, and Adam's denominator (twice where torch runs it tensor by tensor, on the CPU)
+    # the update: gradients in one flat copy, and Adam's denominator (twice where torch runs it tensor by tensor, on the
+    # CPU)
     moments["update"] = (0, 0, (8 if setting.cuda else 12) * trained)
     if batch.encoded_images:
         moments["vq encoding"] = (activations.vq_encoding(shapes, batch), 0, 0)
@@ -127,12 +139,16 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
 
 
 @cache
-def _replayed(parameters: tuple[Parameter, ...], order: tuple[tuple[str, str, bool], ...], rules: GatherRules) -> Replay:
+def _replayed(
+    parameters: tuple[Parameter, ...], order: tuple[tuple[str, str, bool], ...], rules: GatherRules
+) -> Replay:
     """What is gathered does not depend on what a micro-batch holds: candidates share it."""
     return replay(parameters, [Visit(path, phase, 0, released) for path, phase, released in order], rules)
 
 
-def _passes(shapes: Shapes, visits: Sequence[Visit], gathers: Replay, setting: Setting) -> dict[str, tuple[int, int, int]]:
+def _passes(
+    shapes: Shapes, visits: Sequence[Visit], gathers: Replay, setting: Setting
+) -> dict[str, tuple[int, int, int]]:
     """Activations, gathered parameters and gradients in bytes at the largest moment of each phase."""
     found: dict[str, tuple[int, int, int]] = {}
     moving = _gradients(shapes, visits, setting)
@@ -154,8 +170,8 @@ def _arrivals(shapes: Shapes, visits: Sequence[Visit]) -> list[list[int]]:
 
 
 def _gradients(shapes: Shapes, visits: Sequence[Visit], setting: Setting) -> list[int]:
-    """Bytes of gradients on their way at each visit: the whole gradient of one weight in the run's dtype until it is copied into the bucket, and what
-    reducing a full bucket takes (the slices are sorted by rank into a copy)."""
+    """Bytes of gradients on their way at each visit: the whole gradient of one weight in the run's dtype until it is
+    copied into the bucket, and what reducing a full bucket takes (the slices are sorted by rank into a copy)."""
     taken, filled = [], 0
     for numbers in _arrivals(shapes, visits):
         most = 0
@@ -174,7 +190,8 @@ def _gradients(shapes: Shapes, visits: Sequence[Visit], setting: Setting) -> lis
 
 
 def _reducing(filled: int, setting: Setting) -> int:
-    """Bytes beside the bucket while `filled` elements of it are reduced: the sorted copy; gloo works on a clone of it."""
+    """Bytes beside the bucket while `filled` elements of it are reduced: the sorted copy; gloo works on a clone of
+    it."""
     return 4 * filled * (1 if setting.cuda or setting.world == 1 else 2)
 
 

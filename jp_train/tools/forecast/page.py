@@ -15,7 +15,9 @@ img { max-width: 100%; margin: 1rem 0; } h1 { font-size: 1.4rem; font-weight: 60
 
 def page(title: str, text: str, pictures: Sequence[bytes]) -> str:
     """The whole file; `title` and `text` are escaped, `pictures` are PNG."""
-    images = "\n".join(f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">' for picture in pictures)
+    images = "\n".join(
+        f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">' for picture in pictures
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Forecast: {html.escape(title)}</title><style>{STYLE}</style></head>\n'
         f"<body><h1>Forecast: {html.escape(title)}</h1>\n{images}\n<pre>{html.escape(text)}</pre></body></html>\n"

@@ -1,4 +1,5 @@
-"""A forecast as pictures: the memory of every candidate against the GPU's limit, and where a step's time goes. matplotlib is imported on use."""
+"""A forecast as pictures: the memory of every candidate against the GPU's limit, and where a step's time goes.
+matplotlib is imported on use."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def save_forecast(found: dict[str, Any], folder: Path) -> str:
         pictures = [(folder / name).read_bytes() for name in ("memory.png", "time.png")]
         (folder / "forecast.html").write_text(page(_title(found), format_forecast(found), pictures), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written") from error
+        raise ConfigError(
+            f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written"
+        ) from error
     return f"{folder / 'forecast.html'}, memory.png, time.png, forecast.json"
 
 
@@ -70,9 +73,24 @@ def draw_memory(found: dict[str, Any], path: Path) -> None:
             axes.barh(at, value, left=left, height=0.66, color=colour, edgecolor="white", linewidth=0.6)
             left += value
         mark = "fits" if one["roomy"] else "barely fits" if one["fits"] else "does not fit"
-        axes.text(left + end / 150, at, f"{left:.1f}   {mark}", va="center", fontsize=9, color=INK if one["fits"] else "#b3261e")
+        axes.text(
+            left + end / 150,
+            at,
+            f"{left:.1f}   {mark}",
+            va="center",
+            fontsize=9,
+            color=INK if one["fits"] else "#b3261e",
+        )
     axes.axvline(limit, color="#b3261e", linewidth=1.6)
-    axes.text(limit - end / 200, -0.72, f"{found['cluster']['gpu']}: {limit:g} GiB", color="#b3261e", fontsize=9, ha="right", va="bottom")
+    axes.text(
+        limit - end / 200,
+        -0.72,
+        f"{found['cluster']['gpu']}: {limit:g} GiB",
+        color="#b3261e",
+        fontsize=9,
+        ha="right",
+        va="bottom",
+    )
     axes.set_yticks(range(len(rows)), [_name(one) for one in rows])
     for label, one in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if one["own"] else "normal")
@@ -80,7 +98,13 @@ def draw_memory(found: dict[str, Any], path: Path) -> None:
     axes.set_ylim(len(rows) - 0.45, -0.95)
     axes.set_xlim(0, end)
     axes.set_xlabel("GiB at the peak of the fullest micro-batch", fontsize=9, color=MUTED, loc="left")
-    _legend(figure, [(LABELS[name], colour) for name, colour in zip([name for name, _ in PARTS] + ["overhead"], COLOURS, strict=True)])
+    _legend(
+        figure,
+        [
+            (LABELS[name], colour)
+            for name, colour in zip([name for name, _ in PARTS] + ["overhead"], COLOURS, strict=True)
+        ],
+    )
     figure.savefig(path)
 
 
@@ -97,7 +121,15 @@ def draw_time(found: dict[str, Any], path: Path) -> None:
             axes.text(left + value / 2, 0, f"{value:.2f}", ha="center", va="center", color="white", fontsize=9)
         left += value
     axes.axvline(time["overlapped_s"], color=INK, linewidth=1.2, linestyle=":")
-    axes.text(time["overlapped_s"], -0.42, f"overlapped: {time['overlapped_s']:.2f} s  ", fontsize=9, color=INK, ha="right", va="bottom")
+    axes.text(
+        time["overlapped_s"],
+        -0.42,
+        f"overlapped: {time['overlapped_s']:.2f} s  ",
+        fontsize=9,
+        color=INK,
+        ha="right",
+        va="bottom",
+    )
     axes.set_yticks([0], ["one after\nthe other"])
     axes.set_ylim(0.45, -0.75)
     axes.set_xlim(0, 1.04 * left)
@@ -112,7 +144,9 @@ def draw_time(found: dict[str, Any], path: Path) -> None:
         colour = "#0072B2" if one["fits"] else "#c5ccd3"
         second.plot((one["step_s"], one["serial_step_s"]), (at, at), color=colour, linewidth=5, solid_capstyle="round")
         text = f"{one['step_s']:.2f} to {one['serial_step_s']:.2f} s" + ("" if one["fits"] else ", does not fit")
-        second.text(one["serial_step_s"], at, f"   {text}", va="center", fontsize=9, color=INK if one["fits"] else MUTED)
+        second.text(
+            one["serial_step_s"], at, f"   {text}", va="center", fontsize=9, color=INK if one["fits"] else MUTED
+        )
     second.set_yticks(range(len(rows)), [_name(one) for one in rows])
     for label, one in zip(second.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if one["own"] else "normal")
@@ -161,6 +195,10 @@ def _title(found: dict[str, Any]) -> str:
 
 def _name(one: dict[str, Any]) -> str:
     rows = f"{one['micro_batch_rows']} row{'s' if one['micro_batch_rows'] > 1 else ''} x {one['accumulation']}"
-    parts = [rows, "checkpointing" if one["activation_checkpointing"] else "all kept", *([f"hpZ {one['hpz']}"] if one["hpz"] > 1 else [])]
+    parts = [
+        rows,
+        "checkpointing" if one["activation_checkpointing"] else "all kept",
+        *([f"hpZ {one['hpz']}"] if one["hpz"] > 1 else []),
+    ]
     marks = [mark for mark, is_so in (("this", one["own"]), ("best", one["best"])) if is_so]
     return ", ".join(parts) + (f"  ({', '.join(marks)})" if marks else "")

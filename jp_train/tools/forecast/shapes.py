@@ -1,4 +1,5 @@
-"""The model as a list of parameters by module, and what a micro-batch holds: all that memory and communication depend on."""
+"""The model as a list of parameters by module, and what a micro-batch holds: all that memory and communication
+depend on."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def shapes_of(cfg: RunConfig) -> Shapes:
 
 
 def worst_micro_batch(cfg: RunConfig, shapes: Shapes, rows: int) -> MicroBatch:
-    """No micro-batch of the stage takes more memory: rows full, each figure at the most that any composition of a row reaches."""
+    """No micro-batch of the stage takes more memory: rows full, each figure at the most that any composition of a
+    row reaches."""
     mixture = cfg.stage.mixture
     per_row = cfg.data.seq_len // (shapes.slots + 3)
     if cfg.stage.batch_unit.value == "samples":

@@ -38,7 +38,8 @@ def format_forecast(found: dict[str, Any]) -> str:
         "",
         *_advice(found),
         "",
-        "hardware (change with --hardware name=value): " + " ".join(f"{name}={value:g}" for name, value in hardware.items()),
+        "hardware (change with --hardware name=value): "
+        + " ".join(f"{name}={value:g}" for name, value in hardware.items()),
         *(f"taken for granted: {line}" for line in found["assumptions"]),
     ]
     return "\n".join(lines)
@@ -105,7 +106,9 @@ def _step(found: dict[str, Any]) -> list[str]:
     time, flops, sent = chosen["time"], chosen["flops"], chosen["step_communication"]
     rows = [["one micro-batch", "GiB over all ranks", "GiB inside nodes", "calls"]]
     for name, leg in chosen["micro_batch_communication"].items():
-        rows.append([name.replace("_", " "), f"{leg['all_ranks_gib']:.2f}", f"{leg['node_gib']:.2f}", f"{leg['calls']:.0f}"])
+        rows.append(
+            [name.replace("_", " "), f"{leg['all_ranks_gib']:.2f}", f"{leg['node_gib']:.2f}", f"{leg['calls']:.0f}"]
+        )
     seconds = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in time["parts_s"].items())
     return [
         *aligned(rows, left=(0,)),
@@ -129,7 +132,9 @@ def _days(found: dict[str, Any]) -> list[str]:
         )
         lines.append(f"the three stages: {training['overlapped']:.1f}-{training['serial']:.1f} days: {stages}")
         if training["paper_days"]:
-            lines.append(f"the paper: about {training['paper_days']} days on {training['paper_nodes']} nodes of 8 A100-40GB")
+            lines.append(
+                f"the paper: about {training['paper_days']} days on {training['paper_nodes']} nodes of 8 A100-40GB"
+            )
     return lines
 
 

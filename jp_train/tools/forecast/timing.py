@@ -1,4 +1,5 @@
-"""How long a step takes: arithmetic at a stated share of the peak, collectives at a stated share of the links, with and without overlap."""
+"""How long a step takes: arithmetic at a stated share of the peak, collectives at a stated share of the links, with
+and without overlap."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from jp_train.tools.forecast.shapes import Shapes
 
 _ENCODE_FLOPS: dict[tuple[int, str], float] = {}
 UPDATE_BYTES = 80
-"""Bytes of GPU memory that an update moves for every element of a rank's slice: search for non-finite values, norm, flat copy, clip, Adam, rounding."""
+"""Bytes of GPU memory that an update moves for every element of a rank's slice: search for non-finite values, norm,
+flat copy, clip, Adam, rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arithmetic:
-    """FLOPs of a step over all ranks. `model`: what MFU counts; `recomputed`: checkpointed layers and logits again; `encoding`: VQ, in fp32."""
+    """FLOPs of a step over all ranks. `model`: what MFU counts; `recomputed`: checkpointed layers and logits again;
+    `encoding`: VQ, in fp32."""
 
     forward: float
     backward: float
@@ -33,12 +36,14 @@ class Arithmetic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of a step. `overlapped`: collectives run beside the arithmetic of their pass; `serial`: behind each other."""
+    """Seconds of a step. `overlapped`: collectives run beside the arithmetic of their pass; `serial`: behind each
+    other."""
 
     overlapped: float
     serial: float
     parts: dict[str, float]
-    """Seconds of each kind of work if nothing overlapped: compute, recompute, vq_encode, gather_forward, gather_backward, reduce, update."""
+    """Seconds of each kind of work if nothing overlapped: compute, recompute, vq_encode, gather_forward,
+    gather_backward, reduce, update."""
     mfu: float
     """Of the overlapped step."""
     serial_mfu: float
@@ -58,7 +63,9 @@ def arithmetic(cfg: RunConfig, shapes: Shapes, step: BatchStatistics, *, checkpo
         layers = replace(step, und_images=0, gen_images=0, text_positions=0, image_positions=0, encoded_images=0)
         recomputed += step_flops(cfg.model, layers, cfg.stage.trainable).forward
     if checkpointing and "vision_model" in shapes.learns:
-        tower = replace(step, tokens=0, squared_lengths=0, gen_images=0, text_positions=0, image_positions=0, encoded_images=0)
+        tower = replace(
+            step, tokens=0, squared_lengths=0, gen_images=0, text_positions=0, image_positions=0, encoded_images=0
+        )
         recomputed += step_flops(cfg.model, tower, cfg.stage.trainable).forward
     return Arithmetic(forward=flops.forward, backward=flops.backward, recomputed=recomputed, encoding=encoding)
 
@@ -72,19 +79,29 @@ def vq_encode_flops(model: ModelConfig) -> float:
 
 
 def leg_seconds(leg: Leg, hardware: Hardware, setting: Setting, nodes: int) -> dict[str, float]:
-    """Seconds of one leg by what it needs: links between nodes, links inside, and the calls' latency. The links work at the same time."""
+    """Seconds of one leg by what it needs: links between nodes, links inside, and the calls' latency. The links work
+    at the same time."""
     world, efficiency = setting.world, hardware.link_efficiency * 1e9
     between = leg.over_all * (nodes - 1) / nodes / (hardware.inter_gbs * efficiency)
     per_node = max(1, world // nodes)
     inside = leg.over_all * (per_node - 1) / per_node / (hardware.intra_gbs * efficiency) if per_node > 1 else 0.0
-    inside = max(inside - between, 0.0) + leg.in_node * (1 - 1 / max(1, setting.hpz)) / (hardware.intra_gbs * efficiency)
+    inside = max(inside - between, 0.0) + leg.in_node * (1 - 1 / max(1, setting.hpz)) / (
+        hardware.intra_gbs * efficiency
+    )
     share = leg.over_all / (leg.over_all + leg.in_node) if leg.over_all + leg.in_node else 0.0
     hops = hardware.hop_us * (nodes - 1) * share
     return {"between": between, "inside": inside, "latency": leg.calls * (hardware.latency_us + hops) * 1e-6}
 
 
 def step_time(
-    work: Arithmetic, sent: Communication, shapes: Shapes, setting: Setting, hardware: Hardware, *, nodes: int, tokens: float
+    work: Arithmetic,
+    sent: Communication,
+    shapes: Shapes,
+    setting: Setting,
+    hardware: Hardware,
+    *,
+    nodes: int,
+    tokens: float,
 ) -> StepTime:
     """`tokens`: of a step over all ranks."""
     world = setting.world
@@ -109,7 +126,11 @@ def step_time(
             waits["compute"] += computed
             continue
         for name in names:
-            for part, label in (("between", "inter-node links"), ("inside", "intra-node links"), ("latency", "latency")):
+            for part, label in (
+                ("between", "inter-node links"),
+                ("inside", "intra-node links"),
+                ("latency", "latency"),
+            ):
                 waits[label] += legs[name][part]
     peak = world * hardware.peak_tflops * 1e12
     return StepTime(

@@ -1,8 +1,10 @@
-"""The order in which ZeRO-3 sees the modules of one forward and backward pass, with the bytes of activations that exist at each.
+"""The order in which ZeRO-3 sees the modules of one forward and backward pass, with the bytes of activations that exist
+at each.
 
-A visit is one fetch of DeepSpeed's hooks (`fetch_sub_module`): forward, recomputed forward, or backward. Containers own no parameter but are visited
-too: every visit starts a prefetch. The order is that of `JanusPro.forward` and of transformers' layers; a test compares it with the one that a real
-DeepSpeed engine recorded.
+A visit is one fetch of DeepSpeed's hooks (`fetch_sub_module`): forward, recomputed forward, or backward. Containers own
+no parameter but are visited
+too: every visit starts a prefetch. The order is that of `JanusPro.forward` and of transformers' layers; a test compares
+it with the one that a real DeepSpeed engine recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from jp_train.tools.forecast.shapes import MicroBatch, Shapes
 
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 ENTERED, CONTINUED = "entered", "continued"
-"""The backward pass of a checkpointed layer's last module: entered, interrupted by the layer's recomputation, continued (which fetches nothing)."""
+"""The backward pass of a checkpointed layer's last module: entered, interrupted by the layer's recomputation,
+continued (which fetches nothing)."""
 
 VISION_LAYER = (
     "layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm",
@@ -35,7 +38,8 @@ VISION = "model.vision_model"
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """`activation`: bytes that exist while the module runs; `released`: whether its parameters may be let go behind it (a module whose input needs no
+    """`activation`: bytes that exist while the module runs; `released`: whether its parameters may be let go behind it
+    (a module whose input needs no
     gradient has no hook behind its backward pass: DeepSpeed lets its parameters go at the end of the pass)."""
 
     path: str
@@ -66,9 +70,12 @@ class _Walk:
         for path in ("", ".embeddings", ".embeddings.patch_embedding", ".embeddings.position_embedding", ".encoder"):
             yield Visit(VISION + path, FORWARD, self.hidden + self.vision.forward)
         for layer in range(shapes.vision_layers):
-            yield from self._layer(f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, "vision_model" in shapes.learns)
+            yield from self._layer(
+                f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, "vision_model" in shapes.learns
+            )
         yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
-        yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)  # transformers pools with it
+        # transformers pools with it
+        yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
         self.saved += self.pictures
         for part in ADAPTOR:
             yield Visit(_join("model.aligner", part), FORWARD, self.saved + self.placing)
@@ -104,7 +111,8 @@ class _Walk:
         for part in ("", "vision_head", "activation_fn", "proj_out"):
             yield Visit(_join("model.generation_head", part), BACKWARD, level, shapes.through_language_model)
         self.saved -= self.image.saved
-        # the gradient of the hidden states at the image positions is spread over all of them, and waits for the text head's
+        # the gradient of the hidden states at the image positions is spread over all of them, and waits for the text
+        # head's
         yield Visit("lm_head", BACKWARD, self.saved + self.hidden + self.text.backward, shapes.through_language_model)
         self.saved -= self.text.saved
         if not shapes.through_language_model:
@@ -117,18 +125,27 @@ class _Walk:
         level = self.saved + 2 * self.hidden
         if shapes.learns & {"gen_embed", "gen_aligner"}:
             for part in ("", "hidden_layers.0", "activation_fn", "fc1"):
-                yield Visit(_join("model.generation_aligner", part), BACKWARD, level, part != "fc1" or "gen_embed" in shapes.learns)
+                yield Visit(
+                    _join("model.generation_aligner", part),
+                    BACKWARD,
+                    level,
+                    part != "fc1" or "gen_embed" in shapes.learns,
+                )
         if "gen_embed" in shapes.learns:
             yield Visit("model.generation_embeddings", BACKWARD, level, False)
         if shapes.learns & {"aligner", "vision_model"}:
             for part in ("", "hidden_layers.0", "activation_fn", "fc1"):
-                yield Visit(_join("model.aligner", part), BACKWARD, level, part != "fc1" or "vision_model" in shapes.learns)
+                yield Visit(
+                    _join("model.aligner", part), BACKWARD, level, part != "fc1" or "vision_model" in shapes.learns
+                )
         if "vision_model" in shapes.learns:
             yield Visit(VISION, BACKWARD, level, False)
             yield Visit(f"{VISION}.post_layernorm", BACKWARD, level)
             yield Visit(f"{VISION}.encoder", BACKWARD, level)
             for layer in reversed(range(shapes.vision_layers)):
-                yield from self._back_through(f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, beside=self.hidden)
+                yield from self._back_through(
+                    f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, beside=self.hidden
+                )
             for path in (".embeddings", ".embeddings.position_embedding", ".embeddings.patch_embedding"):
                 yield Visit(VISION + path, BACKWARD, self.saved + self.hidden + self.vision.backward, False)
         if "language_model" in shapes.learns:
@@ -136,7 +153,8 @@ class _Walk:
 
     def _back_through(self, path: str, parts: tuple[str, ...], block: Block, beside: int = 0) -> Iterator[Visit]:
         if self.checkpointing:
-            # everything up to the last module that keeps something is computed anew when that module's backward pass asks for what it kept
+            # everything up to the last module that keeps something is computed anew when that module's backward pass
+            # asks for what it kept
             last = max(number for number, part in enumerate(parts) if part in ("mlp.down_proj", "mlp.fc2"))
             for part in _containers_first(["", *reversed(parts[last:])], parts):
                 yield Visit(_join(path, part), ENTERED, self.saved + beside, False)
@@ -170,7 +188,8 @@ def _containers_of(part: str) -> tuple[str, ...]:
 
 
 def _containers_first(parts: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Backward, a container among `known` is entered before the first of its children, which `reversed` puts in front of it."""
+    """Backward, a container among `known` is entered before the first of its children, which `reversed` puts in
+    front of it."""
     ordered: list[str] = []
     for part in parts:
         for one in (*(container for container in _containers_of(part) if container in known), part):

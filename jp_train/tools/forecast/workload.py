@@ -1,7 +1,9 @@
-"""What a row of the stage holds on average, from the mixture and stated document lengths alone: for FLOPs before there is any data.
+"""What a row of the stage holds on average, from the mixture and stated document lengths alone: for FLOPs before there
+is any data.
 
-Lengths are the ones that `jp-train data simulate --synthetic` draws from (tools/simulate/synthetic.py): log-normal, by kind. Whoever has data
-learns more from `jp-train data simulate`, whose figures of a synthetic stage agree with these (tests/tools/forecast/test_workload.py).
+Lengths are the ones that `jp-train data simulate --synthetic` draws from (tools/simulate/synthetic.py): log-normal, by
+kind. Whoever has data learns more from `jp-train data simulate`, whose figures of a synthetic stage agree with these
+(tests/tools/forecast/test_workload.py).
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def average_row(cfg: RunConfig, slots: int) -> Row:
     shares = np.array([getattr(cfg.stage.mixture, str(kind)) for kind in KINDS], float)
     drawn = [lengths_of(kind, cfg, slots) for kind in KINDS]
     # long text goes on in the next row; what has a picture is cut
-    used = [lengths if kind is Kind.TEXT else np.minimum(lengths, limit) for kind, lengths in zip(KINDS, drawn, strict=True)]
+    used = [
+        lengths if kind is Kind.TEXT else np.minimum(lengths, limit) for kind, lengths in zip(KINDS, drawn, strict=True)
+    ]
     means = np.array([lengths.mean() for lengths in used])
     if cfg.stage.ratio_unit is RatioUnit.tokens:
         shares = shares / means
@@ -96,6 +100,7 @@ def average_row(cfg: RunConfig, slots: int) -> Row:
 
 
 def _pieces_squared(lengths: np.ndarray, limit: int) -> np.ndarray:
-    """Sum of squares of the pieces that documents of these lengths become, the start of a piece being anywhere in a row on average."""
+    """Sum of squares of the pieces that documents of these lengths become, the start of a piece being anywhere in a
+    row on average."""
     rest = lengths % limit
     return (lengths // limit) * limit**2 + rest**2

@@ -1,8 +1,10 @@
 """Real-world data layouts -> WebDataset shards; `run.py` is the file to open first, then `entries.py`.
 
-    listing (one process)       a reader lists its source as chunks of entries, in a fixed order, without opening pictures
+    listing (one process)       a reader lists its source as chunks of entries, in a fixed order, without opening
+                                pictures
     samples (worker processes)  each chunk -> samples (key, fields) or skipped entries with a reason
     shards (one process)        samples in listing order -> tars, `manifest.json`, `skipped.jsonl`
 
-Only the listing's order decides what a shard holds, so that the number of processes and any kill leave no trace in the bytes.
+Only the listing's order decides what a shard holds, so that the number of processes and any kill leave no trace in the
+bytes.
 """

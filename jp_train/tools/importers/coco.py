@@ -18,8 +18,8 @@ from jp_train.types import Kind
 class CocoReader(Reader):
     """Entries in the order of `images`, the captions of one picture in the order of `annotations`.
 
-    `per` is `caption` (a sample for every caption; a picture with five captions is stored five times) or `image` (a sample for every picture,
-    with its first caption). The file is loaded whole: about 6 times its size in memory.
+    `per` is `caption` (a sample for every caption; a picture with five captions is stored five times) or `image` (a
+    sample for every picture, with its first caption). The file is loaded whole: about 6 times its size in memory.
     """
 
     format = "coco"
@@ -34,7 +34,9 @@ class CocoReader(Reader):
     def listing(self) -> Listing:
         images, captions = self._load()
         entries = list(_pairs(images, captions, self.per))
-        return Listing(identity={self.source.name: file_identity(self.source)}, total=len(entries), chunks=lambda: chunked(entries))
+        return Listing(
+            identity={self.source.name: file_identity(self.source)}, total=len(entries), chunks=lambda: chunked(entries)
+        )
 
     def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
         for place, (where, path, slug, caption, problem) in enumerate(chunk.payload):
@@ -55,7 +57,9 @@ class CocoReader(Reader):
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{self.source} cannot be read as JSON: {error}; download it again") from None
         except MemoryError:
-            raise DataError(f"{self.source} does not fit into memory: it needs about 6 times its size; split it by pictures") from None
+            raise DataError(
+                f"{self.source} does not fit into memory: it needs about 6 times its size; split it by pictures"
+            ) from None
         for part in ("images", "annotations"):
             if not isinstance(value, dict) or not isinstance(value.get(part), list):
                 raise ConfigError(f'{self.source} is not a COCO captions file: it has no list "{part}"')
@@ -80,7 +84,11 @@ def _pairs(images: list[dict], annotations: list[dict], per: str) -> Iterator[tu
         if not found:
             yield f"image {image_id}", path, "", None, ("no_caption", f"picture {path} has no caption")
         for caption_id, caption in found[:1] if per == "image" else found:
-            wrong = None if isinstance(path, str) else ("bad_record", f'"file_name" is a {type(path).__name__}, expected text')
+            wrong = (
+                None
+                if isinstance(path, str)
+                else ("bad_record", f'"file_name" is a {type(path).__name__}, expected text')
+            )
             yield f"image {image_id} annotation {caption_id}", path, f"{image_id}-{caption_id}", caption, wrong
     for image_id, left in captions.items():
         for caption_id, _ in left:

@@ -35,8 +35,8 @@ SAMPLED_PICTURES = 200
 def import_command(
     reader: Reader, settings: ImportSettings, *, dry_run: bool = False, stream: TextIO | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Import (or with `dry_run` only read the listing); returns the JSON object and the text for people. Progress goes to `stream`
-    (default: stderr).
+    """Import (or with `dry_run` only read the listing); returns the JSON object and the text for people. Progress goes
+    to `stream` (default: stderr).
 
     Raises:
         ConfigError, DataError: see `import_source`.
@@ -57,7 +57,14 @@ def import_command(
 
 
 def import_tars_command(
-    source: str, out: Path, kind: Kind, *, processes: int, allow_pipe: bool, dry_run: bool = False, stream: TextIO | None = None
+    source: str,
+    out: Path,
+    kind: Kind,
+    *,
+    processes: int,
+    allow_pipe: bool,
+    dry_run: bool = False,
+    stream: TextIO | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The same for an existing WebDataset; see tars.py."""
     stream = stream or sys.stderr
@@ -88,7 +95,9 @@ def _interruptible(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("import: stopped; finished shards are kept, and the same command goes on from them", file=stream, flush=True)
+        print(
+            "import: stopped; finished shards are kept, and the same command goes on from them", file=stream, flush=True
+        )
         raise
 
 
@@ -132,7 +141,14 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
                     if len(missing := examples.setdefault("pictures", [])) < 2:
                         missing.append(f"{entry.name}: {skip}")
         progress(
-            ImportProgress(done=chunk.done, total=listing.total, resumed=0, entries=counts["entries"], skipped=skips.total(), shards=0)
+            ImportProgress(
+                done=chunk.done,
+                total=listing.total,
+                resumed=0,
+                entries=counts["entries"],
+                skipped=skips.total(),
+                shards=0,
+            )
         )
     samples = counts["entries"] - skips.total() - counts["text_only"]
     mib = samples * sum(sizes) / len(sizes) / 2**20 if sizes else None
@@ -156,7 +172,11 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
         *(f"  {remark}" for remark in listing.remarks),
     ]
     if counts["text_only"]:
-        kept = f"would go to {settings.text_out}" if settings.text_out else "would be skipped: give --text-out FOLDER to keep them"
+        kept = (
+            f"would go to {settings.text_out}"
+            if settings.text_out
+            else "would be skipped: give --text-out FOLDER to keep them"
+        )
         lines.append(f"  {counts['text_only']:,} dialogues without a picture {kept}")
     if looked_at:
         lines.append(f"  {looked_at:,} pictures looked at, {counts['pictures_missing']:,} of them missing or refused")

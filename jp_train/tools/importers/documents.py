@@ -50,7 +50,8 @@ class DocumentReader(Reader):
 
 
 def _named(file: str, start: int, items: list) -> Iterator[tuple[str, str, bytes | Path]]:
-    """(name, slug, bytes or the file that holds them) of every document of a chunk: lines are bare bytes, files and paragraphs have names."""
+    """(name, slug, bytes or the file that holds them) of every document of a chunk: lines are bare bytes, files and
+    paragraphs have names."""
     for place, item in enumerate(items):
         if isinstance(item, bytes):
             yield f"{file}:{start + place}", "", item
@@ -66,7 +67,10 @@ def _read(path: Path) -> bytes:
     except (OSError, EOFError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if len(data) > MAX_TEXT_BYTES:
-        raise Skip("bad_record", f"a document of more than {MAX_TEXT_BYTES >> 20} MiB; split it with --document paragraph or line")
+        raise Skip(
+            "bad_record",
+            f"a document of more than {MAX_TEXT_BYTES >> 20} MiB; split it with --document paragraph or line",
+        )
     return data
 
 
@@ -81,7 +85,8 @@ def _file_chunks(files: list[Path]) -> Iterator[Chunk]:
 
 
 def _paragraph_chunks(files: list[Path]) -> Iterator[Chunk]:
-    """Paragraphs as (name of file and first line, bytes); one that goes over the end of a line chunk is put together again."""
+    """Paragraphs as (name of file and first line, bytes); one that goes over the end of a line chunk is put together
+    again."""
     paragraph: list[bytes] = []
     where, items, first, done, held = ("", 0), [], 0, 0, 0
 
@@ -104,7 +109,9 @@ def _paragraph_chunks(files: list[Path]) -> Iterator[Chunk]:
             paragraph.append(line)
             held += len(line)
             if held > MAX_TEXT_BYTES:
-                raise DataError(f"{file}, line {where[1]}: a paragraph of more than {MAX_TEXT_BYTES >> 20} MiB; use --document line")
+                raise DataError(
+                    f"{file}, line {where[1]}: a paragraph of more than {MAX_TEXT_BYTES >> 20} MiB; use --document line"
+                )
         done = chunk.done
         if len(items) >= CHUNK_ENTRIES:
             yield Chunk(first=first, count=len(items), payload=("", 0, items), done=done)

@@ -25,7 +25,8 @@ REASONS = {
     "not_unicode": "text that is not valid UTF-8",
     "text_only": "a dialogue without a picture; --text-out FOLDER keeps them",
 }
-"""Why an entry is skipped, as `skipped.jsonl` and the summary name it. What else they name is the training loader's class of fault."""
+"""Why an entry is skipped, as `skipped.jsonl` and the summary name it. What else they name is the training loader's
+class of fault."""
 REFUSED = "the training loader would refuse the sample"
 
 CHUNK_ENTRIES = 64
@@ -35,7 +36,8 @@ CHUNK_BYTES = 1 << 20
 
 
 class Skip(SkipSample):
-    """An entry that becomes no sample: `fault` is one of REASONS, or the class of fault by which the training loader refuses the sample."""
+    """An entry that becomes no sample: `fault` is one of REASONS, or the class of fault by which the training loader
+    refuses the sample."""
 
     def __init__(self, fault: str, message: str) -> None:
         super().__init__(message, fault)
@@ -48,9 +50,9 @@ class Skip(SkipSample):
 class Entry:
     """One entry of a listing.
 
-    `number` is its place in the listing, from 0; `name` is how people find it in the source ("captions.json annotation 17",
-    "a.jsonl:4"); `note` becomes the sample's JSON; `image` is a path inside the image folder, or a picture's bytes; `skip` is set instead where
-    the listing alone shows that there is no sample.
+    `number` is its place in the listing, from 0; `name` is how people find it in the source ("captions.json annotation
+    17", "a.jsonl:4"); `note` becomes the sample's JSON; `image` is a path inside the image folder, or a picture's
+    bytes; `skip` is set instead where the listing alone shows that there is no sample.
     """
 
     number: int
@@ -66,8 +68,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Consecutive entries as a worker gets them: `count` entries from number `first`; `payload` is the reader's business; `done` is how far
-    in the listing the chunk ends, in the units of `Listing.total`."""
+    """Consecutive entries as a worker gets them: `count` entries from number `first`; `payload` is the reader's
+    business; `done` is how far in the listing the chunk ends, in the units of `Listing.total`."""
 
     first: int
     count: int
@@ -77,8 +79,9 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """What a source holds. `identity` maps each part of it ("captions.json", "class n01440764") to a text that changes with its content:
-    an import is resumed only on an equal identity. `total` is its length in the units of `Chunk.done`."""
+    """What a source holds. `identity` maps each part of it ("captions.json", "class n01440764") to a text that
+    changes with its content: an import is resumed only on an equal identity. `total` is its length in the units of
+    `Chunk.done`."""
 
     identity: dict[str, str]
     total: int
@@ -118,7 +121,8 @@ class Reader(ABC):
 
 
 def sample_key(entry: Entry) -> str:
-    """The sample's key: the entry's place in the listing in 9 digits, and its slug in characters that every tool takes."""
+    """The sample's key: the entry's place in the listing in 9 digits, and its slug in characters that every tool
+    takes."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "_", entry.slug).strip("_")[:60]
     return f"{entry.number:09d}-{slug}" if slug else f"{entry.number:09d}"
 

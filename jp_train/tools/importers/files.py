@@ -20,7 +20,8 @@ from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.entries import CHUNK_BYTES, CHUNK_LINES, Chunk
 
 HASHED_WHOLE = 1 << 30
-"""A listing file up to this many bytes is identified by the SHA-256 of all of it; a larger one by its size, mtime, first and last MiB."""
+"""A listing file up to this many bytes is identified by the SHA-256 of all of it; a larger one by its size, mtime,
+first and last MiB."""
 MAX_LINE = 64 << 20
 """A longer line is no record: the file is probably not lines at all."""
 
@@ -29,7 +30,8 @@ _OF_NUMBERS = "+-.eE0123456789"
 
 
 def source_files(source: Path, patterns: Iterable[str], what: str) -> list[Path]:
-    """The files that SOURCE names, sorted: itself, the matches of a glob, or a folder's files (recursively) that match `patterns`.
+    """The files that SOURCE names, sorted: itself, the matches of a glob, or a folder's files (recursively) that match
+    `patterns`.
 
     Raises:
         ConfigError: when there is none, or it does not exist; `what` says what was expected.
@@ -48,7 +50,8 @@ def source_files(source: Path, patterns: Iterable[str], what: str) -> list[Path]
 
 
 def refuse_own_output(source: Path, out: Path) -> None:
-    """Raises ConfigError when SOURCE takes in the folder `out`: run again, the import would read its own reports as data."""
+    """Raises ConfigError when SOURCE takes in the folder `out`: run again, the import would read its own reports as
+    data."""
     if source.is_file():
         return
     out, text = out.resolve(), str(source)
@@ -57,7 +60,9 @@ def refuse_own_output(source: Path, out: Path) -> None:
     else:
         inside = any(Path(path).parent.resolve() == out for path in glob.iglob(text))
     if inside:
-        raise ConfigError(f"{out} lies within SOURCE {source}: the reports written there would be read as data; choose a folder outside")
+        raise ConfigError(
+            f"{out} lies within SOURCE {source}: the reports written there would be read as data; choose a folder outside"
+        )
 
 
 def file_names(files: list[Path]) -> list[str]:
@@ -95,8 +100,9 @@ def total_bytes(files: list[Path]) -> int:
 
 
 def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
-    """Lines of JSONL or text files (`.gz` is decompressed) as chunks of up to `most`: payload = (short file name, number of the first line from 1, lines as
-    bytes). Every line is an entry number, blank ones too, so that line n of the first file is always entry n - 1.
+    """Lines of JSONL or text files (`.gz` is decompressed) as chunks of up to `most`: payload = (short file name,
+    number of the first line from 1, lines as bytes). Every line is an entry number, blank ones too, so that line n of
+    the first file is always entry n - 1.
 
     Raises:
         DataError: for a broken gzip stream, or a line past MAX_LINE.
@@ -116,7 +122,9 @@ def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
                     lines.append(line)
                     size += len(line)
                     if len(lines) == most or size >= CHUNK_BYTES:
-                        yield Chunk(first=first, count=len(lines), payload=(name, start, lines), done=before + raw.tell())
+                        yield Chunk(
+                            first=first, count=len(lines), payload=(name, start, lines), done=before + raw.tell()
+                        )
                         first, start = first + len(lines), start + len(lines)
                         lines, size = [], 0
             except (OSError, EOFError, zlib.error) as error:
@@ -128,7 +136,8 @@ def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file for csv: bytes that are not UTF-8 become lone surrogates, which the sample check then refuses by name."""
+    """A text file for csv: bytes that are not UTF-8 become lone surrogates, which the sample check then refuses by
+    name."""
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -152,7 +161,8 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
     Raises:
         DataError: for broken JSON, with the number of the item.
     """
-    decoder = json.JSONDecoder(parse_int=len, parse_float=len)  # only where an item ends matters here, so no number can be too long
+    # only where an item ends matters here, so no number can be too long
+    decoder = json.JSONDecoder(parse_int=len, parse_float=len)
     with open(path, encoding="utf-8-sig", errors="strict") as file:
         text, at, number, ended = "", 0, 0, False
         size = _BUFFER
@@ -180,18 +190,23 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
         while (mark := skip_space()) != "]":
             if number:
                 if mark != ",":
-                    raise DataError(f"{path}: expected ',' or ']' after item {number}, found {text[at : at + 20]!r} (a truncated file?)")
+                    raise DataError(
+                        f"{path}: expected ',' or ']' after item {number}, found {text[at : at + 20]!r} (a truncated file?)"
+                    )
                 at += 1
                 skip_space()
             size = _BUFFER
             while True:
                 try:
                     _, end = decoder.raw_decode(text, at)
-                    if ended or (end < len(text) and text[end] not in _OF_NUMBERS):  # a number may go on in the next block
+                    # a number may go on in the next block
+                    if ended or (end < len(text) and text[end] not in _OF_NUMBERS):
                         break
                 except (json.JSONDecodeError, RecursionError) as error:
                     if ended or isinstance(error, RecursionError):
-                        raise DataError(f"{path}: item {number + 1} of the array is broken JSON: {error} (a truncated file?)") from None
+                        raise DataError(
+                            f"{path}: item {number + 1} of the array is broken JSON: {error} (a truncated file?)"
+                        ) from None
                 size *= 2  # so that one huge item is not parsed over and over
                 refill()
             item, at = text[at:end].encode(), end

@@ -1,4 +1,5 @@
-"""A folder of class folders -> generation: the class name is the caption, the source's `class_prompt` shapes it in training."""
+"""A folder of class folders -> generation: the class name is the caption, the source's `class_prompt` shapes it in
+training."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _SYNSET = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetReader(Reader):
-    """`source/CLASS/picture`: every file of every class folder is an entry, classes and files in the order of their names."""
+    """`source/CLASS/picture`: every file of every class folder is an entry, classes and files in the order of their
+    names."""
 
     format = "imagenet"
     source: Path
@@ -43,7 +45,10 @@ class ImageNetReader(Reader):
     def listing(self) -> Listing:
         files = _class_files(self.source)
         names, remark = self._names(list(files))
-        identity = {f"class folder {folder}": f"{len(found):,} files, names sha256 {_digest(found)}" for folder, found in files.items()}
+        identity = {
+            f"class folder {folder}": f"{len(found):,} files, names sha256 {_digest(found)}"
+            for folder, found in files.items()
+        }
         identity["class names"] = f"{len(names):,} names, sha256 {_digest(sorted(map(str, names.items())))}"
 
         def chunks() -> Iterator[Chunk]:
@@ -51,7 +56,9 @@ class ImageNetReader(Reader):
             for folder, found in files.items():
                 for start in range(0, len(found), CHUNK_ENTRIES):
                     part = found[start : start + CHUNK_ENTRIES]
-                    yield Chunk(first=first, count=len(part), payload=(folder, names[folder], part), done=first + len(part))
+                    yield Chunk(
+                        first=first, count=len(part), payload=(folder, names[folder], part), done=first + len(part)
+                    )
                     first += len(part)
 
         return Listing(identity=identity, total=sum(map(len, files.values())), chunks=chunks, remarks=(remark,))
@@ -78,7 +85,9 @@ class ImageNetReader(Reader):
                     f"the class folders of {self.source} are WordNet numbers ({classes[0]}), which are no prompts: give --class-names "
                     f"{MAPPING} (lines 'n01440764 tench, Tinca tinca'), or put that file beside the folders"
                 )
-            return {folder: folder.replace("_", " ") for folder in classes}, "class names: the folder names, with spaces for _"
+            return {
+                folder: folder.replace("_", " ") for folder in classes
+            }, "class names: the folder names, with spaces for _"
         names = read_class_names(path)
         missing = [folder for folder in classes if folder not in names]
         if missing:
@@ -102,8 +111,12 @@ def read_class_names(path: Path) -> dict[str, str]:
             pairs = [line.split(None, 1) for line in text.splitlines() if line.strip()]
         else:
             value = json.loads(text)
-            pairs = list(value.items()) if all(isinstance(name, str) for name in value.values()) else list(value.values())
-        names = {folder: name.strip().replace("_", " ") if path.suffix == ".json" else name.strip() for folder, name in pairs}
+            pairs = (
+                list(value.items()) if all(isinstance(name, str) for name in value.values()) else list(value.values())
+            )
+        names = {
+            folder: name.strip().replace("_", " ") if path.suffix == ".json" else name.strip() for folder, name in pairs
+        }
     except OSError as error:
         raise ConfigError(f"--class-names {path}: {error}") from None
     except (ValueError, AttributeError, TypeError) as error:
@@ -111,7 +124,9 @@ def read_class_names(path: Path) -> dict[str, str]:
             f"--class-names {path}: {error}; expected lines 'FOLDER NAME', or a .json of {{'FOLDER': 'NAME'}} or {{'0': ['FOLDER', 'NAME']}}"
         ) from None
     if len(names) != len(pairs):
-        raise ConfigError(f"--class-names {path} has {len(pairs)} lines for {len(names)} classes: a class is named twice")
+        raise ConfigError(
+            f"--class-names {path} has {len(pairs)} lines for {len(names)} classes: a class is named twice"
+        )
     return names
 
 

@@ -1,7 +1,7 @@
 """`manifest.json` in the folder of an import: what is complete on disk, and what it was made from.
 
-It is replaced atomically after every shard. A killed import goes on from it: everything it names is whole, everything after it is
-made again, so that nothing is there twice and nothing is missing.
+It is replaced atomically after every shard. A killed import goes on from it: everything it names is whole, everything
+after it is made again, so that nothing is there twice and nothing is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _SKIP = "skipped:"
 
 @dataclass(kw_only=True)
 class OutputState:
-    """One set of shards: its folder (absolute), the complete shards, and the number of the first entry that is in none of them."""
+    """One set of shards: its folder (absolute), the complete shards, and the number of the first entry that is in
+    none of them."""
 
     folder: str
     end: int = 0
@@ -45,8 +46,8 @@ class OutputState:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """The state of an import. `counts` holds `entries`, `converted` and `skipped:REASON` over the entries before `log_end`, whose skips are the
-    first `log_bytes` bytes of `skipped.jsonl`."""
+    """The state of an import. `counts` holds `entries`, `converted` and `skipped:REASON` over the entries before
+    `log_end`, whose skips are the first `log_bytes` bytes of `skipped.jsonl`."""
 
     format: str
     source: str
@@ -64,13 +65,18 @@ class Manifest:
     @property
     def skipped(self) -> dict[str, int]:
         """How many entries were skipped, by reason."""
-        return {name.removeprefix(_SKIP): count for name, count in sorted(self.counts.items()) if name.startswith(_SKIP)}
+        return {
+            name.removeprefix(_SKIP): count for name, count in sorted(self.counts.items()) if name.startswith(_SKIP)
+        }
 
     def store(self, folder: Path) -> None:
         """Write it. Raises DataError when the disk refuses."""
         try:
             write_atomically(
-                folder / NAME, (json.dumps({"version": VERSION, **asdict(self), "counts": dict(self.counts)}, indent=1) + "\n").encode()
+                folder / NAME,
+                (
+                    json.dumps({"version": VERSION, **asdict(self), "counts": dict(self.counts)}, indent=1) + "\n"
+                ).encode(),
             )
         except OSError as error:
             raise DataError(
@@ -91,7 +97,9 @@ class SkipLog:
             self._file: BinaryIO = open(self._path, "ab")  # noqa: SIM115 - it stays open over many calls
             if self._file.tell() < manifest.log_bytes:
                 self._file.close()
-                raise DataError(f"{self._path} is shorter than {manifest.log_bytes} bytes: it was changed; import into another folder")
+                raise DataError(
+                    f"{self._path} is shorter than {manifest.log_bytes} bytes: it was changed; import into another folder"
+                )
             self._file.truncate(manifest.log_bytes)
             self._file.seek(0, os.SEEK_END)
 
@@ -116,7 +124,9 @@ class SkipLog:
         try:
             yield
         except OSError as error:
-            raise DataError(f"cannot write {self._path}: {error}; free space, then run the same command again") from error
+            raise DataError(
+                f"cannot write {self._path}: {error}; free space, then run the same command again"
+            ) from error
 
 
 def load_manifest(folder: Path) -> Manifest | None:
@@ -128,7 +138,9 @@ def load_manifest(folder: Path) -> Manifest | None:
         if version != VERSION:
             raise ValueError(f"version {version}, expected {VERSION}")
         outputs = {
-            name: OutputState(folder=one["folder"], end=one["end"], shards=[WrittenShard(**shard) for shard in one["shards"]])
+            name: OutputState(
+                folder=one["folder"], end=one["end"], shards=[WrittenShard(**shard) for shard in one["shards"]]
+            )
             for name, one in value.pop("outputs").items()
         }
         return Manifest(**{**value, "counts": Counter(value["counts"])}, outputs=outputs)
@@ -142,7 +154,8 @@ def resume_or_start(folder: Path, new: Manifest) -> Manifest:
     """The manifest to go on from: the one in `folder` where it belongs to the same source and options, else `new`.
 
     Raises:
-        ConfigError: when the source or an option changed (what, then and now), or the folder holds shards of somebody else.
+        ConfigError: when the source or an option changed (what, then and now), or the folder holds shards of somebody
+        else.
         DataError: when a shard that the manifest names is gone or has another size.
     """
     found = load_manifest(folder)
@@ -158,7 +171,9 @@ def resume_or_start(folder: Path, new: Manifest) -> Manifest:
         *_differences("", {"format": found.format}, {"format": new.format}),
         *_differences("source: ", found.identity, new.identity),
         *_differences("option ", found.options, new.options),
-        *_differences("folder of ", *({name: one.folder for name, one in side.outputs.items()} for side in (found, new))),
+        *_differences(
+            "folder of ", *({name: one.folder for name, one in side.outputs.items()} for side in (found, new))
+        ),
     ]
     if changes:
         more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
@@ -180,7 +195,8 @@ def resume_or_start(folder: Path, new: Manifest) -> Manifest:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one import at a time writes a folder; the lock ends with the process. Raises ConfigError when another has it."""
+    """Only one import at a time writes a folder; the lock ends with the process. Raises ConfigError when another has
+    it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,5 @@
-"""Parquet with picture bytes (Hugging Face's `{bytes, path}`, or binary) or text. A process reads one row group at a time."""
+"""Parquet with picture bytes (Hugging Face's `{bytes, path}`, or binary) or text. A process reads one row group at a
+time."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _UNREAD = b"\0"
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetReader(Reader):
-    """Parquet files in the order of their names, rows in order. A unit of work is a row group: memory is about 3 row groups a process."""
+    """Parquet files in the order of their names, rows in order. A unit of work is a row group: memory is about 3 row
+    groups a process."""
 
     format = "parquet"
     source: Path
@@ -61,7 +63,11 @@ class ParquetReader(Reader):
         path, name, group, before = chunk.payload
         file = _open(_pyarrow(), path)
         present = set(file.schema_arrow.names)
-        wanted = [column for column in self.columns.used(self.kind) if column in present and (pictures or column != self.columns.image)]
+        wanted = [
+            column
+            for column in self.columns.used(self.kind)
+            if column in present and (pictures or column != self.columns.image)
+        ]
         place = 0
         try:
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=[group], columns=wanted):
@@ -79,7 +85,9 @@ class ParquetReader(Reader):
     def _check_columns(self, path: Path, present: list[str]) -> None:
         needed = [] if self.kind is Kind.TEXT else [self.columns.image]
         has_text = [
-            column for column in self.columns.used(self.kind) if column in present and column not in (self.columns.image, self.columns.id)
+            column
+            for column in self.columns.used(self.kind)
+            if column in present and column not in (self.columns.image, self.columns.id)
         ]
         missing = [column for column in needed if column not in present]
         if missing or not has_text:

@@ -1,7 +1,8 @@
 """A picture of a source -> the bytes that go into the shard.
 
-JPEG, PNG and WebP (by their first bytes, whatever the file is called) are copied byte for byte. BMP, GIF, TIFF, PPM and JPEG 2000 become PNG
-without a change of any pixel that training sees; of an animation the first frame. Paths are opened only inside the image folder.
+JPEG, PNG and WebP (by their first bytes, whatever the file is called) are copied byte for byte. BMP, GIF, TIFF, PPM and
+JPEG 2000 become PNG without a change of any pixel that training sees; of an animation the first frame. Paths are opened
+only inside the image folder.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def read_inside(folder: Path, path: str) -> bytes:
     """The bytes of `folder/path`.
 
     Raises:
-        Skip: for a path that leads out of the folder (absolute, `..`, a link), a missing or over-large file, or no regular file.
+        Skip: for a path that leads out of the folder (absolute, `..`, a link), a missing or over-large file, or no
+        regular file.
         DataError: for an I/O error, which is never a reason to skip.
     """
     refuse_outside(folder, path)
@@ -63,7 +65,9 @@ def read_inside(folder: Path, path: str) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise Skip("image_no_file", f"{path!r} in {folder} is not a regular file")
         if found.st_size > MAX_PICTURE_BYTES:
-            raise Skip("image_too_large", f"{path!r} has {found.st_size:,} bytes; at most {MAX_PICTURE_BYTES:,} are taken")
+            raise Skip(
+                "image_too_large", f"{path!r} has {found.st_size:,} bytes; at most {MAX_PICTURE_BYTES:,} are taken"
+            )
         with open(real, "rb") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
@@ -112,7 +116,9 @@ def shard_image(data: bytes, max_pixels: int, *, decode: bool) -> tuple[str, byt
     except SkipSample as error:
         raise Skip("image_too_large" if "exceeds" in str(error) else "image_undecodable", _said(error)) from None
     except Exception as error:  # decoders raise many kinds on broken bytes
-        raise Skip("image_undecodable", f"{len(data):,} bytes that start with {data[:8].hex(' ') or 'nothing'}: {_said(error)}") from None
+        raise Skip(
+            "image_undecodable", f"{len(data):,} bytes that start with {data[:8].hex(' ') or 'nothing'}: {_said(error)}"
+        ) from None
 
 
 def _said(error: Exception) -> str:
@@ -122,7 +128,10 @@ def _said(error: Exception) -> str:
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise Skip("image_too_large", f"{image.width} x {image.height} pixels; at most {max_pixels:,} are taken (--max-image-pixels)")
+        raise Skip(
+            "image_too_large",
+            f"{image.width} x {image.height} pixels; at most {max_pixels:,} are taken (--max-image-pixels)",
+        )
 
 
 def _to_png(data: bytes, max_pixels: int) -> bytes:
@@ -138,7 +147,8 @@ def _to_png(data: bytes, max_pixels: int) -> bytes:
 
 
 def _png_mode(image: Image.Image) -> Image.Image:
-    """The picture in a mode that PNG holds without loss; colour spaces that PNG lacks become RGB, as they would in training."""
+    """The picture in a mode that PNG holds without loss; colour spaces that PNG lacks become RGB, as they would in
+    training."""
     if image.mode in _KEPT_MODES:
         return image
     if image.mode.startswith("I"):  # 16 bits in 16 or in 32
@@ -146,5 +156,8 @@ def _png_mode(image: Image.Image) -> Image.Image:
         if values.min() >= 0 and values.max() < 1 << 16:
             return Image.fromarray(values.astype("<u2"))
     if image.mode in ("I", "F"):
-        raise Skip("image_undecodable", f"pixels of mode {image.mode} have no lossless PNG: convert the picture to 8 or 16 bits a channel")
+        raise Skip(
+            "image_undecodable",
+            f"pixels of mode {image.mode} have no lossless PNG: convert the picture to 8 or 16 bits a channel",
+        )
     return image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")

@@ -14,7 +14,16 @@ from jp_train.tools.importers.parquet import ParquetReader
 from jp_train.tools.importers.records import RECORD_PATTERNS, Columns, RecordReader
 from jp_train.types import Kind
 
-__all__ = ["CocoReader", "Columns", "DocumentReader", "ImageNetReader", "ParquetReader", "RecordReader", "record_reader", "text_reader"]
+__all__ = [
+    "CocoReader",
+    "Columns",
+    "DocumentReader",
+    "ImageNetReader",
+    "ParquetReader",
+    "RecordReader",
+    "record_reader",
+    "text_reader",
+]
 
 
 def record_reader(name: str, source: Path, images: Path | None, kind: str, columns: Columns) -> RecordReader:
@@ -30,7 +39,9 @@ def text_reader(source: Path, document: str, columns: Columns) -> Reader:
     records = [path for path in files if any(path.match(pattern) for pattern in RECORD_PATTERNS)]
     plain = [path for path in files if any(path.match(pattern) for pattern in PATTERNS)]
     if records and plain:
-        raise ConfigError(f"SOURCE {source} has records ({records[0].name}) and plain text ({plain[0].name}): name one sort with a glob")
+        raise ConfigError(
+            f"SOURCE {source} has records ({records[0].name}) and plain text ({plain[0].name}): name one sort with a glob"
+        )
     if records:
         return RecordReader(format="text", source=source, images=None, kind=Kind.TEXT, columns=columns)
     return DocumentReader(source=source, document=document)

@@ -37,8 +37,8 @@ IMAGE_MARKER_PREFIX = "<image>\n"
 class Columns:
     """Which columns of a record hold what.
 
-    Text sources read `conversations` where a record has it, else `text`. Understanding sources read `conversations`, else `question` + `caption`
-    (where `question` is named), else `caption`. Generation sources read `caption`.
+    Text sources read `conversations` where a record has it, else `text`. Understanding sources read `conversations`,
+    else `question` + `caption` (where `question` is named), else `caption`. Generation sources read `caption`.
     """
 
     image: str = "image"
@@ -54,7 +54,14 @@ class Columns:
             return [self.text, self.conversations, "messages", self.id]
         if kind is Kind.GENERATION:
             return [self.image, self.caption, self.id]
-        return [self.image, self.caption, *([self.question] if self.question else []), self.conversations, "messages", self.id]
+        return [
+            self.image,
+            self.caption,
+            *([self.question] if self.question else []),
+            self.conversations,
+            "messages",
+            self.id,
+        ]
 
 
 def record_entry(record: Any, number: int, name: str, columns: Columns, kind: Kind) -> Entry:
@@ -87,7 +94,12 @@ def _note(record: Mapping, columns: Columns, kind: Kind) -> dict[str, Any]:
         return {"text": _value(record, columns.text)}
     if columns.question is not None and kind is Kind.UNDERSTANDING:
         question, answer = _value(record, columns.question), _value(record, columns.caption)
-        return {"conversations": [{"from": "human", "value": IMAGE_MARKER_PREFIX + question}, {"from": "gpt", "value": answer}]}
+        return {
+            "conversations": [
+                {"from": "human", "value": IMAGE_MARKER_PREFIX + question},
+                {"from": "gpt", "value": answer},
+            ]
+        }
     return {"caption": _value(record, columns.caption)}
 
 
@@ -96,7 +108,9 @@ def _turns(conversations: Any) -> Any:
     if not isinstance(conversations, list):
         return conversations
     return [
-        {"from": turn["role"], "value": turn.get("content")} if isinstance(turn, dict) and "role" in turn and "from" not in turn else turn
+        {"from": turn["role"], "value": turn.get("content")}
+        if isinstance(turn, dict) and "role" in turn and "from" not in turn
+        else turn
         for turn in conversations
     ]
 
@@ -121,7 +135,9 @@ def _image(record: Mapping, columns: Columns) -> str | bytes | None:
     if image is None or image == "" or image == b"":
         return None
     if not isinstance(image, (str, bytes)):
-        raise Skip("bad_record", f'"{columns.image}" is a {type(image).__name__}, expected a path or the bytes of a picture')
+        raise Skip(
+            "bad_record", f'"{columns.image}" is a {type(image).__name__}, expected a path or the bytes of a picture'
+        )
     return image
 
 
@@ -131,8 +147,8 @@ def _names(record: Mapping) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordReader(Reader):
-    """A file of records, or several of one type: `.jsonl`/`.ndjson` (also `.gz`), `.json` (an array, or a record a line), `.csv`/`.tsv` with a
-    header line."""
+    """A file of records, or several of one type: `.jsonl`/`.ndjson` (also `.gz`), `.json` (an array, or a record a
+    line), `.csv`/`.tsv` with a header line."""
 
     format: str = "pairs"  # type: ignore[misc]
     source: Path
@@ -167,7 +183,11 @@ class RecordReader(Reader):
                     yield Entry(number=number, name=name, skip=Skip("not_unicode", f"the record is not UTF-8: {error}"))
                     continue
                 except ValueError as error:
-                    yield Entry(number=number, name=name, skip=Skip("bad_record", f"the record is no JSON that can be read: {error}"))
+                    yield Entry(
+                        number=number,
+                        name=name,
+                        skip=Skip("bad_record", f"the record is no JSON that can be read: {error}"),
+                    )
                     continue
             elif isinstance(item, Skip):
                 yield Entry(number=number, name=name, skip=item)
@@ -203,12 +223,14 @@ def _array_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
 
 
 def _csv_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
-    """Rows as dictionaries; a row with too few or too many cells is skipped by name. Names count rows from 1, after the header."""
+    """Rows as dictionaries; a row with too few or too many cells is skipped by name. Names count rows from 1, after
+    the header."""
     csv.field_size_limit(MAX_CELL)
     first, before = 0, 0
     for path, name in zip(files, file_names(files), strict=True):
         with open_text(path) as file:
-            rows = csv.reader(file, delimiter=CSV_DELIMITERS[path.suffix.lower()], strict=True)  # an open quote would swallow rows
+            # an open quote would swallow rows
+            rows = csv.reader(file, delimiter=CSV_DELIMITERS[path.suffix.lower()], strict=True)
             try:
                 header = next(rows, None)
                 if not header:
@@ -219,13 +241,22 @@ def _csv_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
                     if not row:
                         continue
                     wrong = f"{len(row)} cells for the {len(header)} columns {', '.join(header[:8])}"
-                    items.append(dict(zip(header, row, strict=True)) if len(row) == len(header) else Skip("bad_record", wrong))
+                    items.append(
+                        dict(zip(header, row, strict=True)) if len(row) == len(header) else Skip("bad_record", wrong)
+                    )
                     if len(items) == most:
-                        yield Chunk(first=first, count=len(items), payload=(name, start, items), done=before + file.buffer.tell())
+                        yield Chunk(
+                            first=first,
+                            count=len(items),
+                            payload=(name, start, items),
+                            done=before + file.buffer.tell(),
+                        )
                         first, start, items = first + len(items), start + len(items), []
             except csv.Error as error:
                 raise DataError(f"{path}, line {rows.line_num}: {error}; mend the line (an unclosed quote?)") from None
             if items:
-                yield Chunk(first=first, count=len(items), payload=(name, start, items), done=before + path.stat().st_size)
+                yield Chunk(
+                    first=first, count=len(items), payload=(name, start, items), done=before + path.stat().st_size
+                )
                 first += len(items)
         before += path.stat().st_size

@@ -24,7 +24,8 @@ from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, Sk
 from jp_train.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
 
 HOPELESS = 1000
-"""When this many entries come first and none becomes a sample, the import stops: it is a wrong option, not a thousand bad entries."""
+"""When this many entries come first and none becomes a sample, the import stops: it is a wrong option, not a
+thousand bad entries."""
 
 _FEW = 8
 """Fewer chunks than this are done without starting processes, which takes seconds."""
@@ -34,7 +35,8 @@ _AHEAD = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSettings:
-    """Where an import writes and how. `shard_mib` in MiB; `text_out` is a folder for dialogues without a picture, or None."""
+    """Where an import writes and how. `shard_mib` in MiB; `text_out` is a folder for dialogues without a picture, or
+    None."""
 
     out: Path
     text_out: Path | None = None
@@ -47,8 +49,8 @@ class ImportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportProgress:
-    """What a progress callback gets after each chunk: place in the listing (units of its total), entries, skipped entries and shards so far;
-    `resumed` is the place in the listing where this process began to work."""
+    """What a progress callback gets after each chunk: place in the listing (units of its total), entries, skipped
+    entries and shards so far; `resumed` is the place in the listing where this process began to work."""
 
     done: int
     total: int
@@ -65,14 +67,16 @@ def import_source(
     *,
     say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Write every entry of `reader` into shards under `settings.out`, or go on with an import that was interrupted there.
+    """Write every entry of `reader` into shards under `settings.out`, or go on with an import that was interrupted
+    there.
 
-    `say` gets remarks for a person: how the source was understood, and what the import goes on from. Returns the complete manifest.
+    `say` gets remarks for a person: how the source was understood, and what the import goes on from. Returns the
+    complete manifest.
 
     Raises:
         ConfigError: for a source that is not the reader's layout, or a folder that holds another import.
-        DataError: for I/O errors, a damaged listing, or a source without a usable entry. Shards written so far stay; the same command
-            goes on from them.
+        DataError: for I/O errors, a damaged listing, or a source without a usable entry. Shards written so far stay;
+            the same command goes on from them.
     """
     listing = checked_listing(reader, settings)
     for remark in listing.remarks:
@@ -96,7 +100,10 @@ def import_source(
             return manifest
         manifest.store(settings.out)
         rules = SampleRules(
-            reader=reader, decode=settings.decode, max_image_pixels=settings.max_image_pixels, keep_text_only=settings.text_out is not None
+            reader=reader,
+            decode=settings.decode,
+            max_image_pixels=settings.max_image_pixels,
+            keep_text_only=settings.text_out is not None,
         )
         start = min(one.end for one in manifest.outputs.values())
         chunks = (chunk for chunk in listing.chunks() if chunk.first + chunk.count > start)
@@ -121,17 +128,25 @@ def import_source(
 
 
 def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
-    """The listing of a source, once the settings are known to make sense for it. Raises ConfigError, DataError as `import_source` does."""
-    if not 0 < settings.shard_mib < math.inf or min(settings.processes, settings.shard_samples, settings.max_image_pixels) < 1:
+    """The listing of a source, once the settings are known to make sense for it. Raises ConfigError, DataError as
+    `import_source` does."""
+    if (
+        not 0 < settings.shard_mib < math.inf
+        or min(settings.processes, settings.shard_samples, settings.max_image_pixels) < 1
+    ):
         raise ConfigError("--processes, --shard-size, --shard-samples and --max-image-pixels must be positive")
     if settings.text_out is not None and settings.text_out.resolve() == settings.out.resolve():
-        raise ConfigError(f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own")
+        raise ConfigError(
+            f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own"
+        )
     for folder in (settings.out, settings.text_out):
         if folder is not None:
             refuse_own_output(reader.source, folder)
     listing = reader.listing()
     if reader.images is not None and not reader.images.is_dir():
-        raise ConfigError(f"--images {reader.images} is no folder; name the folder that the paths of the pictures start in")
+        raise ConfigError(
+            f"--images {reader.images} is no folder; name the folder that the paths of the pictures start in"
+        )
     return listing
 
 

@@ -20,7 +20,8 @@ MAIN, TEXT = "shards", "text"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """What became of an entry: a sample for `output`, as tar members, or `reason` and `message` of why it is skipped."""
+    """What became of an entry: a sample for `output`, as tar members, or `reason` and `message` of why it is
+    skipped."""
 
     number: int
     name: str
@@ -33,8 +34,8 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRules:
-    """How entries become samples: the reader, whether pictures are decoded whole, the pixels they may have, and whether dialogues without a
-    picture have an output."""
+    """How entries become samples: the reader, whether pictures are decoded whole, the pixels they may have, and
+    whether dialogues without a picture have an output."""
 
     reader: Reader
     decode: bool
@@ -58,10 +59,15 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
         converted = False
         if entry.text_only:
             if not rules.keep_text_only:
-                raise Skip("text_only", "the dialogue has no picture; --text-out FOLDER writes such dialogues into shards of their own")
+                raise Skip(
+                    "text_only",
+                    "the dialogue has no picture; --text-out FOLDER writes such dialogues into shards of their own",
+                )
             kind = Kind.TEXT
         elif kind is not Kind.TEXT:
-            extension, data, converted = shard_image(_picture(entry, reader.images), rules.max_image_pixels, decode=rules.decode)
+            extension, data, converted = shard_image(
+                _picture(entry, reader.images), rules.max_image_pixels, decode=rules.decode
+            )
             fields[extension] = data
         key = sample_key(entry)
         fields["json"] = _json(entry)
@@ -84,7 +90,13 @@ def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: s
     try:
         for extension, data in fields.items():
             check_field_size(extension, len(data))
-        parse_sample(RawSample(info=SourceInfo(source="", shard="", key=key), fields=light), kind, source, image_slots=1, codebook_size=1)
+        parse_sample(
+            RawSample(info=SourceInfo(source="", shard="", key=key), fields=light),
+            kind,
+            source,
+            image_slots=1,
+            codebook_size=1,
+        )
     except SkipSample as error:
         raise Skip(error.fault, str(error)) from None
 

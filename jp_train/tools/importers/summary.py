@@ -84,10 +84,16 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
             [
                 ("folder", "kind", "samples", "shards", "MiB"),
                 *(
-                    (one["folder"], one["kind"], f"{one['samples']:,}", f"{one['shards']:,}", f"{one['bytes'] / 2**20:,.1f}")
+                    (
+                        one["folder"],
+                        one["kind"],
+                        f"{one['samples']:,}",
+                        f"{one['shards']:,}",
+                        f"{one['bytes'] / 2**20:,.1f}",
+                    )
                     for one in summary["sources"]
                 ),
-            ],
+            ]
         ),
     ]
     if lost:
@@ -95,7 +101,11 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
         lines += skipped_lines(summary["skipped"], examples)
     lines += ["", "for the recipe:", summary["recipe"], "", "next, with a configuration that names this recipe:"]
     return "\n".join(
-        [*lines, "  jp-train data index CONFIG     token counts beside the shards", "  jp-train data verify CONFIG    every sample, once"]
+        [
+            *lines,
+            "  jp-train data index CONFIG     token counts beside the shards",
+            "  jp-train data verify CONFIG    every sample, once",
+        ]
     )
 
 
@@ -122,11 +132,14 @@ def skipped_examples(path: Path) -> dict[str, list[str]]:
 
 
 def recipe_lines(sources: Sequence[dict[str, Any]]) -> list[str]:
-    """`data:` of a recipe with the given sources (`name`, `spec` as absolute shards, `kind`, perhaps `class_prompt`), ready to paste."""
+    """`data:` of a recipe with the given sources (`name`, `spec` as absolute shards, `kind`, perhaps
+    `class_prompt`), ready to paste."""
     lines = ["data:", "  sources:"]
     for one in sources:
         more = f", class_prompt: {one['class_prompt']}" if "class_prompt" in one else ""
-        lines.append(f'    {quoted(one["name"])}: {{kind: {one["kind"]}, shards: {json.dumps(one["spec"])}{more}, license: ""}}')
+        lines.append(
+            f'    {quoted(one["name"])}: {{kind: {one["kind"]}, shards: {json.dumps(one["spec"])}{more}, license: ""}}'
+        )
     return lines
 
 
@@ -140,7 +153,9 @@ def shard_spec(output: OutputState) -> str:
 def quoted(text: str) -> str:
     """Text as a YAML scalar."""
     return (
-        text if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS else json.dumps(text, ensure_ascii=False)
+        text
+        if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
+        else json.dumps(text, ensure_ascii=False)
     )
 
 

@@ -1,7 +1,9 @@
 """An existing WebDataset: every shard validated and its members indexed, in place where it can be.
 
-Plain tars (local or http) stay where they are. Compressed ones, and those that a command writes (`pipe:`), are copied into OUT as plain
-shards, byte for byte after decompression: the loader reads byte ranges. A command is run without a shell, and only when it is allowed.
+Plain tars (local or http) stay where they are. Compressed ones, and those that a command writes (`pipe:`), are copied
+into OUT as plain
+shards, byte for byte after decompression: the loader reads byte ranges. A command is run without a shell, and only when
+it is allowed.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TarSource:
-    """The tars that SOURCE names: paths, URLs or `pipe:` commands; `copies` says that they have to be written again as plain shards; `spec` names them in a recipe where they stay."""
+    """The tars that SOURCE names: paths, URLs or `pipe:` commands; `copies` says that they have to be written again
+    as plain shards; `spec` names them in a recipe where they stay."""
 
     names: tuple[str, ...]
     copies: bool
@@ -63,7 +66,8 @@ class TarSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedTar:
-    """What one tar holds: its size, entries (samples and stray files), the bad ones of them as (key, reason, message), and the copy where one was written."""
+    """What one tar holds: its size, entries (samples and stray files), the bad ones of them as (key, reason,
+    message), and the copy where one was written."""
 
     size: int
     entries: int
@@ -72,7 +76,8 @@ class CheckedTar:
 
 
 def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
-    """The tars of a SOURCE: shards as a recipe names them, a folder (of `*.tar`, or of compressed tars), or `pipe:COMMAND` with braces.
+    """The tars of a SOURCE: shards as a recipe names them, a folder (of `*.tar`, or of compressed tars), or
+    `pipe:COMMAND` with braces.
 
     Raises:
         ConfigError: for a `pipe:` that is not allowed or needs a shell, zstd, or nothing by that name.
@@ -91,7 +96,11 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
             command_words(part)
         return TarSource(names=tuple(parts), copies=True, spec=source, identity={part: "command" for part in parts})
     folder = Path(os.path.expanduser(source))
-    names = sorted(str(path.absolute()) for path in folder.iterdir() if path.name.endswith(_COMPRESSED_NAMES)) if folder.is_dir() else []
+    names = (
+        sorted(str(path.absolute()) for path in folder.iterdir() if path.name.endswith(_COMPRESSED_NAMES))
+        if folder.is_dir()
+        else []
+    )
     plain = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if names and plain:
         raise ConfigError(
@@ -111,7 +120,9 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
         )
     copies = kinds[""] < len(names)
     identity = {  # only copies are resumed by it: tars that stay are not worth reading twice
-        shard.path: file_identity(Path(shard.path)) if copies and not is_url(shard.path) else f"{shard.size:,} bytes, {shard.stamp}"
+        shard.path: file_identity(Path(shard.path))
+        if copies and not is_url(shard.path)
+        else f"{shard.size:,} bytes, {shard.stamp}"
         for shard in shards
     }
     spec = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
@@ -158,7 +169,9 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
-        raise DataError(f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes") from error
+        raise DataError(
+            f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.closing(ShardReader()) as reader:
@@ -174,8 +187,13 @@ def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers 
     for number, key in enumerate(members.keys):
         try:
             raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", pictures=False)
-            # Stored ids stand for a picture here: how many there must be is the model's business, and the run checks it.
-            check_sample(key, {"png" if extension == VQ_EXTENSION else extension: data for extension, data in raw.fields.items()}, kind)
+            # Stored ids stand for a picture here: how many there must be is the model's business, and the run checks
+            # it.
+            check_sample(
+                key,
+                {"png" if extension == VQ_EXTENSION else extension: data for extension, data in raw.fields.items()},
+                kind,
+            )
         except SkipSample as skip:
             bad.append((key, skip.fault, str(skip)))
     return CheckedTar(size=shard.size, entries=len(members.keys) + len(members.ignored), bad=tuple(bad))
@@ -258,7 +276,9 @@ def _copy(name: str, stream: BinaryIO, path: Path) -> str:
             try:
                 block = plain.read(_BLOCK)
             except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-                raise DataError(f"{name}: the {kind or 'tar'} stream is truncated or corrupt: {error}; download it again") from None
+                raise DataError(
+                    f"{name}: the {kind or 'tar'} stream is truncated or corrupt: {error}; download it again"
+                ) from None
             if not block:
                 break
             file.write(block)

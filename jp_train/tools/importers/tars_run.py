@@ -1,6 +1,7 @@
 """Import of an existing WebDataset: its tars in parallel processes, recorded in order.
 
-A kill loses at most the copies that are unfinished. Tars that stay in place are read again by every run; their members sidecars make it quick.
+A kill loses at most the copies that are unfinished. Tars that stay in place are read again by every run; their members
+sidecars make it quick.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from pathlib import Path
 from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
 from jp_train.data.writer import WrittenShard
 from jp_train.errors import ConfigError, DataError
-from jp_train.tools.importers.manifest import NAME, SKIPPED, Manifest, OutputState, SkipLog, load_manifest, locked, resume_or_start
+from jp_train.tools.importers.manifest import (
+    NAME,
+    SKIPPED,
+    Manifest,
+    OutputState,
+    SkipLog,
+    load_manifest,
+    locked,
+    resume_or_start,
+)
 from jp_train.tools.importers.run import ImportProgress
 from jp_train.tools.importers.samples import MAIN
 from jp_train.tools.importers.tars import CheckedTar, TarSource, check_tar, copy_tar
@@ -23,12 +33,17 @@ from jp_train.types import Kind
 
 
 def import_tars(
-    source: str, found: TarSource, out: Path, kind: Kind, processes: int, progress: Callable[[ImportProgress], None] | None = None
+    source: str,
+    found: TarSource,
+    out: Path,
+    kind: Kind,
+    processes: int,
+    progress: Callable[[ImportProgress], None] | None = None,
 ) -> Manifest:
     """Validate (and where `found.copies` says so, copy into `out`) every tar; returns the complete manifest.
 
-    Its shards are the copies, or the tars where they lie (names absolute, SHA-256 empty). Bad samples are named in `skipped.jsonl`; they stay in their tars, and the
-    index leaves them out.
+    Its shards are the copies, or the tars where they lie (names absolute, SHA-256 empty). Bad samples are named in
+    `skipped.jsonl`; they stay in their tars, and the index leaves them out.
 
     Raises:
         ConfigError: when `out` holds another import.
@@ -55,7 +70,9 @@ def import_tars(
                     manifest.count_skip(reason)
                 log.sync(number + 1)
                 manifest.counts["entries"] += checked.entries
-                state.shards.append(checked.written or WrittenShard(name=name, size=checked.size, samples=checked.entries, sha256=""))
+                state.shards.append(
+                    checked.written or WrittenShard(name=name, size=checked.size, samples=checked.entries, sha256="")
+                )
                 state.end = number + 1
                 if found.copies:
                     manifest.store(out)
@@ -71,20 +88,28 @@ def import_tars(
                         )
                     )
         if usable_samples(manifest) <= 0:
-            raise DataError(f"{source} has no usable {kind.value} sample: {out / SKIPPED} says why for each; is --kind right?")
+            raise DataError(
+                f"{source} has no usable {kind.value} sample: {out / SKIPPED} says why for each; is --kind right?"
+            )
         manifest.complete = True
         manifest.store(out)
     return manifest
 
 
 def _resumed(new: Manifest, found: TarSource, out: Path) -> Manifest:
-    """The manifest to go on from. Tars that are not copied yet may have changed: a damaged one has to be mended to go on.
+    """The manifest to go on from. Tars that are not copied yet may have changed: a damaged one has to be mended to go
+    on.
 
-    Tars that stay in place are checked anew; only the reports of the same tars, and of no other import, are written over.
+    Tars that stay in place are checked anew; only the reports of the same tars, and of no other import, are written
+    over.
     """
     before = load_manifest(out)
     if not found.copies:
-        if before is not None and (before.format, before.source, before.options.get("copies")) != (new.format, new.source, False):
+        if before is not None and (before.format, before.source, before.options.get("copies")) != (
+            new.format,
+            new.source,
+            False,
+        ):
             raise ConfigError(
                 f"{out} holds an import of something else ({before.format} {before.source}): its {NAME} and {SKIPPED} would be lost; choose "
                 "another folder"
@@ -92,7 +117,10 @@ def _resumed(new: Manifest, found: TarSource, out: Path) -> Manifest:
         return new
     if before is not None and MAIN in before.outputs:
         pending = found.names[before.outputs[MAIN].end :]
-        now, new.identity = new.identity, new.identity | {name: before.identity[name] for name in pending if name in before.identity}
+        now, new.identity = (
+            new.identity,
+            new.identity | {name: before.identity[name] for name in pending if name in before.identity},
+        )
         manifest = resume_or_start(out, new)
         manifest.identity = now
         return manifest
@@ -112,7 +140,9 @@ def _work(found: TarSource, out: Path, kind: Kind, start: int, processes: int) -
         return
     others = set(multiprocessing.active_children())
     with signals_deferred():
-        pool = ProcessPoolExecutor(min(processes, len(numbers)), mp_context=worker_context(), initializer=end_with_trainer)
+        pool = ProcessPoolExecutor(
+            min(processes, len(numbers)), mp_context=worker_context(), initializer=end_with_trainer
+        )
         futures = [pool.submit(_run, number, found, out, kind) for number in numbers]
     workers = set(multiprocessing.active_children()) - others
     try:
@@ -120,7 +150,9 @@ def _work(found: TarSource, out: Path, kind: Kind, start: int, processes: int) -
             try:
                 yield number, future.result()
             except BrokenProcessPool as error:
-                raise DataError(f"an import process died near {found.names[number]} (out of memory?); try fewer --processes") from error
+                raise DataError(
+                    f"an import process died near {found.names[number]} (out of memory?); try fewer --processes"
+                ) from error
     except (KeyboardInterrupt, GeneratorExit):  # a person does not wait for gigabytes that are thrown away
         for worker in workers:
             worker.kill()

@@ -25,12 +25,14 @@ def inspect_page(
     base_style: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """The page. `title` and `about` head it; `sources` maps every source of the configuration, in order, to its kind; `base_style` is the
-    style sheet that the page's own is added to; `notes` are shown above the rows."""
+    """The page. `title` and `about` head it; `sources` maps every source of the configuration, in order, to its
+    kind; `base_style` is the style sheet that the page's own is added to; `notes` are shown above the rows."""
     names = list(sources)
     total = totals([row.described for row in rows])
     now = datetime.now().astimezone()
-    nav = '<a href="#summary">Summary</a>' + "".join(f'<a href="#r{row.described["row"]}">Row {row.described["row"]}</a>' for row in rows)
+    nav = '<a href="#summary">Summary</a>' + "".join(
+        f'<a href="#r{row.described["row"]}">Row {row.described["row"]}</a>' for row in rows
+    )
     sections = "".join(row_section(row, names, tokenizer, opened=place < OPEN_ROWS) for place, row in enumerate(rows))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -58,7 +60,11 @@ def _tiles(total: dict[str, Any]) -> str:
             "texts cut / tokens truncated / documents skipped",
         ),
     ]
-    return '<div class="tiles">' + "".join(f'<div class="tile">{value}<span>{name}</span></div>' for value, name in tiles) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile">{value}<span>{name}</span></div>' for value, name in tiles)
+        + "</div>"
+    )
 
 
 def _kinds(total: dict[str, Any]) -> str:
@@ -69,7 +75,10 @@ def _kinds(total: dict[str, Any]) -> str:
             f'<tr><th scope="row">{esc(kind)}</th><td class="num">{own["documents"]:,}</td><td class="num">{own["tokens"]:,}</td>'
             f'<td class="num">{share:.1%}</td><td class="num">{own["text"]:,}</td><td class="num">{own["image"]:,}</td></tr>'
         )
-    heads = "".join(f'<th class="num" scope="col">{name}</th>' for name in ("documents", "tokens", "share", "text head", "image head"))
+    heads = "".join(
+        f'<th class="num" scope="col">{name}</th>'
+        for name in ("documents", "tokens", "share", "text head", "image head")
+    )
     return f'<table><thead><tr><th scope="col">kind</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 

@@ -26,7 +26,8 @@ _TINY = 96
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectedRow:
-    """A described row (format of `explain`), its tokens int64 [T] (`input_ids`, `position_ids`, `labels`), and pictures by document number.
+    """A described row (format of `explain`), its tokens int64 [T] (`input_ids`, `position_ids`, `labels`), and pictures
+    by document number.
 
     `vq_ids`: by document number, the image head's targets, where they are known.
     """
@@ -80,7 +81,7 @@ def _skipped(skip: dict[str, Any]) -> str:
     )
 
 
-# -- the bar -----------------------------------------------------------------------------------------------------------------------------
+# -- the bar ---------------------------------------------------------------------------------------
 
 
 def _lanes(row: InspectedRow, sources: Sequence[str]) -> str:
@@ -88,23 +89,42 @@ def _lanes(row: InspectedRow, sources: Sequence[str]) -> str:
     seq_len, number, documents = described["seq_len"], described["row"], described["documents"]
     bar = "".join(_segment(document, place, number, seq_len, sources) for place, document in enumerate(documents))
     slots = [span for document in documents for own in document["image_slots"].values() for span in own]
-    heads = {head: [span for document in documents for span in document["loss"][head]["spans"]] for head in ("text", "image")}
+    heads = {
+        head: [span for document in documents for span in document["loss"][head]["spans"]] for head in ("text", "image")
+    }
     starts = np.flatnonzero(row.position_ids == 0).tolist()
     lanes = [
         ("documents", f'<div class="bar">{bar}</div>'),
         (
             "position",
-            _svg("position", _sawtooth(row.position_ids, starts, seq_len), seq_len, f"position ids restart at {_some(starts)}", 20),
+            _svg(
+                "position",
+                _sawtooth(row.position_ids, starts, seq_len),
+                seq_len,
+                f"position ids restart at {_some(starts)}",
+                20,
+            ),
         ),
-        ("image slots", _svg("slots-lane", _rectangles(slots), seq_len, f"{sum(b - a for a, b in slots):,} image slots")),
+        (
+            "image slots",
+            _svg("slots-lane", _rectangles(slots), seq_len, f"{sum(b - a for a, b in slots):,} image slots"),
+        ),
         (
             "text head",
-            _svg("text-lane", _rectangles(heads["text"]), seq_len, f"{described['supervised']['text']:,} positions train the text head"),
+            _svg(
+                "text-lane",
+                _rectangles(heads["text"]),
+                seq_len,
+                f"{described['supervised']['text']:,} positions train the text head",
+            ),
         ),
         (
             "image head",
             _svg(
-                "image-lane", _rectangles(heads["image"]), seq_len, f"{described['supervised']['image']:,} positions train the image head"
+                "image-lane",
+                _rectangles(heads["image"]),
+                seq_len,
+                f"{described['supervised']['image']:,} positions train the image head",
             ),
         ),
         ("", _axis(seq_len)),
@@ -133,7 +153,8 @@ def _rectangles(spans: Sequence[Sequence[int]]) -> str:
 
 
 def _sawtooth(positions: np.ndarray, starts: Sequence[int], seq_len: int) -> str:
-    """Position ids from 0 (bottom, 19) to the longest run (top, 1); they count by one, so each run is a straight line."""
+    """Position ids from 0 (bottom, 19) to the longest run (top, 1); they count by one, so each run is a straight
+    line."""
     if not len(positions):
         return ""
     highest = max(int(positions.max()), 1)
@@ -161,7 +182,7 @@ def _some(numbers: Sequence[int]) -> str:
     return shown + (f" and {len(numbers) - 12} more" if len(numbers) > 12 else "")
 
 
-# -- a document --------------------------------------------------------------------------------------------------------------------------
+# -- a document ------------------------------------------------------------------------------------
 
 
 def _document(row: InspectedRow, place: int, sources: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -199,10 +220,12 @@ def _figure(picture: ShownPicture) -> str:
 
 
 def token_html(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer, *, offset: int, image_head: bool) -> str:
-    """The tokens of one document as HTML: marked where the text head is trained to produce them, ids in the `title` of each piece.
+    """The tokens of one document as HTML: marked where the text head is trained to produce them, ids in the `title` of
+    each piece.
 
-    `labels` int64 [T]: position i's label is token i + 1, so token i is marked when labels[i - 1] is set. `offset`: of the document in the
-    row. A label at the last position (of a cut text) is shown as the token it stands for, which is not part of this row.
+    `labels` int64 [T]: position i's label is token i + 1, so token i is marked when labels[i - 1] is set. `offset`: of
+    the document in the row. A label at the last position (of a cut text) is shown as the token it stands for, which is
+    not part of this row.
     """
     targets = np.concatenate([[False], labels[:-1] != IGNORE_INDEX])
     out = []
@@ -224,7 +247,8 @@ def token_html(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer, *, off
 
 
 def _groups(found: Sequence[Piece]) -> list[list[Piece]]:
-    """One piece a group, but neighbouring special tokens that are the same (dropped-out conditions are rows of pads) together."""
+    """One piece a group, but neighbouring special tokens that are the same (dropped-out conditions are rows of pads)
+    together."""
     groups: list[list[Piece]] = []
     for piece in found:
         if groups and piece.shown is Shown.special is groups[-1][0].shown and piece.text == groups[-1][0].text:

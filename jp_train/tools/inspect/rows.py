@@ -1,7 +1,8 @@
-"""`jp-train data inspect`: packed rows of a step as one HTML page, with their pictures decoded where a VQ tokenizer is at hand.
+"""`jp-train data inspect`: packed rows of a step as one HTML page, with their pictures decoded where a VQ tokenizer is
+at hand.
 
-The page's writer (`tools/inspect/page.py`) knows nothing of models; here its rows are rebuilt, the VQ's weights found, and the report's
-style put underneath, so that both pages look alike.
+The page's writer (`tools/inspect/page.py`) knows nothing of models; here its rows are rebuilt, the VQ's weights found,
+and the report's style put underneath, so that both pages look alike.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from jp_train.types import EncodedDocument, Row, RowSpec
 
 @dataclass(frozen=True, slots=True)
 class PageSummary:
-    """What was written: where, its size in bytes, rows, pictures, and where the VQ's weights came from (None: ids are not decoded)."""
+    """What was written: where, its size in bytes, rows, pictures, and where the VQ's weights came from (None: ids
+    are not decoded)."""
 
     path: str
     bytes: int
@@ -40,11 +42,13 @@ class PageSummary:
     vq: str | None
 
 
-def inspect_rows(replay: Replay, step: int, *, rows: int, out: Path, model: Path | None = None, where: str = "") -> PageSummary:
+def inspect_rows(
+    replay: Replay, step: int, *, rows: int, out: Path, model: Path | None = None, where: str = ""
+) -> PageSummary:
     """Write the page of the first `rows` rows of an optimizer step (numbers as in metrics.jsonl) to `out`.
 
-    `model`: a model, exported or released, whose VQ decodes the ids; None: what the configuration starts from, if it names weights and they
-    are there. `where` names the configuration or run on the page.
+    `model`: a model, exported or released, whose VQ decodes the ids; None: what the configuration starts from, if it
+    names weights and they are there. `where` names the configuration or run on the page.
 
     Raises:
         ConfigError: for a step, or a number of rows, that does not exist, or an `out` that is not .html.
@@ -108,7 +112,8 @@ def _inspected(micro: MicroBatch, replay: Replay, vq: VQTokenizer | None) -> lis
 
 
 def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndarray]:
-    """The pictures of a row's documents that training takes from stored VQ ids, by document number, where the shards hold them."""
+    """The pictures of a row's documents that training takes from stored VQ ids, by document number, where the shards
+    hold them."""
     stored = [place for place, document in enumerate(row.documents) if document.vq_ids is not None]
     if not stored:
         return {}
@@ -117,8 +122,11 @@ def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndar
     return {place: image for place in stored if (image := by_place.get(row.provenance[place])) is not None}
 
 
-def _pictures(document: EncodedDocument, read: np.ndarray | None, vq: VQTokenizer | None) -> tuple[list[ShownPicture], np.ndarray | None]:
-    """What a document shows, and its VQ ids where they are stored or can be computed. `read`: the picture that stored ids stand for."""
+def _pictures(
+    document: EncodedDocument, read: np.ndarray | None, vq: VQTokenizer | None
+) -> tuple[list[ShownPicture], np.ndarray | None]:
+    """What a document shows, and its VQ ids where they are stored or can be computed. `read`: the picture that
+    stored ids stand for."""
     if document.und_image is not None:
         return [ShownPicture(pixels=document.und_image, title="as the vision encoder sees it")], None
     if not len(document.gen_slots):
@@ -133,7 +141,11 @@ def _pictures(document: EncodedDocument, read: np.ndarray | None, vq: VQTokenize
         shown.append(ShownPicture(pixels=read, title="the picture to generate; training takes its stored VQ ids"))
     if vq is not None and ids is not None:
         decoded = vq.decode(torch.from_numpy(np.array(ids, np.int64)[None]))[0].numpy()
-        what = "through the VQ and back: what its ids can hold" if document.gen_image is not None else "decoded from the stored VQ ids"
+        what = (
+            "through the VQ and back: what its ids can hold"
+            if document.gen_image is not None
+            else "decoded from the stored VQ ids"
+        )
         shown.append(ShownPicture(pixels=decoded, title=what))
     return shown, None if ids is None else np.asarray(ids, np.int64)
 

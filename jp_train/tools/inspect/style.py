@@ -1,8 +1,10 @@
-"""What the page of packed rows adds to the report's style sheet, whose colours and cards it shares: sources, loss masks, bars and tokens."""
+"""What the page of packed rows adds to the report's style sheet, whose colours and cards it shares: sources, loss
+masks, bars and tokens."""
 
 from __future__ import annotations
 
-# One hue a source, as light page / dark page; neighbours differ in lightness too, for readers who tell hues apart badly.
+# One hue a source, as light page / dark page; neighbours differ in lightness too, for readers who tell hues apart
+# badly.
 PALETTE = (
     ("#b9d3ee", "#2f5d8c"),
     ("#f6cf9d", "#8a5a1c"),

@@ -1,7 +1,8 @@
 """Draws panels: lines over steps with direct labels, as PNG bytes for the page and as sheets `curves_*.png` beside it.
 
-What goes into which panel is decided in `panels.py`; here is only how it looks. matplotlib is imported on use, with its Agg canvas and no
-global state (no pyplot, no rcParams left changed). Colours are those of Okabe and Ito (colour universal design, 2008), lighter for dark pages.
+What goes into which panel is decided in `panels.py`; here is only how it looks. matplotlib is imported on use, with its
+Agg canvas and no global state (no pyplot, no rcParams left changed). Colours are those of Okabe and Ito (colour
+universal design, 2008), lighter for dark pages.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 PANEL_INCHES = (5.0, 3.1)
 DPI = 160
 MAX_POINTS = 700
-"""Longer series are drawn as the band between the least and the greatest value of each of this many bins, half as many."""
+"""Longer series are drawn as the band between the least and the greatest value of each of this many bins, half as
+many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,8 @@ DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One measured curve. `color` numbers the theme's cycle; `window` steps are averaged; `held_out` are rings joined by a dashed line.
+    """One measured curve. `color` numbers the theme's cycle; `window` steps are averaged; `held_out` are rings joined
+    by a dashed line.
 
     `reference`, a constant or None, is the configured value the curve should meet, drawn dashed on top.
     """
@@ -88,7 +91,8 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One small chart. `unit` is written beside the title; `limits` fix the y range (panels that are compared share it)."""
+    """One small chart. `unit` is written beside the title; `limits` fix the y range (panels that are compared share
+    it)."""
 
     title: str
     unit: str
@@ -106,7 +110,9 @@ class Panel:
             points = line.series.finite() if line.series is not None else None
             if points is not None and len(points):
                 ends = [self.format(v) for v in smooth(points, line.window).values[[0, -1]].tolist()]
-                parts.append(f"{line.label} {ends[0]} to {ends[1]} (steps {points.steps[0]} to {points.steps[-1]})".strip())
+                parts.append(
+                    f"{line.label} {ends[0]} to {ends[1]} (steps {points.steps[0]} to {points.steps[-1]})".strip()
+                )
             if line.held_out is not None and len(line.held_out):
                 ends = [self.format(v) for v in line.held_out.values[[0, -1]].tolist()]
                 parts.append(f"held-out {line.label} {ends[0]} to {ends[1]}")
@@ -161,7 +167,9 @@ def to_png(picture: Image) -> bytes:
     from PIL import Image as PILImage
 
     out = io.BytesIO()
-    picture.quantize(colors=192, method=PILImage.Quantize.FASTOCTREE, dither=PILImage.Dither.NONE).save(out, format="png")
+    picture.quantize(colors=192, method=PILImage.Quantize.FASTOCTREE, dither=PILImage.Dither.NONE).save(
+        out, format="png"
+    )
     return out.getvalue()
 
 
@@ -211,7 +219,15 @@ def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.text(
-        0, 1.115, panel.title, transform=axes.transAxes, color=theme.ink, fontsize=10.5, fontweight="bold", va="bottom", parse_math=False
+        0,
+        1.115,
+        panel.title,
+        transform=axes.transAxes,
+        color=theme.ink,
+        fontsize=10.5,
+        fontweight="bold",
+        va="bottom",
+        parse_math=False,
     )
     axes.text(0, 1.085, panel.unit, transform=axes.transAxes, color=theme.muted, fontsize=8, va="top", parse_math=False)
     axes.text(1, -0.115, "step", transform=axes.transAxes, color=theme.muted, fontsize=8, ha="right", va="top")
@@ -282,14 +298,25 @@ def _draw_line(axes: Any, line: Line, panel: Panel, theme: Theme) -> tuple[float
         thin = max(1, len(averaged) // (2 * MAX_POINTS))
         keep = np.unique(np.append(np.arange(0, len(averaged), thin), len(averaged) - 1))
         marker = "o" if len(averaged) < 3 else None
-        axes.plot(averaged.steps[keep], averaged.values[keep], color=color, linewidth=1.7, linestyle=style, marker=marker, markersize=4)
+        axes.plot(
+            averaged.steps[keep],
+            averaged.values[keep],
+            color=color,
+            linewidth=1.7,
+            linestyle=style,
+            marker=marker,
+            markersize=4,
+        )
         end = float(averaged.values[-1])
         text = f"{line.label} {panel.format(end)}".strip()
     if line.held_out is not None and len(line.held_out):
         axes.plot(line.held_out.steps, line.held_out.values, color=color, linewidth=0.9, linestyle=(0, (2, 2)), marker="o", markersize=4.5,
                   markerfacecolor=theme.background, markeredgecolor=color, markeredgewidth=1.3, clip_on=False, zorder=3)  # fmt: skip
         if end is None:
-            end, text = float(line.held_out.values[-1]), f"{line.label} {panel.format(float(line.held_out.values[-1]))}".strip()
+            end, text = (
+                float(line.held_out.values[-1]),
+                f"{line.label} {panel.format(float(line.held_out.values[-1]))}".strip(),
+            )
     if line.reference is not None:
         axes.axhline(line.reference, color=theme.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     return None if end is None else (end, text, color)
@@ -314,9 +341,27 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], theme: Theme) -> None:
         if not first <= mark.step <= last:
             continue
         if mark.kind == "save":
-            axes.plot([mark.step], [0], marker=2, markersize=5, color=theme.muted, transform=across, clip_on=False, linestyle="none")
+            axes.plot(
+                [mark.step],
+                [0],
+                marker=2,
+                markersize=5,
+                color=theme.muted,
+                transform=across,
+                clip_on=False,
+                linestyle="none",
+            )
         elif mark.kind == "spike":
-            axes.plot([mark.step], [1.025], marker="x", markersize=5, color=theme.alert, transform=across, clip_on=False, linestyle="none")
+            axes.plot(
+                [mark.step],
+                [1.025],
+                marker="x",
+                markersize=5,
+                color=theme.alert,
+                transform=across,
+                clip_on=False,
+                linestyle="none",
+            )
         else:
             axes.axvline(mark.step, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)))
             if mark.kind not in named:
@@ -371,7 +416,11 @@ def _data_range(panel: Panel) -> tuple[float, float] | None:
         values: list[float] = []
         if points is not None and len(points):
             averaged = smooth(points, line.window).values
-            edges = np.percentile(points.values, (0.5, 99.5)) if len(points) >= 20 else (points.values.min(), points.values.max())
+            edges = (
+                np.percentile(points.values, (0.5, 99.5))
+                if len(points) >= 20
+                else (points.values.min(), points.values.max())
+            )
             values += [float(averaged.min()), float(averaged.max()), float(edges[0]), float(edges[1])]
         if line.held_out is not None and len(line.held_out):
             values += [float(line.held_out.values.min()), float(line.held_out.values.max())]

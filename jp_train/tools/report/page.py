@@ -1,4 +1,5 @@
-"""Writes the report: `report.html`, one file that loads nothing from anywhere, and the sheets `curves_*.png` beside it."""
+"""Writes the report: `report.html`, one file that loads nothing from anywhere, and the sheets `curves_*.png` beside
+it."""
 
 from __future__ import annotations
 
@@ -35,12 +36,14 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Content security policy of the page: even a caption that got past the escaping could load and run nothing."""
 
 
-def build_report(run_dirs: Sequence[Path], out: Path | None = None, title: str | None = None, *, stages: bool | None = None) -> Path:
+def build_report(
+    run_dirs: Sequence[Path], out: Path | None = None, title: str | None = None, *, stages: bool | None = None
+) -> Path:
     """Write the report of one or several runs and return the path of the HTML file.
 
-    `run_dirs`: run folders, or a folder whose `stage1`, `stage2`, ... are run folders. Several are laid side by side when they are the
-    stages of one training (`stages`; None: when their names say so), else they are overlaid. `out`: an .html file or a folder for
-    `report.html`; None: the run folder itself, or the parent that several share.
+    `run_dirs`: run folders, or a folder whose `stage1`, `stage2`, ... are run folders. Several are laid side by side
+    when they are the stages of one training (`stages`; None: when their names say so), else they are overlaid. `out`:
+    an .html file or a folder for `report.html`; None: the run folder itself, or the parent that several share.
 
     Raises DataError when a folder is no run folder or has no metrics, ConfigError when `out` is needed and missing.
     """
@@ -72,7 +75,9 @@ def _expand(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not (path / "metrics.jsonl").is_file() and path.is_dir():
-            children = [c for c in path.iterdir() if stage_number(c.name) is not None and (c / "metrics.jsonl").is_file()]
+            children = [
+                c for c in path.iterdir() if stage_number(c.name) is not None and (c / "metrics.jsonl").is_file()
+            ]
             if children:
                 found += sorted(children, key=lambda c: stage_number(c.name) or 0)
                 continue
@@ -122,7 +127,9 @@ def _columns(group: PanelGroup, runs: Sequence[RunData], layout: Layout) -> int:
     return min(2, len(group.panels))
 
 
-def _page(runs: Sequence[RunData], groups: Sequence[PanelGroup], drawn: dict[str, str], layout: Layout, title: str) -> str:
+def _page(
+    runs: Sequence[RunData], groups: Sequence[PanelGroup], drawn: dict[str, str], layout: Layout, title: str
+) -> str:
     summaries = [summarize(run) for run in runs]
     sections: list[tuple[str, str, str]] = [
         ("summary", "Summary", f'<div class="card">{summary_table(summaries)}</div>{_reading_notes(runs)}')
@@ -156,14 +163,21 @@ def _tiles(summaries: Sequence[Summary], layout: Layout) -> str:
     fills = [s.fill for s in summaries if s.fill is not None]
     of_last = f" in {esc(last.label)}" if len(summaries) > 1 else ""
     tiles = [
-        (esc(STATE_WORDS.get(last.state, last.state)), f"state{f' of {esc(last.label)}' if len(summaries) > 1 else ''}"),
+        (
+            esc(STATE_WORDS.get(last.state, last.state)),
+            f"state{f' of {esc(last.label)}' if len(summaries) > 1 else ''}",
+        ),
         (f"{steps:,}", f"of {planned:,} steps" if planned else "steps"),
         (large(last.tokens_per_s), f"tokens/s{of_last}"),
         (percent(min(fills), 2) if fills else "–", "least mean packing fill" if len(summaries) > 1 else "packing fill"),
         (large(float(tokens)), "tokens trained on"),
         (duration(sum(seconds)) if seconds else "–", "in training steps"),
     ]
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in tiles) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in tiles)
+        + "</div>"
+    )
 
 
 def _reading_notes(runs: Sequence[RunData]) -> str:
@@ -185,7 +199,9 @@ def _reading_notes(runs: Sequence[RunData]) -> str:
 
 
 def _curves(group: PanelGroup, columns: int, pictures: Sequence[Image]) -> str:
-    figures = "".join(f"<figure>{_picture(panel, picture)}</figure>" for panel, picture in zip(group.panels, pictures, strict=True))
+    figures = "".join(
+        f"<figure>{_picture(panel, picture)}</figure>" for panel, picture in zip(group.panels, pictures, strict=True)
+    )
     wide = " c3" if columns > 2 else ""
     return (
         f'<p class="note">{esc(group.note)} Also as <code>curves_{group.key}.png</code>.</p>'
@@ -232,7 +248,9 @@ def _pictures(runs: Sequence[RunData]) -> tuple[str, str, str]:
     for run in shown:
         figures = "".join(_sample(image) for image in run.samples)
         left_out = _missing("Left out: " + ", ".join(run.samples_left_out)) if run.samples_left_out else ""
-        parts.append((f'<div class="pictures">{figures}</div>' if figures else _missing(run.missing["samples"])) + left_out)
+        parts.append(
+            (f'<div class="pictures">{figures}</div>' if figures else _missing(run.missing["samples"])) + left_out
+        )
     return "samples", "Samples", _each(shown, parts)
 
 
@@ -247,7 +265,9 @@ def _sample(image: SampleImage) -> str:
 
 def _events(runs: Sequence[RunData]) -> tuple[str, str, str]:
     parts = [
-        f'<div class="card">{events_table(run)}</div>' if run.events else _missing(run.missing.get("events", "events.jsonl is empty."))
+        f'<div class="card">{events_table(run)}</div>'
+        if run.events
+        else _missing(run.missing.get("events", "events.jsonl is empty."))
         for run in runs
     ]
     return "events", "Events", _each(runs, parts)

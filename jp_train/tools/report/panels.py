@@ -1,4 +1,5 @@
-"""Decides which panels a report has: by run when runs are compared, by kind within one run, one column a stage for consecutive stages."""
+"""Decides which panels a report has: by run when runs are compared, by kind within one run, one column a stage for
+consecutive stages."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Layout(Enum):
 
 
 def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, ...]:
-    """The sections of the curves, in reading order. A group without any data is left out, an absent kind has no panel."""
+    """The sections of the curves, in reading order. A group without any data is left out, an absent kind has no
+    panel."""
     groups = [
         PanelGroup(
             key="loss",
@@ -70,7 +72,12 @@ def is_sequence_of_stages(runs: Sequence[RunData]) -> bool:
     """Whether the folders are stage1, stage2, ... under one parent: one training, not competitors."""
     names = [run.path.resolve().name for run in runs]
     parents = {run.path.resolve().parent for run in runs}
-    return len(runs) > 1 and len(parents) == 1 and len(set(names)) == len(names) and all(stage_number(n) is not None for n in names)
+    return (
+        len(runs) > 1
+        and len(parents) == 1
+        and len(set(names)) == len(names)
+        and all(stage_number(n) is not None for n in names)
+    )
 
 
 def stage_number(name: str) -> int | None:
@@ -85,7 +92,9 @@ def marks_of(run: RunData) -> tuple[Mark, ...]:
     for event in run.events:
         step = as_int(event.get("step"))
         if step is not None and event["event"] in MARKED_EVENTS:
-            marks.append(Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"])))
+            marks.append(
+                Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"]))
+            )
     ends_early = {m.step for m in marks if m.kind == "stopped early"}
     marks = [m for m in marks if not (m.kind == "stop" and (m.step in ends_early or m.step >= run.last_step))]
     if sum(m.kind == "save" for m in marks) > 40:
@@ -115,7 +124,9 @@ def _title(run: RunData, title: str, runs: Sequence[RunData]) -> str:
     return f"{run.label} · {title}" if len(runs) > 1 else title.capitalize()
 
 
-def _per_run(runs: Sequence[RunData], make: Callable[[RunData, Sequence[RunData]], Panel], *, share: bool) -> tuple[Panel, ...]:
+def _per_run(
+    runs: Sequence[RunData], make: Callable[[RunData, Sequence[RunData]], Panel], *, share: bool
+) -> tuple[Panel, ...]:
     panels = [make(run, runs) for run in runs]
     if not any(panel.lines for panel in panels):
         return ()
@@ -132,7 +143,9 @@ def _loss(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
     if layout is Layout.stages and len(runs) > 1:
 
         def of_stage(run: RunData, among: Sequence[RunData]) -> Panel:
-            lines = [_line(run, f"loss/{kind}", kind, i, held_out=held_out(run, kind)) for i, kind in enumerate(KIND_NAMES)]
+            lines = [
+                _line(run, f"loss/{kind}", kind, i, held_out=held_out(run, kind)) for i, kind in enumerate(KIND_NAMES)
+            ]
             return Panel(title=_title(run, "loss", among), unit=unit, lines=_present(lines), marks=marks_of(run))
 
         return _per_run(runs, of_stage, share=True)
@@ -156,7 +169,12 @@ def _source_panel(run: RunData, runs: Sequence[RunData]) -> Panel:
     lines = [_line(run, prefix + name, name, everywhere.index(name)) for name in names[:MAX_SOURCES]]
     quiet = tuple(replace(line, held_out=None) for line in _present(lines))
     more = f", {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
-    return Panel(title=_title(run, "loss by source", runs), unit=f"nats a supervised token{more}", lines=quiet, marks=marks_of(run))
+    return Panel(
+        title=_title(run, "loss by source", runs),
+        unit=f"nats a supervised token{more}",
+        lines=quiet,
+        marks=marks_of(run),
+    )
 
 
 def _mixture(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
@@ -168,14 +186,21 @@ def _mixture(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
         def of_run(run: RunData, among: Sequence[RunData]) -> Panel:
             shares = configured_shares(run)
             lines = [
-                _line(run, f"mixture/{kind}", kind, i, reference=shares[i]) for i, kind in enumerate(KIND_NAMES) if _takes_part(run, kind)
+                _line(run, f"mixture/{kind}", kind, i, reference=shares[i])
+                for i, kind in enumerate(KIND_NAMES)
+                if _takes_part(run, kind)
             ]
-            return Panel(title=_title(run, "realised mixture", among), unit=unit(run), lines=_present(lines), percent=True)
+            return Panel(
+                title=_title(run, "realised mixture", among), unit=unit(run), lines=_present(lines), percent=True
+            )
 
         return _per_run(runs, of_run, share=True)
     panels = []
     for i, kind in enumerate(KIND_NAMES):
-        lines = [_line(run, f"mixture/{kind}", run.label, j, reference=configured_shares(run)[i]) for j, run in enumerate(runs)]
+        lines = [
+            _line(run, f"mixture/{kind}", run.label, j, reference=configured_shares(run)[i])
+            for j, run in enumerate(runs)
+        ]
         if not any(_takes_part(run, kind) for run in runs):
             continue
         panels.append(Panel(title=f"Share of {kind}", unit=unit(runs[0]), lines=_present(lines), percent=True))
@@ -185,7 +210,9 @@ def _mixture(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
 def _takes_part(run: RunData, kind: str) -> bool:
     """Whether the kind was asked for or seen: a kind at 0 from the first to the last step has no line."""
     series = run.series.get(f"mixture/{kind}")
-    return bool(configured_shares(run)[KIND_NAMES.index(kind)]) or (series is not None and bool((series.finite().values > 0).any()))
+    return bool(configured_shares(run)[KIND_NAMES.index(kind)]) or (
+        series is not None and bool((series.finite().values > 0).any())
+    )
 
 
 def _simple(
@@ -248,14 +275,21 @@ def _wait_share(run: RunData) -> Series | None:
     if step is None or wait is None:
         return None
     waits = dict(zip(wait.steps.tolist(), wait.values.tolist(), strict=True))
-    points = [(s, waits[s] / t) for s, t in zip(step.steps.tolist(), step.values.tolist(), strict=True) if s in waits and t > 0]
+    points = [
+        (s, waits[s] / t)
+        for s, t in zip(step.steps.tolist(), step.values.tolist(), strict=True)
+        if s in waits and t > 0
+    ]
     return _without_first(_series(points)) if points else None
 
 
 def _series(points: Sequence[tuple[int, float]]) -> Series:
     import numpy as np
 
-    return Series(steps=np.array([p[0] for p in points], dtype=np.int64), values=np.array([p[1] for p in points], dtype=np.float64))
+    return Series(
+        steps=np.array([p[0] for p in points], dtype=np.int64),
+        values=np.array([p[1] for p in points], dtype=np.float64),
+    )
 
 
 def _clip(run: RunData) -> tuple[str, float] | None:

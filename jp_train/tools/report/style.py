@@ -1,4 +1,5 @@
-"""The page's style sheet: system fonts, light and dark by the reader's setting, one column on a phone. Card colours match `curves.py`."""
+"""The page's style sheet: system fonts, light and dark by the reader's setting, one column on a phone. Card colours
+match `curves.py`."""
 
 from __future__ import annotations
 

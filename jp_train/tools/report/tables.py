@@ -66,7 +66,11 @@ def duration(seconds: float | None) -> str:
 
 def summary_table(summaries: Sequence[Summary]) -> str:
     """One column a run or stage, one line a figure."""
-    loss_names = [n for n in ("understanding", "text", "generation", "total") if any(c.name == n for s in summaries for c in s.losses)]
+    loss_names = [
+        n
+        for n in ("understanding", "text", "generation", "total")
+        if any(c.name == n for s in summaries for c in s.losses)
+    ]
     rows: list[tuple[str, list[str]]] = [
         ("State", [_state(s) for s in summaries]),
         ("Stage, model", [f"{esc(s.stage)}<small>{esc(s.model)}</small>" for s in summaries]),
@@ -84,10 +88,15 @@ def summary_table(summaries: Sequence[Summary]) -> str:
         ("Skipped samples", [count(s.skipped) for s in summaries]),
         ("Incidents", [_incidents(s) for s in summaries]),
         ("Checkpoints", [_checkpoints(s) for s in summaries]),
-        ("Trained modules", [f'<span class="modules">{esc(", ".join(s.trainable))}</span>' if s.trainable else NONE for s in summaries]),
+        (
+            "Trained modules",
+            [f'<span class="modules">{esc(", ".join(s.trainable))}</span>' if s.trainable else NONE for s in summaries],
+        ),
     ]
     head = "".join(f'<th scope="col">{esc(s.label)}</th>' for s in summaries)
-    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, cells in rows)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, cells in rows
+    )
     return f'<div class="scroll"><table class="summary"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -137,7 +146,9 @@ def _share(share: ShareOfKind) -> str:
 
 
 def _truncated(summary: Summary) -> str:
-    return "" if summary.truncated_tokens is None else f"<small>{count(summary.truncated_tokens)} tokens truncated</small>"
+    return (
+        "" if summary.truncated_tokens is None else f"<small>{count(summary.truncated_tokens)} tokens truncated</small>"
+    )
 
 
 def _throughput(summary: Summary) -> str:
@@ -180,16 +191,24 @@ def events_table(run: RunData) -> str:
     for event in events:
         when = parse_time(event.get("time"))
         rest = ", ".join(
-            f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step") and value not in ("", None)
+            f"{key} {_plain(value)}"
+            for key, value in event.items()
+            if key not in ("time", "event", "step") and value not in ("", None)
         )
-        stamp = f'<time datetime="{esc(when.isoformat())}">{when:%Y-%m-%d %H:%M:%S}</time>' if when else esc(event.get("time", ""))
+        stamp = (
+            f'<time datetime="{esc(when.isoformat())}">{when:%Y-%m-%d %H:%M:%S}</time>'
+            if when
+            else esc(event.get("time", ""))
+        )
         name = str(event["event"])
         rows.append(
             f'<tr><td class="num">{esc(event.get("step", ""))}</td><td><span class="event e-{esc(_slug(name))}">{esc(name.replace("_", " "))}</span></td>'
             f'<td class="nowrap">{stamp}</td><td class="wrap">{esc(rest)}</td></tr>'
         )
     table = _table(("step", "event", "time", "detail"), rows, numeric=(0,))
-    return table if len(rows) <= OPEN_EVENTS else f"<details><summary>{len(run.events)} events</summary>{table}</details>"
+    return (
+        table if len(rows) <= OPEN_EVENTS else f"<details><summary>{len(run.events)} events</summary>{table}</details>"
+    )
 
 
 def ledger_tables(run: RunData) -> str:
@@ -219,14 +238,20 @@ def evaluation_table(rows: Sequence[EvaluationRow]) -> str:
     lines = []
     for row in rows:
         known = [abs(v) for v in (row.value, row.chance, row.ceiling, row.target) if v is not None]
-        unit_scale = all(0 <= v <= 1 for v in (row.value, *(v for v in (row.chance, row.ceiling, row.target) if v is not None)))
+        unit_scale = all(
+            0 <= v <= 1 for v in (row.value, *(v for v in (row.chance, row.ceiling, row.target) if v is not None))
+        )
         scale = 1.0 if unit_scale else 1.05 * max(known) or 1.0
         ticks = "".join(
             f'<s class="{name}" style="left:{_place(value, scale)}%"></s>'
             for name, value in (("chance", row.chance), ("ceiling", row.ceiling), ("target", row.target))
             if value is not None
         )
-        verdict = {None: "", True: '<span class="met">target met</span>', False: '<span class="missed">target missed</span>'}[row.met]
+        verdict = {
+            None: "",
+            True: '<span class="met">target met</span>',
+            False: '<span class="missed">target missed</span>',
+        }[row.met]
         sense = "at most" if row.lower_is_better else "at least"
         words = [
             text
@@ -252,7 +277,9 @@ def _place(value: float, scale: float) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[str], *, numeric: Sequence[int] = ()) -> str:
-    head = "".join(f'<th scope="col"{" class=num" if i in numeric else ""}>{esc(name)}</th>' for i, name in enumerate(columns))
+    head = "".join(
+        f'<th scope="col"{" class=num" if i in numeric else ""}>{esc(name)}</th>' for i, name in enumerate(columns)
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 

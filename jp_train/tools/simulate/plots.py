@@ -21,14 +21,17 @@ INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
 
 
 def save_forecast(found: dict[str, Any], folder: Path) -> str:
-    """Write `simulate.png` and `simulate.json` into `folder`; returns their paths in words. Raises DataError if it cannot be written."""
+    """Write `simulate.png` and `simulate.json` into `folder`; returns their paths in words. Raises DataError if it
+    cannot be written."""
     picture, numbers = folder / "simulate.png", folder / "simulate.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps(found, indent=1), encoding="utf-8")
         draw_forecast(found, picture)
     except OSError as error:
-        raise DataError(f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written") from error
+        raise DataError(
+            f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written"
+        ) from error
     return f"{picture}, {numbers}"
 
 
@@ -39,9 +42,7 @@ def draw_forecast(found: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(17, 9.8), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    title = (
-        f"{found['stage']}: {found['steps']:,} steps x {found['rows_per_step']} rows of {found['seq_len']:,} tokens, {found['world']} ranks"
-    )
+    title = f"{found['stage']}: {found['steps']:,} steps x {found['rows_per_step']} rows of {found['seq_len']:,} tokens, {found['world']} ranks"
     if found["synthetic"]:
         title += "   (synthetic lengths)"
     figure.suptitle(title, fontsize=14, color=INK, x=0.01, ha="left")
@@ -65,7 +66,11 @@ def _styles(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     seen = dict.fromkeys(KIND_COLOURS, 0)
     for source in found["sources"]:
         kind = source["kind"]
-        styles[source["name"]] = {"color": KIND_COLOURS[kind], "linestyle": DASHES[seen[kind] % len(DASHES)], "linewidth": 1.8}
+        styles[source["name"]] = {
+            "color": KIND_COLOURS[kind],
+            "linestyle": DASHES[seen[kind] % len(DASHES)],
+            "linewidth": 1.8,
+        }
         seen[kind] += 1
     return styles
 
@@ -82,10 +87,19 @@ def _epochs(axes: Axes, found: dict[str, Any]) -> None:
     for name, style in _styles(found).items():
         (source,) = (one for one in found["sources"] if one["name"] == name)
         steps, epochs = np.array(source["epochs_at_steps"]).T
-        between = np.unique(np.concatenate([steps, np.geomspace(1, max(found["steps"], 2), 400)]))  # straight lines, also on log axes
+        # straight lines, also on log axes
+        between = np.unique(np.concatenate([steps, np.geomspace(1, max(found["steps"], 2), 400)]))
         axes.plot(between, np.interp(between, steps, epochs), label=f"{name} {source['epochs']:.2f}", **style)
         repeats = source["repeats_at_steps"]
-        axes.plot(repeats, np.interp(repeats, steps, epochs), "o", color=style["color"], markersize=6, markeredgecolor="white", zorder=5)
+        axes.plot(
+            repeats,
+            np.interp(repeats, steps, epochs),
+            "o",
+            color=style["color"],
+            markersize=6,
+            markeredgecolor="white",
+            zorder=5,
+        )
     if any(source["repeats_at_steps"] for source in found["sources"]):
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     _heading(axes, "Epochs over the stage (dots: the source begins again)", "step", "epochs so far")
@@ -116,7 +130,12 @@ def _lengths(axes: Axes, found: dict[str, Any]) -> None:
         end = max(end, edges[1 + np.flatnonzero(share > 0.05).max()])
     axes.axvline(found["seq_len"], color=INK, linewidth=0.8, linestyle=":")
     axes.set_xlim(0, min(end * 1.05, 2 * found["seq_len"]))
-    _heading(axes, "Lengths of the samples (dotted: data.seq_len)", "tokens (the last bin: all longer ones)", "% of the source")
+    _heading(
+        axes,
+        "Lengths of the samples (dotted: data.seq_len)",
+        "tokens (the last bin: all longer ones)",
+        "% of the source",
+    )
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.set_yticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
@@ -129,12 +148,17 @@ def _empty(axes: Axes, found: dict[str, Any]) -> None:
     axes.stairs(100 * counts / counts.sum(), edges, fill=True, color="#0072B2")
     axes.set_yscale("log")
     fill = found["fill"]
-    _heading(axes, f"Empty end of a row (fill {100 * fill['mean']:.3f} %)", "tokens of a row without a document", "% of rows")
+    _heading(
+        axes, f"Empty end of a row (fill {100 * fill['mean']:.3f} %)", "tokens of a row without a document", "% of rows"
+    )
 
 
 def _balance(axes: Axes, found: dict[str, Any]) -> None:
     worlds = [entry["world"] for entry in found["ranks"]]
-    for name, label, colour in (("step", "ranks meet once a step", "#0072B2"), ("micro_batch", "once a micro-batch (ZeRO-3)", "#D55E00")):
+    for name, label, colour in (
+        ("step", "ranks meet once a step", "#0072B2"),
+        ("micro_batch", "once a micro-batch (ZeRO-3)", "#D55E00"),
+    ):
         points = [(entry["world"], entry[name]["lost_percent"]) for entry in found["ranks"] if name in entry]
         if points:
             axes.plot(*np.array(points).T, "o-", color=colour, markersize=4, linewidth=1.8, label=label)
@@ -148,7 +172,10 @@ def _imbalance(axes: Axes, found: dict[str, Any]) -> None:
     (entry,) = (entry for entry in found["ranks"] if entry["world"] == found["world"])
     for name, label, colour in (("step", "of a step", "#0072B2"), ("micro_batch", "of a micro-batch", "#D55E00")):
         if name in entry:
-            counts, edges = np.array(entry[name]["histogram"]["counts"], float), np.array(entry[name]["histogram"]["edges"])
+            counts, edges = (
+                np.array(entry[name]["histogram"]["counts"], float),
+                np.array(entry[name]["histogram"]["edges"]),
+            )
             axes.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, alpha=0.55, color=colour, label=label)
     _heading(
         axes,
@@ -172,7 +199,13 @@ def _lacks(axes: Axes, found: dict[str, Any]) -> None:
             if points:
                 label = kind if name == "step" else None
                 axes.plot(
-                    *np.array(points).T, linestyle=style, marker="o", markersize=4, linewidth=1.8, color=KIND_COLOURS[kind], label=label
+                    *np.array(points).T,
+                    linestyle=style,
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.8,
+                    color=KIND_COLOURS[kind],
+                    label=label,
                 )
     _world_axis(axes, found, worlds)
     axes.set_ylim(-3, 103)

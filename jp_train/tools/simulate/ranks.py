@@ -13,14 +13,17 @@ import numpy as np
 LARGEST_WORLD = 4096
 
 
-def rank_balance(work: np.ndarray, kinds: np.ndarray, names: Sequence[str], micro_batch_rows: int) -> list[dict[str, Any]]:
+def rank_balance(
+    work: np.ndarray, kinds: np.ndarray, names: Sequence[str], micro_batch_rows: int
+) -> list[dict[str, Any]]:
     """One entry per world size (powers of two that divide the step, and all others up to 4096 that do).
 
-    work: FLOPs of every row, float64 [steps, R]; kinds: whether a row holds a kind, bool [steps, R, len(names)]. `step` and `micro_batch`
-    say between which meetings ranks work alone: ZeRO-3 gathers weights in every micro-batch, so ranks meet at least that often.
-    `max_over_mean` is the mean over meetings of the slowest rank's work over the average; `lost_percent`, of all arithmetic, what the
-    others wait; `some_rank_lacks` the share of meetings in which at least one rank has no document of the kind, `a_rank_lacks` the
-    probability for one rank.
+    work: FLOPs of every row, float64 [steps, R]; kinds: whether a row holds a kind, bool [steps, R, len(names)]. `step`
+    and `micro_batch`
+    say between which meetings ranks work alone: ZeRO-3 gathers weights in every micro-batch, so ranks meet at least
+    that often. `max_over_mean` is the mean over meetings of the slowest rank's work over the average; `lost_percent`,
+    of all arithmetic, what the others wait; `some_rank_lacks` the share of meetings in which at least one rank has no
+    document of the kind, `a_rank_lacks` the probability for one rank.
     """
     rows = work.shape[1]
     found = []

@@ -1,4 +1,5 @@
-"""How many bytes training reads for a document, from the sidecars: only the fields that its kind needs count, or the token ids in place of texts."""
+"""How many bytes training reads for a document, from the sidecars: only the fields that its kind needs count, or the
+token ids in place of texts."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ NPY_HEADER = 128
 
 
 def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceReads:
-    """The mean bytes of a document of a source, with its picture and with VQ ids in the picture's place (`slots` uint16).
+    """The mean bytes of a document of a source, with its picture and with VQ ids in the picture's place (`slots`
+    uint16).
 
-    Ids that lie in the shards as members replace pictures as in training. Ids beside the shards are counted, not compared with the run's VQ.
+    Ids that lie in the shards as members replace pictures as in training. Ids beside the shards are counted, not
+    compared with the run's VQ.
 
     Raises:
         DataError: if a shard's index is gone.
@@ -33,10 +36,13 @@ def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceRead
     for number in chosen:
         members = load_members(shards[number])
         if members is None:
-            raise DataError(f"the index of shard {shards[number].path} is gone or stale; start again so that it is rebuilt")
+            raise DataError(
+                f"the index of shard {shards[number].path} is gone or stale; start again so that it is rebuilt"
+            )
         samples += len(members.keys)
         by_extension = {
-            extension: int(members.size[members.extension == code].sum(dtype=np.int64)) for code, extension in enumerate(members.extensions)
+            extension: int(members.size[members.extension == code].sum(dtype=np.int64))
+            for code, extension in enumerate(members.extensions)
         }
         if VQ_EXTENSION in members.extensions:
             embedded += int((members.extension == members.extensions.index(VQ_EXTENSION)).sum())
@@ -52,4 +58,6 @@ def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceRead
     beside = max(ids_summary(index).values(), default=0) / len(shards)
     stored = 0.0 if data.vq_ids is VqIds.off and pictures else max(beside, embedded / max(samples, 1))
     with_ids = others + 2 * slots + NPY_HEADER * (embedded > 0)
-    return SourceReads(with_pictures=others + pictures if pictures else with_ids, with_ids=with_ids, stored=stored, samples=len(index))
+    return SourceReads(
+        with_pictures=others + pictures if pictures else with_ids, with_ids=with_ids, stored=stored, samples=len(index)
+    )

@@ -1,9 +1,9 @@
 """Planned rows from all over a stage: what a forecast is measured on.
 
-Blocks of consecutive steps are planned for real, at the stage's beginning and at even distances behind it, in every phase (a stretch of
-steps with one set of sources). A far block starts from a constructed state (`Plan.state_at`): permutations are reached in O(1), so a
-block at step 250,000 costs what one at step 0 costs. Its first steps, in which the pool fills, are planned and left out. How much the
-blocks differ among each other is the error of the extrapolation.
+Blocks of consecutive steps are planned for real, at the stage's beginning and at even distances behind it, in every
+phase (a stretch of steps with one set of sources). A far block starts from a constructed state (`Plan.state_at`):
+permutations are reached in O(1), so a block at step 250,000 costs what one at step 0 costs. Its first steps, in which
+the pool fills, are planned and left out. How much the blocks differ among each other is the error of the extrapolation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _COLUMN = {name: number for number, name in enumerate(COLUMNS)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRates:
-    """Of one source: samples; mean tokens of a document in rows; tokens truncated per document; draws made per document used (over 1 where
-    `over_long` passes some over)."""
+    """Of one source: samples; mean tokens of a document in rows; tokens truncated per document; draws made per
+    document used (over 1 where `over_long` passes some over)."""
 
     samples: int
     mean_tokens: float
@@ -47,8 +47,8 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Documents of all sampled steps, one entry a span, int64 [D]: `step` counts sampled steps, `row` within its step. `last`: whether the
-    span ends its document."""
+    """Documents of all sampled steps, one entry a span, int64 [D]: `step` counts sampled steps, `row` within its
+    step. `last`: whether the span ends its document."""
 
     blocks: tuple[Block, ...]
     steps: int
@@ -81,13 +81,18 @@ def source_rates(plan: Plan) -> dict[str, SourceRates]:
             mean_tokens=float(lengths.mean()),
             truncated_tokens=float(truncated.mean()),
             draws_per_document=draws / len(lengths),
-            relative_error=float(lengths.std() / lengths.mean() / len(lengths) ** 0.5) if draws < len(source.tokens) else 0.0,
+            relative_error=float(lengths.std() / lengths.mean() / len(lengths) ** 0.5)
+            if draws < len(source.tokens)
+            else 0.0,
         )
     return rates
 
 
-def documents_per_step(plan: Plan, rates: dict[str, SourceRates], phase: int, tokens_per_step: float) -> dict[str, float]:
-    """Documents that a step of `phase` starts, per source, in the long run: the mixture's shares of what fills `tokens_per_step`."""
+def documents_per_step(
+    plan: Plan, rates: dict[str, SourceRates], phase: int, tokens_per_step: float
+) -> dict[str, float]:
+    """Documents that a step of `phase` starts, per source, in the long run: the mixture's shares of what fills
+    `tokens_per_step`."""
     shares: dict[str, float] = {}
     current = plan.mixture.phases[phase]
     for share, members, weights in zip(plan.mixture.shares, current.members, current.weights, strict=True):
@@ -106,7 +111,11 @@ def phases_of(plan: Plan, steps: int) -> list[tuple[int, int, int]]:
     """(phase, first step, last step + 1) of every phase of a stage of `steps` steps."""
     edges = [phase.from_step for phase in plan.mixture.phases]
     ends = [*edges[1:], steps]
-    return [(number, start, min(end, steps)) for number, (start, end) in enumerate(zip(edges, ends, strict=True)) if start < steps]
+    return [
+        (number, start, min(end, steps))
+        for number, (start, end) in enumerate(zip(edges, ends, strict=True))
+        if start < steps
+    ]
 
 
 def take_sample(
@@ -118,7 +127,8 @@ def take_sample(
     block_steps: int = 10,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sample:
-    """Plan about `sample_steps` of the stage's `steps` steps; all, if there are not more. `progress(done, all)` is called after each step.
+    """Plan about `sample_steps` of the stage's `steps` steps; all, if there are not more. `progress(done, all)` is
+    called after each step.
 
     Raises:
         ConfigError: if rows cannot be planned (see `Plan.next_step`).

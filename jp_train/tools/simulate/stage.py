@@ -27,9 +27,9 @@ SAMPLED_ROWS = 100_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What to forecast. `hostfile` or `world` give the ranks (default: 1); `steps` the stage's length (default: the config's, up to its early
-    stop); `sample_steps` how many are planned (default: SAMPLED_ROWS); `lengths` a file of stated distributions, and `synthetic` the default
-    ones, instead of an index; `step_seconds` the time of a step."""
+    """What to forecast. `hostfile` or `world` give the ranks (default: 1); `steps` the stage's length (default: the
+    config's, up to its early stop); `sample_steps` how many are planned (default: SAMPLED_ROWS); `lengths` a file of
+    stated distributions, and `synthetic` the default ones, instead of an index; `step_seconds` the time of a step."""
 
     hostfile: Path | None = None
     world: int | None = None
@@ -60,7 +60,9 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
     nodes = len(hosts) if hosts and not question.world else -(-world // SLOTS_PER_NODE)
     batch = batch_plan(cfg, world)
     steps = question.steps or cfg.stage.early_stop.at_step or cfg.stage.training_steps
-    cfg = replace(cfg, stage=replace(cfg.stage, training_steps=steps, early_stop=replace(cfg.stage.early_stop, at_step=None)))
+    cfg = replace(
+        cfg, stage=replace(cfg.stage, training_steps=steps, early_stop=replace(cfg.stage.early_stop, at_step=None))
+    )
     slots = (cfg.model.vision.image_size // cfg.model.vision.patch_size) ** 2
     synthetic = ""
     if question.synthetic or question.lengths:
@@ -97,16 +99,21 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
 
 
 def unit_flops(cfg: RunConfig) -> dict[str, float]:
-    """FLOPs of a unit of each of STATISTICS, forward and backward; they are linear in each. VQ encoding on the fly is counted: ranks wait for
-    it as for all else."""
+    """FLOPs of a unit of each of STATISTICS, forward and backward; they are linear in each. VQ encoding on the fly
+    is counted: ranks wait for it as for all else."""
     from jp_train.model.flops import BatchStatistics, step_flops, vq_flops
 
     nothing = dict.fromkeys(STATISTICS, 0)
-    units = {name: step_flops(cfg.model, BatchStatistics(**nothing | {name: 1}), cfg.stage.trainable).total for name in STATISTICS}
+    units = {
+        name: step_flops(cfg.model, BatchStatistics(**nothing | {name: 1}), cfg.stage.trainable).total
+        for name in STATISTICS
+    }
     return units | {"encoded_images": vq_flops(cfg.model)[0]}
 
 
-def _from_index(cfg: RunConfig, batch: BatchPlan, slots: int, progress: TextIO) -> tuple[Plan, dict[str, SourceReads], int]:
+def _from_index(
+    cfg: RunConfig, batch: BatchPlan, slots: int, progress: TextIO
+) -> tuple[Plan, dict[str, SourceReads], int]:
     from jp_train.data.encode import Encoder
     from jp_train.data.index import index_sources
     from jp_train.data.loader import build_plan
@@ -118,13 +125,17 @@ def _from_index(cfg: RunConfig, batch: BatchPlan, slots: int, progress: TextIO) 
         tokenizer = load_tokenizer(cfg.tokenizer)
         indexes = index_sources(cfg, tokenizer, progress=IndexProgressLine(progress))
     except (DataError, ConfigError) as error:
-        raise type(error)(f"{error}; to forecast without data, state lengths with --lengths FILE or --synthetic") from error
+        raise type(error)(
+            f"{error}; to forecast without data, state lengths with --lengths FILE or --synthetic"
+        ) from error
     plan = build_plan(cfg, indexes, batch, tokenizer)
     reads = {index.name: source_reads(index, cfg.data, slots) for index in indexes}
     return plan, reads, Encoder(cfg, tokenizer).min_tokens(Kind.UNDERSTANDING)
 
 
-def _without_data(cfg: RunConfig, question: Question, batch: BatchPlan, slots: int) -> tuple[Plan, dict[str, SourceReads], int]:
+def _without_data(
+    cfg: RunConfig, question: Question, batch: BatchPlan, slots: int
+) -> tuple[Plan, dict[str, SourceReads], int]:
     from jp_train.tools.simulate.synthetic import read_lengths, synthetic_sources, template_tokens
 
     lengths = read_lengths(question.lengths, cfg)

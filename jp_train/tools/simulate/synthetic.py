@@ -5,8 +5,8 @@ A file of lengths (YAML or JSON) names sources, or kinds for all their sources:
     understanding: {mean: 200, sigma: 0.6, samples: 5_000_000}
     my_text: {mean: 1000, sigma: 1.0, max: 20000, samples: 2_000_000, bytes: 4000}
 
-`mean`: tokens of text beside image and template, log-normally distributed with `sigma`, clipped to [3, `max`]; `bytes`: of what a read of one
-sample fetches besides stored VQ ids, picture included.
+`mean`: tokens of text beside image and template, log-normally distributed with `sigma`, clipped to [3, `max`]; `bytes`:
+of what a read of one sample fetches besides stored VQ ids, picture included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from jp_train.errors import ConfigError
 from jp_train.types import KINDS, Kind
 
 ARRAY_SAMPLES = 500_000
-"""Lengths drawn per source at most; a larger source repeats them, for its epochs depend on how many it has and how long they are."""
+"""Lengths drawn per source at most; a larger source repeats them, for its epochs depend on how many it has and how
+long they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,8 @@ def read_lengths(path: str | Path | None, cfg: RunConfig) -> dict[str, Lengths]:
     """The distribution of every source of `cfg`: from the file's entry for it, else for its kind, else DEFAULTS.
 
     Raises:
-        ConfigError: for an unreadable file, a name that is neither a source nor a kind, an unknown or impossible number.
+        ConfigError: for an unreadable file, a name that is neither a source nor a kind, an unknown or impossible
+        number.
     """
     given: dict[str, dict] = {}
     if path is not None:
@@ -88,13 +90,16 @@ def _check(where: str, entry: object) -> None:
 
 
 def synthetic_sources(cfg: RunConfig, lengths: Mapping[str, Lengths], slots: int) -> list[PlanSource]:
-    """Sources of the plan with drawn lengths; `slots`: tokens of one image. The draws depend on the source's name alone."""
+    """Sources of the plan with drawn lengths; `slots`: tokens of one image. The draws depend on the source's name
+    alone."""
     sources = []
     for name, source in cfg.data.sources.items():
         kind, stated = Kind(source.kind.value), lengths[name]
         around = template_tokens(kind, cfg, slots)
         count = min(int(stated.samples), ARRAY_SAMPLES)
-        words = np.random.default_rng(name_key(name)).lognormal(np.log(stated.mean) - stated.sigma**2 / 2, stated.sigma, count)
+        words = np.random.default_rng(name_key(name)).lognormal(
+            np.log(stated.mean) - stated.sigma**2 / 2, stated.sigma, count
+        )
         tokens = (around + np.clip(words, 3, stated.max)).astype(np.int32)
         first = np.minimum(tokens, around + np.maximum(3, (tokens - around) // 3)).astype(np.int32)
         sources.append(

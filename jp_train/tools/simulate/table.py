@@ -21,10 +21,12 @@ def format_forecast(found: dict[str, Any]) -> str:
     )
     lines = [
         f"{found['steps']:,} steps x {found['rows_per_step']} rows of {found['seq_len']:,} tokens, {found['world']} ranks on {found['nodes']} "
-        f"node(s); {basis}",
+        f"node(s); {basis}"
     ]
     if found.get("synthetic"):
-        lines.append("SYNTHETIC: lengths, sizes and numbers of samples are stated, not read from data: " + found["synthetic"])
+        lines.append(
+            "SYNTHETIC: lengths, sizes and numbers of samples are stated, not read from data: " + found["synthetic"]
+        )
     lines += [
         "",
         f"  fill                  {100 * fill['mean']:.3f} % +- {100 * fill['plus_minus']:.3f} (worst step {100 * fill['worst_step']:.2f} %)",
@@ -40,7 +42,10 @@ def format_forecast(found: dict[str, Any]) -> str:
         f"{mixture[unit]['error_points_median_step']:.2f} in the median, {mixture[unit]['error_points_sampled']:.3f} over all of them",
     ]
     for name in ("samples", "tokens"):
-        lines.append(f"    in {name:<16}  " + ", ".join(f"{kind} {100 * share:.2f} %" for kind, share in mixture[name]["overall"].items()))
+        lines.append(
+            f"    in {name:<16}  "
+            + ", ".join(f"{kind} {100 * share:.2f} %" for kind, share in mixture[name]["overall"].items())
+        )
     lines += ["", *_sources(found["sources"])]
     lines += [f"  not used: {name} ({reason})" for name, reason in found["unused"].items()]
     lines += ["", *_ranks(found), "", *_reads(found)]
@@ -52,7 +57,18 @@ def _value(figure: dict[str, float], digits: int = 0) -> str:
 
 
 def _sources(sources: Sequence[dict[str, Any]]) -> list[str]:
-    head = ("source", "kind", "samples", "tokens each", "a step", "epochs", "+-", "begins again at step", "truncated %", "passed over %")
+    head = (
+        "source",
+        "kind",
+        "samples",
+        "tokens each",
+        "a step",
+        "epochs",
+        "+-",
+        "begins again at step",
+        "truncated %",
+        "passed over %",
+    )
     rows = [
         (
             one["name"],
@@ -101,7 +117,9 @@ def _ranks(found: dict[str, Any]) -> list[str]:
 def _reads(found: dict[str, Any]) -> list[str]:
     reads = found["reads"]
     origin = (
-        "stated" if reads["step_seconds_stated"] else "what the FLOPs take at 40 % of logging.peak_tflops; state it with --step-seconds"
+        "stated"
+        if reads["step_seconds_stated"]
+        else "what the FLOPs take at 40 % of logging.peak_tflops; state it with --step-seconds"
     )
     lines = [f"  reads, with a step in {reads['step_seconds']:.2f} s ({origin}):"]
     names = {
@@ -112,6 +130,10 @@ def _reads(found: dict[str, Any]) -> list[str]:
     }
     for key, name in names.items():
         each, node = reads["per_step"][key], reads["per_node_per_second"][key]
-        shown = (f"{each:,.0f}", f"{node:,.1f}") if key == "samples" else (f"{each / 2**20:,.1f} MiB", f"{node / 2**20:,.2f} MiB")
+        shown = (
+            (f"{each:,.0f}", f"{node:,.1f}")
+            if key == "samples"
+            else (f"{each / 2**20:,.1f} MiB", f"{node / 2**20:,.2f} MiB")
+        )
         lines.append(f"    {name:<34} {shown[0]:>14} a step {shown[1]:>14} a second and node")
     return lines

@@ -1,8 +1,10 @@
-"""Forecast of a stage from its plan: fill, mixture, epochs, balance between ranks, reads. No sample is read and no picture decoded.
+"""Forecast of a stage from its plan: fill, mixture, epochs, balance between ranks, reads. No sample is read and no
+picture decoded.
 
-`simulate` plans a sample of the stage's steps (simulate_sample.py) and measures it. What the index tells exactly (mean lengths, shares) is used
-exactly, so that the forecast of epochs only has to learn from the sample how full rows are. Every measured mean comes with `plus_minus`,
-two standard errors of the block means (0 where the whole stage was planned).
+`simulate` plans a sample of the stage's steps (simulate_sample.py) and measures it. What the index tells exactly (mean
+lengths, shares) is used exactly, so that the forecast of epochs only has to learn from the sample how full rows are.
+Every measured mean comes with `plus_minus`, two standard errors of the block means (0 where the whole stage was
+planned).
 """
 
 from __future__ import annotations
@@ -19,15 +21,24 @@ from jp_train.tools.simulate.ranks import rank_balance
 from jp_train.tools.simulate.sample import Sample, SourceRates, documents_per_step, phases_of, source_rates, take_sample
 from jp_train.types import KINDS, Kind
 
-STATISTICS = ("tokens", "squared_lengths", "und_images", "gen_images", "text_positions", "image_positions", "encoded_images")
+STATISTICS = (
+    "tokens",
+    "squared_lengths",
+    "und_images",
+    "gen_images",
+    "text_positions",
+    "image_positions",
+    "encoded_images",
+)
 """What a row's FLOPs are a weighted sum of: the fields of model.flops.BatchStatistics."""
 _NAMED_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceReads:
-    """Bytes that training reads for one document of a source, on average: with the picture, and with its VQ ids stored. `stored`: share of
-    the source's pictures whose ids are stored now. `samples`: how many there are (of a synthetic source, more than lengths)."""
+    """Bytes that training reads for one document of a source, on average: with the picture, and with its VQ ids
+    stored. `stored`: share of the source's pictures whose ids are stored now. `samples`: how many there are (of a
+    synthetic source, more than lengths)."""
 
     with_pictures: float
     with_ids: float
@@ -37,9 +48,10 @@ class SourceReads:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Situation:
-    """What a forecast needs besides the plan. `flops`: per unit of each of STATISTICS; `und_prefix`: tokens of an understanding document that
-    are never supervised; `gen_text`: supervised text tokens of a generation document; `causal`: whether the whole row attends;
-    `step_seconds`: seconds a step takes, or None: as long as its FLOPs take at `flops_per_second`, of all ranks together."""
+    """What a forecast needs besides the plan. `flops`: per unit of each of STATISTICS; `und_prefix`: tokens of an
+    understanding document that are never supervised; `gen_text`: supervised text tokens of a generation document;
+    `causal`: whether the whole row attends; `step_seconds`: seconds a step takes, or None: as long as its FLOPs take
+    at `flops_per_second`, of all ranks together."""
 
     steps: int
     world: int
@@ -56,9 +68,15 @@ class Situation:
 
 
 def simulate(
-    plan: Plan, situation: Situation, *, sample_steps: int, block_steps: int = 10, progress: Callable[[int, int], None] | None = None
+    plan: Plan,
+    situation: Situation,
+    *,
+    sample_steps: int,
+    block_steps: int = 10,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The forecast as one JSON-able object. `sample_steps`: steps to plan; the whole stage is planned if it has not more.
+    """The forecast as one JSON-able object. `sample_steps`: steps to plan; the whole stage is planned if it has not
+    more.
 
     Raises:
         ConfigError: if rows cannot be planned (see `Plan.next_step`).
@@ -81,19 +99,26 @@ def simulate(
             "blocks": len(sample.blocks),
             "whole_stage": sample.whole,
         },
-        "fill": _mean(sample, filled.mean(1) / plan.seq_len, situation) | {"worst_step": float(filled.mean(1).min() / plan.seq_len)},
+        "fill": _mean(sample, filled.mean(1) / plan.seq_len, situation)
+        | {"worst_step": float(filled.mean(1).min() / plan.seq_len)},
         "documents_per_row": _mean(sample, per_step["spans"] / plan.rows_per_step, situation),
         "per_step": {name: _mean(sample, values, situation) for name, values in per_step.items()},
         "mixture": _mixture(plan, sample, sources, rates),
         "sources": sources,
-        "over_long": {"truncated_tokens_per_million": 1e6 * float(per_step["truncated_tokens"].sum() / max(per_step["tokens"].sum(), 1))},
+        "over_long": {
+            "truncated_tokens_per_million": 1e6
+            * float(per_step["truncated_tokens"].sum() / max(per_step["tokens"].sum(), 1))
+        },
         "unused": dict(plan.unused),
     }
     work = sum(rows[name] * situation.flops[name] for name in STATISTICS).reshape(sample.steps, -1)
     kinds = np.stack([_has(sample, kind) for kind in range(len(KINDS))], axis=-1)
     in_use = [bool(share) for share in plan.mixture.shares]
     forecast["ranks"] = rank_balance(
-        work, kinds[:, :, in_use], [str(k) for k, used in zip(KINDS, in_use, strict=True) if used], situation.micro_batch_rows
+        work,
+        kinds[:, :, in_use],
+        [str(k) for k, used in zip(KINDS, in_use, strict=True) if used],
+        situation.micro_batch_rows,
     )
     forecast["flops_per_step"] = float(work.sum(1).mean())
     step_seconds = situation.step_seconds or forecast["flops_per_step"] / situation.flops_per_second
@@ -103,11 +128,14 @@ def simulate(
 
 
 def row_statistics(sample: Sample, situation: Situation) -> dict[str, np.ndarray]:
-    """STATISTICS of every sampled row, float64 [steps x rows]. Text positions of understanding documents and of dialogues count questions too,
+    """STATISTICS of every sampled row, float64 [steps x rows]. Text positions of understanding documents and of
+    dialogues count questions too,
     which lengths cannot tell apart: an upper bound where they are not supervised."""
     length = sample.length.astype(np.float64)
     text, und, gen = (sample.kind == KINDS.index(kind) for kind in (Kind.TEXT, Kind.UNDERSTANDING, Kind.GENERATION))
-    text_positions = np.where(text, length - sample.last, 0) + np.where(und, np.maximum(length - situation.und_prefix, 0), 0)
+    text_positions = np.where(text, length - sample.last, 0) + np.where(
+        und, np.maximum(length - situation.und_prefix, 0), 0
+    )
     text_positions += gen * situation.gen_text
     row = sample.step * sample.rows_per_step + sample.row
 
@@ -170,11 +198,16 @@ def _phase_weights(sample: Sample, steps: int) -> dict[int, float]:
     return {phase: (edges[number + 1] - edges[number]) / steps for number, phase in enumerate(sorted(starts))}
 
 
-def _mixture(plan: Plan, sample: Sample, sources: list[dict[str, Any]], rates: Mapping[str, SourceRates]) -> dict[str, Any]:
-    """Shares of the kinds in both units: over the stage by what its sources give, or counted where all was planned; the errors are those of
-    the sampled steps, in the recipe's unit."""
+def _mixture(
+    plan: Plan, sample: Sample, sources: list[dict[str, Any]], rates: Mapping[str, SourceRates]
+) -> dict[str, Any]:
+    """Shares of the kinds in both units: over the stage by what its sources give, or counted where all was planned;
+    the errors are those of the sampled steps, in the recipe's unit."""
     shares = np.array(plan.mixture.shares) / sum(plan.mixture.shares)
-    found: dict[str, Any] = {"unit": plan.ratio_unit.value, "shares": dict(zip(map(str, KINDS), shares.tolist(), strict=True))}
+    found: dict[str, Any] = {
+        "unit": plan.ratio_unit.value,
+        "shares": dict(zip(map(str, KINDS), shares.tolist(), strict=True)),
+    }
     for unit, weights in (("samples", sample.start == 0), ("tokens", sample.length)):
         amounts = np.zeros((sample.steps, len(KINDS)))
         np.add.at(amounts, (sample.step, sample.kind), weights)
@@ -208,11 +241,20 @@ def _sources(
         in_phase = float(np.mean([tokens[b.first : b.first + b.steps].mean() for b in blocks[phase]]))
         documents = documents_per_step(plan, rates, phase, in_phase)
         for name, curve in curves.items():
-            epochs = (end - start) * documents.get(name, 0.0) * rates[name].draws_per_document / situation.reads[name].samples
+            epochs = (
+                (end - start)
+                * documents.get(name, 0.0)
+                * rates[name].draws_per_document
+                / situation.reads[name].samples
+            )
             curve.append((end, curve[-1][1] + epochs))
     error = _mean(sample, tokens, situation)
     held = np.bincount(sample.source, weights=sample.length, minlength=len(plan.sources)) / sample.length.sum()
-    of_lengths = sum((held[index] * rates[one.name].relative_error) ** 2 for index, one in enumerate(plan.sources) if one.name in rates)
+    of_lengths = sum(
+        (held[index] * rates[one.name].relative_error) ** 2
+        for index, one in enumerate(plan.sources)
+        if one.name in rates
+    )
     relative = ((error["plus_minus"] / error["mean"]) ** 2 + 4 * of_lengths) ** 0.5
     found = []
     for index, source in enumerate(plan.sources):
@@ -264,7 +306,9 @@ def _reads(sample: Sample, plan: Plan, situation: Situation, step_seconds: float
         ("bytes_with_ids", lambda reads: reads.with_ids),
         ("bytes_as_stored_now", lambda reads: reads.stored * reads.with_ids + (1 - reads.stored) * reads.with_pictures),
     ):
-        per_step[name] = float(sum(spans[index] * choose(situation.reads[source.name]) for index, source in enumerate(plan.sources)))
+        per_step[name] = float(
+            sum(spans[index] * choose(situation.reads[source.name]) for index, source in enumerate(plan.sources))
+        )
     share = 1 / (situation.nodes * step_seconds)
     return {
         "step_seconds": step_seconds,
@@ -279,7 +323,9 @@ def _histograms(plan: Plan, sample: Sample, filled: np.ndarray) -> dict[str, Any
     for index, source in enumerate(plan.sources):
         mine = (sample.source == index) & (sample.start == 0) if source.cuttable else sample.source == index
         if mine.any():
-            counts, edges = np.histogram(np.minimum(np.asarray(source.tokens), 2 * plan.seq_len), bins=64, range=(0, 2 * plan.seq_len))
+            counts, edges = np.histogram(
+                np.minimum(np.asarray(source.tokens), 2 * plan.seq_len), bins=64, range=(0, 2 * plan.seq_len)
+            )
             lengths[source.name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     fill, edges = np.histogram(filled / plan.seq_len, bins=50, range=(0, 1))
     per_row = np.bincount(sample.step * sample.rows_per_step + sample.row, minlength=filled.size)

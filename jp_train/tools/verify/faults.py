@@ -4,9 +4,7 @@ from __future__ import annotations
 
 _REWRITE = "copy or write the shard again, or take it out of the source's `shards`; training does not start with it"
 _FIX_SAMPLE = "the index leaves it out; correct the sample and write the shard again if it is needed"
-_FIX_PICTURE = (
-    "run `data verify --exclude` so that the index leaves it out, or replace the picture; otherwise it costs skip budget in training"
-)
+_FIX_PICTURE = "run `data verify --exclude` so that the index leaves it out, or replace the picture; otherwise it costs skip budget in training"
 
 REMEDIES: dict[str, str] = {
     "truncated_tar": _REWRITE,

@@ -13,7 +13,9 @@ _INK, _MUTED, _LINE = "#1b1f24", "#5c656f", "#e1e5ea"
 _ROW_INCHES, _MOST_ROWS = 0.95, 40
 
 
-def plot_lengths(lengths: dict[str, np.ndarray], kinds: dict[str, str], edges: np.ndarray, seq_len: int, path: Path) -> None:
+def plot_lengths(
+    lengths: dict[str, np.ndarray], kinds: dict[str, str], edges: np.ndarray, seq_len: int, path: Path
+) -> None:
     """Write a PNG. `lengths`: documents per bin by source; bin i counts lengths from `edges[i]` up to the next edge."""
     names = [name for name in lengths if lengths[name].any()][:_MOST_ROWS]
     rows = max(1, len(names))
@@ -32,7 +34,9 @@ def plot_lengths(lengths: dict[str, np.ndarray], kinds: dict[str, str], edges: n
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.minorticks_off()
     if not names:
-        axes[0].text(0.5, 0.5, "no usable document", ha="center", va="center", color=_MUTED, transform=axes[0].transAxes)
+        axes[0].text(
+            0.5, 0.5, "no usable document", ha="center", va="center", color=_MUTED, transform=axes[0].transAxes
+        )
     axes[0].annotate(
         f"seq_len {seq_len:,}",
         (seq_len, 1.0),
@@ -44,7 +48,14 @@ def plot_lengths(lengths: dict[str, np.ndarray], kinds: dict[str, str], edges: n
     )
     axes[-1].set_xlabel("tokens per document (logarithmic)", color=_MUTED, fontsize=9)
     total = sum(int(lengths[name].sum()) for name in names)
-    figure.suptitle(f"Lengths of {total:,} usable documents by source", x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    figure.suptitle(
+        f"Lengths of {total:,} usable documents by source",
+        x=0.02,
+        ha="left",
+        fontsize=12,
+        fontweight="bold",
+        color=_INK,
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     figure.subplots_adjust(hspace=0.5)
     figure.savefig(path)
@@ -58,7 +69,17 @@ def _row(axis, name: str, kind: str, counts: np.ndarray, edges: np.ndarray, ends
     total = int(counts.sum())
     middle = edges[np.searchsorted(np.cumsum(counts), (total + 1) // 2)]
     label = f"{name.encode('ascii', 'backslashreplace').decode()}  ({kind})"
-    axis.text(0, 1.03, label, transform=axis.transAxes, va="bottom", fontsize=9, fontweight="bold", color=_INK, parse_math=False)
+    axis.text(
+        0,
+        1.03,
+        label,
+        transform=axis.transAxes,
+        va="bottom",
+        fontsize=9,
+        fontweight="bold",
+        color=_INK,
+        parse_math=False,
+    )
     said = f"{total:,} documents, median about {middle:,} tokens"
     axis.text(1, 1.03, said, transform=axis.transAxes, va="bottom", ha="right", fontsize=8, color=_MUTED)
     axis.set_ylim(0, counts.max() * 1.05)

@@ -27,9 +27,9 @@ Sample = tuple[str, str, str]
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """`sources`: name -> kind; `unreachable`: shards that could not even be looked at; `excluded`: samples that the index leaves out
-    because of an exclusion, `newly_excluded` those of this pass, written to `exclusion_files`; `decode`: pictures decoded per source
-    (None: all)."""
+    """`sources`: name -> kind; `unreachable`: shards that could not even be looked at; `excluded`: samples that the
+    index leaves out because of an exclusion, `newly_excluded` those of this pass, written to `exclusion_files`;
+    `decode`: pictures decoded per source (None: all)."""
 
     sources: dict[str, str]
     shards: list[ShardReport]
@@ -84,7 +84,19 @@ def lengths_by_source(report: Report) -> dict[str, np.ndarray]:
 
 def format_report(report: Report, document: dict[str, Any]) -> str:
     """The table of sources, the faults by class with examples and remedies, and what follows for training."""
-    head = ("source", "kind", "shards", "samples", "usable", "faults", "warnings", "excluded", "tokens/doc", "longest", "> seq_len")
+    head = (
+        "source",
+        "kind",
+        "shards",
+        "samples",
+        "usable",
+        "faults",
+        "warnings",
+        "excluded",
+        "tokens/doc",
+        "longest",
+        "> seq_len",
+    )
     lines = aligned(
         [head]
         + [
@@ -102,7 +114,7 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
                 f"{one['over_seq_len']:,}",
             )
             for one in document["sources"]
-        ],
+        ]
     )
     groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in report.findings:
@@ -123,7 +135,9 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
     lines = []
     if report.decode is not None:
         decoded = sum(shard.decoded for shard in report.shards)
-        lines.append(f"only {decoded:,} pictures were decoded: of the others only the header was read, so damage may have been missed")
+        lines.append(
+            f"only {decoded:,} pictures were decoded: of the others only the header was read, so damage may have been missed"
+        )
     if report.exclusion_files:
         lines += [
             f"excluded {len(report.newly_excluded):,} samples that only decoding shows to be bad ({len(report.exclusion_files)} files, e.g. "
@@ -133,7 +147,9 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
         ]
     broken = [shard for shard in report.shards if not shard.whole]
     if broken or report.unreachable:
-        lines.append(f"{len(broken) + len(report.unreachable)} shards cannot be used: training refuses to start with them")
+        lines.append(
+            f"{len(broken) + len(report.unreachable)} shards cannot be used: training refuses to start with them"
+        )
     state = "clean" if report.clean else "faults found"
     lines.append(
         f"{state}: {document['samples']:,} samples in {len(report.shards):,} shards, {document['bytes'] / 2**20:,.1f} MiB in "

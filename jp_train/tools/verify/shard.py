@@ -1,4 +1,5 @@
-"""One shard, read once from front to back: every fault that training would meet in it, found with training's own parsing and decoding.
+"""One shard, read once from front to back: every fault that training would meet in it, found with training's own
+parsing and decoding.
 
 What training does not use is not judged: members that no layout names, and pictures that `.vq.npy` members replace.
 """
@@ -30,8 +31,8 @@ UNREADABLE, OVER_LONG, STRAY, INTERNAL = "unreadable", "over_long", "stray_file"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyTask:
-    """A shard of a source. `decode`: how many of its pictures are decoded, evenly spread (None: all); of the others only the header
-    is read."""
+    """A shard of a source. `decode`: how many of its pictures are decoded, evenly spread (None: all); of the others
+    only the header is read."""
 
     source: str
     config: SourceConfig
@@ -41,8 +42,9 @@ class VerifyTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One finding. `fault`: its class; `key`: the sample (or file) it belongs to, None when it is the shard's; `offset`: the byte in
-    the shard where it begins, where known; `warning`: training goes on with the sample; `picture`: only decoding shows it."""
+    """One finding. `fault`: its class; `key`: the sample (or file) it belongs to, None when it is the shard's;
+    `offset`: the byte in the shard where it begins, where known; `warning`: training goes on with the sample;
+    `picture`: only decoding shows it."""
 
     fault: str
     source: str
@@ -56,8 +58,9 @@ class Fault:
 
 @dataclass(kw_only=True, slots=True)
 class ShardReport:
-    """What one pass found. `samples`: whole samples met; `good`: those that training can use; `decoded`: pictures decoded; `whole`:
-    training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the good samples' tokens over `EDGES`."""
+    """What one pass found. `samples`: whole samples met; `good`: those that training can use; `decoded`: pictures
+    decoded; `whole`: training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the
+    good samples' tokens over `EDGES`."""
 
     source: str
     kind: str
@@ -75,11 +78,17 @@ class ShardReport:
 
 
 def verify_shard(
-    task: VerifyTask, cfg: RunConfig, encoder: Encoder, reader: ShardReader, progress: Callable[[int, int], None] = lambda samples, at: None
+    task: VerifyTask,
+    cfg: RunConfig,
+    encoder: Encoder,
+    reader: ShardReader,
+    progress: Callable[[int, int], None] = lambda samples, at: None,
 ) -> ShardReport:
-    """Read the shard once; `progress(samples, offset)` hears after each sample how many there were and how far the pass is.
+    """Read the shard once; `progress(samples, offset)` hears after each sample how many there were and how far the pass
+    is.
 
-    A fault of the tar ends its pass, not the program: the report says up to where it is readable. Raises nothing for bad data.
+    A fault of the tar ends its pass, not the program: the report says up to where it is readable. Raises nothing for
+    bad data.
     """
     return _Pass(task, cfg, encoder, reader).run(progress)
 
@@ -103,7 +112,9 @@ class _Pass:
                 progress(report.samples, last)
         except TarFault as fault:
             readable = (
-                f"readable up to sample {report.samples} (key {report.last_key!r})" if report.samples else "no sample before it is readable"
+                f"readable up to sample {report.samples} (key {report.last_key!r})"
+                if report.samples
+                else "no sample before it is readable"
             )
             self._tar_fault(fault, None, f"; {readable}")
         except DataError as error:
@@ -113,13 +124,24 @@ class _Pass:
 
     def _samples(self) -> Iterator[TarSample]:
         members = walk(self._window.up_to, self._task.shard.size)
-        return group_members(members, on_fault=self._tar_fault, on_stray=lambda name, at, reason: self._add(STRAY, name, at, reason))
+        return group_members(
+            members, on_fault=self._tar_fault, on_stray=lambda name, at, reason: self._add(STRAY, name, at, reason)
+        )
 
     def _tar_fault(self, fault: TarFault, key: str | None, readable: str = "") -> None:
         self._report.whole = False
         self._add(fault.fault, key, fault.offset, fault.reason + readable)
 
-    def _add(self, fault: str, key: str | None, offset: int | None, reason: str, *, warning: bool = False, picture: bool = False) -> None:
+    def _add(
+        self,
+        fault: str,
+        key: str | None,
+        offset: int | None,
+        reason: str,
+        *,
+        warning: bool = False,
+        picture: bool = False,
+    ) -> None:
         self._report.faults.append(
             Fault(
                 fault=fault,
@@ -150,7 +172,9 @@ class _Pass:
                 embedded_ids=cfg.data.vq_ids is not VqIds.off,
             )
             encoder = self._encoder
-            sample = parse_sample(raw, self._kind, task.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
+            sample = parse_sample(
+                raw, self._kind, task.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
+            )
             tokens = encoder.token_counts(sample).tokens
             picture = True  # the index goes as far as this
             self._decode(sample, tokens, offset)
@@ -158,9 +182,12 @@ class _Pass:
             raise
         except SkipSample as reason:
             blame = next((located[e][0] for e in IMAGE_EXTENSIONS if e in located), offset) if picture else offset
-            self._add(reason.fault, found.key, blame, str(reason), picture=picture and reason.fault.startswith("picture"))
+            self._add(
+                reason.fault, found.key, blame, str(reason), picture=picture and reason.fault.startswith("picture")
+            )
             return
-        except Exception as error:  # training would stop here: a fault of jp_train, and no reason to look at the rest no more
+        except Exception as error:
+            # training would stop here: a fault of jp_train, and no reason to look at the rest no more
             self._add(INTERNAL, found.key, offset, f"{type(error).__name__}: {str(error)[:300]}")
             return
         report.good += 1
@@ -195,7 +222,8 @@ class _Pass:
         return stage.template is not Template.stage3 or not sample.turns
 
     def _is_drawn(self, offset: int) -> bool:
-        """Whether this picture is one of the `decode` evenly spread ones: the first at or after each of as many byte positions."""
+        """Whether this picture is one of the `decode` evenly spread ones: the first at or after each of as many byte
+        positions."""
         wanted = self._task.decode
         if wanted is None:
             return True

@@ -35,8 +35,8 @@ _SHARE_S = 0.2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyOptions:
-    """`decode`: pictures decoded per source (None: all, 0: none); `exclude`: write down what the index must leave out; `out`: folder of
-    verify.json and lengths.png (None: `verify` in the run folder)."""
+    """`decode`: pictures decoded per source (None: all, 0: none); `exclude`: write down what the index must leave
+    out; `out`: folder of verify.json and lengths.png (None: `verify` in the run folder)."""
 
     processes: int = 1
     decode: int | None = None
@@ -49,10 +49,12 @@ def verify_command(
 ) -> tuple[dict[str, Any], int]:
     """Verify the sources of a run, print the report to `table` (default: stdout), write verify.json and lengths.png.
 
-    Returns the report as a JSON-able dict, and the exit status: 0 when nothing is wrong that is not excluded, 3 otherwise.
+    Returns the report as a JSON-able dict, and the exit status: 0 when nothing is wrong that is not excluded, 3
+    otherwise.
 
     Raises:
-        ConfigError: when the config names no source, or shards that cannot be named so, or for a folder that cannot be written.
+        ConfigError: when the config names no source, or shards that cannot be named so, or for a folder that cannot be
+        written.
         DataError: for a damaged tokenizer or file of exclusions.
     """
     folder = options.out or Path(cfg.run_dir) / "verify"
@@ -61,14 +63,18 @@ def verify_command(
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
     except OSError as error:  # known before hours of reading, not after them
-        raise ConfigError(f"the report cannot be written to {folder}: {error}; name another folder with --out") from None
+        raise ConfigError(
+            f"the report cannot be written to {folder}: {error}; name another folder with --out"
+        ) from None
     report = verify_sources(cfg, load_tokenizer(cfg.tokenizer), options, progress=progress or sys.stderr)
     document = write_report(report, cfg, folder)
     print(format_report(report, document), file=table or sys.stdout)
     return document, EXIT_CLEAN if report.clean else EXIT_FAULTS
 
 
-def verify_sources(cfg: RunConfig, tokenizer: Tokenizer, options: VerifyOptions, *, progress: TextIO | None = None) -> Report:
+def verify_sources(
+    cfg: RunConfig, tokenizer: Tokenizer, options: VerifyOptions, *, progress: TextIO | None = None
+) -> Report:
     """The report of one pass over all shards; writes exclusions when the options say so, and nothing else."""
     sources = dict(cfg.data.sources) | {f"validation/{name}": source for name, source in cfg.validation.sources.items()}
     if not sources:
@@ -81,7 +87,11 @@ def verify_sources(cfg: RunConfig, tokenizer: Tokenizer, options: VerifyOptions,
         found, faults = _tasks(cfg, name, source, options.decode)
         tasks += found
         unreachable += faults
-    excluded = {(task.source, task.shard.path, key) for task in tasks for key in known_exclusions(task.shard, Kind(task.config.kind.value))}
+    excluded = {
+        (task.source, task.shard.path, key)
+        for task in tasks
+        for key in known_exclusions(task.shard, Kind(task.config.kind.value))
+    }
     reports = _run_all(tasks, cfg, tokenizer, max(1, options.processes), _ProgressLine(progress, tasks))
     report = Report(
         sources={name: source.kind.value for name, source in sources.items()},
@@ -125,8 +135,11 @@ def _tasks(cfg: RunConfig, name: str, source: SourceConfig, decode: int | None) 
     ], faults
 
 
-def _exclude(tasks: Sequence[VerifyTask], reports: Sequence[ShardReport], *, partial: bool) -> tuple[set[tuple[str, str, str]], list[Path]]:
-    """Write what only decoding shows; a pass that decoded everything replaces what earlier passes wrote. (new samples, written files)."""
+def _exclude(
+    tasks: Sequence[VerifyTask], reports: Sequence[ShardReport], *, partial: bool
+) -> tuple[set[tuple[str, str, str]], list[Path]]:
+    """Write what only decoding shows; a pass that decoded everything replaces what earlier passes wrote. (new
+    samples, written files)."""
     found: dict[tuple[str, Kind], dict[str, Excluded]] = {}
     shards: dict[str, Shard] = {}
     new: set[tuple[str, str, str]] = set()
@@ -136,7 +149,11 @@ def _exclude(tasks: Sequence[VerifyTask], reports: Sequence[ShardReport], *, par
         kind = Kind(task.config.kind.value)
         shards[task.shard.path] = task.shard
         bad = found.setdefault((task.shard.path, kind), {})
-        bad |= {fault.key: Excluded(fault.fault, fault.reason) for fault in report.faults if fault.picture and fault.key is not None}
+        bad |= {
+            fault.key: Excluded(fault.fault, fault.reason)
+            for fault in report.faults
+            if fault.picture and fault.key is not None
+        }
         known = known_exclusions(task.shard, kind)
         new |= {(task.source, task.shard.path, key) for key in bad.keys() - known.keys()}
     files = []
@@ -151,8 +168,8 @@ def _exclude(tasks: Sequence[VerifyTask], reports: Sequence[ShardReport], *, par
 def _run_all(
     tasks: Sequence[VerifyTask], cfg: RunConfig, tokenizer: Tokenizer, processes: int, progress: _ProgressLine
 ) -> list[ShardReport]:
-    """The report of each task, in their order. After a process died, what is left runs in a process per shard, so that the one that
-    kills it is known."""
+    """The report of each task, in their order. After a process died, what is left runs in a process per shard, so
+    that the one that kills it is known."""
     if processes == 1 or len(tasks) < 2:
         reader, encoder = ShardReader(cfg.data.io_retries), Encoder(cfg, tokenizer)
         reports = []
@@ -178,7 +195,9 @@ def _run_all(
 def _died(task: VerifyTask) -> ShardReport:
     report = ShardReport(source=task.source, kind=task.config.kind.value, shard=task.shard, whole=False)
     reason = "the process that read it died twice (killed for memory, or a decoder crashed): a loader worker of training would die here too"
-    report.faults.append(Fault(fault=DIED, source=task.source, shard=task.shard.path, key=None, offset=None, reason=reason))
+    report.faults.append(
+        Fault(fault=DIED, source=task.source, shard=task.shard.path, key=None, offset=None, reason=reason)
+    )
     return report
 
 
@@ -190,10 +209,15 @@ def _in_processes(
     with signals_deferred():
         samples, read = context.Value("q", 0), context.Value("q", 0)
         pool = ProcessPoolExecutor(
-            min(processes, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(cfg, tokenizer, samples, read)
+            min(processes, len(tasks)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(cfg, tokenizer, samples, read),
         )
         largest_first = sorted(tasks, key=lambda number: -tasks[number].shard.size)
-        pending: dict[Future[ShardReport], int] = {pool.submit(_run_in_worker, tasks[number]): number for number in largest_first}
+        pending: dict[Future[ShardReport], int] = {
+            pool.submit(_run_in_worker, tasks[number]): number for number in largest_first
+        }
     try:
         while pending:
             finished, _ = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)

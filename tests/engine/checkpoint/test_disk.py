@@ -1,4 +1,5 @@
-"""A file system that is full, fills up during a write, is read-only, slow, or loses the folder: the last good checkpoint stays loadable."""
+"""A file system that is full, fills up during a write, is read-only, slow, or loses the folder: the last good
+checkpoint stays loadable."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def assert_untouched(made: CheckpointStore, step: int) -> None:
     found = made.newest()
     assert found.step == step and found.path.name in [path.name for path in made.folder.iterdir()]
     assert torch.equal(loaded(made, found)["master/w"], values(step)["master/w"])
-    assert not list(made.folder.glob(".saving_*")), "what could not be completed is removed, so that its space is free again"
+    assert not list(made.folder.glob(".saving_*")), (
+        "what could not be completed is removed, so that its space is free again"
+    )
 
 
 def test_too_little_space_is_said_before_anything_is_written(small):
@@ -61,7 +64,9 @@ def test_too_little_space_is_said_before_anything_is_written(small):
 def test_the_advice_names_old_checkpoints_but_not_the_newest(small):
     made = store(small, keep_last=5)
     save(made, 100), save(made, 200)
-    with pytest.raises(CheckpointError, match=r"delete old checkpoints, but not the newest \(step_0000200\): step_0000100 \(2\.4 MiB\)"):
+    with pytest.raises(
+        CheckpointError, match=r"delete old checkpoints, but not the newest \(step_0000200\): step_0000100 \(2\.4 MiB\)"
+    ):
         fill(small, 0), made.begin(300, content(300))
 
 
@@ -87,7 +92,9 @@ def test_where_no_damaged_checkpoint_is_left_to_delete_the_save_is_refused_and_t
     again = store(small)
     assert again.newest().step == 100
     fill(small, 0)
-    with pytest.raises(CheckpointError, match=r"Free .*step_0000100 \(2\.4 MiB\) is the only complete checkpoint: keep it"):
+    with pytest.raises(
+        CheckpointError, match=r"Free .*step_0000100 \(2\.4 MiB\) is the only complete checkpoint: keep it"
+    ):
         again.begin(150, content(150))
     assert_untouched(again, 100)
 
@@ -125,7 +132,9 @@ def test_a_read_only_file_system_is_named(small):
 def test_a_run_folder_that_is_deleted_during_a_save_is_an_error_and_the_next_save_makes_it_anew(tmp_path, monkeypatch):
     made = store(tmp_path / "run")
     monkeypatch.setattr(
-        checkpoint_module, "write_shard", lambda path, tensors: (shutil.rmtree(tmp_path / "run"), write_shard(path, tensors))[1]
+        checkpoint_module,
+        "write_shard",
+        lambda path, tensors: (shutil.rmtree(tmp_path / "run"), write_shard(path, tensors))[1],
     )
     made.begin(100, content(100))
     with pytest.raises(CheckpointError, match="was deleted or moved while the run wrote to it"):
@@ -138,7 +147,9 @@ def test_a_run_folder_that_is_deleted_during_a_save_is_an_error_and_the_next_sav
 def test_a_slow_disk_holds_up_neither_training_nor_the_checkpoint_before(tmp_path, monkeypatch):
     made, release = store(tmp_path), threading.Event()
     save(made, 100)
-    monkeypatch.setattr(checkpoint_module, "write_shard", lambda path, tensors: (release.wait(20), write_shard(path, tensors))[1])
+    monkeypatch.setattr(
+        checkpoint_module, "write_shard", lambda path, tensors: (release.wait(20), write_shard(path, tensors))[1]
+    )
     made.begin(200, content(200))
     for _ in range(3):
         assert made.poll() is None
@@ -148,7 +159,7 @@ def test_a_slow_disk_holds_up_neither_training_nor_the_checkpoint_before(tmp_pat
     assert_untouched(made, 200)
 
 
-# -- the policy -----------------------------------------------------------------------------------------------------------------------
+# -- the policy ------------------------------------------------------------------------------------
 
 
 class Told:
@@ -209,7 +220,11 @@ def test_continue_tries_again_at_the_next_interval_and_forgets_failures_after_a_
         made.save(step, {"step": step}, {}, final=False)
     with pytest.raises(CheckpointError, match=r"3 failed saves in a row.*resume from it with the same command"):
         made.save(60, {"step": 60}, {}, final=False)
-    assert told.events == [*[("save_failed", step) for step in (10, 20)], ("save", 30), *[("save_failed", step) for step in (40, 50, 60)]]
+    assert told.events == [
+        *[("save_failed", step) for step in (10, 20)],
+        ("save", 30),
+        *[("save_failed", step) for step in (40, 50, 60)],
+    ]
     assert told.failed == 5 and "trying again after step 20" in told.said[0]
 
 
@@ -224,7 +239,9 @@ def test_stop_and_every_final_save_end_the_run(policy, final, small):
 
 def test_a_final_save_is_made_although_the_one_before_failed(small, monkeypatch):
     made, told = saver(small, on_error=SaveErrorAction.stop)
-    monkeypatch.setattr(checkpoint_module, "write_shard", lambda path, tensors: os.open("/nonexistent/folder", os.O_RDONLY))
+    monkeypatch.setattr(
+        checkpoint_module, "write_shard", lambda path, tensors: os.open("/nonexistent/folder", os.O_RDONLY)
+    )
     made.save(10, {"step": 10}, {}, final=False)  # fails in its thread
     for thread in threading.enumerate():
         if thread.name == "save-10":
@@ -238,12 +255,18 @@ def test_a_step_is_saved_once(tmp_path):
     made, told = saver(tmp_path)
     made.save(10, {"step": 10}, {}, final=False)
     made.save(10, {"step": 10}, {}, final=True)
-    assert told.events == [("save", 10)] and made.values() == {"checkpoint/stall_s": made.stall_s} and made.values() == {}
+    assert (
+        told.events == [("save", 10)] and made.values() == {"checkpoint/stall_s": made.stall_s} and made.values() == {}
+    )
 
 
 def test_metrics_and_events_wait_for_room_and_come_whole_and_in_order(small):
     """A full disk must not end a run through its log: `checkpoint.on_error` decides."""
-    metrics, told, state = MetricsFile(small / "metrics.jsonl", None), Events(small / "events.jsonl"), StatusFile(small / "status.json")
+    metrics, told, state = (
+        MetricsFile(small / "metrics.jsonl", None),
+        Events(small / "events.jsonl"),
+        StatusFile(small / "status.json"),
+    )
     for step in range(1, 301):
         if step == 5:
             filler = fill(small, 0)

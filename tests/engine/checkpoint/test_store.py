@@ -1,4 +1,5 @@
-"""Complete or absent: crashes at every point of a save, damage, retention, refusals. Real files, plain tensors for an engine's slices."""
+"""Complete or absent: crashes at every point of a save, damage, retention, refusals. Real files, plain tensors for
+an engine's slices."""
 
 from __future__ import annotations
 
@@ -32,12 +33,19 @@ class Crash(BaseException):
 
 def values(step: int) -> dict[str, torch.Tensor]:
     weights = torch.arange(TRAINED.numel, dtype=torch.float32) + step
-    return {"master/w": weights, "exp_avg/w": weights / 2, "exp_avg_sq/w": weights / 4, "frozen/f": torch.arange(5).to(torch.bfloat16)}
+    return {
+        "master/w": weights,
+        "exp_avg/w": weights / 2,
+        "exp_avg_sq/w": weights / 4,
+        "frozen/f": torch.arange(5).to(torch.bfloat16),
+    }
 
 
 def content(step: int, **changes: Any) -> Content:
     given = {"state": {"step": step}, "identity": {"seed": 7}, "config_text": "seed: 7\n", "about": {}} | changes
-    return Content(tensors=list(values(step).items()), parameters=[TRAINED, FROZEN], optimizer_step=step, with_frozen=True, **given)
+    return Content(
+        tensors=list(values(step).items()), parameters=[TRAINED, FROZEN], optimizer_step=step, with_frozen=True, **given
+    )
 
 
 def store(run_dir: Path, **policy: Any) -> CheckpointStore:
@@ -88,7 +96,9 @@ def test_a_background_save_holds_the_values_of_its_own_step(tmp_path):
     live = values(100)
     plain = checkpoint_module.write_shard
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint_module, "write_shard", lambda path, tensors: (release.wait(10), plain(path, tensors))[1])
+        patched.setattr(
+            checkpoint_module, "write_shard", lambda path, tensors: (release.wait(10), plain(path, tensors))[1]
+        )
         made.begin(100, Content(**{**content(100).__dict__, "tensors": list(live.items())}))
         for tensor in live.values():
             tensor.fill_(-1)
@@ -108,12 +118,21 @@ def test_without_host_memory_for_a_copy_training_waits_and_the_checkpoint_is_who
     monkeypatch.setattr(made._host, "take", none_left)
     save(made, 100)
     assert torch.equal(loaded(made, made.newest())["master/w"], values(100)["master/w"])
-    assert made.problems == ["rank 0: no host memory for a copy (none left): training waited while step 100 was written"]
+    assert made.problems == [
+        "rank 0: no host memory for a copy (none left): training waited while step 100 was written"
+    ]
 
 
 @pytest.mark.parametrize(
     "where",
-    ("before the shards", "inside a shard", "before the manifest", "before the rename", "before latest", "before deleting old ones"),
+    (
+        "before the shards",
+        "inside a shard",
+        "before the manifest",
+        "before the rename",
+        "before latest",
+        "before deleting old ones",
+    ),
 )
 def test_a_crash_at_any_point_of_a_save_leaves_a_complete_checkpoint(where, tmp_path, monkeypatch):
     made = store(tmp_path, keep_last=1, background=False)
@@ -138,7 +157,11 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_complete_checkpoint(where, tmp_
             patched.setattr(checkpoint_module.os, "rename", crash)
         elif where == "before latest":
             plain = checkpoint_module.write_durably
-            patched.setattr(checkpoint_module, "write_durably", lambda path, text: crash() if path.name == "latest" else plain(path, text))
+            patched.setattr(
+                checkpoint_module,
+                "write_durably",
+                lambda path, text: crash() if path.name == "latest" else plain(path, text),
+            )
         else:
             patched.setattr(checkpoint_module.threading, "Thread", crash)
         save(made, 200)
@@ -153,7 +176,8 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_complete_checkpoint(where, tmp_
 
 
 @pytest.mark.parametrize(
-    "damage", ("missing file", "short file", "flipped byte", "flipped byte in a large file", "no manifest", "bad manifest")
+    "damage",
+    ("missing file", "short file", "flipped byte", "flipped byte in a large file", "no manifest", "bad manifest"),
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path):
     made = store(tmp_path)
@@ -189,7 +213,9 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_way_round_it(tmp_pat
     save(made, 100)
     manifest = save(made, 200) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    with pytest.raises(CheckpointError, match=r"step_0000200 has format 1, this jp_train reads format 2.*model\.init_from"):
+    with pytest.raises(
+        CheckpointError, match=r"step_0000200 has format 1, this jp_train reads format 2.*model\.init_from"
+    ):
         made.newest()
 
 
@@ -212,14 +238,18 @@ def test_retention_keeps_the_last_ones_the_multiples_and_the_best(tmp_path):
     assert names == [f"step_{step:07d}" for step in (200, 300, 600, 700)]
     assert (tmp_path / "checkpoints" / "best").read_text() == "step_0000200\n"
     save(made, 800, about={"val/total": 1.0})
-    assert (tmp_path / "checkpoints" / "best").read_text() == "step_0000800\n" and not (tmp_path / "checkpoints" / "step_0000200").exists()
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step_0000800\n" and not (
+        tmp_path / "checkpoints" / "step_0000200"
+    ).exists()
 
 
 def test_a_damaged_checkpoint_of_a_later_step_pushes_out_no_whole_one(tmp_path):
     """A run that resumed before it and is stopped before it gets there again."""
     made = store(tmp_path, keep_last=1, keep_every=100, keep_best=True)
     for step, loss in ((100, 2.0), (200, 1.0), (300, 1.0)):
-        (save(made, step, about={"val/total": loss}) / "state.json").write_text("{}" if step > 100 else json.dumps({"step": step}))
+        (save(made, step, about={"val/total": loss}) / "state.json").write_text(
+            "{}" if step > 100 else json.dumps({"step": step})
+        )
     again = store(tmp_path, keep_last=1, keep_best=True)
     assert again.newest().step == 100
     save(again, 150)
@@ -276,7 +306,8 @@ def test_a_file_that_rank_0_does_not_see_whole_is_no_part_of_a_checkpoint(fault,
 
     monkeypatch.setattr(checkpoint_module, "write_shard", elsewhere)
     with pytest.raises(
-        CheckpointError, match=r"rank_00000\.safetensors is not visible to rank 0; run_dir must lie on a file system that all"
+        CheckpointError,
+        match=r"rank_00000\.safetensors is not visible to rank 0; run_dir must lie on a file system that all",
     ):
         save(made, 200)
     assert made.newest().step == 100
@@ -295,7 +326,9 @@ def test_what_cannot_be_deleted_is_told_and_fails_no_save(tmp_path, monkeypatch)
     for step in (100, 200, 300):
         save(made, step)
     assert made.newest().step == 300 and [path.name for path in made.folder.glob("step_*")] == ["step_0000300"]
-    assert len(made.problems) == 2 and all("step_0000100 cannot be deleted and takes space" in text for text in made.problems)
+    assert len(made.problems) == 2 and all(
+        "step_0000100 cannot be deleted and takes space" in text for text in made.problems
+    )
     monkeypatch.undo()
     save(made, 400)
     assert sorted(path.name for path in made.folder.iterdir()) == ["latest", "step_0000400"]
@@ -308,7 +341,13 @@ def test_random_states_come_back_and_those_of_a_new_rank_are_derived(tmp_path):
     save(made, 100)
 
     def draw() -> list[float]:
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal(), float(torch.rand(1))]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.standard_normal(),
+            float(torch.rand(1)),
+        ]
 
     expected = draw()
     loaded(made, made.newest())
@@ -340,7 +379,10 @@ def compared(now: dict[str, Any], accept: tuple[str, ...] = ()) -> list[str]:
 
 
 def test_another_configuration_is_refused_with_every_difference_and_what_to_pass():
-    assert compared(changed(run_dir="elsewhere", data__workers=9, stage__training_steps=5, engine__micro_batch_rows=4)) == []
+    assert (
+        compared(changed(run_dir="elsewhere", data__workers=9, stage__training_steps=5, engine__micro_batch_rows=4))
+        == []
+    )
     other = changed(seed=1, data__seq_len=128, optimizer__lr=0.5)
     with pytest.raises(CheckpointError) as error:
         compared(other, ("seed",))
@@ -373,7 +415,7 @@ def test_the_manifest_lists_everything_but_itself(tmp_path):
     assert listed == there - {"manifest.json"}
 
 
-# -- partition files ------------------------------------------------------------------------------------------------------------------
+# -- partition files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ((5, 7), (3,), (1,), (2, 3, 2)))
@@ -397,7 +439,9 @@ def test_any_range_of_a_parameter_is_read_back_from_the_slices_of_any_number_of_
     reader.close()
 
 
-@pytest.mark.parametrize("fault", ("header length", "not JSON", "offsets outside", "unknown dtype", "cut inside a tensor"))
+@pytest.mark.parametrize(
+    "fault", ("header length", "not JSON", "offsets outside", "unknown dtype", "cut inside a tensor")
+)
 def test_a_foreign_or_cut_file_is_refused_without_reading_past_it(fault, tmp_path):
     from jp_train.model.partition_files import ShardReader
 

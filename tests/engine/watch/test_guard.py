@@ -51,7 +51,9 @@ def test_what_the_other_ranks_say_takes_the_place_of_general_advice():
     guard = SequenceGuard(None, rank=0)
     guard.explain = lambda: "rank 1 is gone"
     with pytest.raises(JpTrainError, match=r"Connection closed by peer\. rank 1 is gone$"), guard.watch("forward"):
-        raise RuntimeError("[x.cc:1] Connection closed by peer. This is typically caused by a remote worker crashing. Check the logs")
+        raise RuntimeError(
+            "[x.cc:1] Connection closed by peer. This is typically caused by a remote worker crashing. Check the logs"
+        )
     with pytest.raises(JpTrainError, match="than rank 0: it was the vision tower"):
         compare_signatures([5, 6], step=4, explain=lambda: "it was the vision tower")
 

@@ -67,7 +67,9 @@ def test_skips_in_a_row_stop_the_run_and_a_good_step_between_forgives():
 
 def test_too_large_a_share_of_skips_stops_the_run_and_old_ones_are_forgotten():
     skips = SkipCounter()
-    assert not any(skips.observe(step % 40 != 0, step, LIMITS) for step in range(1, 400)), "5 in any 200 steps are allowed"
+    assert not any(skips.observe(step % 40 != 0, step, LIMITS) for step in range(1, 400)), (
+        "5 in any 200 steps are allowed"
+    )
     assert skips.recent == [200, 240, 280, 320, 360]
     told = [skips.observe(step % 2 != 0, step, LIMITS) for step in range(400, 410)]
     assert [bool(text) for text in told] == [False, False, True, False, True, False, True, False, True, False]
@@ -133,7 +135,8 @@ with flag.installed():
 
 @pytest.mark.parametrize("phase", ["starting", "training"])
 def test_a_stuck_main_thread_does_not_keep_a_signal_from_ending_the_process(phase):
-    """In C code that is resumed after a signal no Python handler runs. Start-up ends at the first signal, training at the second."""
+    """In C code that is resumed after a signal no Python handler runs. Start-up ends at the first signal, training
+    at the second."""
     process = subprocess.Popen([sys.executable, "-c", STUCK, phase], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -202,7 +205,9 @@ def slurm(tmp_path):
         ([signal.SIGTERM], "143", 143, False),
     ],
 )
-def test_slurm_queues_a_job_again_only_when_time_ran_out_and_the_ranks_have_saved(slurm, tmp_path, signals, status, code, queued):
+def test_slurm_queues_a_job_again_only_when_time_ran_out_and_the_ranks_have_saved(
+    slurm, tmp_path, signals, status, code, queued
+):
     process = slurm(FAKE_SIGNALLED=status)
     for number in signals:
         process.send_signal(number)
@@ -222,4 +227,8 @@ def test_slurm_leaves_an_ended_job_alone_and_passes_its_status_on(slurm, tmp_pat
     (tmp_path / "end").write_text(str(code))
     assert process.wait(120) == code and not (tmp_path / "queued").exists()
     told = (tmp_path / "arguments").read_text().split()
-    assert told[:4] == ["launch", "run.yaml", "--hostfile", str(hostfile)] and told[4:] == ["--max-restarts", "2", "seed=1"]
+    assert told[:4] == ["launch", "run.yaml", "--hostfile", str(hostfile)] and told[4:] == [
+        "--max-restarts",
+        "2",
+        "seed=1",
+    ]

@@ -1,4 +1,5 @@
-"""Ranks that stand still are named and ended, and ranks that only take their time are left alone; stop signals in every phase. All on real processes."""
+"""Ranks that stand still are named and ended, and ranks that only take their time are left alone; stop signals in
+every phase. All on real processes."""
 
 from __future__ import annotations
 
@@ -46,14 +47,19 @@ def launch(nursery: Nursery, folder: Path, scenarios: list[dict], **options) -> 
 
 
 def events(run: Path, name: str) -> list[dict]:
-    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name]
+    return [
+        event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == name
+    ]
 
 
 def planted(nursery: Nursery, folder: Path, what: str, steps_done: int = 2, **changes) -> tuple[Launch, dict, Path]:
     """A launch with one planted fault at step 3, and the one event that names it."""
     last = {"name": what, "kind": "planted", "what": what, "steps": 6, "exit_with_code": True, **changes}
-    # the ranks' loaders keep their fork server: a run whose worker is killed costs little before the one whose worker is stopped
-    first = [{**last, "name": "kill-worker", "what": "kill-worker", "exit_with_code": False}] if what == "worker" else []
+    # the ranks' loaders keep their fork server: a run whose worker is killed costs little before the one whose worker
+    # is stopped
+    first = (
+        [{**last, "name": "kill-worker", "what": "kill-worker", "exit_with_code": False}] if what == "worker" else []
+    )
     done = launch(nursery, folder, [*first, last], grace_s=1.0 if what == "stop" else 30.0)
     run = folder / what
     found = events(run, "stalled") + events(run, "failed")
@@ -102,7 +108,11 @@ def test_a_stopped_rank_is_named_by_the_other(nursery, folder):
 def test_a_killed_or_stopped_data_worker_is_named_with_row_and_document_and_no_process_is_left(nursery, folder):
     done, event, run = planted(nursery, folder, "worker", 3, **{"data.workers": 1, "data.prefetch_rows": 1})
     assert done.codes == [3, 3] and event["error"] == "DataError" and event["ranks"] == [1]
-    assert "rank 1 has waited" in event["reason"] and "first document: source '" in event["reason"] and "is stopped" in event["reason"]
+    assert (
+        "rank 1 has waited" in event["reason"]
+        and "first document: source '" in event["reason"]
+        and "is stopped" in event["reason"]
+    )
     beat = json.loads((run / "heartbeats" / "rank_0001.json").read_text())
     (worker,) = beat["awaited"]["workers"]
     wait_for(lambda: process_state(worker["pid"]) == "gone", timeout_s=60)
@@ -113,7 +123,8 @@ def test_a_killed_or_stopped_data_worker_is_named_with_row_and_document_and_no_p
 
 
 def test_ranks_wait_for_rank_0_longer_than_for_any_collective_but_not_for_a_dead_one(nursery, folder):
-    """However long an index takes, the run goes on; an error of rank 0 is everybody's; a rank 0 that is frozen is noticed."""
+    """However long an index takes, the run goes on; an error of rank 0 is everybody's; a rank 0 that is frozen is
+    noticed."""
     done = launch(nursery, folder, [{"name": "turns", "kind": "turns"}])
     told = done.result("turns", 1)
     assert done.codes == [-signal.SIGKILL, 0], done.errors
@@ -121,12 +132,13 @@ def test_ranks_wait_for_rank_0_longer_than_for_any_collective_but_not_for_a_dead
     assert "rank 1 waited for rank 0, which is gone (timed out: no sign of life" in told["frozen"]
 
 
-# -- no alarm, and signals ------------------------------------------------------------------------------------------------------------
+# -- no alarm, and signals -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def calm(nursery, folder) -> Launch:
-    """Runs that end well or on a signal, one after another; the last signal, during start-up, ends the ranks themselves."""
+    """Runs that end well or on a signal, one after another; the last signal, during start-up, ends the ranks
+    themselves."""
 
     def while_running(pids: list[int]) -> None:
         def at(name: str, phase: str) -> None:
@@ -145,7 +157,8 @@ def calm(nursery, folder) -> Launch:
         at("in-export", "export")
         for pid in pids:
             os.kill(pid, signal.SIGINT)
-        wait_for(lambda: (folder / "in-indexing" / "at-indexing.0").exists(), timeout_s=600)  # rank 1 waits for rank 0 in a collective
+        # rank 1 waits for rank 0 in a collective
+        wait_for(lambda: (folder / "in-indexing" / "at-indexing.0").exists(), timeout_s=600)
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
 
@@ -155,7 +168,14 @@ def calm(nursery, folder) -> Launch:
         nursery,
         folder,
         [
-            {"name": "slow", "kind": "signalled", "phase": "validation", "linger": 1.5 * STALL_S, "held_out": True, **often},
+            {
+                "name": "slow",
+                "kind": "signalled",
+                "phase": "validation",
+                "linger": 1.5 * STALL_S,
+                "held_out": True,
+                **often,
+            },
             {"name": "suspended", "kind": "signalled", "phase": "save", "linger": 1.5 * STALL_S, **often, "steps": 2},
             {"name": "in-validation", "kind": "signalled", "phase": "validation", "held_out": True, **often},
             {"name": "in-save", "kind": "signalled", "phase": "save", **often},
@@ -209,11 +229,18 @@ def test_a_signal_during_start_up_ends_the_ranks_at_once(calm, folder):
     assert not (folder / "in-indexing" / "checkpoints").exists()
 
 
-# -- one rank, in this process ----------------------------------------------------------------------------------------------------------
+# -- one rank, in this process ---------------------------------------------------------------------
 
 
 def alone(
-    run_dir: Path, ended: list[int], reports: list, *, rank: int = 0, world: int = 1, stall_s: float = 0.4, collective_s: float = 60.0
+    run_dir: Path,
+    ended: list[int],
+    reports: list,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    stall_s: float = 0.4,
+    collective_s: float = 60.0,
 ) -> Watchdog:
     cfg = tiny_run(Path("unused"), run_dir)
     cfg.engine.stall_timeout_s, cfg.engine.collective_timeout_s = stall_s, collective_s
@@ -262,7 +289,10 @@ def test_a_rank_that_cannot_read_the_others_heartbeats_waits_until_the_collectiv
 def test_a_rank_that_waits_for_one_that_works_ends_nobody_until_both_stand_still(tmp_path, capfd):
     ended, reports = [], []
     options = {"world": 2, "stall_s": 1.5}
-    with alone(tmp_path, ended, reports, **options) as waiting, alone(tmp_path, ended, reports, rank=1, **options) as working:
+    with (
+        alone(tmp_path, ended, reports, **options) as waiting,
+        alone(tmp_path, ended, reports, rank=1, **options) as working,
+    ):
         for watchdog in (waiting, working):
             watchdog.guard.begin_step(1)
             watchdog.guard.begin_step(2)

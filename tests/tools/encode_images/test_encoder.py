@@ -1,4 +1,5 @@
-"""encode-images for real: ids against the VQ itself, shares of ranks, kills, verification, and training that cannot tell where ids come from."""
+"""encode-images for real: ids against the VQ itself, shares of ranks, kills, verification, and training that cannot
+tell where ids come from."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def encoded(plain, tmp_path_factory) -> Path:
     data = copied(plain, tmp_path_factory.mktemp("encoded") / "data")
     told, code = encode_images(configuration(data), ALONE)
     assert code == 0 and told["encoded"] == 3 and told["pictures"] == 25 + 12 - 2 + 3
-    assert [key for key in BROKEN if any(key in line for line in told["unusable"])] == list(BROKEN) and len(told["unusable"]) == 2
+    assert [key for key in BROKEN if any(key in line for line in told["unusable"])] == list(BROKEN) and len(
+        told["unusable"]
+    ) == 2
     return data
 
 
@@ -114,7 +117,13 @@ def filled(cfg: RunConfig, steps: int = 6) -> list[PackedBatch]:
     indexes = use_stored_ids(cfg.data, index_sources(cfg, tokenizer), recipe)
     batch = batch_plan(cfg, 1)
     with StepLoader(
-        cfg, build_plan(cfg, indexes, batch, tokenizer), indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch
+        cfg,
+        build_plan(cfg, indexes, batch, tokenizer),
+        indexes,
+        tokenizer,
+        dp_rank=0,
+        dp_world_size=1,
+        batch_plan=batch,
     ) as loader:
         batches = [one for step in itertools.islice(loader, steps) for one in step.micro_batches]
     batches += validation_batches(cfg, tokenizer, "held", 0, 1, recipe)
@@ -130,7 +139,10 @@ def test_rows_are_bit_for_bit_the_same_with_stored_ids_and_encoded_on_the_fly(pl
         for name in PackedBatch.__slots__:
             if isinstance(getattr(before, name), torch.Tensor):
                 assert torch.equal(getattr(before, name), getattr(after, name)), name
-        entries = [[(skip.info.source, skip.info.key, skip.ref, skip.reason) for skip in batch.skipped] for batch in (before, after)]
+        entries = [
+            [(skip.info.source, skip.info.key, skip.ref, skip.reason) for skip in batch.skipped]
+            for batch in (before, after)
+        ]
         assert entries[0] == entries[1]
         skipped += len(entries[0])
     assert skipped
@@ -197,7 +209,14 @@ def test_a_run_killed_while_it_writes_is_resumed_and_no_half_file_is_taken_for_w
     words = [str(word) for where, data in places.items() for word in (data, where)]
     script = KILLED.format(paths=[str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for where, data in places.items():
         assert (
@@ -224,7 +243,9 @@ def test_a_touched_shard_is_recognised_and_a_changed_picture_is_not(encoded, tmp
     assert (told["recognised"], told["encoded"], told["already_done"]) == (1, 1, 1)
     assert next(data.glob("gen.tar*.npy")).read_bytes() == ids
     reader, recipe = ShardReader(), ids_recipe(cfg)
-    before, after = (open_ids(reader.stat(str(folder / "held-gen.tar")), recipe.fingerprint, reader) for folder in (encoded, data))
+    before, after = (
+        open_ids(reader.stat(str(folder / "held-gen.tar")), recipe.fingerprint, reader) for folder in (encoded, data)
+    )
     same = [bool((before.row(number) == after.row(number)).all()) for number in range(3)]
     assert same == [True, False, True]
 
@@ -246,7 +267,12 @@ def planted(encoded: Path, to: Path, *, hide: bool) -> tuple[Path, RunConfig]:
 
 def test_verification_compares_ids_exactly_and_names_what_differs(encoded, tmp_path) -> None:
     told, code = encode_images(configuration(encoded), ALONE, verify_sample=1000)
-    assert code == 0 and told["verified"]["samples"] == 40 and told["verified"]["ids"] == 38 * 16 and not told["verified"]["problems"]
+    assert (
+        code == 0
+        and told["verified"]["samples"] == 40
+        and told["verified"]["ids"] == 38 * 16
+        and not told["verified"]["problems"]
+    )
     _, cfg = planted(encoded, tmp_path / "hidden", hide=True)
     told, code = encode_images(cfg, ALONE, verify_sample=1000)
     assert code == DataError.exit_code
@@ -259,13 +285,16 @@ def test_verification_compares_ids_exactly_and_names_what_differs(encoded, tmp_p
 
 
 def test_verifying_before_encoding_says_so(plain) -> None:
-    told, code = encode_images(configuration(plain), Place(rank=4, world_size=5, device=CPU), verify_sample=3)  # a rank without a shard
+    # a rank without a shard
+    told, code = encode_images(configuration(plain), Place(rank=4, world_size=5, device=CPU), verify_sample=3)
     assert code == 0 and told["verified"]["samples"] == 0
     with pytest.raises(DataError, match="encode first"):
         encode_images(configuration(plain), ALONE, verify_sample=3)
 
 
-def test_the_command_line_prints_one_object_and_refuses_what_cannot_be(encoded, plain, tmp_path, capsys, monkeypatch) -> None:
+def test_the_command_line_prints_one_object_and_refuses_what_cannot_be(
+    encoded, plain, tmp_path, capsys, monkeypatch
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     save_config(configuration(encoded), tmp_path / "run.yaml")
@@ -300,7 +329,14 @@ def test_a_hostfile_gives_the_deepspeed_command_and_the_share_of_every_slot(enco
 def trained(plain, encoded, tmp_path_factory) -> tuple[Launch, Path]:
     """Two ZeRO-3 ranks: without ids, with ids, and with a VQ of another seed that the ids do not belong to."""
     runs = tmp_path_factory.mktemp("runs")
-    small = {"kind": "train", "steps": 4, "broken": True, "held_out": True, "model.vision.layers": 1, "model.language.layers": 1}
+    small = {
+        "kind": "train",
+        "steps": 4,
+        "broken": True,
+        "held_out": True,
+        "model.vision.layers": 1,
+        "model.language.layers": 1,
+    }
     scenarios = [
         {"name": "fly", **small, "data": str(plain), "run_dir": str(runs / "fly")},
         {"name": "stored", **small, "data": str(encoded), "run_dir": str(runs / "stored")},
@@ -313,7 +349,9 @@ def trained(plain, encoded, tmp_path_factory) -> tuple[Launch, Path]:
 def test_two_zero3_ranks_train_to_the_same_losses_with_stored_ids(trained) -> None:
     launch, runs = trained
     assert launch.result("fly")["code"] == launch.result("stored")["code"] == 0
-    assert [launch.result("fly", rank)["hashes"] for rank in (0, 1)] == [launch.result("stored", rank)["hashes"] for rank in (0, 1)]
+    assert [launch.result("fly", rank)["hashes"] for rank in (0, 1)] == [
+        launch.result("stored", rank)["hashes"] for rank in (0, 1)
+    ]
     measured = []
     for name in ("fly", "stored"):
         lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
@@ -321,7 +359,10 @@ def test_two_zero3_ranks_train_to_the_same_losses_with_stored_ids(trained) -> No
         measured.append([{key: value for key, value in line.items() if key.startswith(kept)} for line in lines])
     assert measured[0] == measured[1] and len(measured[0]) == 5
     assert sum("loss/generation" in line for line in measured[0]) >= 2
-    ledgers = [[json.loads(line) for line in (runs / name / "ledger.jsonl").read_text().splitlines()] for name in ("fly", "stored")]
+    ledgers = [
+        [json.loads(line) for line in (runs / name / "ledger.jsonl").read_text().splitlines()]
+        for name in ("fly", "stored")
+    ]
     texts = [[(entry["key"], entry["reason"], entry["step"]) for entry in ledger] for ledger in ledgers]
     assert texts[0] == texts[1] and {key for key, *_ in texts[0]} <= set(BROKEN) and texts[0]
 

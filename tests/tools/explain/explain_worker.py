@@ -1,4 +1,5 @@
-"""A rank that trains like tests/engine/worker.py and keeps every micro-batch as the trainer got it. Not a test module."""
+"""A rank that trains like tests/engine/worker.py and keeps every micro-batch as the trainer got it. Not a test
+module."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def train(*, keep: str, **arguments: Any) -> dict:
 
     def step(self, micro_batches, totals, **timing):
         for number, batch in enumerate(micro_batches):
-            save_batch(batch, Path(keep) / f"step{self.state.step + 1:03d}.rank{worker.rank()}.micro{number}.safetensors")
+            save_batch(
+                batch, Path(keep) / f"step{self.state.step + 1:03d}.rank{worker.rank()}.micro{number}.safetensors"
+            )
         return plain(self, micro_batches, totals, **timing)
 
     training.Trainer.train_step = step

@@ -29,7 +29,8 @@ STEPS, WORLD, ROWS = 9, 2, 8
 
 
 class Trained:
-    """The run folder, where the ranks kept their micro-batches, and the row hashes that they computed, by rank and step."""
+    """The run folder, where the ranks kept their micro-batches, and the row hashes that they computed, by rank and
+    step."""
 
     def __init__(self, folder: Path, kept: Path, hashes: list[dict[int, str]]) -> None:
         self.folder, self.kept, self.hashes = folder, kept, hashes
@@ -80,7 +81,11 @@ def different(one: PackedBatch, other: PackedBatch) -> list[str]:
     names = []
     for field in fields(PackedBatch):
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        equal = torch.equal(mine, theirs) and mine.dtype == theirs.dtype if isinstance(mine, torch.Tensor) else mine == theirs
+        equal = (
+            torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+            if isinstance(mine, torch.Tensor)
+            else mine == theirs
+        )
         names += [] if equal else [field.name]
     return names
 
@@ -103,7 +108,9 @@ def test_every_step_is_rebuilt_bit_equal_to_what_the_ranks_trained_also_after_th
 
 def test_an_explained_step_counts_what_the_metrics_count_and_names_what_the_ledger_names(trained):
     ledger = [json.loads(line) for line in (trained.folder / "ledger.jsonl").read_text().splitlines()]
-    metrics = {line["step"]: line for line in map(json.loads, (trained.folder / "metrics.jsonl").read_text().splitlines())}
+    metrics = {
+        line["step"]: line for line in map(json.loads, (trained.folder / "metrics.jsonl").read_text().splitlines())
+    }
     with open_replay(None, [], trained.folder) as replay:
         for step in (4, 7):
             found = explain_step(replay, step)
@@ -113,7 +120,9 @@ def test_an_explained_step_counts_what_the_metrics_count_and_names_what_the_ledg
             for kind in ("understanding", "text", "generation"):
                 assert found["totals"]["kinds"][kind]["tokens"] == metrics[step].get(f"tokens/{kind}", 0)
             named = [(entry["key"], entry["reason"]) for entry in ledger if entry["step"] == step]
-            assert sorted((skip["key"], skip["reason"]) for row in found["rows"] for skip in row["skipped"]) == sorted(named)
+            assert sorted((skip["key"], skip["reason"]) for row in found["rows"] for skip in row["skipped"]) == sorted(
+                named
+            )
             assert "metrics.jsonl of the run agrees" in compare_with_metrics(found, trained.folder)
             with pytest.raises(DataError, match="was not rebuilt as it was trained.*data/rows_digest is"):
                 compare_with_metrics({**found, "rows_digest": found["rows_digest"] ^ 1}, trained.folder)
@@ -123,11 +132,15 @@ def test_an_explained_step_counts_what_the_metrics_count_and_names_what_the_ledg
 def test_the_run_keeps_a_snapshot_for_every_stretch_of_steps_though_its_checkpoints_are_gone(trained, monkeypatch):
     steps = [json.loads(line)["step"] for line in (trained.folder / SNAPSHOTS_FILE).read_text().splitlines()]
     assert [path.name for path in (trained.folder / "checkpoints").glob("step_*")] == [f"step_{STEPS:07d}"]
-    assert steps == sorted(steps) and set(steps) == {2, 4, 5, 6, 8, 9}, "every 2 steps, and at the saves of steps 5 and 9"
+    assert steps == sorted(steps) and set(steps) == {2, 4, 5, 6, 8, 9}, (
+        "every 2 steps, and at the saves of steps 5 and 9"
+    )
     counted = []
     plain = plan_module._Fold.advance
     monkeypatch.setattr(
-        plan_module._Fold, "advance", lambda self, *args, **kwargs: counted.append(self.step) or plain(self, *args, **kwargs)
+        plan_module._Fold,
+        "advance",
+        lambda self, *args, **kwargs: counted.append(self.step) or plain(self, *args, **kwargs),
     )
     cfg = load_config(trained.folder / "config.yaml")
     for step in range(1, STEPS + 1):
@@ -139,7 +152,9 @@ def test_the_run_keeps_a_snapshot_for_every_stretch_of_steps_though_its_checkpoi
 
 def test_a_resumed_run_drops_the_snapshots_of_steps_that_it_trains_again_and_torn_lines(tmp_path):
     for resumed_step, kept in ((4, [2, 4]), (None, [])):
-        (tmp_path / SNAPSHOTS_FILE).write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "po')
+        (tmp_path / SNAPSHOTS_FILE).write_text(
+            "".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "po'
+        )
         cfg = RunConfig(run_dir=str(tmp_path))
         cfg.logging.wandb.mode = WandbMode.disabled
         log = RunLog(cfg, active=True, dp_world_size=1)
@@ -172,16 +187,41 @@ def test_changed_data_are_refused_and_changed_code_is_noted(trained, tmp_path):
 
 def test_the_command_prints_one_object_and_saves_the_micro_batch_of_a_row(trained, tmp_path, capsys):
     out = tmp_path / "row.safetensors"
-    assert main(["data", "explain", "--run", str(trained.folder), "--step", "7", "--row", "5", "--save", str(out), "--json"]) == 0
+    assert (
+        main(
+            ["data", "explain", "--run", str(trained.folder), "--step", "7", "--row", "5", "--save", str(out), "--json"]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["saved"] == [str(out)] and [row["row"] for row in found["rows"]] == [5]
     assert different(load_batch(out), trained.batches(7, 1)[0]) == []
     config = str(trained.folder / "config.yaml")
-    assert main(["data", "explain", "--step", "7", "--rank", "1", "--world", "2", "--save", str(out), "data.workers=1", config]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "explain",
+                "--step",
+                "7",
+                "--rank",
+                "1",
+                "--world",
+                "2",
+                "--save",
+                str(out),
+                "data.workers=1",
+                config,
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert trained.hashes[1][7] in printed and "plan step 6" in printed
     names = ["row_rows_0004-0005.safetensors", "row_rows_0006-0007.safetensors"]
-    assert [different(load_batch(tmp_path / name), batch) for name, batch in zip(names, trained.batches(7, 1), strict=True)] == [[], []]
+    assert [
+        different(load_batch(tmp_path / name), batch) for name, batch in zip(names, trained.batches(7, 1), strict=True)
+    ] == [[], []]
 
 
 def test_wrong_arguments_are_named(trained, tmp_path, capsys):

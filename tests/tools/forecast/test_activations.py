@@ -1,4 +1,5 @@
-"""The formulas of activations against torch's own accounting: a forward and backward pass of the true shapes on fake tensors."""
+"""The formulas of activations against torch's own accounting: a forward and backward pass of the true shapes on fake
+tensors."""
 
 import pytest
 
@@ -15,8 +16,11 @@ def test_a_pass_of_the_true_model_takes_what_the_formulas_say(model, stage, chec
     measured = fake_passes(cfg, batch, checkpointing=checkpointing)
     predicted = predicted_passes(cfg, batch, checkpointing=checkpointing)
     assert measured["backward"] >= measured["saved"] > 0
-    # the log-sum-exp's own copy of the logits lies inside a kernel, which fake tensors do not see: only the backward pass is compared to the letter
+    # the log-sum-exp's own copy of the logits lies inside a kernel, which fake tensors do not see: only the backward
+    # pass is compared to the letter
     assert predicted["backward"] == pytest.approx(measured["backward"], rel=0.10)
     assert (
-        0.95 * measured["forward"] < predicted["forward"] < measured["forward"] + 4 * cfg.loss.chunk_tokens * cfg.model.language.vocab_size
+        0.95 * measured["forward"]
+        < predicted["forward"]
+        < measured["forward"] + 4 * cfg.loss.chunk_tokens * cfg.model.language.vocab_size
     )

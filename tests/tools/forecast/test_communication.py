@@ -15,12 +15,17 @@ from jp_train.tools.forecast.timing import leg_seconds
 SETTING = Setting(
     world=16, size=2, checkpointing=True, hpz=1, reduce_bucket=1000, prefetch=0, max_live=10**9, max_reuse=0, persistent=0, chunk=64
 )  # fmt: skip
-PARAMETERS = (Parameter("a.weight", "a", "language_model", 3000, True), Parameter("b.weight", "b", "vision_model", 1000, False))
+PARAMETERS = (
+    Parameter("a.weight", "a", "language_model", 3000, True),
+    Parameter("b.weight", "b", "vision_model", 1000, False),
+)
 SHAPES = Shapes(
     width=8, intermediate=8, layers=1, heads=1, vocabulary=8, vision_width=8, vision_intermediate=8, vision_layers=1, vision_heads=1, image_size=16,
     slots=1, codebook=8, code_width=8, vq_base_channels=8, vq_parameters=0, learns=frozenset({"language_model"}), parameters=PARAMETERS,
 )  # fmt: skip
-REPLAYED = Replay(levels=[], forward=Traffic(elements=4000, fresh=3000, calls=2), backward=Traffic(elements=3000, fresh=0, calls=1))
+REPLAYED = Replay(
+    levels=[], forward=Traffic(elements=4000, fresh=3000, calls=2), backward=Traffic(elements=3000, fresh=0, calls=1)
+)
 
 
 def test_every_micro_batch_gathers_forward_and_backward_and_scatters_fp32_gradients_of_what_is_trained():
@@ -46,7 +51,9 @@ def test_one_rank_sends_nothing():
 
 
 def test_a_legs_time_is_that_of_its_slowest_links_and_of_its_calls():
-    given = replace(PRESETS["a100-40gb"], inter_gbs=100.0, intra_gbs=200.0, link_efficiency=0.5, latency_us=10.0, hop_us=5.0)
+    given = replace(
+        PRESETS["a100-40gb"], inter_gbs=100.0, intra_gbs=200.0, link_efficiency=0.5, latency_us=10.0, hop_us=5.0
+    )
     seconds = leg_seconds(Leg(over_all=1e9, in_node=0.0, calls=4), given, SETTING, nodes=2)
     assert seconds["between"] == pytest.approx(0.5e9 / 50e9)
     assert seconds["inside"] == 0  # 7/8 of 1e9 bytes at 100 GB/s take 8.75 ms, less than the 10 ms between the nodes

@@ -50,7 +50,9 @@ def test_every_part_of_the_memory_adds_up_and_the_days_follow_from_the_step(foun
         assert one["step_s"] <= one["serial_step_s"]
     time = found["chosen"]["time"]
     assert found["days"]["overlapped"] == pytest.approx(270_000 * time["overlapped_s"] / 86_400)
-    assert found["training"]["overlapped"] == pytest.approx(sum(one["overlapped"] for one in found["training"]["stages"]))
+    assert found["training"]["overlapped"] == pytest.approx(
+        sum(one["overlapped"] for one in found["training"]["stages"])
+    )
     assert [one["ranks"] for one in found["training"]["stages"]] == [256, 256, 128]
     assert time["mfu"] == pytest.approx(found["chosen"]["flops"]["step"] / (time["overlapped_s"] * 256 * 312e12))
     assert sum(time["parts_s"].values()) == pytest.approx(time["serial_s"])
@@ -76,7 +78,13 @@ def test_slow_links_between_nodes_become_what_binds_and_what_is_advised():
 def test_the_table_marks_this_configuration_and_names_the_paper(found):
     text = format_forecast(found)
     assert len([line for line in text.splitlines() if re.match(r">", line)]) == 1
-    for said in ("14 days on 32 nodes", "what would make it faster", "inter_gbs=200", "no data read", "this configuration fits"):
+    for said in (
+        "14 days on 32 nodes",
+        "what would make it faster",
+        "inter_gbs=200",
+        "no data read",
+        "this configuration fits",
+    ):
         assert said in text, said
     for one in found["candidates"]:
         assert f"{one['total_gib']:.1f}" in text
@@ -93,7 +101,10 @@ def test_pictures_and_page_are_written_and_need_nothing_else(found, tmp_path):
 
 def test_the_command_prints_one_json_object_and_refuses_what_cannot_be(capsys):
     small = str(ROOT / "examples" / "smoke" / "stage2.yaml")
-    assert main(["forecast", small, "--hostfile", str(ROOT / "hostfiles" / "local"), "--json", "stage.training_steps=900"]) == 0
+    assert (
+        main(["forecast", small, "--hostfile", str(ROOT / "hostfiles" / "local"), "--json", "stage.training_steps=900"])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["cluster"]["world"] == 2
     assert main(["forecast", small, "--world", "7"]) == 2
     assert "nearest world sizes" in capsys.readouterr().err

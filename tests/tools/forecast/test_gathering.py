@@ -57,7 +57,10 @@ def test_parameters_gathered_together_take_their_buffer_besides_until_the_last_i
 
 
 def test_small_parameters_are_never_gathered_and_one_rank_gathers_nothing():
-    for found in (replay(parameters(), there_and_back(), rules(persistent=100)), replay(parameters(), there_and_back(), rules(world=1))):
+    for found in (
+        replay(parameters(), there_and_back(), rules(persistent=100)),
+        replay(parameters(), there_and_back(), rules(world=1)),
+    ):
         assert found.levels == [0] * 6
         assert found.forward.elements == found.backward.elements == 0
 

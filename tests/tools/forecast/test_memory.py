@@ -1,4 +1,5 @@
-"""The forecast against a real run: DeepSpeed ZeRO-3, our engine, two ranks on this machine's CPU (bench/forecast.py does more sizes and ranks)."""
+"""The forecast against a real run: DeepSpeed ZeRO-3, our engine, two ranks on this machine's CPU (bench/forecast.py
+does more sizes and ranks)."""
 
 from dataclasses import replace
 
@@ -63,7 +64,9 @@ def test_checkpointing_takes_less_and_hpz_and_larger_micro_batches_take_more():
     def total(**changes) -> int:
         cfg = configuration("100M", precision="bf16", **changes)
         setting = setting_of(cfg, batch_plan(cfg, 2))
-        return forecast_memory(shapes_of(cfg), contents(synthetic_batch(cfg, cfg.engine.micro_batch_rows)), setting).memory.total
+        return forecast_memory(
+            shapes_of(cfg), contents(synthetic_batch(cfg, cfg.engine.micro_batch_rows)), setting
+        ).memory.total
 
     assert total(rows=8) < total(rows=8, checkpointing=False)
     assert total(rows=8) > total(rows=4)

@@ -1,4 +1,5 @@
-"""The average row against the planner that packs real rows of the same lengths (`jp-train data simulate --synthetic`)."""
+"""The average row against the planner that packs real rows of the same lengths (`jp-train data simulate
+--synthetic`)."""
 
 import io
 from pathlib import Path

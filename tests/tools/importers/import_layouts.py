@@ -41,9 +41,13 @@ def coco(tmp: Path, count: int = 9, **options) -> readers.CocoReader:
     images = image_folder(tmp / "images", count)
     value = {
         "images": [{"id": 100 + n, "file_name": image_name(n)} for n in range(count)],
-        "annotations": [{"id": n, "image_id": 100 + n % count, "caption": f"Caption {n}. More."} for n in range(2 * count)],
+        "annotations": [
+            {"id": n, "image_id": 100 + n % count, "caption": f"Caption {n}. More."} for n in range(2 * count)
+        ],
     }
-    return readers.CocoReader(source=dump(tmp / "captions.json", value), images=images, **{"kind": Kind.GENERATION, **options})
+    return readers.CocoReader(
+        source=dump(tmp / "captions.json", value), images=images, **{"kind": Kind.GENERATION, **options}
+    )
 
 
 def dialogue(number: int, marker: str = "<image>\n") -> list[dict]:

@@ -8,7 +8,16 @@ import pytest
 
 from jp_train.cli.main import main
 from tests.data.data_samples import text_samples, write_shard
-from tests.tools.importers.import_layouts import coco, conversations, imagenet, pairs_csv, pairs_jsonl, parquet, samples_in, text_jsonl
+from tests.tools.importers.import_layouts import (
+    coco,
+    conversations,
+    imagenet,
+    pairs_csv,
+    pairs_jsonl,
+    parquet,
+    samples_in,
+    text_jsonl,
+)
 
 
 def typed(*words, capsys) -> tuple[int, str, str]:
@@ -51,7 +60,9 @@ def test_a_webdataset_is_imported_from_the_command_line(tmp_path, capsys):
     assert status == 0 and json.loads(out)["samples"] == 4
     status, _, err = typed("webdataset", f"pipe:cat {path}", tmp_path / "p", "--kind", "text", capsys=capsys)
     assert status == 2 and "--allow-pipe" in err
-    assert typed("webdataset", f"pipe:cat {path}", tmp_path / "p", "--kind", "text", "--allow-pipe", capsys=capsys)[0] == 0
+    assert (
+        typed("webdataset", f"pipe:cat {path}", tmp_path / "p", "--kind", "text", "--allow-pipe", capsys=capsys)[0] == 0
+    )
 
 
 def test_wrong_options_are_2_and_bad_data_is_3(tmp_path, capsys):
@@ -62,10 +73,14 @@ def test_wrong_options_are_2_and_bad_data_is_3(tmp_path, capsys):
         for more in ([], ["--dry-run"]):
             status, out, err = typed(*words, *extra, *more, capsys=capsys)
             assert status == 2 and not out and "ConfigError" in err
-    status, out, err = typed("webdataset", tmp_path, tmp_path / "out", "--kind", "text", "--processes", "0", capsys=capsys)
+    status, out, err = typed(
+        "webdataset", tmp_path, tmp_path / "out", "--kind", "text", "--processes", "0", capsys=capsys
+    )
     assert status == 2 and not out and "--processes" in err
     (tmp_path / "in" / "empty.csv").write_text("image,caption\n")
-    status, out, err = typed("pairs", tmp_path / "in" / "empty.csv", tmp_path / "out", "--kind", "generation", capsys=capsys)
+    status, out, err = typed(
+        "pairs", tmp_path / "in" / "empty.csv", tmp_path / "out", "--kind", "generation", capsys=capsys
+    )
     assert status == 3 and not out and "no entry of" in err
     with pytest.raises(SystemExit) as caught:
         typed("pairs", reader.source, tmp_path / "out", "--kind", "text", capsys=capsys)

@@ -72,7 +72,13 @@ def test_an_imported_source_goes_through_recipe_index_and_loader_whole(layout, c
     cfg.stage.batch_unit, cfg.stage.batch_size = BatchUnit.packed, 2
     batch = batch_plan(cfg, 1)
     with StepLoader(
-        cfg, build_plan(cfg, [index], batch, tokenizer), [index], tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch
+        cfg,
+        build_plan(cfg, [index], batch, tokenizer),
+        [index],
+        tokenizer,
+        dp_rank=0,
+        dp_world_size=1,
+        batch_plan=batch,
     ) as loader:
         steps = list(itertools.islice(loader, 12))
     batches = [one for step in steps for one in step.micro_batches]
@@ -89,14 +95,18 @@ def test_pictures_are_copied_byte_for_byte_and_named_by_what_they_are(tmp_path):
     path.write_text("\n".join(json.dumps({"image": name, "caption": "c"}) for name in names))
     run(readers.record_reader("pairs", path, folder, "generation", Columns()), tmp_path / "out")
     found = samples_in(tmp_path / "out")
-    assert [sorted(fields) for _, fields in found] == [sorted([e, "json"]) for e in ("jpg", "png", "webp", "jpg", "png", "webp", "webp")]
+    assert [sorted(fields) for _, fields in found] == [
+        sorted([e, "json"]) for e in ("jpg", "png", "webp", "jpg", "png", "webp", "webp")
+    ]
     for name, (_, fields) in zip(names, found, strict=True):
         assert next(data for extension, data in fields.items() if extension != "json") == (folder / name).read_bytes()
 
 
 def test_imagenet_takes_kaggles_names_a_file_or_the_folders(tmp_path):
     run(imagenet(tmp_path), tmp_path / "a")
-    assert [note["caption"] for note in notes_in(tmp_path / "a")] == [f"name {n}, other name" for n in range(3) for _ in range(3)]
+    assert [note["caption"] for note in notes_in(tmp_path / "a")] == [
+        f"name {n}, other name" for n in range(3) for _ in range(3)
+    ]
     assert samples_in(tmp_path / "a")[4][0] == "000000004-n00000001-n00000001_4"
     assert notes_in(tmp_path / "a")[4]["source_id"] == "n00000001/n00000001_4.JPEG"
     torchvision = dump(tmp_path / "index.json", {str(n): [f"n0000000{n}", f"great_shark_{n}"] for n in range(3)})
@@ -115,7 +125,9 @@ def test_imagenet_takes_kaggles_names_a_file_or_the_folders(tmp_path):
 
 def test_coco_gives_a_sample_for_every_caption_or_for_every_image(tmp_path):
     run(coco(tmp_path, 3), tmp_path / "captions")
-    assert [note["caption"] for note in notes_in(tmp_path / "captions")] == [f"Caption {n}. More." for n in (0, 3, 1, 4, 2, 5)]
+    assert [note["caption"] for note in notes_in(tmp_path / "captions")] == [
+        f"Caption {n}. More." for n in (0, 3, 1, 4, 2, 5)
+    ]
     run(coco(tmp_path, 3, per="image"), tmp_path / "images-only")
     assert [note["caption"] for note in notes_in(tmp_path / "images-only")] == [f"Caption {n}. More." for n in range(3)]
     assert notes_in(tmp_path / "images-only")[1]["source_id"] == "captions.json image 101 annotation 1"
@@ -136,7 +148,10 @@ def test_roles_and_contents_are_dialogues_too(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"messages": messages}) + "\n")
     run(readers.text_reader(path, "file", Columns()), tmp_path / "out")
-    assert notes_in(tmp_path / "out")[0]["conversations"] == [{"from": "user", "value": "Hello?"}, {"from": "assistant", "value": "Hi."}]
+    assert notes_in(tmp_path / "out")[0]["conversations"] == [
+        {"from": "user", "value": "Hello?"},
+        {"from": "assistant", "value": "Hi."},
+    ]
 
 
 def test_plain_text_is_cut_into_files_paragraphs_or_lines(tmp_path):
@@ -199,11 +214,19 @@ def test_parquet_of_text_and_of_dialogues(tmp_path):
     from pyarrow import parquet as files
 
     (tmp_path / "t").mkdir()
-    files.write_table(pyarrow.table({"body": [f"text {n}" for n in range(5)]}), tmp_path / "t" / "a.parquet", row_group_size=2)
-    run(readers.ParquetReader(source=tmp_path / "t", images=None, kind=Kind.TEXT, columns=Columns(text="body")), tmp_path / "out")
+    files.write_table(
+        pyarrow.table({"body": [f"text {n}" for n in range(5)]}), tmp_path / "t" / "a.parquet", row_group_size=2
+    )
+    run(
+        readers.ParquetReader(source=tmp_path / "t", images=None, kind=Kind.TEXT, columns=Columns(text="body")),
+        tmp_path / "out",
+    )
     assert [note["text"] for note in notes_in(tmp_path / "out")] == [f"text {n}" for n in range(5)]
     assert [note["source_id"] for note in notes_in(tmp_path / "out")] == [f"a.parquet:{n}" for n in range(1, 6)]
-    rows = {"image": [{"bytes": picture(n), "path": None} for n in range(3)], "conversations": [dialogue(n) for n in range(3)]}
+    rows = {
+        "image": [{"bytes": picture(n), "path": None} for n in range(3)],
+        "conversations": [dialogue(n) for n in range(3)],
+    }
     files.write_table(pyarrow.table(rows), tmp_path / "d.parquet")
     run(readers.ParquetReader(source=tmp_path / "d.parquet", images=None, kind=Kind.UNDERSTANDING), tmp_path / "und")
     assert [note["conversations"] for note in notes_in(tmp_path / "und")] == [dialogue(n) for n in range(3)]
@@ -225,7 +248,9 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tmp_path):
     assert (summary["entries"], summary["samples"], summary["text_only"]) == (13, 9, 4)
     assert summary["pictures_bad"] == 1 and "000.jpg" in text and "--text-out" in text
     assert not (tmp_path / "out").exists()
-    summary, _ = import_command(parquet(tmp_path / "p"), ImportSettings(out=tmp_path / "out", shard_samples=2), dry_run=True)
+    summary, _ = import_command(
+        parquet(tmp_path / "p"), ImportSettings(out=tmp_path / "out", shard_samples=2), dry_run=True
+    )
     assert (summary["samples"], summary["estimated_shards"]) == (9, 5) and not (tmp_path / "out").exists()
 
 
@@ -236,4 +261,7 @@ def test_the_size_a_dry_run_estimates_is_that_of_the_import(tmp_path):
     summary, _ = import_command(reader, ImportSettings(out=tmp_path / "out", shard_mib=2), dry_run=True)
     manifest = run(reader, tmp_path / "out", shard_mib=2)
     assert summary["estimated_mib"] == pytest.approx(manifest.outputs["shards"].size / 2**20, rel=0.05)
-    assert summary["estimated_shards"] == pytest.approx(len(manifest.outputs["shards"].shards), abs=1) and summary["estimated_shards"] > 4
+    assert (
+        summary["estimated_shards"] == pytest.approx(len(manifest.outputs["shards"].shards), abs=1)
+        and summary["estimated_shards"] > 4
+    )

@@ -34,8 +34,8 @@ from tests.tools.importers.import_layouts import (
 
 
 def run_and_kill(reader, out: Path, at: int, **settings) -> bool:
-    """Import in a forked process that gets SIGKILL just before its `at`-th sync or rename, or in the middle of its `at`-th write;
-    returns whether it came to that."""
+    """Import in a forked process that gets SIGKILL just before its `at`-th sync or rename, or in the middle of its
+    `at`-th write; returns whether it came to that."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -128,7 +128,8 @@ def test_every_layout_resumes_in_the_middle(make, tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[readers.RecordReader, Path, Path]:
-    """A listing long enough to need processes: 3,000 records of 12 pictures, some bad; and its import by one process."""
+    """A listing long enough to need processes: 3,000 records of 12 pictures, some bad; and its import by one
+    process."""
     tmp = tmp_path_factory.mktemp("large")
     images = image_folder(tmp / "images", 12)
     (images / image_name(5)).write_bytes(b"")
@@ -143,7 +144,17 @@ def large(tmp_path_factory) -> tuple[readers.RecordReader, Path, Path]:
 def test_killed_from_outside_with_processes_at_work_it_resumes_and_leaves_no_process(large):
     reader, whole, tmp = large
     out = tmp / "killed"
-    words = ["data", "import", "pairs", str(reader.source), str(out), "--images", str(reader.images), "--kind", "generation"]
+    words = [
+        "data",
+        "import",
+        "pairs",
+        str(reader.source),
+        str(out),
+        "--images",
+        str(reader.images),
+        "--kind",
+        "generation",
+    ]
     command = [sys.executable, "-m", "jp_train", *words, "--shard-samples", "100", "--processes", "2", "--decode"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not (out / "000002.tar").exists():
@@ -186,19 +197,25 @@ def test_a_changed_source_is_refused_and_the_change_is_named(tmp_path):
     with open(reader.source, "a") as file:
         file.write('{"text": "one more"}\n')
     with pytest.raises(
-        ConfigError, match=r"import that is complete, but of something else: source: text.jsonl was .*sha256.*, is .*sha256"
+        ConfigError,
+        match=r"import that is complete, but of something else: source: text.jsonl was .*sha256.*, is .*sha256",
     ):
         run(reader, tmp_path / "text", shard_samples=2)
     folder = imagenet(tmp_path / "i")
     assert run_and_kill(folder, tmp_path / "net", at=20, shard_samples=2)
     victim = next((tmp_path / "i" / "train" / "n00000001").iterdir())
     victim.rename(victim.with_name("other.JPEG"))
-    with pytest.raises(ConfigError, match="interrupted, but of something else: source: class folder n00000001 was 3 files.*another folder"):
+    with pytest.raises(
+        ConfigError,
+        match="interrupted, but of something else: source: class folder n00000001 was 3 files.*another folder",
+    ):
         run(folder, tmp_path / "net", shard_samples=2)
     table = parquet(tmp_path / "p")
     run(table, tmp_path / "rows")
     (tmp_path / "p" / "part-0.parquet").rename(tmp_path / "p" / "part-2.parquet")
-    with pytest.raises(ConfigError, match="source: part-0.parquet was .* rows.*is absent; source: part-2.parquet was absent"):
+    with pytest.raises(
+        ConfigError, match="source: part-0.parquet was .* rows.*is absent; source: part-2.parquet was absent"
+    ):
         run(table, tmp_path / "rows")
 
 
@@ -206,11 +223,16 @@ def test_a_changed_option_is_refused_and_named_but_the_number_of_processes_is_fr
     reader = pairs_csv(tmp_path / "in")
     run(reader, tmp_path / "out", shard_samples=4)
     run(reader, tmp_path / "out", shard_samples=4, processes=2)
-    for change, name in (({"shard_samples": 5}, "shard_samples was 4, is 5"), ({"decode": True}, "decode was False, is True")):
+    for change, name in (
+        ({"shard_samples": 5}, "shard_samples was 4, is 5"),
+        ({"decode": True}, "decode was False, is True"),
+    ):
         with pytest.raises(ConfigError, match=f"option {name}"):
             run(reader, tmp_path / "out", **{"shard_samples": 4, **change})
     other = pairs_csv(tmp_path / "in", kind="understanding", caption="ask")
-    with pytest.raises(ConfigError, match="option columns was .*'caption'.*option kind was generation, is understanding"):
+    with pytest.raises(
+        ConfigError, match="option columns was .*'caption'.*option kind was generation, is understanding"
+    ):
         run(other, tmp_path / "out", shard_samples=4)
     with pytest.raises(ConfigError, match="folder of text was absent"):
         run(reader, tmp_path / "out", shard_samples=4, text_out=tmp_path / "t")

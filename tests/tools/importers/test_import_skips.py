@@ -1,4 +1,5 @@
-"""Everything that does not become a sample is named with its reason, and nothing outside the image folder is ever read."""
+"""Everything that does not become a sample is named with its reason, and nothing outside the image folder is ever
+read."""
 
 from __future__ import annotations
 
@@ -122,7 +123,11 @@ RECORDS = [
 
 
 def test_every_bad_record_is_named_with_its_line_and_reason(tmp_path, folder):
-    records = [{"image": "000.jpg", "caption": "good"}, *[record for record, _ in RECORDS], {"image": ["001.png"], "caption": "good too"}]
+    records = [
+        {"image": "000.jpg", "caption": "good"},
+        *[record for record, _ in RECORDS],
+        {"image": ["001.png"], "caption": "good too"},
+    ]
     summary, text = import_command(pairs(tmp_path, folder, records), ImportSettings(out=tmp_path / "out"))
     assert skipped_in(tmp_path / "out") == [(f"records.jsonl:{2 + n}", reason) for n, (_, reason) in enumerate(RECORDS)]
     assert [note["caption"] for note in notes_in(tmp_path / "out")] == ["good", "good too"]
@@ -144,7 +149,12 @@ DIALOGUES = [
 
 def test_every_bad_dialogue_is_named_with_its_reason(tmp_path, folder):
     records = [{"image": "000.jpg", "conversations": one} for one, _ in DIALOGUES]
-    records += [{"image": "000.jpg", "conversations": dialogue(1)}, {"image": ["a", "b"], "conversations": dialogue(1)}, None, 7]
+    records += [
+        {"image": "000.jpg", "conversations": dialogue(1)},
+        {"image": ["a", "b"], "conversations": dialogue(1)},
+        None,
+        7,
+    ]
     records += [{"conversations": [*dialogue(1, ""), "x"]}]
     path = dump(tmp_path / "llava.json", records)
     reader = readers.record_reader("conversations", path, folder, "understanding", Columns())
@@ -205,13 +215,22 @@ def test_csv_rows_of_another_width_and_bytes_that_are_no_text_are_named(tmp_path
     path = tmp_path / "images" / "a.csv"
     path.write_bytes(b"image,caption\n000.jpg,fine\n000.jpg\n000.jpg,a,b\n\n000.jpg,\xff\xfe\n000.jpg,end\n")
     run(readers.record_reader("pairs", path, None, "generation", Columns()), tmp_path / "out")
-    assert skipped_in(tmp_path / "out") == [("a.csv:2", "bad_record"), ("a.csv:3", "bad_record"), ("a.csv:4", "not_unicode")]
+    assert skipped_in(tmp_path / "out") == [
+        ("a.csv:2", "bad_record"),
+        ("a.csv:3", "bad_record"),
+        ("a.csv:4", "not_unicode"),
+    ]
     assert [note["caption"] for note in notes_in(tmp_path / "out")] == ["fine", "end"]
 
 
 def test_text_that_is_not_utf8_or_empty_is_named(tmp_path):
     (tmp_path / "t").mkdir()
-    for name, data in (("a.txt", b"fine"), ("b.txt", b"\xff\xfe\x00"), ("c.txt", b" \n "), ("d.txt", b"x" * (MAX_TEXT_BYTES + 1))):
+    for name, data in (
+        ("a.txt", b"fine"),
+        ("b.txt", b"\xff\xfe\x00"),
+        ("c.txt", b" \n "),
+        ("d.txt", b"x" * (MAX_TEXT_BYTES + 1)),
+    ):
         (tmp_path / "t" / name).write_bytes(data)
     run(readers.text_reader(tmp_path / "t", "file", Columns()), tmp_path / "out")
     assert skipped_in(tmp_path / "out") == [("b.txt", "not_unicode"), ("c.txt", "empty_text"), ("d.txt", "bad_record")]
@@ -276,18 +295,27 @@ def test_other_formats_become_png_without_a_change_of_what_training_sees(mode):
 def test_converted_pictures_are_counted(tmp_path, folder):
     for number in range(2):
         (folder / f"{number}.bmp").write_bytes(picture(number, "BMP"))
-    manifest = run(pairs(tmp_path, folder, [{"image": n, "caption": "c"} for n in ("0.bmp", "000.jpg", "1.bmp")]), tmp_path / "out")
+    manifest = run(
+        pairs(tmp_path, folder, [{"image": n, "caption": "c"} for n in ("0.bmp", "000.jpg", "1.bmp")]), tmp_path / "out"
+    )
     assert manifest.counts["converted"] == 2
-    assert [sorted(fields) for _, fields in samples_in(tmp_path / "out")] == [["json", "png"], ["jpg", "json"], ["json", "png"]]
+    assert [sorted(fields) for _, fields in samples_in(tmp_path / "out")] == [
+        ["json", "png"],
+        ["jpg", "json"],
+        ["json", "png"],
+    ]
 
 
 def test_an_import_without_one_good_entry_is_an_error_that_names_the_first(tmp_path, folder):
     with pytest.raises(
-        DataError, match=r"no entry .* became a sample \(1 skipped\); the first: records.jsonl:1: 'none.jpg' does not exist"
+        DataError,
+        match=r"no entry .* became a sample \(1 skipped\); the first: records.jsonl:1: 'none.jpg' does not exist",
     ):
         run(pairs(tmp_path, folder, [{"image": "none.jpg", "caption": "c"}]), tmp_path / "out")
     many = pairs(tmp_path, folder, [{"image": "none.jpg", "caption": "c"}] * (HOPELESS + 500))
-    with pytest.raises(DataError, match=r"none of the first 1,000 entries became a sample.*Check the options \(image folder"):
+    with pytest.raises(
+        DataError, match=r"none of the first 1,000 entries became a sample.*Check the options \(image folder"
+    ):
         run(many, tmp_path / "many")
     assert len(skipped_in(tmp_path / "many")) == HOPELESS
 
@@ -316,14 +344,22 @@ def test_a_source_that_is_something_else_is_a_config_error(tmp_path, folder):
         (lambda: readers.ImageNetReader(source=tmp_path / "none"), "expected a folder with one folder a class"),
         (lambda: readers.ImageNetReader(source=tmp_path / "images-too"), "no class folder with files"),
         (lambda: readers.CocoReader(source=folder, images=folder, kind=Kind.GENERATION), "not a file; expected COCO"),
-        (lambda: readers.CocoReader(source=dump(tmp_path / "c.json", []), images=folder, kind=Kind.GENERATION), 'no list "images"'),
+        (
+            lambda: readers.CocoReader(source=dump(tmp_path / "c.json", []), images=folder, kind=Kind.GENERATION),
+            'no list "images"',
+        ),
         (lambda: readers.text_reader(tmp_path / "none", "file", Columns()), "does not exist"),
         (
-            lambda: readers.record_reader("pairs", dump(tmp_path / "r.json", []), tmp_path / "none", "generation", Columns()),
+            lambda: readers.record_reader(
+                "pairs", dump(tmp_path / "r.json", []), tmp_path / "none", "generation", Columns()
+            ),
             "--images .*none is no folder",
         ),
         (lambda: readers.record_reader("pairs", folder, folder, "generation", Columns()), "holds no records"),
-        (lambda: readers.record_reader("pairs", folder / "000.jpg", folder, "generation", Columns()), "unknown type of file"),
+        (
+            lambda: readers.record_reader("pairs", folder / "000.jpg", folder, "generation", Columns()),
+            "unknown type of file",
+        ),
         (lambda: readers.ParquetReader(source=folder, images=None, kind=Kind.GENERATION), "holds no Parquet files"),
     ]
     for make, says in cases:

@@ -1,4 +1,5 @@
-"""An existing WebDataset is validated in place; compressed tars and commands become plain shards, and only on request."""
+"""An existing WebDataset is validated in place; compressed tars and commands become plain shards, and only on
+request."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ from jp_train.data.sidecar import load_members
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.command import import_tars_command
 from jp_train.types import Kind
-from tests.data.data_samples import generation_samples, json_bytes, png, stored_samples, text_samples, understanding_samples, write_shard
+from tests.data.data_samples import (
+    generation_samples,
+    json_bytes,
+    png,
+    stored_samples,
+    text_samples,
+    understanding_samples,
+    write_shard,
+)
 from tests.tools.importers.import_layouts import contents, skipped_in, text_jsonl
 from tests.tools.importers.import_layouts import run as imported
 
@@ -32,7 +41,9 @@ def run(source, out, kind=Kind.GENERATION, *, processes=1, allow_pipe=False, **o
 
 @pytest.mark.parametrize("kind", list(Kind), ids=str)
 def test_plain_tars_are_validated_and_indexed_where_they_are(tmp_path, kind):
-    make = {Kind.GENERATION: generation_samples, Kind.UNDERSTANDING: understanding_samples, Kind.TEXT: text_samples}[kind]
+    make = {Kind.GENERATION: generation_samples, Kind.UNDERSTANDING: understanding_samples, Kind.TEXT: text_samples}[
+        kind
+    ]
     for number in range(2):
         write_shard(tmp_path / "in" / f"{number}.tar", make(5 + number))
     before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
@@ -53,7 +64,11 @@ def test_stored_ids_count_as_a_picture(tmp_path):
 
 
 def test_samples_that_the_loader_would_refuse_are_named_and_counted(tmp_path):
-    samples = [*generation_samples(3), ("nojson", {"png": png(1)}), ("empty", {"png": png(2), "json": json_bytes({"caption": ""})})]
+    samples = [
+        *generation_samples(3),
+        ("nojson", {"png": png(1)}),
+        ("empty", {"png": png(2), "json": json_bytes({"caption": ""})}),
+    ]
     path = write_shard(tmp_path / "a.tar", samples)
     summary, text = run(path, tmp_path / "out")
     assert (summary["entries"], summary["samples"]) == (5, 3)
@@ -80,13 +95,20 @@ def test_compressed_tars_become_the_plain_tars_they_hold(tmp_path, suffix, proce
 
 
 def test_a_copy_that_stops_at_a_damaged_tar_goes_on_when_it_is_mended(tmp_path):
-    good = [gzip.compress(write_shard(tmp_path / "p.tar", generation_samples(4, 4 * n)).read_bytes(), mtime=0) for n in range(3)]
+    good = [
+        gzip.compress(write_shard(tmp_path / "p.tar", generation_samples(4, 4 * n)).read_bytes(), mtime=0)
+        for n in range(3)
+    ]
     folder = tmp_path / "in"
     folder.mkdir()
     for number, data in enumerate(good):
         (folder / f"{number}.tar.gz").write_bytes(data)
     run(folder, tmp_path / "whole")
-    for damage in (good[1][:-2000], good[1][:200] + b"x" * 50 + good[1][250:], gzip.compress(gzip.decompress(good[1])[:9000])):
+    for damage in (
+        good[1][:-2000],
+        good[1][:200] + b"x" * 50 + good[1][250:],
+        gzip.compress(gzip.decompress(good[1])[:9000]),
+    ):
         out = tmp_path / f"out{len(damage)}"
         (folder / "1.tar.gz").write_bytes(damage)
         with pytest.raises(DataError, match=r"1\.tar\.gz"):
@@ -106,7 +128,9 @@ def test_the_same_compressed_tars_resume_after_the_shards_that_are_done(tmp_path
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(3):
-        (folder / f"{number}.tar.gz").write_bytes(gzip.compress(write_shard(tmp_path / "p.tar", text_samples(3 + number)).read_bytes()))
+        (folder / f"{number}.tar.gz").write_bytes(
+            gzip.compress(write_shard(tmp_path / "p.tar", text_samples(3 + number)).read_bytes())
+        )
     run(folder, tmp_path / "whole", Kind.TEXT)
     run(folder, tmp_path / "cut", Kind.TEXT)
     manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
@@ -199,7 +223,13 @@ def test_ctrl_c_does_not_wait_for_the_tars_that_are_being_copied(tmp_path):
     marks = [tmp_path / f"mark{n}" for n in range(2)]
     script = tmp_path / "slow.py"
     script.write_text("import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)")
-    words = ["data", "import", "webdataset", f"pipe:{sys.executable} {script} {tmp_path}/mark{{0..1}}", str(tmp_path / "out")]
+    words = [
+        "data",
+        "import",
+        "webdataset",
+        f"pipe:{sys.executable} {script} {tmp_path}/mark{{0..1}}",
+        str(tmp_path / "out"),
+    ]
     command = [sys.executable, "-m", "jp_train", *words, "--kind", "text", "--allow-pipe", "--processes", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:

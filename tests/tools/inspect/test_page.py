@@ -56,7 +56,9 @@ class Tree(HTMLParser):
     def handle_endtag(self, tag):
         if tag in VOID:
             return
-        assert self._open and self._open[-1]["tag"] == tag, f"</{tag}> closes {self._open[-1]['tag'] if self._open else 'nothing'}"
+        assert self._open and self._open[-1]["tag"] == tag, (
+            f"</{tag}> closes {self._open[-1]['tag'] if self._open else 'nothing'}"
+        )
         self._open.pop()
 
     def handle_data(self, data):
@@ -64,7 +66,11 @@ class Tree(HTMLParser):
             element["text"] += data
 
     def all(self, tag: str, name: str | None = None) -> list[dict]:
-        return [one for one in self.elements if one["tag"] == tag and (name is None or name in one["attributes"].get("class", "").split())]
+        return [
+            one
+            for one in self.elements
+            if one["tag"] == tag and (name is None or name in one["attributes"].get("class", "").split())
+        ]
 
 
 def inspected(micro, tokenizer, pictures=True) -> list[InspectedRow]:
@@ -84,7 +90,10 @@ def inspected(micro, tokenizer, pictures=True) -> list[InspectedRow]:
                 described=described,
                 pictures=shown,
                 vq_ids={},
-                **{name: getattr(micro.batch, name)[start:end].numpy() for name in ("input_ids", "position_ids", "labels")},
+                **{
+                    name: getattr(micro.batch, name)[start:end].numpy()
+                    for name in ("input_ids", "position_ids", "labels")
+                },
             )
         )
         start = end
@@ -117,7 +126,10 @@ def hostile(cfg, tmp_path):
     write_shard(tmp_path / "text.tar", [(f"t{n}{key}", {"txt": (HOSTILE[n % 5] * (1 + n)).encode()}) for n in range(9)])
     write_shard(
         tmp_path / "und.tar",
-        [(f"u{n}{key}", {"png": png(n), "json": conversation(f"<image>\n{HOSTILE[n % 5]}", HOSTILE[n % 4])}) for n in range(9)],
+        [
+            (f"u{n}{key}", {"png": png(n), "json": conversation(f"<image>\n{HOSTILE[n % 5]}", HOSTILE[n % 4])})
+            for n in range(9)
+        ],
     )
     cfg.data.root = str(tmp_path)
     cfg.data.sources = {
@@ -164,7 +176,24 @@ def test_a_hostile_text_never_leaves_its_element(hostile_page, tokenizer):
         "a",
         "section",
     }
-    known |= {"small", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "i", "mark", "svg", "path", "details", "summary", "article"}
+    known |= {
+        "small",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "ul",
+        "li",
+        "i",
+        "mark",
+        "svg",
+        "path",
+        "details",
+        "summary",
+        "article",
+    }
     known |= {"figure", "img", "figcaption", "pre", "footer"}
     assert {one["tag"] for one in tree.elements} <= known
     assert len(tree.all("h1")) == 1 and tree.all("h1")[0]["text"] == HOSTILE[0]
@@ -215,7 +244,9 @@ def test_links_lead_to_places_of_the_page_and_every_picture_has_a_text(hostile_p
     assert {one["attributes"]["href"][1:] for one in tree.all("a")} <= set(ids)
     assert tree.all("img") and all(one["attributes"]["alt"] for one in tree.all("img"))
     assert all(
-        one["attributes"].get("aria-label") for one in tree.all("svg") + tree.all("a") if "bar" in one["within"] or one["tag"] == "svg"
+        one["attributes"].get("aria-label")
+        for one in tree.all("svg") + tree.all("a")
+        if "bar" in one["within"] or one["tag"] == "svg"
     )
 
 
@@ -232,13 +263,25 @@ def test_each_document_shows_its_text_and_marks_what_the_text_head_is_to_predict
             a, b = document["row_span"]
             ids, labels = row.input_ids[a:b], row.labels[a:b]
             name = f"r{row.described['row']}d{place}"
-            (box,) = [one for one in tree.all("div", "tokens") if any(up["attributes"].get("id") == name for up in one["inside"])]
+            (box,) = [
+                one
+                for one in tree.all("div", "tokens")
+                if any(up["attributes"].get("id") == name for up in one["inside"])
+            ]
             marks = [one for one in tree.all("mark") if box in one["inside"]]
-            body = "".join(text_of(one) for one in tree.all("i") if box in one["inside"] and "sp" not in one["attributes"].get("class", ""))
+            body = "".join(
+                text_of(one)
+                for one in tree.all("i")
+                if box in one["inside"] and "sp" not in one["attributes"].get("class", "")
+            )
             assert body == printable(tokenizer.decode(ids))
             targets = [int(token) for token, label in zip(ids[1:], labels[:-1], strict=True) if label != -100]
             inside = [one for one in tree.all("i") if any(up in marks for up in one["inside"])]
-            predicted = [int(token) for one in inside for token in one["attributes"]["title"].split(" ×")[0].split(": id ")[1].split()]
+            predicted = [
+                int(token)
+                for one in inside
+                for token in one["attributes"]["title"].split(" ×")[0].split(": id ")[1].split()
+            ]
             assert predicted == targets
             marked_documents += bool(targets)
             positions = [int(one["attributes"]["title"].split(":")[0]) for one in inside]
@@ -256,8 +299,12 @@ def test_the_bar_and_its_lanes_are_to_scale(hostile_page):
     tree = Tree(page)
     for row, bar in zip(rows, tree.all("div", "bar"), strict=True):
         segments = [one for one in tree.all("a") if bar in one["inside"]]
-        shares = [tuple(float(value) for value in re.findall(r"[\d.]+", one["attributes"]["style"])) for one in segments]
-        expected = [(100 * a / 256, 100 * (b - a) / 256) for a, b in (d["row_span"] for d in row.described["documents"])]
+        shares = [
+            tuple(float(value) for value in re.findall(r"[\d.]+", one["attributes"]["style"])) for one in segments
+        ]
+        expected = [
+            (100 * a / 256, 100 * (b - a) / 256) for a, b in (d["row_span"] for d in row.described["documents"])
+        ]
         assert np.allclose(shares, expected, rtol=1e-3)
         (lanes,) = [up for up in bar["inside"] if up["attributes"].get("class") == "lanes"]
         drawn = {}
@@ -269,7 +316,11 @@ def test_the_bar_and_its_lanes_are_to_scale(hostile_page):
             spans = [(int(a), int(a) + int(n)) for a, n in re.findall(r"M(\d+) 0h(\d+)", drawn[name])]
             assert spans == [tuple(span) for d in row.described["documents"] for span in d["loss"][head]["spans"]]
         restarts = [int(a) for a in re.findall(r"M(\d+) 19", drawn["position"])]
-        assert restarts == np.flatnonzero(row.position_ids == 0).tolist() == [d["row_span"][0] for d in row.described["documents"]]
+        assert (
+            restarts
+            == np.flatnonzero(row.position_ids == 0).tolist()
+            == [d["row_span"][0] for d in row.described["documents"]]
+        )
 
 
 @pytest.mark.parametrize("side", [32, EXACT_SIDE, 384])
@@ -288,15 +339,23 @@ def test_pictures_are_inlined_exactly_when_small_and_scaled_down_when_large(side
 def test_every_source_has_its_colour_and_many_sources_still_do(hostile, tokenizer):
     with Replay(hostile) as replay:
         rows = inspected(next(iter(replay.micro_batches(1))), tokenizer, pictures=False)
-    sources = {f"other {n}": "text" for n in range(30)} | {name: source.kind.value for name, source in hostile.data.sources.items()}
+    sources = {f"other {n}": "text" for n in range(30)} | {
+        name: source.kind.value for name, source in hostile.data.sources.items()
+    }
     tree = Tree(inspect_page(rows, title="t", about="a", sources=sources, tokenizer=tokenizer, base_style=""))
     (legend,) = [one for one in tree.all("ul") if one["attributes"]["aria-label"] == "Sources"]
     colour = dict(
-        zip(sources, [one["attributes"]["class"].split()[1] for one in tree.all("span", "swatch") if legend in one["inside"]], strict=True)
+        zip(
+            sources,
+            [one["attributes"]["class"].split()[1] for one in tree.all("span", "swatch") if legend in one["inside"]],
+            strict=True,
+        )
     )
     (style,) = tree.all("style")
     assert all(f".{name}{{--c:#" in style["text"] for name in colour.values())
     for row in rows:
         for place, document in enumerate(row.described["documents"]):
-            (article,) = [one for one in tree.all("article") if one["attributes"]["id"] == f"r{row.described['row']}d{place}"]
+            (article,) = [
+                one for one in tree.all("article") if one["attributes"]["id"] == f"r{row.described['row']}d{place}"
+            ]
             assert article["attributes"]["class"].split()[1] == colour[document["source"]]

@@ -1,4 +1,5 @@
-"""`data inspect` with a real VQ tokenizer: the page of the smoke run's rows shows what the model sees and what the VQ makes of it."""
+"""`data inspect` with a real VQ tokenizer: the page of the smoke run's rows shows what the model sees and what the
+VQ makes of it."""
 
 from __future__ import annotations
 
@@ -59,9 +60,17 @@ def test_the_page_shows_the_pictures_as_the_model_sees_them_and_through_the_vq(r
     assert [caption for caption, _ in shown] == [caption for caption, _ in expected]
     assert all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in zip(shown, expected, strict=True))
     assert len({caption for caption, _ in shown}) == 3, "both uses of pictures occur"
-    assert (found.rows, found.pictures, found.bytes, found.vq) == (2, len(expected), len(page.encode()), str(small_world.root / "init"))
+    assert (found.rows, found.pictures, found.bytes, found.vq) == (
+        2,
+        len(expected),
+        len(page.encode()),
+        str(small_world.root / "init"),
+    )
     listed = [" ".join(map(str, one[0].tolist())) for one in ids]
-    plain = [re.sub(r"(\d+) x(\d+)", lambda m: " ".join([m[1]] * int(m[2])), text) for text in re.findall(r"targets: ([^<]*)</pre>", page)]
+    plain = [
+        re.sub(r"(\d+) x(\d+)", lambda m: " ".join([m[1]] * int(m[2])), text)
+        for text in re.findall(r"targets: ([^<]*)</pre>", page)
+    ]
     assert plain == listed
 
 
@@ -94,13 +103,17 @@ def test_wrong_arguments_are_refused(replay, tmp_path):
 
 def test_the_command_writes_one_page_and_prints_one_object(small_world, tmp_path, capsys):
     out = tmp_path / "rows.html"
-    assert main(["data", "inspect", str(CONFIG), *small_world.overrides, "--rows", "99", "--out", str(out), "--json"]) == 0
+    assert (
+        main(["data", "inspect", str(CONFIG), *small_world.overrides, "--rows", "99", "--out", str(out), "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["path"] == str(out) and found["bytes"] == out.stat().st_size and found["rows"] == 2
     assert "<h1>Rows of step 1</h1>" in out.read_text()
 
 
-def test_pictures_that_training_takes_as_stored_ids_are_shown_beside_what_the_ids_decode_to(small_world, tmp_path, capsys):
+def test_pictures_that_training_takes_as_stored_ids_are_shown_beside_what_the_ids_decode_to(
+    small_world, tmp_path, capsys
+):
     data = tmp_path / "data"
     shutil.copytree(small_world.root / "data", data, ignore=shutil.ignore_patterns("*.jp-vq-*"))
     overrides = [*small_world.overrides, f"data.root={data}"]
@@ -115,11 +128,14 @@ def test_pictures_that_training_takes_as_stored_ids_are_shown_beside_what_the_id
     assert not len(after.gen_images) and len(before.gen_images)
     vq = load_vq(cfg.model, seed=0)
     shown = figures((tmp_path / "page.html").read_text(encoding="utf-8"))
-    read = [pixels for caption, pixels in shown if caption == "the picture to generate; training takes its stored VQ ids"]
+    read = [
+        pixels for caption, pixels in shown if caption == "the picture to generate; training takes its stored VQ ids"
+    ]
     decoded = [pixels for caption, pixels in shown if caption == "decoded from the stored VQ ids"]
     assert np.array_equal(np.stack(read), before.gen_images.numpy())
     stored = [document.vq_ids for document in after.documents if document.vq_ids is not None]
     assert len(stored) == len(decoded) == len(before.gen_images)
     assert all(
-        np.array_equal(vq.decode(torch.tensor(ids, dtype=torch.int64)[None])[0], one) for ids, one in zip(stored, decoded, strict=True)
+        np.array_equal(vq.decode(torch.tensor(ids, dtype=torch.int64)[None])[0], one)
+        for ids, one in zip(stored, decoded, strict=True)
     )

@@ -108,7 +108,9 @@ def test_stages_share_one_scale(tmp_path: Path) -> None:
 
 
 def test_compared_runs_have_one_panel_a_kind_and_one_line_a_run(tmp_path: Path) -> None:
-    runs = [read_run(write_run(tmp_path / name, stage="stage1", steps=30, seed=i)) for i, name in enumerate(("a", "b", "c"))]
+    runs = [
+        read_run(write_run(tmp_path / name, stage="stage1", steps=30, seed=i)) for i, name in enumerate(("a", "b", "c"))
+    ]
     loss = panel_groups(runs, Layout.overlay)[0]
     assert [panel.title for panel in loss.panels] == ["All kinds", "Understanding", "Generation"]  # stage 1 has no text
     assert all([line.label for line in panel.lines] == ["a", "b", "c"] for panel in loss.panels)
@@ -118,11 +120,15 @@ def test_hostile_text_from_every_file_is_shown_as_text(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", stage="stage2", steps=25, pictures=True)
     (folder / "samples" / "digits.json").write_text(json.dumps({"title": HOSTILE, "text": HOSTILE}))
     with (folder / "ledger.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 1, "source": HOSTILE, "shard": HOSTILE, "key": HOSTILE, "reason": HOSTILE}) + "\n")
+        file.write(
+            json.dumps({"step": 1, "source": HOSTILE, "shard": HOSTILE, "key": HOSTILE, "reason": HOSTILE}) + "\n"
+        )
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps({"event": HOSTILE, "step": HOSTILE, "time": HOSTILE, HOSTILE: HOSTILE}) + "\n")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 26, "loss/total": 3.0, f"loss/source/{HOSTILE}": 1.0, "loss/source/$x^{": 1.0}) + "\n")
+        file.write(
+            json.dumps({"step": 26, "loss/total": 3.0, f"loss/source/{HOSTILE}": 1.0, "loss/source/$x^{": 1.0}) + "\n"
+        )
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + f"# {HOSTILE}\n")
     (folder / "status.json").write_text(json.dumps({"state": HOSTILE, "reason": HOSTILE, "dp_world_size": HOSTILE}))
     (folder / "evaluation.json").write_text(json.dumps([{"name": HOSTILE, "value": 0.5, "note": HOSTILE}]))

@@ -46,7 +46,9 @@ def case(request, cfg, tmp_path) -> tuple[RunConfig, Data]:
     real, stored, und, text = data.counts
 
     def damaged(samples):
-        return [(key, {**fields, "png": fields["png"][:60]} if key in data.broken else fields) for key, fields in samples]
+        return [
+            (key, {**fields, "png": fields["png"][:60]} if key in data.broken else fields) for key, fields in samples
+        ]
 
     samples = damaged(generation_samples(real))
     for shard in range(data.shards):
@@ -69,8 +71,11 @@ def case(request, cfg, tmp_path) -> tuple[RunConfig, Data]:
     return cfg, data
 
 
-def run_of_ranks(cfg: RunConfig, tokenizer, world: int, steps: int, state: dict | None, workers: Callable[[int], int]) -> tuple[list, dict]:
-    """`steps` steps of `world` ranks, each with its own plan and loader, as [step][rank] -> micro-batches; and the state to go on from."""
+def run_of_ranks(
+    cfg: RunConfig, tokenizer, world: int, steps: int, state: dict | None, workers: Callable[[int], int]
+) -> tuple[list, dict]:
+    """`steps` steps of `world` ranks, each with its own plan and loader, as [step][rank] -> micro-batches; and the
+    state to go on from."""
     of_ranks, states = [], []
     for rank in range(world):
         cfg.data.workers = workers(rank)
@@ -91,7 +96,9 @@ def chained(cfg: RunConfig, tokenizer) -> Iterator[list[PackedBatch]]:
     state = None
     for leg, (world, steps) in enumerate(zip(WORLDS, LEGS, strict=True)):
         # In the second and third run the first rank loads with processes, whose prefetch is lost at the restart.
-        of_steps, state = run_of_ranks(cfg, tokenizer, world, steps, state, lambda rank, leg=leg: int(rank == 0 and leg in (1, 2)))
+        of_steps, state = run_of_ranks(
+            cfg, tokenizer, world, steps, state, lambda rank, leg=leg: int(rank == 0 and leg in (1, 2))
+        )
         for ranks in of_steps:
             yield [batch for batches in ranks for batch in batches]
 
@@ -103,7 +110,9 @@ def planned(cfg: RunConfig, tokenizer, steps: int) -> list[list[RowSpec]]:
     return [plan.next_step() for _ in range(steps)]
 
 
-def test_rows_are_hash_identical_for_1_4_2_and_8_ranks_across_restarts_and_no_document_is_lost_or_repeated(case, tokenizer) -> None:
+def test_rows_are_hash_identical_for_1_4_2_and_8_ranks_across_restarts_and_no_document_is_lost_or_repeated(
+    case, tokenizer
+) -> None:
     cfg, data = case
     total = sum(LEGS)
     undisturbed, _ = run_of_ranks(cfg, tokenizer, 1, total, None, lambda rank: 0)
@@ -115,7 +124,9 @@ def test_rows_are_hash_identical_for_1_4_2_and_8_ranks_across_restarts_and_no_do
         assert rows_hash(batches) == rows_hash(undisturbed[number][0]), f"step {number}"
         # The plan's own order: what it names is in the row, in its place, or is skipped with its name.
         rows = [row for batch in batches for row in batch.provenance]
-        skipped = {(bad.ref.source, bad.ref.epoch, bad.ref.sample): bad.info.key for batch in batches for bad in batch.skipped}
+        skipped = {
+            (bad.ref.source, bad.ref.epoch, bad.ref.sample): bad.info.key for batch in batches for bad in batch.skipped
+        }
         lost.update(skipped.values())
         for spec, row in zip(plan[number], rows, strict=True):
             kept = [ref for ref in spec.documents if (ref.source, ref.epoch, ref.sample) not in skipped]
@@ -129,7 +140,8 @@ def test_rows_are_hash_identical_for_1_4_2_and_8_ranks_across_restarts_and_no_do
 
 
 def _nothing_dropped_repeated_or_cut(indexes, spans, plan: list[list[RowSpec]]) -> None:
-    """Of the planned documents: whole ones once, texts in touching pieces, and every earlier epoch of a source complete."""
+    """Of the planned documents: whole ones once, texts in touching pieces, and every earlier epoch of a source
+    complete."""
     last_row = {(ref.source, ref.epoch, ref.sample) for ref in plan[-1][-1].documents}
     epochs: dict[int, Counter[int]] = defaultdict(Counter)
     for key, pieces in spans.items():
@@ -137,13 +149,16 @@ def _nothing_dropped_repeated_or_cut(indexes, spans, plan: list[list[RowSpec]]) 
         epochs[source][epoch] += 1
         is_text = indexes[source].kind is Kind.TEXT
         assert len(pieces) == 1 or is_text, "a document with an image is never cut or repeated"
-        assert all(start == before + length for (before, length), (start, _) in itertools.pairwise(pieces)), "pieces touch"
+        assert all(start == before + length for (before, length), (start, _) in itertools.pairwise(pieces)), (
+            "pieces touch"
+        )
         assert pieces[0][0] == 0
         if is_text and key not in last_row:
             assert pieces[-1][0] + pieces[-1][1] == int(indexes[source].tokens[key[2]])
     for source, counts in epochs.items():
         size = len(indexes[source])
-        # At most the pool's 64 documents are still to come; an epoch that began 64 draws before the newest one is complete.
+        # At most the pool's 64 documents are still to come; an epoch that began 64 draws before the newest one is
+        # complete.
         for epoch in range(max(counts) - -(-64 // size)):
             assert counts[epoch] == size, f"source {indexes[source].name}: epoch {epoch}"
     assert max(max(counts) for counts in epochs.values()) >= 3, "sources were run through several times"

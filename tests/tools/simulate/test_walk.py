@@ -31,14 +31,20 @@ LAUNCH, SMOKE = ROOT / "launch", ROOT / "examples" / "smoke"
 
 
 def lengths(kind: Kind, samples: int) -> np.ndarray:
-    fixed, mean, sigma = {Kind.UNDERSTANDING: (579, 200, 0.6), Kind.TEXT: (2, 1000, 1.0), Kind.GENERATION: (580, 80, 0.8)}[kind]
+    fixed, mean, sigma = {
+        Kind.UNDERSTANDING: (579, 200, 0.6),
+        Kind.TEXT: (2, 1000, 1.0),
+        Kind.GENERATION: (580, 80, 0.8),
+    }[kind]
     words = np.random.default_rng(KINDS.index(kind)).lognormal(np.log(mean) - sigma**2 / 2, sigma, samples)
     return (fixed + np.clip(words, 3, 20_000)).astype(np.int32)
 
 
 def make_plan(**settings: object) -> Plan:
     """16 rows a step at 2:3:5; a fourth source that takes turns with "generation" from step 50 on."""
-    sources = [PlanSource(name=kind.value, kind=kind, tokens=lengths(kind, 900), cuttable=kind is Kind.TEXT) for kind in KINDS]
+    sources = [
+        PlanSource(name=kind.value, kind=kind, tokens=lengths(kind, 900), cuttable=kind is Kind.TEXT) for kind in KINDS
+    ]
     sources.append(PlanSource(name="later", kind=Kind.GENERATION, tokens=lengths(Kind.GENERATION, 700), from_step=50))
     defaults = {"seed": 5, "rows_per_step": 16, "seq_len": 4096, "pool_size": 64, "mixture": (2, 3, 5)}
     return Plan(sources, **{**defaults, **settings})
@@ -51,7 +57,10 @@ def situation(plan: Plan, steps: int) -> Situation:
         nodes=2,
         micro_batch_rows=2,
         flops=dict.fromkeys(STATISTICS, 1.0),
-        reads={s.name: SourceReads(with_pictures=1000, with_ids=100, stored=0.25, samples=len(s.tokens)) for s in plan.sources},
+        reads={
+            s.name: SourceReads(with_pictures=1000, with_ids=100, stored=0.25, samples=len(s.tokens))
+            for s in plan.sources
+        },
         image_slots=576,
         und_prefix=579,
         gen_text=0,
@@ -66,7 +75,9 @@ def situation(plan: Plan, steps: int) -> Situation:
     [{}, {"ratio_unit": "tokens"}, {"samples_per_row": 2, "mixture": (1, 0, 3)}, {"mix": "sampled"}],
     ids=lambda s: str(list(s.values())),
 )
-def test_a_forecast_from_a_fifth_of_the_steps_agrees_with_the_run_of_2400_rows_within_one_percent(settings: dict[str, object]) -> None:
+def test_a_forecast_from_a_fifth_of_the_steps_agrees_with_the_run_of_2400_rows_within_one_percent(
+    settings: dict[str, object],
+) -> None:
     steps = 150
     run, amounts, tokens = make_plan(**settings), {"samples": Counter(), "tokens": Counter()}, 0
     started: Counter[str] = Counter()
@@ -82,14 +93,16 @@ def test_a_forecast_from_a_fifth_of_the_steps_agrees_with_the_run_of_2400_rows_w
     found = simulate(plan, situation(plan, steps), sample_steps=steps // 5, block_steps=3)
     assert found["sampled"]["steps"] <= steps // 4 and not found["sampled"]["whole_stage"]
     assert found["fill"]["mean"] == pytest.approx(tokens / (steps * 16 * 4096), rel=0.01)
-    tolerance = 0.03 if settings.get("mix") == "sampled" else 0.01  # independent draws: the run itself is that far from its mixture
+    # independent draws: the run itself is that far from its mixture
+    tolerance = 0.03 if settings.get("mix") == "sampled" else 0.01
     for unit in amounts:  # both: the one that the recipe counts, and the other by the mean lengths
         total = sum(amounts[unit].values())
         for kind, share in found["mixture"][unit]["overall"].items():
             assert share == pytest.approx(amounts[unit][kind] / total, abs=tolerance)
     for source in found["sources"]:
         relative = 2 * tolerance if settings.get("mix") == "sampled" else tolerance
-        # A source that joins waits until the documents pooled before it are placed: up to 64 of 1200 here, of billions in a real stage.
+        # A source that joins waits until the documents pooled before it are placed: up to 64 of 1200 here, of billions
+        # in a real stage.
         waits = 32 / 700 if source["name"] == "later" else 0.01
         assert source["epochs"] == pytest.approx(started[source["name"]] / source["samples"], rel=relative, abs=waits)
 
@@ -142,7 +155,10 @@ def test_balance_between_ranks_equals_counting_it_out() -> None:
         slowest, mean, lacking, meetings = [], [], 0, 0
         for step in range(5):
             for meeting in range(12 // world // size):
-                ranks = [range(rank * 12 // world + meeting * size, rank * 12 // world + meeting * size + size) for rank in range(world)]
+                ranks = [
+                    range(rank * 12 // world + meeting * size, rank * 12 // world + meeting * size + size)
+                    for rank in range(world)
+                ]
                 sums = [sum(work[step, row] for row in rows) for rows in ranks]
                 slowest.append(max(sums))
                 mean.append(sum(sums) / world)
@@ -191,7 +207,9 @@ def test_tokens_images_and_supervised_positions_are_those_of_the_rows_that_the_l
     for one in batches:
         statistics = BatchStatistics.of(one)
         exact = step_flops(tiny.model, statistics, tiny.stage.trainable).total
-        assert sum(units[name] * getattr(statistics, name) for name in STATISTICS if name != "encoded_images") == pytest.approx(exact)
+        assert sum(
+            units[name] * getattr(statistics, name) for name in STATISTICS if name != "encoded_images"
+        ) == pytest.approx(exact)
 
 
 @pytest.mark.parametrize("token_ids", list(TokenIds))
@@ -199,12 +217,19 @@ def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
     tiny.data.token_ids = token_ids
     found = simulate_stage(tiny, Question(world=1, step_seconds=0.5))
     per_sample = {
-        "real": [len(fields["png"]) + len(fields["json"]) for _, fields in generation_samples(13) + generation_samples(12, 13)],
+        "real": [
+            len(fields["png"]) + len(fields["json"])
+            for _, fields in generation_samples(13) + generation_samples(12, 13)
+        ],
         "und": [len(fields["png"]) + len(fields["json"]) for _, fields in understanding_samples(17)],
         "text": [len(fields["txt"]) for _, fields in text_samples(21)],
     }
     if token_ids is TokenIds.auto:  # the stored ids are read in place of the texts
-        for name, fields in (("real", generation_samples(25)), ("und", understanding_samples(17)), ("text", text_samples(21))):
+        for name, fields in (
+            ("real", generation_samples(25)),
+            ("und", understanding_samples(17)),
+            ("text", text_samples(21)),
+        ):
             sidecars = [np.load(path) for path in Path(tiny.data.root).glob(f"{name}*.jp-tokens-*.npz")]
             ids = sum(len(file["records"]) for file in sidecars) / len(fields)
             per_sample[name] = [ids + len(files.get("png", b"")) for _, files in fields]
@@ -213,7 +238,9 @@ def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
     for _ in range(6):
         for row in plan.next_step():
             spans.update(plan.sources[d.source].name for d in row.documents)
-    stored = found["reads"]["per_step"]["bytes_with_pictures"] * 6 - sum(spans[name] * np.mean(sizes) for name, sizes in per_sample.items())
+    stored = found["reads"]["per_step"]["bytes_with_pictures"] * 6 - sum(
+        spans[name] * np.mean(sizes) for name, sizes in per_sample.items()
+    )
     ids = 2 * 16 + 128  # of samples without a picture: the ids and their .npy header, and a short JSON or its token ids
     assert ids < stored / spans["stored"] < ids + 120
     assert found["reads"]["per_node_per_second"]["samples"] == pytest.approx(2 * sum(spans.values()) / 6)
@@ -241,7 +268,9 @@ def test_missing_data_is_an_error_that_says_how_to_forecast_without(tiny) -> Non
 
 def test_the_command_writes_one_json_object_and_a_picture(tmp_path, capsys) -> None:
     stated = tmp_path / "lengths.yaml"
-    stated.write_text("generation: {mean: 30, sigma: 0.2, samples: 1234}\ntext: {mean: 50, sigma: 0.5, samples: 2_000_000}\n")
+    stated.write_text(
+        "generation: {mean: 30, sigma: 0.2, samples: 1234}\ntext: {mean: 50, sigma: 0.5, samples: 2_000_000}\n"
+    )
     arguments = [
         "--lengths",
         str(stated),

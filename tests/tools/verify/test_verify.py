@@ -93,10 +93,16 @@ PLANTED = {
     },
     "understanding": {
         "unmarked": ({"png": picture(1), "json": conversation("what?", "this")}, "bad_dialogue"),
-        "odd": ({"png": picture(1), "json": b'{"conversations": [{"from": "human", "value": "<image>"}]}'}, "bad_dialogue"),
+        "odd": (
+            {"png": picture(1), "json": b'{"conversations": [{"from": "human", "value": "<image>"}]}'},
+            "bad_dialogue",
+        ),
         "speaker": ({"png": picture(1), "json": conversation("<image>", "a").replace(b"gpt", b"cat")}, "bad_dialogue"),
         "answer": ({"png": picture(1), "json": conversation("<image>\nwhat?", " ")}, "empty_text"),
-        "broken": ({"webp": picture(1, "WEBP", 40, 40)[:-300], "json": conversation("<image>", "a")}, "picture_undecodable"),
+        "broken": (
+            {"webp": picture(1, "WEBP", 40, 40)[:-300], "json": conversation("<image>", "a")},
+            "picture_undecodable",
+        ),
     },
     "text": {
         "both": ({"txt": b"a", "json": b'{"text": "a"}'}, "extra_field"),
@@ -112,7 +118,9 @@ PLANTED = {
 def test_every_planted_fault_of_a_sample_is_named_once_with_its_class_and_its_byte(sources, tokenizer, tmp_path, kind):
     cfg = sources(kind)
     cfg.data.max_image_pixels = 10_000
-    members = [(f"good{n}", sound(kind, n)) for n in range(3)] + [(key, fields) for key, (fields, _) in PLANTED[kind].items()]
+    members = [(f"good{n}", sound(kind, n)) for n in range(3)] + [
+        (key, fields) for key, (fields, _) in PLANTED[kind].items()
+    ]
     members.append(("last", sound(kind, 5)))
     path = write_shard(tmp_path / f"{kind}.tar", members)
     report = verify_sources(cfg, tokenizer, VerifyOptions())
@@ -210,7 +218,10 @@ def test_a_missing_shard_or_source_is_a_finding_and_the_others_are_read(sources,
     cfg = sources("text", "generation")
     cfg.data.sources["text"].shards = "text{0..1}.tar"
     report = verify_sources(cfg, tokenizer, VerifyOptions())
-    assert {fault.source: fault.fault for fault in report.findings} == {"text": "unreadable", "generation": "unreadable"}
+    assert {fault.source: fault.fault for fault in report.findings} == {
+        "text": "unreadable",
+        "generation": "unreadable",
+    }
     cfg.data.sources = {"empty": SourceConfig(kind=SourceKind.text, shards="text0.tar")}
     (tmp_path / "text0.tar").chmod(0)
     cfg.data.sources = {}
@@ -218,16 +229,23 @@ def test_a_missing_shard_or_source_is_a_finding_and_the_others_are_read(sources,
         verify_sources(cfg, tokenizer, VerifyOptions())
 
 
-def test_over_long_samples_are_warnings_that_state_the_policy_and_text_that_goes_on_is_none(sources, tokenizer, tmp_path):
+def test_over_long_samples_are_warnings_that_state_the_policy_and_text_that_goes_on_is_none(
+    sources, tokenizer, tmp_path
+):
     long = json_bytes({"caption": words(3, 400)})
     write_shard(tmp_path / "generation.tar", [("long", {"png": picture(1), "json": long}), *generation_samples(2)])
     write_shard(tmp_path / "text.tar", [("longtext", {"txt": words(3, 900).encode()})])
     cfg = sources("generation", "text")
-    assert found(cfg, tokenizer) == {"long": "over_long", "longtext": "over_long"}  # where rows count samples, no text is continued
+    # where rows count samples, no text is continued
+    assert found(cfg, tokenizer) == {"long": "over_long", "longtext": "over_long"}
     cfg.stage.batch_unit = BatchUnit.packed
     report = verify_sources(cfg, tokenizer, VerifyOptions())
     (fault,) = report.findings
-    assert (fault.key, fault.fault, fault.warning) == ("long", "over_long", True) and "cut off (data.over_long=truncate)" in fault.reason
+    assert (fault.key, fault.fault, fault.warning) == (
+        "long",
+        "over_long",
+        True,
+    ) and "cut off (data.over_long=truncate)" in fault.reason
     assert report.clean and [shard.over_seq_len for shard in report.shards] == [1, 1]
     cfg.data.over_long = OverLong.drop
     assert "dropped" in next(verify_sources(cfg, tokenizer, VerifyOptions()).findings).reason
@@ -236,7 +254,10 @@ def test_over_long_samples_are_warnings_that_state_the_policy_and_text_that_goes
 def test_a_question_that_leaves_no_room_for_its_answer_is_a_fault_where_it_is_cut_and_none_where_it_is_dropped(
     sources, tokenizer, tmp_path
 ):
-    write_shard(tmp_path / "understanding.tar", [("q", {"png": picture(1), "json": conversation("<image>\n" + words(1, 300), "yes")})])
+    write_shard(
+        tmp_path / "understanding.tar",
+        [("q", {"png": picture(1), "json": conversation("<image>\n" + words(1, 300), "yes")})],
+    )
     cfg = sources("understanding")
     cfg.stage.template, cfg.data.mask_question = Template.stage3, True
     assert found(cfg, tokenizer) == {"q": "nothing_to_learn"}
@@ -246,7 +267,9 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_a_fault_where_it_is_cu
 
 def test_fast_reads_headers_only_and_sample_decodes_that_many_evenly(sources, tokenizer, tmp_path):
     for number in range(2):
-        samples = [(f"{number}{key}", {**fields, "png": fields["png"][:-400]}) for key, fields in generation_samples(20)]
+        samples = [
+            (f"{number}{key}", {**fields, "png": fields["png"][:-400]}) for key, fields in generation_samples(20)
+        ]
         samples.append((f"{number}bomb", {"png": SOLID, "json": CAPTION}))
         write_shard(tmp_path / f"generation{number}.tar", samples)
     cfg = sources("generation")
@@ -259,12 +282,17 @@ def test_fast_reads_headers_only_and_sample_decodes_that_many_evenly(sources, to
     assert len(found(cfg, tokenizer)) == 42
 
 
-def test_exclusions_outlive_a_rebuild_of_the_index_are_named_by_the_ledger_and_end_with_the_shard(mixed, tokenizer, tmp_path):
+def test_exclusions_outlive_a_rebuild_of_the_index_are_named_by_the_ledger_and_end_with_the_shard(
+    mixed, tokenizer, tmp_path
+):
     cfg = mixed(frozenset({"g0003", "u0005"}))
     cfg.run_dir = str(tmp_path / "run")
     before = {index.name: len(index) for index in index_sources(cfg, tokenizer)}
     report = verify_sources(cfg, tokenizer, VerifyOptions(exclude=True))
-    assert {Path(path).name for path in report.exclusion_files} == {"real-0.tar.jp-excluded.json", "und.tar.jp-excluded.json"}
+    assert {Path(path).name for path in report.exclusion_files} == {
+        "real-0.tar.jp-excluded.json",
+        "und.tar.jp-excluded.json",
+    }
     assert not report.clean and verify_sources(cfg, tokenizer, VerifyOptions()).clean
     for _ in range(2):
         indexes = {index.name: index for index in index_sources(cfg, tokenizer)}
@@ -364,7 +392,9 @@ def test_an_interrupted_pass_does_not_wait_for_the_shards_under_way(sources, tok
     assert not multiprocessing.active_children()
 
 
-def test_a_report_that_cannot_be_written_and_damaged_exclusions_are_told_before_the_pass(sources, tokenizer, tmp_path, monkeypatch):
+def test_a_report_that_cannot_be_written_and_damaged_exclusions_are_told_before_the_pass(
+    sources, tokenizer, tmp_path, monkeypatch
+):
     path = write_shard(tmp_path / "text.tar", text_samples(3))
     monkeypatch.setattr(verify, "verify_shard", lambda *_: pytest.fail("read a shard"))
     cfg = sources("text")
