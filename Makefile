@@ -57,9 +57,10 @@ test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
 chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
-lint: $(STAMP)  ## ruff, nothing changed
+lint: $(STAMP)  ## ruff and mypy, nothing changed
 	$(BIN)/ruff check jp_train examples tests bench
 	$(BIN)/ruff format --check jp_train examples tests bench
+	$(BIN)/mypy
 
 format: $(STAMP)  ## ruff, in place
 	$(BIN)/ruff check --fix jp_train examples tests bench
