@@ -20,6 +20,6 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
-    from jp_train.train.trainer import train
+    from jp_train.train.session import train
 
     return train(load_config(arguments.config, arguments.overrides))

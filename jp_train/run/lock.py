@@ -96,7 +96,7 @@ class RunLock:
         if not self._thread.is_alive():
             os.close(self._descriptor)
 
-    def abandon(self, within_s: float = 2.0) -> None:
+    def release_nowait(self, within_s: float = 2.0) -> None:
         """`release` for a process that is about to end whatever happens: waits no longer for a file system that
         hangs."""
         helper = threading.Thread(target=self.release, name="run-lock-release", daemon=True)

@@ -1,32 +1,33 @@
-"""From a configuration to everything a training loop needs: data, model, engine, and the state of the checkpoint
-that is resumed."""
+"""From a configuration to everything a training loop needs: data, model, engine, and the state of the checkpoint that
+is resumed. `prepare` is the order; each step is a function of its own."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig, batch_plan, save_config
-from jp_train.data.index import IndexProgress, index_sources
+from jp_train.data.index import IndexProgress, SourceIndex, index_sources
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import StepLoader, build_plan, validation_batches
+from jp_train.data.plan import Plan
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
+from jp_train.data.vq_ids import IdsRecipe
 from jp_train.data.vq_use import describe_use, use_stored_ids
 from jp_train.engine.checkpoint.identity import environment
 from jp_train.engine.checkpoint.saver import Saver
 from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
-from jp_train.engine.forensics import Forensics
 from jp_train.engine.heldout import HeldOut
 from jp_train.engine.init import Engine, Ranks, build_engine, gather_objects
 from jp_train.engine.main_first import main_first
 from jp_train.engine.proof import frozen_checksum
 from jp_train.engine.state import TrainState
-from jp_train.engine.update_gate import UpdateGate
 from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.engine.watch.guard import INDEXING, Pace, SequenceGuard
-from jp_train.engine.watch.stop import GraceCheck, SignalFlag
+from jp_train.engine.watch.stop import SignalFlag
 from jp_train.engine.watch.watchdog import Watchdog
 from jp_train.errors import CheckpointError, ConfigError
 from jp_train.run.log import RunLog
@@ -39,27 +40,36 @@ REPORT_S = 30.0
 
 @dataclass(kw_only=True)
 class Parts:
-    """What one rank trains with. `plan_state` is the plan's state after the last completed step; `proof` is set by
-    the first step."""
+    """What one rank trains with, shared by the loop and its callbacks. The last three change from step to step."""
 
     cfg: RunConfig
-    batch: BatchPlan
     ranks: Ranks
+    log: RunLog
+    flag: SignalFlag
     tokenizer: Tokenizer
     engine: Engine
     loader: StepLoader
     held_out: HeldOut
     saver: Saver
-    log: RunLog
-    flag: SignalFlag
     ledger: Ledger
-    forensics: Forensics
-    gate: UpdateGate
-    state: TrainState
     about: dict[str, Any]
+    """What checkpoints are made with, for their manifests: packages, fingerprints, batch."""
+    state: TrainState
     plan_state: dict[str, Any]
-    grace: GraceCheck
-    proof: dict[str, Any] | None = None
+    """`Plan.state()` after the last completed step."""
+    freeze_proof: dict[str, Any] | None = None
+    """Set by the first step of every attempt (engine/proof.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenData:
+    """What a run reads: the tokenizer and the indexes of its sources. `ids_recipe`: what stored VQ ids must have been
+    made with, None without generation sources."""
+
+    tokenizer: Tokenizer
+    indexes: list[SourceIndex]
+    held_out_indexes: list[SourceIndex]
+    ids_recipe: IdsRecipe | None
 
 
 def prepare(
@@ -76,115 +86,184 @@ def prepare(
 
     Raises ConfigError, DataError and CheckpointError, on every rank.
     """
+    guard = watchdog.guard
     batch = batch_plan(cfg, ranks.dp_world_size, shrink=checkpoint is not None)
     main_first(ranks, lambda: open_run_folder(cfg, log) if ranks.is_main else None)
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    watchdog.guard.enter(INDEXING, pace=Pace.FREE)
-    log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
-    told = IndexReport(log, watchdog.guard)
-    recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
-    indexes = main_first(ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer, progress=told), recipe))
-    if recipe is not None:
-        log.say(
-            f"VQ ids: {'; '.join(describe_use(index) for index in indexes if index.kind is Kind.GENERATION) or 'held-out only'}"
-        )
-    held_indexes = main_first(
-        ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources, progress=told)
+    data = open_data(cfg, ranks, log, guard)
+    guard.enter("building the engine", pace=Pace.SLOW)
+    plan = build_plan(cfg, data.indexes, batch, data.tokenizer)
+    engine = open_engine(cfg, batch, ranks, log, data.tokenizer)
+    saver = Saver(cfg, store, engine, log, saved_step=checkpoint.step if checkpoint else None)
+    ledger = Ledger(Path(cfg.run_dir), cfg, write=ranks.is_main)
+    if checkpoint is not None:
+        guard.enter("restoring the checkpoint", pace=Pace.SLOW)
+        resume(checkpoint, plan, saver, ledger)
+    about = describe_inputs(ranks, data.tokenizer, engine)
+    if checkpoint is not None:
+        check_resumed_inputs(checkpoint, about)
+    state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
+    about |= {"batch": batch.describe()}
+    begin_log(log, checkpoint, batch, ranks, engine, about)
+    if left_out := ledger.record_index(data.indexes):
+        log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
+    guard.enter("preparing the validation", pace=Pace.SLOW)
+    held_out = open_held_out(cfg, ranks, log, data, engine, ledger)
+    loader = StepLoader(
+        cfg,
+        plan,
+        data.indexes,
+        data.tokenizer,
+        dp_rank=ranks.dp_rank,
+        dp_world_size=ranks.dp_world_size,
+        batch_plan=batch,
     )
-    watchdog.guard.enter("building the engine", pace=Pace.SLOW)
-    plan = build_plan(cfg, indexes, batch, tokenizer)
+    watchdog.follow(engine.guard, loader)
+    return Parts(
+        cfg=cfg,
+        ranks=ranks,
+        log=log,
+        flag=flag,
+        tokenizer=data.tokenizer,
+        engine=engine,
+        loader=loader,
+        held_out=held_out,
+        saver=saver,
+        ledger=ledger,
+        about=about,
+        state=state,
+        plan_state=plan.state(),
+    )
+
+
+def open_data(cfg: RunConfig, ranks: Ranks, log: RunLog, guard: SequenceGuard) -> OpenData:
+    """The tokenizer and the index of every source, training and held out: read where they are stored, else built by
+    rank 0 while the others wait. Collective.
+
+    Raises ConfigError, DataError, and CheckpointError when the VQ tokenizer's weights do not fit.
+    """
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    guard.enter(INDEXING, pace=Pace.FREE)
+    log.say(f"indexing {len(cfg.data.sources) + len(cfg.validation.sources)} sources")
+    report = IndexReport(log, guard)
+    recipe = gather_objects(ranks, main_first(ranks, lambda: ids_recipe(cfg) if ranks.is_main else None))[0]
+    indexes = main_first(
+        ranks, lambda: use_stored_ids(cfg.data, index_sources(cfg, tokenizer, progress=report), recipe)
+    )
+    if recipe is not None:
+        uses = [describe_use(index) for index in indexes if index.kind is Kind.GENERATION]
+        log.say(f"VQ ids: {'; '.join(uses) or 'held-out only'}")
+    held_out_indexes = main_first(
+        ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources, progress=report)
+    )
+    return OpenData(tokenizer=tokenizer, indexes=indexes, held_out_indexes=held_out_indexes, ids_recipe=recipe)
+
+
+def open_engine(cfg: RunConfig, batch: BatchPlan, ranks: Ranks, log: RunLog, tokenizer: Tokenizer) -> Engine:
+    """The engine with the stage's input weights; tells what is frozen and where the weights came from. Collective.
+
+    Raises ConfigError and CheckpointError when the weights do not fit.
+    """
     engine = build_engine(
         cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder
     )
     log.say(f"{engine.freeze_report.describe()}; weights: {engine.weights}")
+    return engine
 
-    saver = Saver(cfg, store, engine, log, saved_step=checkpoint.step if checkpoint else None)
-    if checkpoint is not None:
-        watchdog.guard.enter("restoring the checkpoint", pace=Pace.SLOW)
-        plan.restore(checkpoint.state["plan"])
-        saver.restore(checkpoint)
+
+def resume(checkpoint: Checkpoint, plan: Plan, saver: Saver, ledger: Ledger) -> None:
+    """Put a checkpoint into a fresh plan, engine and ledger. Collective.
+
+    Raises DataError when the plan is of other data, CheckpointError when the files are damaged or do not fit.
+    """
+    plan.restore(checkpoint.state["plan"])
+    saver.restore(checkpoint)
+    ledger.restore(checkpoint.state["ledger"])
+
+
+RESUMED_INPUTS = {
+    "tokenizer": "tokenizer.path",
+    "frozen_checksum": "model.init_from",
+    "vq_fingerprint": "VQ tokenizer (model.init_from or model.init_parts)",
+}
+"""What a resumed run must find unchanged where its configuration points: {key of the manifest: where it comes from}."""
+
+
+def describe_inputs(ranks: Ranks, tokenizer: Tokenizer, engine: Engine) -> dict[str, Any]:
+    """Packages and commit (rank 0 only), and the fingerprints named in RESUMED_INPUTS. Collective."""
     about = environment() if ranks.is_main else {}
-    frozen = frozen_checksum(engine.model.named_parameters())
-    about |= {"tokenizer": tokenizer.fingerprint, "frozen_checksum": frozen, "vq_fingerprint": engine.vq.fingerprint()}
-    if checkpoint is not None:
-        for key, what in (
-            ("tokenizer", "tokenizer.path"),
-            ("frozen_checksum", "model.init_from"),
-            ("vq_fingerprint", "VQ tokenizer (model.init_from or model.init_parts)"),
-        ):
-            if checkpoint.manifest[key] != about[key]:
-                raise CheckpointError(
-                    f"{checkpoint.path} was made with another {what}: what lies there now has other contents; put the old files back"
-                )
-    state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
+    return about | {
+        "tokenizer": tokenizer.fingerprint,
+        "frozen_checksum": frozen_checksum(engine.model.named_parameters()),
+        "vq_fingerprint": engine.vq.fingerprint(),
+    }
+
+
+def check_resumed_inputs(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
+    """Raises CheckpointError when the tokenizer, the frozen weights or the VQ tokenizer are not those that the
+    checkpoint was made with: their places may move, their contents may not change."""
+    for key, place in RESUMED_INPUTS.items():
+        if checkpoint.manifest[key] != about[key]:
+            raise CheckpointError(
+                f"{checkpoint.path} was made with another {place}: what lies there now has other contents; put the "
+                "old files back"
+            )
+
+
+def begin_log(
+    log: RunLog, checkpoint: Checkpoint | None, batch: BatchPlan, ranks: Ranks, engine: Engine, about: Mapping[str, Any]
+) -> None:
+    """Open the sinks at the step to go on from, and write the event `start` or `resume`."""
+    step = checkpoint.step if checkpoint else 0
     log.open(
-        batch=batch,
-        resumed_step=state.step if checkpoint else None,
-        checkpoint=checkpoint.manifest if checkpoint else None,
+        batch=batch, resumed_step=step if checkpoint else None, checkpoint=checkpoint.manifest if checkpoint else None
     )
-    if checkpoint is not None:
-        log.snapshot(checkpoint.state["plan"])  # a crash right after the save may have come before its line
-    about |= {"batch": batch.describe()}
-    about_run = {"dp_world_size": ranks.dp_world_size, "weights": engine.weights, **about}
-    if checkpoint:
-        about_run |= resized(checkpoint, ranks.dp_world_size, batch)
-        log.say(
-            f"resumed {checkpoint.path} after step {state.step}{' with ' + about_run['resized'] if 'resized' in about_run else ''}"
-        )
-    log.event("resume" if checkpoint else "start", state.step, **about_run)
-    ledger = Ledger(Path(cfg.run_dir), cfg, write=ranks.is_main)
-    if checkpoint is not None:
-        ledger.restore(checkpoint.state["ledger"])
-    left_out = ledger.record_index(indexes)
-    if left_out:
-        log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
-    watchdog.guard.enter("preparing the validation", pace=Pace.SLOW)
-    names = list(cfg.validation.sources)
-    held_batches = main_first(
+    details = {"dp_world_size": ranks.dp_world_size, "weights": engine.weights, **about}
+    if checkpoint is None:
+        log.event("start", step, **details)
+        return
+    log.snapshot(checkpoint.state["plan"])  # a crash right after the save may have come before its line
+    change = resized(checkpoint, ranks.dp_world_size, batch)
+    log.say(f"resumed {checkpoint.path} after step {step}{' with ' + change['resized'] if change else ''}")
+    log.event("resume", step, **details, **change)
+
+
+def open_held_out(cfg: RunConfig, ranks: Ranks, log: RunLog, data: OpenData, engine: Engine, ledger: Ledger) -> HeldOut:
+    """This rank's batches of every held-out source, encoded; what cannot be used goes to the ledger. Collective."""
+    batches = main_first(
         ranks,
-        lambda: {n: validation_batches(cfg, tokenizer, n, ranks.dp_rank, ranks.dp_world_size, recipe) for n in names},
+        lambda: {
+            name: validation_batches(cfg, data.tokenizer, name, ranks.dp_rank, ranks.dp_world_size, data.ids_recipe)
+            for name in cfg.validation.sources
+        },
     )
-    lost = gather_objects(ranks, [bad for own in held_batches.values() for batch in own for bad in batch.skipped])
-    if held_lost := ledger.record_held_out(held_indexes, [bad for own in lost for bad in own]):
-        log.say(f"{held_lost} held-out documents cannot be used (named in ledger.jsonl)")
-    held_out = HeldOut(cfg, held_batches, engine, ranks)
-    loader = StepLoader(
-        cfg, plan, indexes, tokenizer, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size, batch_plan=batch
-    )
-    watchdog.follow(engine.guard, loader)
-    forensics = Forensics(cfg, ranks, tokenizer, engine.model, engine.deepspeed.optimizer)
-    gate = UpdateGate(
-        engine.deepspeed.optimizer,
-        state.usual.judge,
-        lambda _: forensics.inspect() if state.dumps < cfg.guard.max_dumps else None,
-    )
-    return Parts(
-        cfg=cfg, batch=batch, ranks=ranks, tokenizer=tokenizer, engine=engine, loader=loader, held_out=held_out, saver=saver, log=log, flag=flag,
-        ledger=ledger, forensics=forensics, gate=gate, state=state, about=about, plan_state=plan.state(), grace=GraceCheck(cfg.engine.grace_s),
-    )  # fmt: skip
+    skipped = [document for of_source in batches.values() for batch in of_source for document in batch.skipped]
+    of_ranks = gather_objects(ranks, skipped)
+    if lost := ledger.record_held_out(data.held_out_indexes, [document for rank in of_ranks for document in rank]):
+        log.say(f"{lost} held-out documents cannot be used (named in ledger.jsonl)")
+    return HeldOut(cfg, batches, engine, ranks)
 
 
 class IndexReport:
-    """Tells how far the index is, every REPORT_S seconds: the other ranks wait for it without a time limit
+    """Says how far the index is, every REPORT_S seconds: the other ranks wait for it without a time limit
     (engine/main_first.py)."""
 
     def __init__(self, log: RunLog, guard: SequenceGuard) -> None:
         self._log, self._guard = log, guard
-        self._began = self._told = time.monotonic()
+        self._began = self._reported = time.monotonic()
 
     def __call__(self, done: IndexProgress) -> None:
         self._guard.enter(INDEXING, pace=Pace.FREE)
         now = time.monotonic()
         if done.shards_done == 0:
-            self._began = self._told = now
+            self._began = self._reported = now
             self._log.say(f"index: {done.announcement()}")
-        if now - self._told < REPORT_S or not done.bytes_done:
+        if now - self._reported < REPORT_S or not done.bytes_done:
             return
-        self._told = now
+        self._reported = now
         left = (now - self._began) * (done.bytes - done.bytes_done) / done.bytes_done
         self._log.say(
-            f"index: {done.shards_done} of {done.shards} shards, {done.samples:,} samples, ETA {format_seconds(left)} (`jp-train data index` does it "
-            "beforehand, in parallel)"
+            f"index: {done.shards_done} of {done.shards} shards, {done.samples:,} samples, ETA {format_seconds(left)} "
+            "(`jp-train data index` does it beforehand, in parallel)"
         )
 
 

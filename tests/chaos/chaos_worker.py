@@ -1,4 +1,4 @@
-"""What one rank of a chaos campaign does (see tests/distributed.py): the real `jp_train.train.trainer.train`. Not a
+"""What one rank of a chaos campaign does (see tests/distributed.py): the real `jp_train.train.session.train`. Not a
 test module."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore")
 
 import deepspeed  # noqa: E402, F401 - imported once, before the ranks are forked
 
+import jp_train.train.session as session  # noqa: E402
 import jp_train.train.trainer as training  # noqa: E402
 from jp_train.errors import JpTrainError  # noqa: E402
 from tests.chaos.chaos_world import World, configuration  # noqa: E402
@@ -36,7 +37,7 @@ def train(
 
     training.micro_batch_loss, training.Trainer.train_step = loss, step
     try:
-        return {"exit_code": training.train(cfg)}
+        return {"exit_code": session.train(cfg)}
     except JpTrainError as error:  # as jp_train.cli.main does
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return {"exit_code": error.exit_code}

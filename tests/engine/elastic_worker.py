@@ -14,6 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 
 import jp_train.engine.checkpoint.reading as reading
 import jp_train.engine.checkpoint.store as checkpoints
+import jp_train.train.session as session
 import jp_train.train.trainer as training
 from jp_train.config import RunConfig
 from jp_train.config.schema import CheckpointConfig, SaveErrorAction
@@ -32,15 +33,15 @@ def train(free_space_at: int | None = None, filler: str = "", compare: bool = Fa
 
     free_space_at: before that step, remove the file `filler`.
     """
-    plain_prepare, plain_next = training.prepare, training.Trainer.next_step
+    plain_prepare, plain_next = session.prepare, training.Trainer.next_step
     made: dict[str, Any] = {}
 
     def prepare(*args):
-        trainer, checkpoint = plain_prepare(*args), args[4]
-        made["trainer"] = trainer
+        parts, checkpoint = plain_prepare(*args), args[4]
+        made["parts"] = parts
         if checkpoint is not None and compare:
-            made["restored"] = restored(trainer.engine.deepspeed, PartitionReader(checkpoint.path))
-        return trainer
+            made["restored"] = restored(parts.engine.deepspeed, PartitionReader(checkpoint.path))
+        return parts
 
     def next_step(self, steps):
         if self.state.step + 1 == free_space_at:
@@ -49,14 +50,14 @@ def train(free_space_at: int | None = None, filler: str = "", compare: bool = Fa
 
     if "checkpoint.on_error" in changes:
         changes["checkpoint.on_error"] = SaveErrorAction(changes["checkpoint.on_error"])
-    training.prepare, training.Trainer.next_step = prepare, next_step
+    session.prepare, training.Trainer.next_step = prepare, next_step
     try:
         result = worker.train(**changes)
         if compare:
-            result |= {"held": held(made["trainer"].engine.deepspeed), "restored": made.get("restored")}
+            result |= {"held": held(made["parts"].engine.deepspeed), "restored": made.get("restored")}
         return result
     finally:
-        training.prepare, training.Trainer.next_step = plain_prepare, plain_next
+        session.prepare, training.Trainer.next_step = plain_prepare, plain_next
 
 
 def held(engine: Any) -> dict[str, Any]:
@@ -183,7 +184,7 @@ SCENARIOS = {"train": train, "one_rank_fails": one_rank_fails}
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda code: None  # the next scenario needs it
+    session.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios(SCENARIOS, folder, scenarios)
 
 

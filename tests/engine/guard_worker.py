@@ -18,6 +18,7 @@ from tests.engine.worker import make, rank, train, world  # it also makes the ne
 
 # isort: split
 import jp_train.train.preparation as preparation
+import jp_train.train.session as session
 import jp_train.train.trainer as training
 from jp_train.config import batch_plan
 from jp_train.engine.checkpoint.saver import Saver
@@ -50,7 +51,7 @@ def planted(*, what: str, at: int = 3, **changes: Any) -> dict:
                 elif what in ("stop", "die"):
                     os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
                 elif what in ("worker", "kill-worker"):
-                    for process in self.loader._iterator._workers:
+                    for process in self.parts.loader._iterator._workers:
                         os.kill(process.pid, signal.SIGSTOP if what == "worker" else signal.SIGKILL)
                 else:
                     leave_out_a_layer(self.engine.model)
@@ -363,7 +364,7 @@ SCENARIOS = {
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda code: None  # the next scenario needs it
+    session.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios(SCENARIOS, folder, scenarios)
 
 

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import jp_train.engine.checkpoint.store as checkpoints  # noqa: E402
+import jp_train.train.session as session  # noqa: E402
 import jp_train.train.trainer as training  # noqa: E402
 from jp_train.config import RunConfig  # noqa: E402
 from jp_train.config.schema import SourceConfig, SourceKind  # noqa: E402
@@ -74,7 +75,7 @@ def train(
     data_error_at: int | None = None,
     **changes: Any,
 ) -> dict:
-    """`jp_train.train.trainer.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
+    """`jp_train.train.session.train`; returns the exit code, or the error, and the hash of this rank's rows by step.
 
     kill_at: SIGKILL `kill_rank` before that step, or, with kill_in_save, in the middle of writing its shard of that
     step's checkpoint.
@@ -83,17 +84,17 @@ def train(
     wait_in_step: linger in this step until a stop signal has arrived at rank 0 (the test sends it there).
     """
     cfg = make(**changes)
-    plain_prepare = training.prepare
+    plain_prepare = session.prepare
 
     def prepare(*args):
-        trainer = plain_prepare(*args)
-        tensors = list(whole_tensors(trainer.engine, keep=rank() == 0))
+        parts = plain_prepare(*args)
+        tensors = list(whole_tensors(parts.engine, keep=rank() == 0))
         if rank() == 0:
             save_file({name: tensor.clone() for name, tensor in tensors}, dump_start)
-        return trainer
+        return parts
 
     if dump_start:
-        training.prepare = prepare
+        session.prepare = prepare
     hashes: dict[int, str] = {}
     plain_step, plain_loss, plain_save = training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard
     here: dict[str, Any] = {}
@@ -106,7 +107,7 @@ def train(
         hashes[number] = rows_hash(micro_batches)
         if number == wait_in_step and rank() == 0:
             Path(cfg.run_dir, "waiting").touch()
-            while not self.flag.number:
+            while not self.parts.flag.number:
                 time.sleep(0.02)
         return plain_step(self, micro_batches, totals, **timing)
 
@@ -132,7 +133,7 @@ def train(
     StepLoader.__next__ = following
     training.Trainer.train_step, training.micro_batch_loss, checkpoints.write_shard = step, loss, save
     try:
-        return {"code": training.train(cfg), "hashes": hashes}
+        return {"code": session.train(cfg), "hashes": hashes}
     except JpTrainError as error:
         return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "hashes": hashes}
     finally:
@@ -141,7 +142,7 @@ def train(
             plain_loss,
             plain_save,
         )
-        training.prepare = plain_prepare
+        session.prepare = plain_prepare
         StepLoader.__next__ = plain_next
 
 
@@ -289,7 +290,7 @@ SCENARIOS = {"train": train, "leak": leak, "presence": presence}
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda code: None  # the next scenario needs it
+    session.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios(SCENARIOS, folder, scenarios)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jp_train.train.session as session
 import jp_train.train.trainer as training
 from jp_train.data.batch_file import save_batch
 from tests.distributed import run_scenarios, serve
@@ -31,7 +32,7 @@ def train(*, keep: str, **arguments: Any) -> dict:
 
 
 def run(folder: Path, scenarios: list[dict[str, Any]]) -> int:
-    training.leave_process_group = lambda code: None  # the next scenario needs it
+    session.leave_process_group = lambda code: None  # the next scenario needs it
     return run_scenarios({"train": train}, folder, scenarios)
 
 

@@ -10,7 +10,7 @@ from jp_train.config import RunConfig
 from jp_train.config.schema import EarlyStopConfig
 from jp_train.engine.checkpoint.store import Checkpoint
 from jp_train.engine.state import TrainState
-from jp_train.train.trainer import finished_before
+from jp_train.train.session import already_finished
 
 
 def run(tmp_path: Path, **early_stop) -> RunConfig:
@@ -30,11 +30,11 @@ def test_a_run_whose_stop_rule_holds_and_whose_export_exists_has_nothing_left_to
     tmp_path, step, early, waited, state
 ):
     cfg = run(tmp_path, **early)
-    assert finished_before(cfg, after(cfg, step, waited)) is None, "the export is missing"
+    assert already_finished(cfg, after(cfg, step, waited)) is None, "the export is missing"
     (tmp_path / "export").mkdir()
-    assert finished_before(cfg, after(cfg, step, waited)).state == state
-    assert finished_before(cfg, after(cfg, step - 1, 0)) is None
-    assert finished_before(cfg, None) is None
+    assert already_finished(cfg, after(cfg, step, waited)).state == state
+    assert already_finished(cfg, after(cfg, step - 1, 0)) is None
+    assert already_finished(cfg, None) is None
 
 
 def test_raising_the_steps_makes_a_finished_run_go_on(tmp_path):
@@ -42,7 +42,7 @@ def test_raising_the_steps_makes_a_finished_run_go_on(tmp_path):
     cfg = run(tmp_path, at_step=60)
     found = after(cfg, 60)
     cfg.stage.early_stop.at_step = 80
-    assert finished_before(cfg, found) is None
+    assert already_finished(cfg, found) is None
 
 
 def test_the_state_between_steps_survives_a_checkpoint(tmp_path):
