@@ -20,6 +20,8 @@ from examples.smoke.scenes import CATEGORIES, Scene, draw_scene
 
 RoundTrip = Callable[[np.ndarray], np.ndarray]
 """uint8 pictures ``[n, S, S, 3]`` through VQ ids and back."""
+CAPTION_PX, LINE, GAP = 14, 17, 10
+"""Size of the captions of a grid, their line height and the space between images, in pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +93,8 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], skills: Seque
         groups[skill].append((normalized(answer), normalized(wanted)))
     scores = {}
     for skill, pairs in groups.items():
-        wanted = [w for _, w in pairs]
-        commonest = max(wanted.count(w) for w in set(wanted)) / len(wanted)
+        answers_wanted = [w for _, w in pairs]
+        commonest = max(map(answers_wanted.count, set(answers_wanted))) / len(pairs)
         accuracy = sum(a == w for a, w in pairs) / len(pairs)
         scores[skill] = Score(accuracy=accuracy, chance=commonest, count=len(pairs))
     return scores
@@ -143,40 +145,42 @@ def save_grid(
         raise ValueError(
             f"a grid needs pictures and one title and mark each, got {len(pictures)} pictures, {len(titles)} titles"
         )
-    font = ImageFont.load_default(size=11)
-    gap, line = 10, 14
-    cell = picture_side + gap
+    font = ImageFont.load_default(size=CAPTION_PX)
     lines_of = [_wrapped(title, font, picture_side) for title in titles]
-    text_height = line * max(len(lines) for lines in lines_of) + 6
-    top = 30 if heading else gap
-    rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * cell + gap, top + rows * (picture_side + text_height + gap)), (250, 250, 248))
+    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    heights = [picture_side + GAP + LINE * max(len(lines_of[n]) for n in row) + GAP for row in rows]
+    cell, top = picture_side + GAP, 30 if heading else GAP
+    canvas = Image.new("RGB", (columns * cell + GAP, top + sum(heights)), (250, 250, 248))
     pen = ImageDraw.Draw(canvas)
     if heading:
-        pen.text((gap, 8), heading, fill=(30, 30, 30), font=ImageFont.load_default(size=14))
-    for n, picture in enumerate(pictures):
-        x, y = gap + (n % columns) * cell, top + (n // columns) * (picture_side + text_height + gap)
-        shown = Image.fromarray(picture).resize((picture_side, picture_side), Image.Resampling.BICUBIC)
-        canvas.paste(shown, (x, y))
-        frame = (200, 200, 200) if marks is None else ((40, 150, 70) if marks[n] else (205, 60, 50))
-        pen.rectangle(
-            (x - 1, y - 1, x + picture_side, y + picture_side), outline=frame, width=1 if marks is None else 2
-        )
-        for k, text in enumerate(lines_of[n]):
-            pen.text((x, y + picture_side + 4 + k * line), text, fill=(50, 50, 50), font=font)
+        pen.text((GAP, 8), heading, fill=(30, 30, 30), font=font)
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        for column, n in enumerate(row):
+            x = GAP + column * cell
+            shown = Image.fromarray(pictures[n]).resize((picture_side, picture_side), Image.Resampling.BICUBIC)
+            canvas.paste(shown, (x, y))
+            frame, width = ((200, 200, 200), 1) if marks is None else ((40, 150, 70) if marks[n] else (205, 60, 50), 3)
+            pen.rectangle((x - 1, y - 1, x + picture_side, y + picture_side), outline=frame, width=width)
+            for k, text in enumerate(lines_of[n]):
+                pen.text((x, y + picture_side + 4 + k * LINE), text, fill=(50, 50, 50), font=font)
+        y += height
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
     return path
 
 
-def _wrapped(text: str, font, width: int, most: int = 3) -> list[str]:
-    """Break a title into at most ``most`` lines of ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]
+def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The whole text in lines of at most `width` pixels (a longer word has a line of its own); newlines are kept."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return lines

@@ -23,6 +23,7 @@ from examples.smoke.scene_judge import read_scene, satisfies
 from examples.smoke.scene_text import scene_prompt, scene_questions
 from examples.smoke.scenes import CATEGORIES, Scene, draw_scene
 from examples.smoke.shards import held_out_scene
+from examples.smoke.targets import SPREADS, TARGETS
 from jp_train.errors import CheckpointError
 from jp_train.tools.inference import InferenceModel, answer_questions, generate_images, load_for_inference
 
@@ -36,7 +37,13 @@ DIGITS_EACH = 20
 SCENES_EACH = 30
 """Scenes of every category."""
 GRID_ROWS = 4
-TARGETS = {"digits generated": 0.60, "digits named": 0.80}
+SHEET_COLUMNS, SHEET_SIDE, SHEET_ANSWERS = 4, 140, 24
+"""Sheets with sentences below the images: columns, pixels of an image, questions shown."""
+JUDGE_ERRS = (
+    "Green frame: the judge reads what was asked for; red: something else. The judge is plain image analysis at 32 "
+    "pixels and errs: it accepts only the share of true images that the ceiling states, so a red frame around a good "
+    "image is the judge's error, and with few prompts in a category a score can exceed its ceiling by chance."
+)
 SHOWN_CATEGORIES = ("single", "colours")
 """Categories that a run of minutes learns; the others are reported without a claim."""
 
@@ -126,7 +133,11 @@ def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
         columns=10,
     )
     swept = ", ".join(f"{scale:g}: {value:.2f}" for scale, value in sweep.items())
-    note = f"{score.count} pictures at CFG {best:g}, temperature {TEMPERATURE:g}; sweep {swept}; judge (SVC on real digits) {bench.judge.held_out_accuracy:.3f} on held-out ones; ceiling: VQ round trip"
+    note = (
+        f"{score.count} images at CFG {best:g}, temperature {TEMPERATURE:g}; sweep {swept}; judge (SVC on real digits) "
+        f"{bench.judge.held_out_accuracy:.3f} on held-out ones; ceiling: VQ round trip; "
+        f"varies ±{SPREADS['digits generated']:.2f} between seeds and machines"
+    )
     return [
         _row(
             "digits generated",
@@ -159,15 +170,19 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
     scores = evaluate.score_scene_pictures(pictures, scenes)
     ceilings = evaluate.scene_ceiling(scenes, bench.round_trip, side=bench.side)
     chosen = [
-        number for category in CATEGORIES for number in [n for n, s in enumerate(scenes) if s.category == category][:8]
+        number
+        for category in CATEGORIES
+        for number in [n for n, s in enumerate(scenes) if s.category == category][:SHEET_COLUMNS]
     ]
     _grid(
         samples / "2_scenes_generated",
         pictures[chosen],
         [scene_prompt(scenes[n]) for n in chosen],
         [satisfies(read_scene(pictures[n]), scenes[n]) for n in chosen],
-        title=f"Generated scenes, CFG {best:g}: a row a category ({', '.join(CATEGORIES)})",
-        columns=8,
+        title=f"Generated scenes, CFG {best:g}: one row per category ({', '.join(CATEGORIES)})",
+        columns=SHEET_COLUMNS,
+        picture_side=SHEET_SIDE,
+        text=JUDGE_ERRS,
     )
     swept = ", ".join(f"{scale:g}: {value:.2f}" for scale, value in sweep.items())
     rows = [
@@ -176,7 +191,8 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
             scores[category].accuracy,
             chance=round(scores[category].chance, 4),
             ceiling=ceilings[category].accuracy,
-            note=f"{scores[category].count} prompts at CFG {best:g}, temperature {TEMPERATURE:g}; ceiling: VQ round trip"
+            note=f"{scores[category].count} prompts at CFG {best:g}, temperature {TEMPERATURE:g}; "
+            "ceiling: VQ round trip, as the judge reads it"
             + (f"; sweep (single, colours) {swept}" if category == "single" else ""),
         )
         for category in CATEGORIES
@@ -223,7 +239,7 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
             float(np.mean(right)),
             chance=0.1,
             target=TARGETS["digits named"],
-            note=f"{count} held-out pictures, exact word",
+            note=f"{count} held-out images, exact word; varies ±{SPREADS['digits named']:.2f} between seeds and machines",
         )
     ]
 
@@ -242,14 +258,16 @@ def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
     scores = evaluate.score_answers(
         answers, [question.answer for _, question in asked], [question.skill for _, question in asked]
     )
-    chosen = [number for number in range(0, len(asked), max(len(asked) // (8 * GRID_ROWS), 1))][: 8 * GRID_ROWS]
+    chosen = [number for number in range(0, len(asked), max(len(asked) // SHEET_ANSWERS, 1))][:SHEET_ANSWERS]
     _grid(
         samples / "4_scenes_answered",
         pictures[chosen],
-        [f"{asked[n][1].text} {answers[n]}" for n in chosen],
+        [f"{asked[n][1].text}\nanswer: {answers[n] or '(none)'}" for n in chosen],
         [evaluate.normalized(answers[n]) == evaluate.normalized(asked[n][1].answer) for n in chosen],
         title="Held-out scenes: question and the model's answer",
-        columns=8,
+        columns=SHEET_COLUMNS,
+        picture_side=SHEET_SIDE,
+        text="Green frame: the answer is exactly the expected one; red: another.",
     )
     return [
         _row(
@@ -264,10 +282,21 @@ def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
 
 
 def _grid(
-    path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequence[bool], *, title: str, columns: int
+    path: Path,
+    pictures: np.ndarray,
+    titles: Sequence[str],
+    right: Sequence[bool],
+    *,
+    title: str,
+    columns: int,
+    picture_side: int = 64,
+    text: str = "Green frame: right; red: wrong.",
 ) -> None:
-    evaluate.save_grid(path.with_suffix(".png"), pictures, titles, columns=columns, picture_side=64, marks=right)
-    path.with_suffix(".json").write_text(json.dumps({"title": title, "text": "green frame: right, red: wrong"}))
+    """A sheet for the report: `path`.png, and its caption in `path`.json."""
+    evaluate.save_grid(
+        path.with_suffix(".png"), pictures, titles, columns=columns, picture_side=picture_side, marks=right
+    )
+    path.with_suffix(".json").write_text(json.dumps({"title": title, "text": text}))
 
 
 def _check_transformers_load(folder: Path) -> None:

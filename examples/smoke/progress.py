@@ -7,9 +7,9 @@ import time
 
 
 class Progress:
-    """Says about every five seconds how far a job of ``total`` steps is and when it should end."""
+    """Says about every twenty seconds how far a job of ``total`` steps is and when it should end."""
 
-    INTERVAL_S = 5.0
+    INTERVAL_S = 20.0
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total

@@ -5,21 +5,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from examples.smoke.targets import SPREADS
 from jp_train.run.reading import read_run
 from jp_train.run.summary import LossChange, Summary, summarize
+
+NEW_TEMPLATE = "stage 3 asks in another template, so its first held-out value is not comparable with stage 2's last"
+MISS = """below target: every step ran to its end (else the exit status would not be 0), but the model learned less than
+in about 19 of 20 runs. Run once more with SMOKE_ARGS="--seed 1"; a second miss points at a fault in data or training:
+compare the held-out losses above with README's, and look at the curves in the report."""
+"""A miss is not an error: the exit status stays 0."""
 
 
 def format_summary(out: Path, *, seconds: float) -> str:
     """The summary of the smoke run in `out`; `seconds` is what this call of it took. Raises DataError for a stage
     without metrics."""
     lines = ["", f"smoke run in {out}: {seconds / 60:.1f} minutes"]
+    template = None
     for folder in sorted(out.glob("stage[0-9]")):
-        lines += _stage(summarize(read_run(folder)))
+        run = read_run(folder)
+        lines += _stage(summarize(run))
+        if template == "stage2" and run.configured("data.template") == "stage3":
+            lines += [f"  {NEW_TEMPLATE}"]
+        template = run.configured("data.template")
     evaluation = out / "stage3" / "evaluation.json"
     if evaluation.exists():
+        rows = json.loads(evaluation.read_text())
         lines += ["", f"{'after stage 3':<44}{'score':>7}{'chance':>8}{'ceiling':>9}{'target':>8}"]
-        lines += [_score(row) for row in json.loads(evaluation.read_text())]
+        lines += [_score(row) for row in rows]
+        lines += [f"scores vary between seeds and machines: {', '.join(f'{n} ±{s:.2f}' for n, s in SPREADS.items())}"]
+        if any(row.get("target") is not None and row["value"] < row["target"] for row in rows):
+            lines += [MISS]
     lines += [
         "",
         f"curves, pictures, tables   {out / 'report.html'}",
@@ -38,7 +55,8 @@ def _stage(summary: Summary) -> list[str]:
     configured = " : ".join("–" if share.configured is None else f"{share.configured:.3f}" for share in summary.shares)
     lines = [
         "",
-        f"{summary.label}: {summary.steps_done} steps{stopped}; {summary.world_size} ranks, {speed}, rows {fill}, {summary.skipped or 0} samples skipped",
+        f"{summary.label}: {summary.steps_done} steps{stopped}; {summary.world_size} ranks, {speed}, "
+        f"rows {fill}, {summary.skipped or 0} samples skipped",
         f"  understanding : text : generation   configured {configured}   realised {shares}",
     ]
     return lines + [_loss(change) for change in summary.losses if change.name != "total"]
@@ -48,16 +66,17 @@ def _loss(change: LossChange) -> str:
     def arrow(first: float | None, last: float | None) -> str:
         return "not measured" if first is None or last is None else f"{first:.3f} -> {last:.3f}"
 
-    return f"  {change.name:<14} held-out loss {arrow(change.held_out_first, change.held_out_last)}   training {arrow(change.first, change.last)}"
+    held_out = arrow(change.held_out_first, change.held_out_last)
+    return f"  {change.name:<14} held-out loss {held_out}   training {arrow(change.first, change.last)}"
 
 
-def _score(row: dict) -> str:
+def _score(row: dict[str, Any]) -> str:
     def cell(name: str, width: int) -> str:
         value = row.get(name)
         return f"{'' if value is None else f'{value:.2f}':>{width}}"
 
     target = row.get("target")
-    verdict = "" if target is None else ("  met" if row["value"] >= target else "  MISSED")
+    verdict = "" if target is None else ("  met" if row["value"] >= target else "  below target")
     return (
         f"{row['name'][:43]:<44}{cell('value', 7)}{cell('chance', 8)}{cell('ceiling', 9)}{cell('target', 8)}{verdict}"
     )

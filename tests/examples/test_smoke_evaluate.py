@@ -93,3 +93,13 @@ def test_a_grid_shows_every_picture_and_grows_with_the_rows(tmp_path: Path) -> N
     assert one.width > two.width and two.height > one.height
     with pytest.raises(ValueError, match="one title"):
         save_grid(tmp_path / "bad.png", pictures, titles[:2])
+
+
+def test_every_word_of_a_caption_is_drawn_whatever_its_length(tmp_path: Path) -> None:
+    pictures = scene_pictures(SCENES[:1], 32)
+    short, long = "a word", "a word\nanswer: " + "and a word " * 30
+    heights = [
+        Image.open(save_grid(tmp_path / f"{n}.png", pictures, [title], columns=1)).height
+        for n, title in enumerate((short, long))
+    ]
+    assert heights[1] - heights[0] > 15 * 17
