@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # 2 s of start-up that the importers and a misspelt key need not wait for
+    import torch
 
 IGNORE_INDEX = -100
 """Label of a position that no head is trained on."""
@@ -316,6 +318,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
+        import torch
+
         moved: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)

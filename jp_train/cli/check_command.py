@@ -29,10 +29,11 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
+
     from jp_train.tools.check import check, format_check
 
-    found = check(
-        load_config(arguments.config, arguments.overrides), arguments.hostfile, config_only=arguments.config_only
-    )
-    print(json.dumps(found) if arguments.json else format_check(found))
-    return 2 if found["problems"] else 0
+    plan = check(config, arguments.hostfile, config_only=arguments.config_only)
+    print(json.dumps(plan) if arguments.json else format_check(plan))
+    return 2 if plan["problems"] else 0

@@ -7,8 +7,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from jp_train.cli.arguments import add_command, add_json
+
+if TYPE_CHECKING:
+    from jp_train.tools.importers.entries import Reader
+    from jp_train.tools.importers.records import Columns
+    from jp_train.types import Kind
 
 DETAILS = """\
 Reads data as it is published and writes the tar shards that training reads, with a manifest.json and a skipped.jsonl (every entry that was left
@@ -238,7 +245,7 @@ def _columns(parser: argparse.ArgumentParser, **defaults: str | None) -> None:
         )
 
 
-def _given_columns(arguments: argparse.Namespace):
+def _given_columns(arguments: argparse.Namespace) -> Columns:
     given = {
         name.removesuffix("_column"): value
         for name, value in vars(arguments).items()
@@ -247,23 +254,23 @@ def _given_columns(arguments: argparse.Namespace):
     return _readers().Columns(**given)
 
 
-def _records(arguments: argparse.Namespace, name: str, kind: str):
+def _records(arguments: argparse.Namespace, name: str, kind: str) -> Reader:
     return _readers().record_reader(name, arguments.source, arguments.images, kind, _given_columns(arguments))
 
 
-def _readers():
+def _readers() -> ModuleType:
     from jp_train.tools.importers import readers
 
     return readers
 
 
-def _kind(arguments: argparse.Namespace):
+def _kind(arguments: argparse.Namespace) -> Kind:
     from jp_train.types import Kind
 
     return Kind(arguments.kind)
 
 
-def _run(parser: argparse.ArgumentParser, reader: Callable[[argparse.Namespace], object]) -> None:
+def _run(parser: argparse.ArgumentParser, reader: Callable[[argparse.Namespace], Reader]) -> None:
     parser.set_defaults(run=run, reader=reader, text_out=None, decode=False, max_image_pixels=100_000_000)
 
 

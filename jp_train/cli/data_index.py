@@ -34,10 +34,13 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
+
     from jp_train.tools.index import index_command
 
     table = sys.stderr if arguments.json else sys.stdout
-    summary = index_command(load_config(arguments.config, arguments.overrides), arguments.processes, table=table)
+    summary = index_command(config, arguments.processes, table=table)
     if arguments.json:
         print(json.dumps(summary))
     return 0

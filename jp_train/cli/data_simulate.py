@@ -55,13 +55,16 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
+
     from jp_train.tools.simulate.plots import save_forecast
     from jp_train.tools.simulate.stage import Question, simulate_stage
     from jp_train.tools.simulate.table import format_forecast
 
     names = ("hostfile", "world", "steps", "sample_steps", "lengths", "synthetic", "step_seconds")
     question = Question(**{name: getattr(arguments, name) for name in names})
-    found = simulate_stage(load_config(arguments.config, arguments.overrides), question)
+    found = simulate_stage(config, question)
     print(json.dumps(found) if arguments.json else format_forecast(found))
     if arguments.out is not None:
         print(f"written: {save_forecast(found, arguments.out)}", file=sys.stderr)

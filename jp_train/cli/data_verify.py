@@ -63,6 +63,9 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
+
     from jp_train.tools.verify.verify import VerifyOptions, verify_command
 
     options = VerifyOptions(
@@ -71,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
         exclude=arguments.exclude,
         out=arguments.out,
     )
-    config = load_config(arguments.config, arguments.overrides)
     document, status = verify_command(config, options, table=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(document))

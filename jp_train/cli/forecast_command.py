@@ -47,6 +47,10 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from jp_train.config import load_config
+
+    load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
+
     from jp_train.tools.forecast.forecast import Question, forecast_stage
     from jp_train.tools.forecast.plots import save_forecast
     from jp_train.tools.forecast.table import format_forecast

@@ -20,6 +20,9 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
+
     from jp_train.train.session import train
 
-    return train(load_config(arguments.config, arguments.overrides))
+    return train(config)
