@@ -1,0 +1,164 @@
+"""The parts of a run, opened one by one on one real rank, and what a resumed run refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sentencepiece import sentencepiece_model_pb2
+
+from jp_train.config import RunConfig, batch_plan
+from jp_train.config.schema import SourceConfig, SourceKind
+from jp_train.data.ledger import Ledger
+from jp_train.data.loader import build_plan
+from jp_train.engine.checkpoint.saver import Saver
+from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
+from jp_train.engine.init import Engine, Ranks, init_process_group
+from jp_train.engine.watch.guard import SequenceGuard
+from jp_train.errors import CheckpointError
+from jp_train.model.freeze import module_of
+from jp_train.run.log import RunLog
+from jp_train.train.preparation import (
+    RESUMED_INPUTS,
+    OpenData,
+    check_resumed_inputs,
+    describe_inputs,
+    open_data,
+    open_engine,
+    open_held_out,
+    resume,
+)
+from jp_train.train.session import train
+from tests.engine.tiny_run import tiny_run, write_data
+
+
+def small(data: Path, run_dir: Path, **options) -> RunConfig:
+    cfg = tiny_run(data, run_dir, **options)
+    cfg.model.vision.layers = cfg.model.language.layers = 1
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """This process as the only rank; its environment is put back."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(key, value)
+        yield init_process_group(RunConfig())
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def finished(data, ranks, tmp_path_factory) -> RunConfig:
+    """A run of two steps with a checkpoint after the last."""
+    cfg = small(data, tmp_path_factory.mktemp("finished"), steps=2)
+    cfg.checkpoint.export_at_end = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jp_train.train.session.leave_process_group", lambda code: None)  # the tests below need it
+        assert train(cfg) == 0
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def opened(finished, ranks) -> tuple[OpenData, Engine]:
+    log = quiet(finished)
+    found = open_data(finished, ranks, log, SequenceGuard(None, 0))
+    return found, open_engine(finished, batch_plan(finished, 1), ranks, log, found.tokenizer)
+
+
+def quiet(cfg: RunConfig) -> RunLog:
+    return RunLog(cfg, active=False, dp_world_size=1)
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: parameter.ds_tensor.clone() for name, parameter in engine.model.named_parameters()}
+
+
+def newest(cfg: RunConfig) -> Checkpoint:
+    store = CheckpointStore(Path(cfg.run_dir), cfg.checkpoint, dp_rank=0, dp_world_size=1)
+    checkpoint = store.newest(on_damage=pytest.fail)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def test_open_data_indexes_every_source_and_says_which_vq_ids_would_fit(opened, finished):
+    found, engine = opened
+    assert [index.name for index in found.indexes] == list(finished.data.sources)
+    assert found.held_out_indexes == [] and found.ids_recipe is not None
+    assert found.ids_recipe.vq == engine.vq.fingerprint()
+
+
+def test_open_engine_trains_what_the_stage_names_and_nothing_else(opened, finished):
+    _, engine = opened
+    trained = {module_of(name) for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
+    assert trained == set(finished.stage.trainable) and engine.weights.startswith("fresh")
+
+
+def test_a_held_out_source_is_measured_and_their_absence_is_none(opened, finished, ranks):
+    found, engine = opened
+    ledger = Ledger(finished.run_dir, finished)
+    assert not open_held_out(finished, ranks, quiet(finished), found, engine, ledger)
+    cfg = copy.deepcopy(finished)
+    cfg.validation.sources = {"held": SourceConfig(kind=SourceKind.generation, shards="held-gen.tar")}
+    measured = open_held_out(cfg, ranks, quiet(cfg), found, engine, ledger).measure(engine)
+    assert list(measured) == ["val/held", "val/generation", "val/total"]
+    assert abs(measured["val/total"] - math.log(cfg.model.vq.codebook_size)) < 0.2, "untrained: all ids equally likely"
+
+
+def test_resume_puts_weights_plan_and_ledger_back(opened, finished, ranks):
+    found, engine = opened
+    checkpoint = newest(finished)
+    before = weights(engine)
+    plan = build_plan(finished, found.indexes, batch_plan(finished, 1), found.tokenizer)
+    ledger = Ledger(finished.run_dir, finished)
+    store = CheckpointStore(Path(finished.run_dir), finished.checkpoint, dp_rank=0, dp_world_size=1)
+    saver = Saver(finished, store, engine, quiet(finished), saved_step=checkpoint.step)
+    resume(checkpoint, plan, saver, ledger)
+    assert plan.state() == checkpoint.state["plan"] and plan.state()["step"] == 2
+    assert ledger.state() == checkpoint.state["ledger"]
+    assert engine.deepspeed.global_steps == 2
+    moved = {module_of(name) for name, tensor in weights(engine).items() if not torch.equal(tensor, before[name])}
+    assert moved == set(finished.stage.trainable), "two steps moved what is trained; resume brings that back, no more"
+    check_resumed_inputs(checkpoint, describe_inputs(ranks, found.tokenizer, engine))
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "frozen_checksum", "vq_fingerprint"])
+def test_a_resume_with_another_tokenizer_other_frozen_weights_or_another_vq_is_refused(key, finished):
+    checkpoint = newest(finished)
+    about = copy.deepcopy(dict(checkpoint.manifest))
+    check_resumed_inputs(checkpoint, about)  # the same contents: nothing to refuse
+    about[key] = "another"
+    with pytest.raises(CheckpointError) as refused:
+        check_resumed_inputs(checkpoint, about)
+    assert RESUMED_INPUTS[key] in str(refused.value) and str(checkpoint.path) in str(refused.value)
+    assert "put the old files back" in str(refused.value)
+
+
+def test_a_run_whose_tokenizer_file_was_replaced_does_not_resume(data, finished, tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr("jp_train.train.session.leave_process_group", lambda code: None)
+    other = copy.deepcopy(finished)
+    other.stage.training_steps = 3
+    # one score of the SentencePiece model: every id stays, the contents differ
+    proto = sentencepiece_model_pb2.ModelProto.FromString(Path(finished.tokenizer.path).read_bytes())
+    proto.pieces[-1].score -= 1.0
+    replaced = tmp_path / "tiny.model"
+    replaced.write_bytes(proto.SerializeToString())
+    other.tokenizer.path = str(replaced)
+    with pytest.raises(CheckpointError, match="made with another tokenizer"):
+        train(other)
+    assert newest(finished).step == 2
