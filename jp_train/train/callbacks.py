@@ -39,9 +39,11 @@ class Callback(Protocol):
 
     def before_first_step(self, end: StepEnd) -> None:
         """Once in a run that starts anew (`end.step` is 0), not after a resume."""
+        return None
 
     def after_step(self, end: StepEnd) -> None:
         """After every step; `end.stop` may be set by the step itself (last step, stop signal)."""
+        return None
 
 
 def standard_callbacks(parts: Parts) -> list[Callback]:

@@ -25,7 +25,10 @@ def after(cfg: RunConfig, step: int, waited: int = 0) -> Checkpoint:
     return Checkpoint(Path("x"), step, {}, {"training": state.saved()})
 
 
-@pytest.mark.parametrize(("step", "early", "waited", "state"), [(100, {}, 0, "finished"), (60, {"at_step": 60}, 0, "stopped_early"), (9, {"patience": 3}, 3, "stopped_early")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "early", "waited", "state"),
+    [(100, {}, 0, "finished"), (60, {"at_step": 60}, 0, "stopped_early"), (9, {"patience": 3}, 3, "stopped_early")],
+)
 def test_a_run_whose_stop_rule_holds_and_whose_export_exists_has_nothing_left_to_do(
     tmp_path, step, early, waited, state
 ):
