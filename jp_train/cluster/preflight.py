@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jp_train.cluster import checks
+from jp_train.cluster import checks, network_checks
 from jp_train.cluster.bandwidth import host_rates
 from jp_train.cluster.checks import CHECKS
 from jp_train.cluster.conversation import Conversation
@@ -258,8 +258,8 @@ class _Examination:
         }
         self._ask({host: {"ask": "close"} for host in listening}, "closing its ports", self._timeout_s)
         unreached = {host: failed.pop("(master)") for host, failed in told.items() if "(master)" in failed}
-        self._find("port", checks.check_port(first, self._address, self._port, master, unreached))
-        self._find("reach", checks.check_reach(listening, told, alone=len(hosts) == 1))
+        self._find("port", network_checks.check_port(first, self._address, self._port, master, unreached))
+        self._find("reach", network_checks.check_reach(listening, told, alone=len(hosts) == 1))
         for host, answer in listening.items():
             self._hosts[host]["address"] = answer["fabric"].get("address", "-")
         if len(hosts) < 2 or "bandwidth" in self._skip:
@@ -346,7 +346,7 @@ class _Examination:
             f"all-reduce over {len(hosts)} hosts ({backend}, {measured[hosts[0]]['bytes'] >> 10:,} KiB): {rate_text(bus)} on each host's link; "
             f"slowest host {slowest} ({rate_text(min(rates[slowest].values()))})"
         )
-        self._find("bandwidth", checks.check_bandwidth(rates, backend))
+        self._find("bandwidth", network_checks.check_bandwidth(rates, backend))
 
     # -- tools -------------------------------------------------------------------------------------
 

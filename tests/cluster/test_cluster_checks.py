@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jp_train.cluster import checks
+from jp_train.cluster import checks, network_checks
 from jp_train.cluster.bandwidth import host_rates, rounds
 from jp_train.cluster.findings import Fault
 from jp_train.cluster.remote import Answer, Cause
@@ -332,9 +332,9 @@ def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
 
 def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reaches_it() -> None:
     busy = {"error": "Address already in use", "holder": "pid 12 (python x)"}
-    fault = only(checks.check_port("a1", "10.0.0.1", 29500, busy, {"b2": "refused"}))
+    fault = only(network_checks.check_port("a1", "10.0.0.1", 29500, busy, {"b2": "refused"}))
     assert fault.host == "a1" and "held by pid 12" in fault.found
-    assert told(checks.check_port("a1", "10.0.0.1", 29500, {}, {"b2": "refused"})) == [("b2", False)]
+    assert told(network_checks.check_port("a1", "10.0.0.1", 29500, {}, {"b2": "refused"})) == [("b2", False)]
 
 
 def fabric(**changed: Any) -> dict[str, dict[str, Any]]:
@@ -347,25 +347,27 @@ def fabric(**changed: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_a_pair_is_told_once_with_its_direction() -> None:
-    assert list(checks.check_reach(fabric(), {}, alone=False)) == []
-    both = only(checks.check_reach(fabric(), {"a1": {"b2": "no answer"}, "b2": {"a1": "no answer"}}, alone=False))
+    assert list(network_checks.check_reach(fabric(), {}, alone=False)) == []
+    both = only(
+        network_checks.check_reach(fabric(), {"a1": {"b2": "no answer"}, "b2": {"a1": "no answer"}}, alone=False)
+    )
     assert "a1 and b2 do not reach each other" in both.found
-    one = only(checks.check_reach(fabric(), {"b2": {"a1": "no answer"}}, alone=False))
+    one = only(network_checks.check_reach(fabric(), {"b2": {"a1": "no answer"}}, alone=False))
     assert (one.host, one.found[:21]) == ("b2", "b2 does not reach a1:")
 
 
 def test_a_host_that_nobody_reaches_is_one_fault_and_not_one_a_pair() -> None:
     failed = {"a1": {"c3": "no answer"}, "b2": {"c3": "no answer"}, "c3": {"a1": "no answer", "b2": "no answer"}}
-    fault = only(checks.check_reach(fabric(), failed, alone=False))
+    fault = only(network_checks.check_reach(fabric(), failed, alone=False))
     assert fault.host == "c3" and "no other host reaches it" in fault.found
 
 
 def test_a_loopback_address_is_a_fault_only_among_several_hosts() -> None:
     loop = fabric(b2={"address": "127.0.1.1", "interface": "", "chosen_by": "the name", "port": 1})
-    assert told(checks.check_reach(loop, {}, alone=False)) == [("b2", False)]
-    assert list(checks.check_reach({"b2": loop["b2"]}, {}, alone=True)) == []
+    assert told(network_checks.check_reach(loop, {}, alone=False)) == [("b2", False)]
+    assert list(network_checks.check_reach({"b2": loop["b2"]}, {}, alone=True)) == []
     unusable = fabric(c3={"error": "no interface eth9", "variable": "NCCL_SOCKET_IFNAME"})
-    assert "export NCCL_SOCKET_IFNAME" in only(checks.check_reach(unusable, {}, alone=False)).remedy
+    assert "export NCCL_SOCKET_IFNAME" in only(network_checks.check_reach(unusable, {}, alone=False)).remedy
 
 
 # -- bandwidth -------------------------------------------------------------------------------------
@@ -418,14 +420,14 @@ def test_every_link_of_the_ring_is_measured_once_while_both_of_its_ends_do_nothi
 )  # fmt: skip
 def test_a_host_far_below_the_median_is_slow(rate: float, backend: str, expected: list) -> None:
     rates = {name: {"sends": 1e10, "receives": 1e10} for name in HOSTS} | {"b2": {"sends": rate, "receives": 1e10}}
-    assert told(checks.check_bandwidth(rates, backend)) == expected
+    assert told(network_checks.check_bandwidth(rates, backend)) == expected
 
 
 def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_two() -> None:
     crawling = {name: {"sends": 1e7, "receives": 1e7} for name in HOSTS}
-    assert told(checks.check_bandwidth(crawling, "gloo")) == [(name, False) for name in HOSTS]
+    assert told(network_checks.check_bandwidth(crawling, "gloo")) == [(name, False) for name in HOSTS]
     pair = {name: crawling[name] for name in ("a1", "b2")}
-    assert "of two hosts nobody can tell" in only(checks.check_bandwidth(pair, "gloo")).found
+    assert "of two hosts nobody can tell" in only(network_checks.check_bandwidth(pair, "gloo")).found
 
 
 # -- hosts that did not answer ---------------------------------------------------------------------

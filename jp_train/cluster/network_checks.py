@@ -1,0 +1,101 @@
+"""Preflight's checks of the network between hosts: the master port, every pair, and the bandwidth of an all-reduce."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jp_train.cluster.findings import Fault, rate_text
+
+SLOW_SHARE = {"nccl": 0.5, "gloo": 0.25}
+"""A host below this share of the median is slow. gloo shares its cores with everything else, so its figures scatter
+more."""
+SLOW_GLOO = 125e6
+"""Bytes/s (1 Gbit/s) below which a slow host is a fault on CPU hosts too; above it may be noise of busy cores, so it
+is a warning."""
+SLOW_ALL = 25e6
+"""Bytes/s (0.2 Gbit/s) that no link between training hosts may go below, whatever the others do: a port that has
+fallen back to 100 Mbit/s does."""
+
+
+def check_port(
+    first: str, address: str, port: int, listening: Mapping[str, Any] | None, unreached: Mapping[str, str]
+) -> Iterator[Fault]:
+    """`master` as the first host's `listen` told it, and the hosts that did not reach it, with the reason."""
+    if listening and listening.get("error"):
+        holder = f" by {listening['holder']}" if listening.get("holder") else ""
+        yield Fault(
+            first, "port", f"master port {port}: {listening['error']}; it is held{holder}",
+            f"end that process on {first}, or give another port with --master-port",
+        )  # fmt: skip
+        return
+    for host, why in unreached.items():
+        yield Fault(
+            host, "port", f"does not reach the rendezvous on {first}: {why}",
+            f"open port {port} of {first} for {host} (firewall), and see that {address}, the first of `hostname -I` on {first}, is its cluster address (else --master-addr)",
+        )  # fmt: skip
+
+
+def check_reach(
+    listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], *, alone: bool
+) -> Iterator[Fault]:
+    """`fabric` of each host, and {host: {other: why not reached}}. One fault a pair, or one a host that nobody
+    reaches."""
+    unusable = set()
+    for host, told in listening.items():
+        fabric = told["fabric"]
+        variable = fabric.get("variable", "GLOO_SOCKET_IFNAME")
+        if "error" in fabric:
+            unusable.add(host)
+            yield Fault(
+                host,
+                "reach",
+                fabric["error"],
+                f"export {variable}=NAME of the interface that the hosts share (`ip addr` on {host})",
+            )
+        elif not alone and fabric["address"].startswith("127."):
+            unusable.add(host)
+            yield Fault(
+                host, "reach", f"ranks would use {fabric['address']}, which no other host reaches: {fabric['chosen_by']}",
+                f"export GLOO_SOCKET_IFNAME=NAME of the interface that the hosts share, or correct /etc/hosts on {host}",
+            )  # fmt: skip
+    pairs = {(host, other): why for host, others in failed.items() for other, why in others.items()}
+    hosts = [host for host in listening if host not in unusable]
+    nobody = [
+        host for host in hosts if len(hosts) > 2 and all((other, host) in pairs for other in hosts if other != host)
+    ]
+    for host in nobody:
+        why = next(why for (_, other), why in pairs.items() if other == host)
+        yield Fault(host, "reach", f"no other host reaches it: {why}", f"open the fabric of {host} for all ports from the other hosts (firewall, cable, switch port)")  # fmt: skip
+    told: set[tuple[str, str]] = set()
+    for (host, other), why in pairs.items():
+        if {host, other} & {*nobody, *unusable} or (other, host) in told:
+            continue
+        told.add((host, other))
+        both = (other, host) in pairs
+        yield Fault(
+            host, "reach", f"{host} {'and' if both else 'does not reach'} {other}{' do not reach each other' if both else ''}: {why}",
+            f"open all ports between {host} and {other} (firewall rules of both, routes, switch)",
+        )  # fmt: skip
+
+
+def check_bandwidth(rates: Mapping[str, Mapping[str, float]], backend: str) -> Iterator[Fault]:
+    """{host: {"sends", "receives"}} in bytes/s: hosts far below the median, or below what any training network does."""
+    all_rates = [rate for ways in rates.values() for rate in ways.values()]
+    if not all_rates:
+        return
+    usual = statistics.median_high(all_rates)
+    pair = len(rates) == 2
+    for host, ways in list(rates.items())[1 if pair else 0 :]:
+        slowest = min(ways.values())
+        relative = slowest < SLOW_SHARE[backend] * usual
+        if not relative and slowest >= SLOW_ALL:
+            continue
+        sure = slowest < SLOW_ALL or backend == "nccl" or slowest < SLOW_GLOO
+        told = ", ".join(f"{name} at {rate_text(rate)}" for name, rate in ways.items())
+        yield Fault(
+            host, "bandwidth", f"slow: {told}; the median is {rate_text(usual)}{f' (or {next(iter(rates))} is: of two hosts nobody can tell)' if pair else ''}",
+            f"look at the link of {host} (`ethtool` its interface: speed, errors; cable, switch port), and that {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME "
+            f"names the fast network; or leave it out with --exclude {host}", warning=not sure,
+        )  # fmt: skip
