@@ -91,7 +91,7 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from jp_train.config import batch_plan, dump_config
-    from jp_train.engine.checkpoint.identity import identity
+    from jp_train.engine.checkpoint.identity import training_identity
     from jp_train.engine.checkpoint.store import CheckpointStore, Content, partitions
     from jp_train.engine.export import export
     from jp_train.engine.init import build_engine, init_process_group
@@ -123,12 +123,12 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
 
     def content() -> Content:
         return Content(
-            tensors=partitions.held(engine.deepspeed, with_frozen=False),
+            tensors=partitions.local_slices(engine.deepspeed, with_frozen=False),
             parameters=partitions.parameters(engine.deepspeed),
             optimizer_step=1,
             with_frozen=False,
             state={},
-            identity=identity(cfg),
+            identity=training_identity(cfg),
             config_text=dump_config(cfg),
             about={"frozen_from": str(source)},
         )
@@ -186,7 +186,7 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
 
     def plain() -> None:
         with (folder / f"plain_{ranks.dp_rank}.pt").open("wb") as file:
-            torch.save(dict(partitions.held(engine.deepspeed, with_frozen=False)), file)
+            torch.save(dict(partitions.local_slices(engine.deepspeed, with_frozen=False)), file)
             file.flush()
             os.fsync(file.fileno())
 
@@ -205,9 +205,9 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
     times["verify"] = [elapsed(lambda: found.append(fresh.newest()))]
 
     def load() -> None:
-        partitions.prepare(engine.deepspeed)
+        partitions.partition_gathered(engine.deepspeed)
         fresh.load(found[0], lambda reader: partitions.fill(engine.deepspeed, reader))
-        partitions.refresh(engine.deepspeed)
+        partitions.gather_persistent(engine.deepspeed)
 
     with Peak.watched() as peak:
         times["load"] = [elapsed(load)]

@@ -1,6 +1,6 @@
 """What is kept of a bad step: enough to find out why, without running it again.
 
-    RUN_DIR/forensics/step_0000123/report.json   verdict, losses by kind and source, norms by block of the model, every
+    RUN_DIR/forensics/step_0000123/report.json   decision, losses by kind and source, norms by block of the model, every
                                                  document of every rank's rows
     RUN_DIR/forensics/step_0000123/rank_0000_0.safetensors   with guard.dump_tensors: the exact input of a micro-batch
 
@@ -23,7 +23,7 @@ from jp_train.config import RunConfig
 from jp_train.data.batch_file import describe_batch, save_batch
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.engine.init import Ranks, gather_objects
-from jp_train.engine.outliers import Verdict
+from jp_train.engine.outliers import UpdateDecision
 from jp_train.errors import JpTrainError
 from jp_train.files import json_safe
 from jp_train.model.freeze import module_of
@@ -46,7 +46,7 @@ class Forensics:
         self._norms = block_norms(self._model.named_parameters(), self._optimizer)
 
     def dump(
-        self, step: int, verdict: Verdict, micro_batches: Sequence[PackedBatch], values: Mapping[str, float]
+        self, step: int, decision: UpdateDecision, micro_batches: Sequence[PackedBatch], values: Mapping[str, float]
     ) -> Path | str:
         """Write the dump of a bad step. Collective. Returns its folder, or why (some of) it could not be written: a
         dump never ends a run."""
@@ -56,12 +56,12 @@ class Forensics:
         if self._ranks.is_main:
             report = {
                 "step": step,
-                "what": verdict.what,
-                "action": verdict.action,
-                "applied": verdict.applies,
-                "loss": verdict.loss,
-                "grad_norm": verdict.grad_norm,
-                "usual": verdict.usual,
+                "what": decision.what,
+                "action": decision.action,
+                "applied": decision.applies,
+                "loss": decision.loss,
+                "grad_norm": decision.grad_norm,
+                "usual": decision.statistics,
                 "losses": {key: value for key, value in values.items() if key.startswith("loss/")},
                 "lr": values.get("optim/lr"),
                 "blocks": self._norms,

@@ -1,4 +1,4 @@
-"""Which steps are bad: not finite, or far above what the steps before them were. The same numbers give the same verdict
+"""Which steps are bad: not finite, or far above what the steps before them were. The same numbers give the same decision
 on every rank.
 
 Median and median distance are used because one spike moves a mean and a standard deviation so far that the next one
@@ -27,7 +27,7 @@ SMALLEST_WINDOW = 8
 
 
 @dataclass(frozen=True)
-class Verdict:
+class UpdateDecision:
     """What was decided about one step before its update. `action`: apply, record, skip or stop; `what` is empty for
     a good step."""
 
@@ -35,7 +35,7 @@ class Verdict:
     grad_norm: float
     action: str = "apply"
     what: str = ""
-    usual: dict[str, dict[str, float]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Median, spread and limit of each judged value, once the window is long enough."""
 
     @property
@@ -48,7 +48,7 @@ class Verdict:
         return self.action in ("apply", "record")
 
 
-class Usual:
+class RollingStatistics:
     """Loss and gradient norm of the last steps. Its state is part of the checkpoint: a resumed run judges as the
     whole one would."""
 
@@ -58,30 +58,30 @@ class Usual:
             name: deque(maxlen=cfg.outlier_window) for name in ("loss", "grad_norm")
         }
 
-    def judge(self, loss: float, grad_norm: float) -> Verdict:
+    def judge(self, loss: float, grad_norm: float) -> UpdateDecision:
         """Decide about a step with these values, and remember them."""
         cfg, found = self._cfg, {"loss": loss, "grad_norm": grad_norm}
         broken = [name.replace("_", " ") for name, value in found.items() if not math.isfinite(value)]
         if broken:
-            return Verdict(
-                loss, grad_norm, cfg.nonfinite_action.value, f"{' and '.join(broken)} not finite", self.usual()
+            return UpdateDecision(
+                loss, grad_norm, cfg.nonfinite_action.value, f"{' and '.join(broken)} not finite", self.summary()
             )
-        usual, before = self.usual(), len(self._values["loss"])
+        statistics, before = self.summary(), len(self._values["loss"])
         for name, value in found.items():
             self._values[name].append(value)
         if cfg.outlier_action is OutlierAction.off:
-            return Verdict(loss, grad_norm)
-        high = [name for name, value in found.items() if name in usual and value > usual[name]["limit"]]
+            return UpdateDecision(loss, grad_norm)
+        high = [name for name, value in found.items() if name in statistics and value > statistics[name]["limit"]]
         if not high:
-            return Verdict(loss, grad_norm)
+            return UpdateDecision(loss, grad_norm)
         told = [
-            f"{name.replace('_', ' ')} {found[name]:.4g} is {(found[name] - usual[name]['median']) / usual[name]['spread']:.0f} spreads above the median "
-            f"{usual[name]['median']:.4g} of the last {before} steps"
+            f"{name.replace('_', ' ')} {found[name]:.4g} is {(found[name] - statistics[name]['median']) / statistics[name]['spread']:.0f} spreads above the median "
+            f"{statistics[name]['median']:.4g} of the last {before} steps"
             for name in high
         ]
-        return Verdict(loss, grad_norm, cfg.outlier_action.value, " and ".join(told), usual)
+        return UpdateDecision(loss, grad_norm, cfg.outlier_action.value, " and ".join(told), statistics)
 
-    def usual(self) -> dict[str, dict[str, float]]:
+    def summary(self) -> dict[str, dict[str, float]]:
         """{"loss" | "grad_norm": {"median", "spread", "limit"}}; empty while the window is shorter than a quarter of
         its length."""
         if len(self._values["loss"]) < max(SMALLEST_WINDOW, self._cfg.outlier_window // 4):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jp_train.config import RunConfig
-from jp_train.engine.outliers import Usual
+from jp_train.engine.outliers import RollingStatistics
 from jp_train.engine.watch.stop import Patience, SkipCounter
 
 
@@ -15,7 +15,7 @@ class TrainState:
     """What a run remembers between steps besides weights, optimizer and plan: kilobytes, in every checkpoint."""
 
     patience: Patience
-    usual: Usual
+    statistics: RollingStatistics
     skips: SkipCounter = field(default_factory=SkipCounter)
     step: int = 0
     tokens: int = 0
@@ -25,11 +25,11 @@ class TrainState:
     @classmethod
     def restored(cls, cfg: RunConfig, saved: dict[str, Any] | None) -> TrainState:
         """The saved state, or a new run's."""
-        state = cls(Patience(cfg.stage.early_stop.patience), Usual(cfg.guard))
+        state = cls(Patience(cfg.stage.early_stop.patience), RollingStatistics(cfg.guard))
         if saved is not None:
             state.patience.restore(saved["patience"])
             state.skips.restore(saved["skips"])
-            state.usual.restore(saved.get("usual", {}))
+            state.statistics.restore(saved.get("usual", {}))
             state.step, state.tokens, state.dumps = saved["step"], saved["tokens"], saved.get("dumps", 0)
         return state
 
@@ -40,5 +40,5 @@ class TrainState:
             "dumps": self.dumps,
             "patience": self.patience.state(),
             "skips": self.skips.state(),
-            "usual": self.usual.state(),
+            "usual": self.statistics.state(),
         }

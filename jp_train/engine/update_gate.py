@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from jp_train.engine.metrics import exchange
-from jp_train.engine.outliers import Verdict
+from jp_train.engine.outliers import UpdateDecision
 from jp_train.errors import JpTrainError
 
 _HOOK = "_get_norm_groups"
@@ -33,8 +33,8 @@ class UpdateGate:
     def __init__(
         self,
         optimizer: Any,
-        judge: Callable[[float, float], Verdict],
-        inspect: Callable[[Verdict], None] = lambda verdict: None,
+        judge: Callable[[float, float], UpdateDecision],
+        inspect: Callable[[UpdateDecision], None] = lambda decision: None,
     ) -> None:
         if not callable(getattr(optimizer, _HOOK, None)) or not hasattr(optimizer, "grad_partitions_flat_buffer"):
             raise JpTrainError(
@@ -46,23 +46,23 @@ class UpdateGate:
         self._optimizer, self._judge, self._inspect = optimizer, judge, inspect
         self._norms = getattr(optimizer, _HOOK)
         self._loss: Callable[[], torch.Tensor] | None = None
-        self.verdict: Verdict | None = None
+        self.decision: UpdateDecision | None = None
         setattr(optimizer, _HOOK, self._decide)
 
     def begin_step(self, loss: Callable[[], torch.Tensor]) -> None:
         """`loss()`, called after the last backward: this rank's summed contribution to the step's loss, one element."""
-        self._loss, self.verdict = loss, None
+        self._loss, self.decision = loss, None
 
-    def end_step(self) -> Verdict:
+    def end_step(self) -> UpdateDecision:
         """The decision about the step whose `engine.step` has just run. After a skipped one the gradient buffers are
         cleared: ZeRO-3 adds to them, or applies them again, for a parameter that the next step does not reach
         (DEEPSPEED.md section 1)."""
-        assert self.verdict is not None, (
+        assert self.decision is not None, (
             "engine.step did not reach the update: the step's micro-batches and gradient accumulation differ"
         )
-        if not self.verdict.applies:
+        if not self.decision.applies:
             self._optimizer.grad_partitions_flat_buffer.zero_()
-        return self.verdict
+        return self.decision
 
     def _decide(self) -> list[torch.Tensor]:
         from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -74,10 +74,10 @@ class UpdateGate:
             (self._loss().detach().reshape(1).double(), norm.detach().reshape(1).double().to(self._loss().device))
         )
         table = exchange(mine)  # every rank reads the same sum and rank 0's norm: no rank can decide otherwise
-        self.verdict = self._judge(float(table[:, 0].sum()), float(table[0, 1]) / float(self._optimizer.loss_scale))
-        if self.verdict.bad:
-            self._inspect(self.verdict)
-        return groups if self.verdict.applies else [torch.full_like(norm, float("inf"))]
+        self.decision = self._judge(float(table[:, 0].sum()), float(table[0, 1]) / float(self._optimizer.loss_scale))
+        if self.decision.bad:
+            self._inspect(self.decision)
+        return groups if self.decision.applies else [torch.full_like(norm, float("inf"))]
 
 
 def _not_the_overflow_line(record: logging.LogRecord) -> bool:

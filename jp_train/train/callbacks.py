@@ -50,7 +50,7 @@ def standard_callbacks(parts: Parts) -> list[Callback]:
     """What every run does after a step, in this order.
 
     Validation comes before WriteMetrics, as its values stand in the step's line, and before Checkpoints, as its
-    verdict on patience decides whether the save is the last one. A save comes after the step's line, so that a
+    decision on patience decides whether the save is the last one. A save comes after the step's line, so that a
     checkpoint never knows a step that metrics.jsonl lacks.
     """
     return [GraceWarning(parts), Validation(parts), WriteMetrics(parts), Checkpoints(parts), PlanSnapshots(parts)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jp_train.config import RunConfig
-from jp_train.engine.checkpoint.identity import accepted_differences, identity
+from jp_train.engine.checkpoint.identity import accepted_differences, training_identity
 from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
 from jp_train.engine.init import Ranks, gather_objects, init_process_group, leave_process_group
 from jp_train.engine.main_first import main_first
@@ -144,7 +144,7 @@ def newest_checkpoint(cfg: RunConfig, store: CheckpointStore, log: RunLog) -> Ch
     checkpoint = store.newest(on_damage=log.damaged)
     if checkpoint is not None:
         accepted = accepted_differences(
-            checkpoint.path, checkpoint.manifest["identity"], identity(cfg), cfg.checkpoint.accept
+            checkpoint.path, checkpoint.manifest["identity"], training_identity(cfg), cfg.checkpoint.accept
         )
         if accepted:
             log.event("accepted_differences", checkpoint.step, differences=accepted)

@@ -28,7 +28,7 @@ from jp_train.engine.init import gather_objects
 from jp_train.engine.metrics import StepTally, StepTotals, exchange, step_values
 from jp_train.engine.objective import SupervisedTotals, count_supervised, micro_batch_loss
 from jp_train.engine.optim import learning_rate, set_learning_rate
-from jp_train.engine.outliers import Verdict
+from jp_train.engine.outliers import UpdateDecision
 from jp_train.engine.proof import FreezeWatch, refuse_leaks
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.engine.watch.guard import WAITING_FOR_DATA, Pace, compare_signatures
@@ -52,7 +52,7 @@ class Trainer:
         self.forensics = Forensics(self.cfg, self.ranks, parts.tokenizer, self.engine.model, optimizer)
         self.gate = UpdateGate(
             optimizer,
-            self.state.usual.judge,
+            self.state.statistics.judge,
             lambda _: self.forensics.inspect() if self.state.dumps < self.cfg.guard.max_dumps else None,
         )
 
@@ -110,10 +110,10 @@ class Trainer:
                 engine.backward(loss * world, scale_wrt_gas=False)
             with guard.watch("step", number):
                 engine.step()  # updates after the last micro-batch
-        verdict = self.gate.end_step()
-        assert engine.was_step_applied() == verdict.applies, f"DeepSpeed did not do as decided: {verdict}"
+        decision = self.gate.end_step()
+        assert engine.was_step_applied() == decision.applies, f"DeepSpeed did not do as decided: {decision}"
         if watch is not None:
-            self.prove_freeze(watch, verdict)
+            self.prove_freeze(watch, decision)
         vector = tally.vector(
             step_s=time.perf_counter() - began,
             data_wait_s=data_wait_s,
@@ -123,7 +123,7 @@ class Trainer:
         with guard.watch("the exchange of metrics"):
             table = StepTotals(tally.n_sources, exchange(vector))
         compare_signatures(table.signatures, self.state.step + 1, guard.explain)
-        return StepResult(table, verdict, self.step_values(table, lr, verdict.grad_norm))
+        return StepResult(table, decision, self.step_values(table, lr, decision.grad_norm))
 
     def freeze_watch(self, n_micro_batches: int) -> FreezeWatch:
         """The evidence of the first step, and the proof that the optimizer holds what the stage trains and nothing
@@ -134,10 +134,10 @@ class Trainer:
         outside = [(f"model.{name}", parameter) for name, parameter in engine.vq.named_parameters()]
         return FreezeWatch(engine.model.named_parameters(), module_of, n_micro_batches, outside=outside)
 
-    def prove_freeze(self, watch: FreezeWatch, verdict: Verdict) -> None:
+    def prove_freeze(self, watch: FreezeWatch, decision: UpdateDecision) -> None:
         """Keep the proof of the first step for checkpoints. Raises JpTrainError when the freeze did not hold."""
         step = self.state.step + 1
-        proof = watch.finish(step=step, grad_norm=verdict.grad_norm, applied=verdict.applies).as_dict()
+        proof = watch.finish(step=step, grad_norm=decision.grad_norm, applied=decision.applies).as_dict()
         self.parts.freeze_proof = proof
         self.parts.log.event("freeze_proof", step, **proof)
 
@@ -186,34 +186,34 @@ class Trainer:
             skipped = [document for of_rank in of_ranks for document in of_rank]
         used = dict(zip(self.cfg.data.sources, result.totals.source_samples(), strict=True))
         self.parts.ledger.record(skipped, used, step)
-        verdict = result.verdict
-        over = state.skips.observe(verdict.applies, step, self.cfg.guard)
-        if verdict.bad:
+        decision = result.decision
+        over = state.skips.observe(decision.applies, step, self.cfg.guard)
+        if decision.bad:
             self.report_spike(result, micro_batches)
-        if over or verdict.action == "stop":
+        if over or decision.action == "stop":
             raise JpTrainError(
-                f"step {step}: {verdict.what}; {over or 'guard asks to stop at such a step'}. The weights are those of "
+                f"step {step}: {decision.what}; {over or 'guard asks to stop at such a step'}. The weights are those of "
                 f"the last good step. The rows and norms of the bad steps lie in {self.cfg.run_dir}/forensics: lower "
                 "optimizer.lr, or look at those rows with `jp-train data explain`"
             )
 
     def report_spike(self, result: StepResult, micro_batches: Sequence[PackedBatch]) -> None:
         """A bad step: its rows and norms under forensics/, `guard.max_dumps` times, and an event. Collective."""
-        state, step, log, verdict = self.state, self.state.step, self.parts.log, result.verdict
+        state, step, log, decision = self.state, self.state.step, self.parts.log, result.decision
         dump: Any = f"no dump: guard.max_dumps {self.cfg.guard.max_dumps} are made"
         if state.dumps < self.cfg.guard.max_dumps:
             state.dumps += 1
-            dump = self.forensics.dump(step, verdict, micro_batches, result.values)
-        outcome = "the update was made" if verdict.applies else "the update was skipped"
+            dump = self.forensics.dump(step, decision, micro_batches, result.values)
+        outcome = "the update was made" if decision.applies else "the update was skipped"
         log.event(
             "spike",
             step,
-            reason=f"{verdict.what}: {outcome}",
-            loss=verdict.loss,
-            grad_norm=verdict.grad_norm,
+            reason=f"{decision.what}: {outcome}",
+            loss=decision.loss,
+            grad_norm=decision.grad_norm,
             dump=str(dump),
         )
-        log.say(f"step {step}: {verdict.what}; {outcome}; {dump}")
+        log.say(f"step {step}: {decision.what}; {outcome}; {dump}")
 
     def step_values(self, totals: StepTotals, lr: float, grad_norm: float) -> dict[str, float]:
         """The metrics of one step."""
@@ -256,5 +256,5 @@ class StepResult:
     """What one step gave: the exchanged table, the decision about its update, and its metrics."""
 
     totals: StepTotals
-    verdict: Verdict
+    decision: UpdateDecision
     values: dict[str, float]

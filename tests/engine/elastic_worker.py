@@ -62,7 +62,7 @@ def train(free_space_at: int | None = None, filler: str = "", compare: bool = Fa
 
 def held(engine: Any) -> dict[str, Any]:
     """All ranks' slices put together, against the whole tensors that DeepSpeed gathers."""
-    own = [(name, tensor.clone()) for name, tensor in partitions.held(engine, with_frozen=True)]
+    own = [(name, tensor.clone()) for name, tensor in partitions.local_slices(engine, with_frozen=True)]
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, own)
     pieces: dict[str, list[torch.Tensor]] = {}
@@ -125,7 +125,12 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     store = checkpoints.CheckpointStore(
         Path(folder), CheckpointConfig(), dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size
     )
-    plain_write, plain_describe, release, told = checkpoints.write_shard, reading.described, threading.Event(), {}
+    plain_write, plain_describe, release, told = (
+        checkpoints.write_shard,
+        reading.size_and_checksum,
+        threading.Event(),
+        {},
+    )
 
     def save(step: int) -> int:
         store.begin(step, content(step))
@@ -169,7 +174,7 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     with patch.object(store._host, "take", no_memory):
         ask("no memory", lambda: save(400))
     told["problems"] = list(store.problems)
-    with patch.object(reading, "described", unseen):
+    with patch.object(reading, "size_and_checksum", unseen):
         ask("unseen", store.newest)
     torch.distributed.barrier()
     if not last:

@@ -9,11 +9,11 @@ import random
 import pytest
 
 from jp_train.config.schema import GuardConfig, NonfiniteAction, OutlierAction
-from jp_train.engine.outliers import Usual
+from jp_train.engine.outliers import RollingStatistics
 
 
-def usual(**changes) -> Usual:
-    return Usual(GuardConfig(**{"outlier_window": 32, **changes}))
+def usual(**changes) -> RollingStatistics:
+    return RollingStatistics(GuardConfig(**{"outlier_window": 32, **changes}))
 
 
 def noise(n: int, seed: int = 0) -> list[tuple[float, float]]:
@@ -39,13 +39,15 @@ def test_the_limit_is_the_median_and_the_median_distance_by_hand():
     judge = usual(outlier_factor=10.0)
     for number in range(16):
         judge.judge(1.0 + number, 1.0)
-    found = judge.usual()["loss"]
+    found = judge.summary()["loss"]
     assert (
         found["median"] == 8.5
         and found["spread"] == pytest.approx(1.4826 * 4.0)
         and found["limit"] == pytest.approx(8.5 + 10 * 1.4826 * 4.0)
     )
-    assert judge.usual()["grad_norm"]["spread"] == pytest.approx(0.02), "a value that does not move has a spread of 2%"
+    assert judge.summary()["grad_norm"]["spread"] == pytest.approx(0.02), (
+        "a value that does not move has a spread of 2%"
+    )
 
 
 def test_falling_values_and_the_first_steps_are_never_outliers():

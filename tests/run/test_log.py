@@ -105,9 +105,9 @@ def test_a_second_signal_leaves_a_status_that_says_stopped_wherever_it_finds_the
     assert (told["event"], told["step"], told["exit_code"]) == ("stop", 7 if begun else 0, 143)
 
 
-def test_last_words_that_never_end_do_not_keep_a_second_signal_from_ending_the_process(monkeypatch):
+def test_an_exit_hook_that_never_ends_does_not_keep_a_second_signal_from_ending_the_process(monkeypatch):
     monkeypatch.setattr(stop, "SAME_SIGNAL_S", 0.02)
-    monkeypatch.setattr(stop, "LAST_WORDS_S", 0.2)
+    monkeypatch.setattr(stop, "EXIT_HOOK_S", 0.2)
     child = os.fork()
     if child == 0:
         try:

@@ -52,5 +52,5 @@ def test_the_state_between_steps_survives_a_checkpoint(tmp_path):
     cfg = run(tmp_path, patience=3)
     state = TrainState.restored(cfg, None)
     state.step, state.tokens = 7, 1 << 40
-    state.patience.observe(2.0), state.skips.observe(False, 7, cfg.guard), state.usual.judge(3.0, 1.0)
+    state.patience.observe(2.0), state.skips.observe(False, 7, cfg.guard), state.statistics.judge(3.0, 1.0)
     assert TrainState.restored(cfg, state.saved()).saved() == state.saved()

@@ -23,7 +23,7 @@ def require_space(folder: Path, needed: int, what: str, damaged: Collection[str]
     free = free_bytes(folder)
     if free < needed + SPARE:
         raise CheckpointError(
-            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. {advice(folder, needed + SPARE - free, damaged)}"
+            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. {space_advice(folder, needed + SPARE - free, damaged)}"
         )
 
 
@@ -33,10 +33,10 @@ def free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def explained(error: OSError, folder: Path, damaged: Collection[str] = ()) -> str:
+def with_advice(error: OSError, folder: Path, damaged: Collection[str] = ()) -> str:
     """The error with what can be done about it."""
     if error.errno in FULL:
-        return f"{error}. {advice(folder, damaged=damaged)}"
+        return f"{error}. {space_advice(folder, damaged=damaged)}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error}. Make {folder} writable again, or resume with a run_dir that is"
     if error.errno == errno.ENOENT:
@@ -44,7 +44,7 @@ def explained(error: OSError, folder: Path, damaged: Collection[str] = ()) -> st
     return str(error)
 
 
-def advice(folder: Path, missing: int = 0, damaged: Collection[str] = ()) -> str:
+def space_advice(folder: Path, missing: int = 0, damaged: Collection[str] = ()) -> str:
     """What to delete: damaged checkpoints, then old ones but the newest whole one, else something that is not the
     run's."""
     sizes = [(path, folder_bytes(path)) for path in sorted(folder.glob("step_*"))] if folder.is_dir() else []

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from jp_train.engine.checkpoint.disk import explained
+from jp_train.engine.checkpoint.disk import with_advice
 from jp_train.errors import CheckpointError, JpTrainError
 from jp_train.model.partition_files import BLOCK
 
@@ -54,7 +54,7 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-class Together:
+class RankGroup:
     """All ranks of a run as seen from one of them: both methods are collective."""
 
     def __init__(self, dp_rank: int, dp_world_size: int) -> None:
@@ -76,7 +76,7 @@ class Together:
             try:
                 box[0] = action()
             except OSError as error:
-                box[1] = f"{what}: {explained(error, folder, damaged)}"
+                box[1] = f"{what}: {with_advice(error, folder, damaged)}"
             except JpTrainError as error:
                 box[1] = f"{what}: {error}"
         if self.world > 1:
@@ -97,7 +97,7 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def names(folder: Path, until: int | None = None) -> list[str]:
+def checkpoint_names(folder: Path, until: int | None = None) -> list[str]:
     """Checkpoints, oldest first. `until` leaves out those of later steps: they were passed over as damaged when this
     attempt resumed."""
     if not folder.is_dir():
@@ -108,7 +108,7 @@ def names(folder: Path, until: int | None = None) -> list[str]:
     return [name for step, name in sorted(found) if until is None or step <= until]
 
 
-def described(file: Path, *, crc: bool = False) -> dict[str, Any]:
+def size_and_checksum(file: Path, *, crc: bool = False) -> dict[str, Any]:
     """Size and checksum of a file, as a manifest has them."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -138,6 +138,6 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def first_of(errors: list[str]) -> str:
+def joined_errors(errors: list[str]) -> str:
     """The errors of some ranks in one line."""
     return "; ".join(errors[:SHOWN]) + (f"; and {len(errors) - SHOWN} more ranks" if len(errors) > SHOWN else "")

@@ -64,7 +64,7 @@ SHOWN = 12
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "omegaconf", "safetensors")
 
 
-def identity(cfg: RunConfig) -> dict[str, Any]:
+def training_identity(cfg: RunConfig) -> dict[str, Any]:
     """Flat {dotted key: value} of everything that decides what is trained on what, in which order and how."""
     flat = dict(_flatten(plain(asdict(cfg))))
     free = [*FREE_KEYS] + (["stage.training_steps"] if cfg.optimizer.schedule is Schedule.constant else [])

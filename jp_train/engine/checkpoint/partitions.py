@@ -43,7 +43,7 @@ def optimizer_step(engine: Any) -> int:
     return steps.pop() if steps else 0
 
 
-def held(engine: Any, *, with_frozen: bool) -> NamedTensors:
+def local_slices(engine: Any, *, with_frozen: bool) -> NamedTensors:
     """This rank's slices without padding, named as in `model/partition_files.py`. They are views: an optimizer step
     changes them."""
     found: list[tuple[str, torch.Tensor]] = []
@@ -57,7 +57,7 @@ def held(engine: Any, *, with_frozen: bool) -> NamedTensors:
     return [(name, values) for name, values in found if values.numel()]
 
 
-def prepare(engine: Any) -> None:
+def partition_gathered(engine: Any) -> None:
     """Before `fill`: what is gathered becomes partitioned."""
     engine.optimizer.checkpoint_event_prologue()
     if engine.optimizer.persistent_parameters:
@@ -92,7 +92,7 @@ def fill(engine: Any, reader: PartitionReader) -> None:
                 parameter.ds_tensor.data.flatten()[: stop - start].copy_(reader.read(FROZEN, name, start, stop))
 
 
-def refresh(engine: Any) -> None:
+def gather_persistent(engine: Any) -> None:
     """After `fill`: small parameters that ZeRO-3 keeps whole on every rank are gathered anew, and secondary copies
     are dropped. Collective."""
     engine.optimizer.checkpoint_event_epilogue()

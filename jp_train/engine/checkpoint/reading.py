@@ -17,10 +17,10 @@ from jp_train.engine.checkpoint.files import (
     FORMAT,
     VQ_FILE,
     Checkpoint,
-    Together,
-    described,
-    first_of,
-    names,
+    RankGroup,
+    checkpoint_names,
+    joined_errors,
+    size_and_checksum,
     step_of,
 )
 from jp_train.engine.checkpoint.rng import PREFIX, derive_rng, restore_rng
@@ -31,12 +31,12 @@ from jp_train.model.partition_files import PartitionReader, ShardReader, file_ra
 class CheckpointReader:
     """The `checkpoints/` folder of one run, to read. Every method is called by all ranks."""
 
-    def __init__(self, folder: Path, together: Together) -> None:
+    def __init__(self, folder: Path, group: RankGroup) -> None:
         self.folder = folder
         self.damaged: list[str] = []
         """Names of the checkpoints that `newest` passed over, newest first, and of older ones that an earlier
         attempt passed over."""
-        self._together = together
+        self._group = group
 
     def newest(self, *, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
         """The newest complete checkpoint, None for a run that has none. Collective.
@@ -46,10 +46,10 @@ class CheckpointReader:
         has the format of another version, and when a rank cannot open what rank 0 sees (passing over a good checkpoint
         would train its steps again).
         """
-        on_main = self._together.on_main
+        on_main = self._group.on_main
         problems: list[str] = []
         self.damaged = []
-        for name in reversed(on_main(lambda: names(self.folder), f"cannot list {self.folder}", self.folder)):
+        for name in reversed(on_main(lambda: checkpoint_names(self.folder), f"cannot list {self.folder}", self.folder)):
             path = self.folder / name
             manifest, problem = on_main(lambda path=path: _read_manifest(path), f"cannot read {path}", self.folder)
             if problem is None:
@@ -67,7 +67,7 @@ class CheckpointReader:
                 return Checkpoint(path, int(manifest["step"]), manifest, state)
             problems.append(f"{path}: {problem}")
             self.damaged.append(name)
-            if self._together.rank == 0:
+            if self._group.rank == 0:
                 with contextlib.suppress(OSError):  # a full or read-only disk: then it is found again
                     (path / DAMAGED_FILE).write_text(problem + "\n", encoding="utf-8")
                 on_damage(problems[-1])
@@ -87,7 +87,7 @@ class CheckpointReader:
 
         `fill` may not run collectives. Raises CheckpointError on every rank when one rank cannot read its part.
         """
-        rank, failure = self._together.rank, None
+        rank, failure = self._group.rank, None
         try:
             reader = PartitionReader(checkpoint.path)
             fill(reader)
@@ -102,9 +102,9 @@ class CheckpointReader:
                 derive_rng(checkpoint.manifest["identity"].get("seed"), checkpoint.step, rank)
         except CheckpointError as error:
             failure = f"rank {rank}: {error}"
-        failures = [text for text in self._together.gather(failure) if text]
+        failures = [text for text in self._group.gather(failure) if text]
         if failures:
-            raise CheckpointError(first_of(failures))
+            raise CheckpointError(joined_errors(failures))
 
     def _contents_fault(self, path: Path, manifest: dict[str, Any]) -> str | None:
         """Compare checksums; the files are dealt to the ranks, however many wrote them.
@@ -114,22 +114,22 @@ class CheckpointReader:
         """
         fault = unseen = None
         for name, expected in manifest["files"].items():
-            if (file_rank(name) or 0) % self._together.world != self._together.rank:
+            if (file_rank(name) or 0) % self._group.world != self._group.rank:
                 continue
             try:
-                found = described(path / name, crc="crc32" in expected)
+                found = size_and_checksum(path / name, crc="crc32" in expected)
             except (FileNotFoundError, PermissionError) as error:
-                unseen = f"rank {self._together.rank} on {platform.node()}: {error}"
+                unseen = f"rank {self._group.rank} on {platform.node()}: {error}"
                 break
             except OSError as error:
                 found = {"error": str(error)}
             if found != expected:
                 fault = f"{name} is damaged: expected {expected}, found {found}"
                 break
-        told = self._together.gather((fault, unseen))
+        told = self._group.gather((fault, unseen))
         if blind := [text for _, text in told if text]:
             raise CheckpointError(
-                f"{path} is there, but not every rank can read it: {first_of(blind)}. run_dir must lie on a file system that all hosts share, "
+                f"{path} is there, but not every rank can read it: {joined_errors(blind)}. run_dir must lie on a file system that all hosts share, "
                 "readable for this user on each of them"
             )
         return next((text for text, _ in told if text), None)
@@ -140,7 +140,7 @@ def _marked_before(whole: Path) -> list[str]:
     first."""
     with contextlib.suppress(OSError):
         (whole / DAMAGED_FILE).unlink(missing_ok=True)  # restored since
-    older = [name for name in names(whole.parent, step_of(whole.name)) if name != whole.name]
+    older = [name for name in checkpoint_names(whole.parent, step_of(whole.name)) if name != whole.name]
     return [name for name in reversed(older) if (whole.parent / name / DAMAGED_FILE).exists()]
 
 

@@ -13,7 +13,7 @@ from jp_train.config.schema import SaveErrorAction
 from jp_train.data.ledger import LEDGER_FILE
 from jp_train.data.snapshots import SNAPSHOTS_FILE
 from jp_train.engine.checkpoint import partitions
-from jp_train.engine.checkpoint.identity import identity
+from jp_train.engine.checkpoint.identity import training_identity
 from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore, Content, Saved
 from jp_train.engine.init import Engine
 from jp_train.errors import CheckpointError
@@ -22,7 +22,7 @@ LOGS = ("metrics.jsonl", LEDGER_FILE, "events.jsonl", SNAPSHOTS_FILE)
 """Files of the run folder whose lines up to a checkpoint's step must outlive a power cut if the checkpoint does."""
 
 
-class Told(Protocol):
+class SaveLog(Protocol):
     """What a Saver says, and to whom (`runlog.RunLog`)."""
 
     def say(self, text: str) -> None: ...
@@ -42,7 +42,7 @@ class Saver:
     """
 
     def __init__(
-        self, cfg: RunConfig, store: CheckpointStore, engine: Engine, log: Told, *, saved_step: int | None
+        self, cfg: RunConfig, store: CheckpointStore, engine: Engine, log: SaveLog, *, saved_step: int | None
     ) -> None:
         self.stall_s = 0.0
         self.longest_s = 0.0
@@ -53,7 +53,7 @@ class Saver:
         self._store = store
         self._engine = engine
         self._log = log
-        self._identity, self._config_text = identity(cfg), dump_config(cfg)
+        self._identity, self._config_text = training_identity(cfg), dump_config(cfg)
         self._reported = True
         self._failures_in_a_row = 0
         self._failures = 0
@@ -100,9 +100,9 @@ class Saver:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint into the fresh engine."""
         engine = self._engine.deepspeed
-        partitions.prepare(engine)
+        partitions.partition_gathered(engine)
         self._store.load(checkpoint, lambda reader: partitions.fill(engine, reader), self._engine.vq)
-        partitions.refresh(engine)
+        partitions.gather_persistent(engine)
         # the only copy of it, whatever init_from says now
         self._with_frozen |= bool(checkpoint.manifest["with_frozen"])
         engine.global_steps = checkpoint.step
@@ -113,7 +113,7 @@ class Saver:
         if not with_frozen:
             about = {**about, "frozen_from": str(Path(self._cfg.model.init_from).resolve())}
         return Content(
-            tensors=partitions.held(engine, with_frozen=with_frozen),
+            tensors=partitions.local_slices(engine, with_frozen=with_frozen),
             parameters=partitions.parameters(engine),
             optimizer_step=partitions.optimizer_step(engine),
             with_frozen=with_frozen,

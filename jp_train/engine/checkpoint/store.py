@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from jp_train.config.schema import CheckpointConfig
-from jp_train.engine.checkpoint.disk import SPARE, explained, free_bytes, require_space
+from jp_train.engine.checkpoint.disk import SPARE, free_bytes, require_space, with_advice
 from jp_train.engine.checkpoint.files import (
     FORMAT,
     VQ_FILE,
     Checkpoint,
-    Together,
-    described,
-    first_of,
+    RankGroup,
+    checkpoint_names,
     fsync,
-    names,
+    joined_errors,
+    size_and_checksum,
     step_name,
     step_of,
     write_durably,
@@ -110,7 +110,7 @@ class CheckpointStore(CheckpointReader):
     decides and writes what is not per rank."""
 
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, *, dp_rank: int, dp_world_size: int) -> None:
-        super().__init__(run_dir / "checkpoints", Together(dp_rank, dp_world_size))
+        super().__init__(run_dir / "checkpoints", RankGroup(dp_rank, dp_world_size))
         self.problems: list[str] = []
         """What went wrong without harm to a checkpoint; rank 0 has all of it. The caller reports and removes them."""
         self._cfg = cfg
@@ -136,15 +136,15 @@ class CheckpointStore(CheckpointReader):
         target = self.folder / step_name(step)
         partial = self.folder / f".saving_{target.name}"
         tensors = [*content.tensors, *rng_tensors()]
-        texts = self._texts(content) if self._together.rank == 0 else {}
-        vq, logs = (content.vq, content.logs) if self._together.rank == 0 else ((), ())
+        texts = self._texts(content) if self._group.rank == 0 else {}
+        vq, logs = (content.vq, content.logs) if self._group.rank == 0 else ((), ())
         own = shard_bytes(tensors) + (shard_bytes(vq) if vq else 0) + sum(map(len, texts.values()))
-        needed = sum(self._together.gather(own))
+        needed = sum(self._group.gather(own))
         self._on_main(lambda: self._start(target, partial, needed), f"cannot start {partial}")
         manifest = {
             "format": FORMAT,
             "step": step,
-            "dp_world_size": self._together.world,
+            "dp_world_size": self._group.world,
             "with_frozen": content.with_frozen,
             "time": time.time(),
             "identity": content.identity,
@@ -159,7 +159,7 @@ class CheckpointStore(CheckpointReader):
                     [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq],
                 )
             except (MemoryError, RuntimeError) as error:  # on one rank perhaps; the others need not know
-                pending.note = f"rank {self._together.rank}: no host memory for a copy ({error}): training waited while step {step} was written"
+                pending.note = f"rank {self._group.rank}: no host memory for a copy ({error}): training waited while step {step} was written"
                 background = False
         self._pending = pending
         if background:
@@ -181,7 +181,7 @@ class CheckpointStore(CheckpointReader):
             return None
         if pending.thread is not None:
             pending.thread.join(wait_s)
-        reports = self._together.gather(pending.report)
+        reports = self._group.gather(pending.report)
         if any(report is None for report in reports):
             return None
         self._pending = None
@@ -189,12 +189,12 @@ class CheckpointStore(CheckpointReader):
         try:
             errors = [report["error"] for report in reports if report["error"]]
             if errors:
-                raise CheckpointError(f"cannot complete {pending.target}: {first_of(errors)}")
+                raise CheckpointError(f"cannot complete {pending.target}: {joined_errors(errors)}")
             files = {name: found for report in reports for name, found in report["files"].items()}
             self._on_main(lambda: self._publish(pending, files), f"cannot complete {pending.target}")
             self._forget(pending.target.name)
         except CheckpointError:
-            if self._together.rank == 0:
+            if self._group.rank == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
         size = sum(found["size"] for found in files.values())
@@ -213,7 +213,7 @@ class CheckpointStore(CheckpointReader):
     def _texts(self, content: Content) -> dict[str, bytes]:
         index = index_text(
             content.parameters,
-            world=self._together.world,
+            world=self._group.world,
             with_frozen=content.with_frozen,
             optimizer_step=content.optimizer_step,
         )
@@ -227,24 +227,24 @@ class CheckpointStore(CheckpointReader):
         partial, files = pending.partial, {}
         error = None
         try:
-            files[rank_file(self._together.rank)] = write_shard(partial / rank_file(self._together.rank), tensors)
+            files[rank_file(self._group.rank)] = write_shard(partial / rank_file(self._group.rank), tensors)
             if vq:
                 files[VQ_FILE] = write_shard(partial / VQ_FILE, vq)
             for name, text in texts.items():
                 (partial / name).write_bytes(text)
                 fsync(partial / name)
-                files[name] = described(partial / name)
+                files[name] = size_and_checksum(partial / name)
             for log in filter(Path.exists, logs):
                 fsync(log)
                 fsync(log.parent)
         except OSError as problem:
-            error = f"rank {self._together.rank}: {explained(problem, self.folder, self.damaged)}"
+            error = f"rank {self._group.rank}: {with_advice(problem, self.folder, self.damaged)}"
         except Exception as problem:  # a thread's traceback would be lost, and the other ranks would wait for it
-            error = f"rank {self._together.rank}: {type(problem).__name__}: {problem}"
+            error = f"rank {self._group.rank}: {type(problem).__name__}: {problem}"
         pending.report = {"error": error, "files": files, "note": pending.note}
 
     def _on_main(self, action: Callable[[], None], what: str) -> None:
-        self._together.on_main(action, what, self.folder, self.damaged)
+        self._group.on_main(action, what, self.folder, self.damaged)
 
     # -- rank 0 ------------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class CheckpointStore(CheckpointReader):
     def _sound(self, until: int) -> list[str]:
         """Complete checkpoints of steps until `until`, oldest first: a later one is damaged, and may not push out a
         whole one."""
-        return [name for name in names(self.folder, until) if name not in self.damaged]
+        return [name for name in checkpoint_names(self.folder, until) if name not in self.damaged]
 
     def _retire(self, newest: int, best: str | None) -> None:
         sound = self._sound(newest)

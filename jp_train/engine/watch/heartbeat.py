@@ -20,7 +20,7 @@ from typing import Any
 FOLDER = "heartbeats"
 STACKS = "stacks"
 REQUEST = "request.json"
-VERDICT = "verdict.json"
+END_FILE = "verdict.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class HeartbeatFolder:
         self.stacks = run_dir / STACKS
         self.attempt = attempt
 
-    def prepare(self, world: int, *, clear: bool) -> None:
+    def create(self, world: int, *, clear: bool) -> None:
         """Make the folders; `clear` (rank 0) also removes what earlier attempts left."""
         for folder in (self.folder, self.stacks):
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,12 +106,12 @@ class HeartbeatFolder:
         found = self._read(REQUEST)
         return str(found.get("name", "")) if found else ""
 
-    def judge(self, verdict: dict[str, Any]) -> None:
-        self._replace(VERDICT, {"attempt": self.attempt, **verdict})
+    def announce_end(self, end: dict[str, Any]) -> None:
+        self._replace(END_FILE, {"attempt": self.attempt, **end})
 
-    def verdict(self) -> dict[str, Any] | None:
+    def announced_end(self) -> dict[str, Any] | None:
         """Why the run is over: {"text", "exit_code", "rank"}; None while it is not."""
-        return self._read(VERDICT)
+        return self._read(END_FILE)
 
     def stack_file(self, rank: int, step: int) -> Path:
         return self.stacks / f"rank_{rank:04d}_step_{max(0, step)}.txt"

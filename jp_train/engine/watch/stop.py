@@ -23,7 +23,7 @@ SAME_SIGNAL_S = 2.0
 """A repeat within this many seconds belongs to the first: Ctrl-C reaches a rank both from the terminal and from the
 launcher."""
 
-LAST_WORDS_S = 2.0
+EXIT_HOOK_S = 2.0
 """Seconds for what is told between a second signal and the end."""
 
 
@@ -35,13 +35,13 @@ class SignalFlag:
     (DEEPSPEED.md section 7). Python's handlers wait while the main thread is inside a collective or a system call, so
     signals are also written to a pipe, which `must_exit` reads in the watchdog's thread.
 
-    `last_words` is called with the exit status before a second signal ends the process, `end` ends it. The words have
-    LAST_WORDS_S seconds in a thread of
+    `exit_hook` is called with the exit status before a second signal ends the process, `end` ends it. The words have
+    EXIT_HOOK_S seconds in a thread of
     their own: the handler interrupts the training thread anywhere, so it may wait for no lock and for no disk.
     """
 
-    def __init__(self, last_words: Callable[[int], None] | None = None, end: Callable[[int], Any] = os._exit) -> None:
-        self._last_words, self._end = last_words, end
+    def __init__(self, exit_hook: Callable[[int], None] | None = None, end: Callable[[int], Any] = os._exit) -> None:
+        self._exit_hook, self._end = exit_hook, end
         self.number = 0
         self._since = 0.0
         self._pipe: tuple[int, int] | None = None
@@ -59,14 +59,14 @@ class SignalFlag:
 
         def say() -> None:
             try:
-                self._last_words(code)  # type: ignore[misc]
+                self._exit_hook(code)  # type: ignore[misc]
             finally:
                 said.append(True)
 
-        if self._last_words is not None:
+        if self._exit_hook is not None:
             # threading.Thread.start waits for locks that the interrupted thread may hold
             _thread.start_new_thread(say, ())
-            until = time.monotonic() + LAST_WORDS_S
+            until = time.monotonic() + EXIT_HOOK_S
             while not said and time.monotonic() < until:
                 time.sleep(0.01)
         self._end(code)

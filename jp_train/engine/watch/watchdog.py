@@ -35,7 +35,7 @@ from jp_train.data.processes import process_state
 from jp_train.engine.watch import diagnosis
 from jp_train.engine.watch.guard import WAITING_FOR_DATA, Pace, SequenceGuard
 from jp_train.engine.watch.heartbeat import Beat, HeartbeatFolder
-from jp_train.engine.watch.stop import LAST_WORDS_S, SignalFlag
+from jp_train.engine.watch.stop import EXIT_HOOK_S, SignalFlag
 from jp_train.errors import JpTrainError
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self.guard.explain = self.explain_failure
         if self.on:
-            self._access(lambda: self._files.prepare(self.world, clear=self.rank == 0))
+            self._access(lambda: self._files.create(self.world, clear=self.rank == 0))
         self._thread.start()
         return self
 
@@ -158,7 +158,7 @@ class Watchdog:
             self._say(
                 f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if starting else 'asked twice'}"
             )
-            self._bounded(lambda: self._stopped(code), within_s=REPORT_S if starting else LAST_WORDS_S)
+            self._bounded(lambda: self._stopped(code), within_s=REPORT_S if starting else EXIT_HOOK_S)
             self._leave(code)
         seen = (id(self.guard), self.guard.progress, self.loader.received if self.loader else 0)
         if seen != self._seen:
@@ -183,15 +183,15 @@ class Watchdog:
     def _correspond(self) -> None:
         """Say where this rank stands, and do what other ranks ask for: stacks and last modules, or to end."""
         self._beat()
-        asked, verdict = self._access(lambda: (self._files.asked(), self._files.verdict())) or ("", None)
+        asked, end = self._access(lambda: (self._files.asked(), self._files.announced_end())) or ("", None)
         if asked and asked != self._answered:
-            self._testify(asked)
-        if verdict is not None:
+            self._answer(asked)
+        if end is not None:
             self._say(
-                f"rank {self.rank} ends on the word of rank {verdict['rank']}"
-                + (f": {verdict['text']}" if self.rank == 0 else "")
+                f"rank {self.rank} ends on the word of rank {end['rank']}"
+                + (f": {end['text']}" if self.rank == 0 else "")
             )
-            self._leave(int(verdict["exit_code"]))
+            self._leave(int(end["exit_code"]))
 
     # -- standing still ----------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Watchdog:
         before = self._read_all()
         name = f"{self.rank}-{self._beats}"
         self._access(lambda: self._files.ask(name, self.rank, f"rank {self.rank} stands still"))
-        self._testify(name)
+        self._answer(name)
         self._wait(self._settle_s)
         after = self._read_all()
         if self._closing.is_set() or self.guard.progress != self._seen[1]:
@@ -258,7 +258,7 @@ class Watchdog:
         self._bounded(lambda: self._report(error, details), within_s=REPORT_S)
         self._say(f"rank {self.rank}: {type(error).__name__}: {text}")
         self._access(
-            lambda: self._files.judge(
+            lambda: self._files.announce_end(
                 {"text": f"{type(error).__name__}: {text}", "exit_code": error.exit_code, "rank": self.rank}
             )
         )
@@ -272,12 +272,12 @@ class Watchdog:
         if self.world == 1 or not self.on or self._closing.is_set():
             return ""
         if self.rank >= DEPUTIES:
-            self._testify("failed")
+            self._answer("failed")
             return ""
         before = self._read_all()
         name = f"{self.rank}-{self._beats}-failed"
         self._access(lambda: self._files.ask(name, self.rank, f"a collective failed on rank {self.rank}"))
-        self._testify(name)
+        self._answer(name)
         deadline = time.monotonic() + max(FAILURE_WAIT_S, 2 * self._settle_s)
         while True:
             after = self._read_all()
@@ -321,7 +321,7 @@ class Watchdog:
             beat = self._describe(answers=self._answered, ended=ended)
             self._access(lambda: self._files.write_beat(beat))
 
-    def _testify(self, name: str) -> None:
+    def _answer(self, name: str) -> None:
         """Answer a request: stacks into a file (to the console when there is none), and a heartbeat with the last
         modules."""
         self._answered = name

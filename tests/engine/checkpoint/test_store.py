@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import jp_train.engine.checkpoint.store as checkpoint_module
 from jp_train.config import RunConfig
 from jp_train.config.schema import CheckpointConfig, Schedule
-from jp_train.engine.checkpoint.identity import accepted_differences, identity
+from jp_train.engine.checkpoint.identity import accepted_differences, training_identity
 from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore, Content
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import Parameter, PartitionReader, rank_file, write_shard
@@ -357,7 +357,7 @@ def test_random_states_come_back_and_those_of_a_new_rank_are_derived(tmp_path):
         random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)
         new_rank = store(tmp_path)
         checkpoint = new_rank.newest()
-        new_rank._together.rank = 3  # a rank that the checkpoint of one rank does not know
+        new_rank._group.rank = 3  # a rank that the checkpoint of one rank does not know
         new_rank.load(checkpoint, lambda reader: None)
         joined.append(draw())
     assert joined[0] == joined[1] != expected
@@ -371,7 +371,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         for parent in parents:
             node = getattr(node, parent)
         setattr(node, leaf, value)
-    return identity(cfg)
+    return training_identity(cfg)
 
 
 def compared(now: dict[str, Any], accept: tuple[str, ...] = ()) -> list[str]:

@@ -147,7 +147,7 @@ def test_a_rank_that_works_or_has_time_left_counts_as_moving():
 
 def test_files_of_another_attempt_and_foreign_content_are_not_read(tmp_path):
     files = HeartbeatFolder(tmp_path, "a")
-    files.prepare(2, clear=True)
+    files.create(2, clear=True)
     files.write_beat(beat(1))
     assert files.read_beat(1) == beat(1) and files.read_beat(0) is None
     assert HeartbeatFolder(tmp_path, "b").read_beat(1) is None
@@ -155,11 +155,11 @@ def test_files_of_another_attempt_and_foreign_content_are_not_read(tmp_path):
         (files.folder / "rank_0000.json").write_text(text)
         assert files.read_beat(0) == (beat(0) if "unknown" in text else None)
     files.ask("q", 1, "why")
-    files.judge({"text": "x", "exit_code": 1, "rank": 0})
+    files.announce_end({"text": "x", "exit_code": 1, "rank": 0})
     (files.folder / "rank_0007.json").write_text("{}")
-    assert files.asked() == "q" and files.verdict()["exit_code"] == 1
+    assert files.asked() == "q" and files.announced_end()["exit_code"] == 1
     half_written = files.folder / ".rank_0001.json.1.tmp"
     half_written.touch()
-    files.prepare(2, clear=True)
+    files.create(2, clear=True)
     assert half_written.exists(), "rank 1 may be about to rename it"
-    assert files.asked() == "" and files.verdict() is None and not (files.folder / "rank_0007.json").exists()
+    assert files.asked() == "" and files.announced_end() is None and not (files.folder / "rank_0007.json").exists()
