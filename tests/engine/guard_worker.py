@@ -24,7 +24,7 @@ from jp_train.config import batch_plan
 from jp_train.engine.checkpoint.saver import Saver
 from jp_train.engine.forensics import block_norms, block_of
 from jp_train.engine.init import build_engine, gather_for_reading, init_process_group
-from jp_train.engine.outliers import Verdict
+from jp_train.engine.outliers import UpdateDecision
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.errors import DataError, LaunchError
 from jp_train.types import KINDS, Kind
@@ -158,12 +158,12 @@ def gate(*, steps: list[str], data: str, run_dir: str, stage: int = 3, dummy: bo
     if not dummy:
         model_code._place = lambda e, slots, features: e if slots is None else plain_place(e, slots, features)
 
-    def judge(loss: float, norm: float) -> Verdict:
+    def judge(loss: float, norm: float) -> UpdateDecision:
         if not norm < float("inf") or not loss < float("inf"):
-            return Verdict(loss, norm, "skip", "not finite")
-        return Verdict(loss, norm, "skip", "loud") if loss > 1e3 else Verdict(loss, norm)
+            return UpdateDecision(loss, norm, "skip", "not finite")
+        return UpdateDecision(loss, norm, "skip", "loud") if loss > 1e3 else UpdateDecision(loss, norm)
 
-    def inspect(_verdict: Verdict) -> None:
+    def inspect(_verdict: UpdateDecision) -> None:
         found["blocks"] = block_norms(engine.model.named_parameters(), engine.deepspeed.optimizer)
 
     updates = UpdateGate(engine.deepspeed.optimizer, judge, inspect)
@@ -181,9 +181,9 @@ def gate(*, steps: list[str], data: str, run_dir: str, stage: int = 3, dummy: bo
             updates.begin_step(lambda loss=loss: loss.reshape(1))
             engine.deepspeed.backward(loss * world(), scale_wrt_gas=False)
             engine.deepspeed.step()
-            verdict = updates.end_step()
-            found["norms"].append(verdict.grad_norm)
-            found["verdicts"].append([verdict.loss, verdict.action, bool(engine.deepspeed.was_step_applied())])
+            decision = updates.end_step()
+            found["norms"].append(decision.grad_norm)
+            found["verdicts"].append([decision.loss, decision.action, bool(engine.deepspeed.was_step_applied())])
             found["digests"].append(digest(engine))
             found["left"].append(int(engine.deepspeed.optimizer.grad_partitions_flat_buffer.count_nonzero()))
         found["weights"] = {}

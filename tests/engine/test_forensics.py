@@ -13,7 +13,7 @@ import torch
 from jp_train.data.batch_file import load_batch
 from jp_train.engine.forensics import Forensics, block_of
 from jp_train.engine.init import Ranks
-from jp_train.engine.outliers import Verdict
+from jp_train.engine.outliers import UpdateDecision
 from jp_train.engine.update_gate import UpdateGate
 from jp_train.errors import JpTrainError
 from jp_train.types import Kind, Provenance
@@ -142,20 +142,20 @@ def test_a_dump_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
         length=int(batch.document_lengths[0]),
     )
     batch = replace(batch, provenance=((document,),))
-    verdict = Verdict(9.0, 1.0, "skip", "loss 9")
+    decision = UpdateDecision(9.0, 1.0, "skip", "loss 9")
 
-    path = dumps.dump(3, verdict, [batch], {})
+    path = dumps.dump(3, decision, [batch], {})
     assert isinstance(path, Path)
     report = json.loads((path / "report.json").read_text())
     assert report["rows"][0]["documents"][0]["key"] == document.key, report["rows"]
     tensors = path / "rank_0000_0.safetensors"
     tensors.unlink()
     tensors.mkdir()
-    assert "rank 0: cannot write the batch to" in dumps.dump(3, verdict, [batch], {}), (
+    assert "rank 0: cannot write the batch to" in dumps.dump(3, decision, [batch], {}), (
         "the report is written, the tensors are not"
     )
     (tmp_path / "forensics" / "step_0000005").write_text("a file")
-    assert "step_0000005 cannot be written" in dumps.dump(5, verdict, [batch], {})
+    assert "step_0000005 cannot be written" in dumps.dump(5, decision, [batch], {})
 
 
 def test_the_dumped_rows_are_those_that_were_trained(launch):
