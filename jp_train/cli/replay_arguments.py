@@ -9,7 +9,7 @@ from jp_train.errors import ConfigError
 
 
 def add_replay(parser: argparse.ArgumentParser, *, step_required: bool) -> None:
-    """[CONFIG] [key=value ...] --run RUN_DIR --step S."""
+    """Add `[CONFIG] [key=value ...] --run RUN_DIR --step S`."""
     parser.add_argument(
         "config",
         metavar="CONFIG",
