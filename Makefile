@@ -22,10 +22,13 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: help setup system-packages smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test chaos lint format bench clean
+CODE := jp_train examples tests bench docs
+
+.PHONY: help setup system-packages smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test test-fast coverage chaos lint format docs bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {n = split($$1, names, " "); \
+		for (i = 1; i <= n; i++) printf "%-16s%s\n", names[i], $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## virtual environment in .venv with everything pinned
 
@@ -33,7 +36,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@echo "setup: installing the pinned packages into $(VENV) (about 2 minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@pip="$(BIN)/python -m pip install --disable-pip-version-check"; \
-	{ $$pip $(TORCH) && $$pip setuptools wheel && $$pip -e '.[smoke,test]'; } >$(VENV)/setup.log 2>&1 \
+	{ $$pip $(TORCH) && $$pip setuptools wheel && $$pip -e '.[smoke,test,docs]'; } >$(VENV)/setup.log 2>&1 \
 		|| { tail -n 30 $(VENV)/setup.log; echo "setup failed: the whole output is in $(VENV)/setup.log"; exit 1; }
 	@touch $@
 
@@ -54,20 +57,35 @@ showcase: $(STAMP)  ## the same with emoji in three drawing styles and WordNet (
 test: $(STAMP)  ## all tests (<= 15 minutes on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+test-fast: $(STAMP)  ## the inner loop: tests that start no process and train nothing (<= 90 s)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --fast $(PYTEST_ARGS)
+
+coverage: $(STAMP)  ## lines of the package that test-fast does not reach, and site/coverage/index.html
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n 0 --fast $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
+
 chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
-lint: $(STAMP)  ## ruff and mypy, nothing changed
-	$(BIN)/ruff check jp_train examples tests bench
-	$(BIN)/ruff format --check jp_train examples tests bench
+lint: $(STAMP)  ## ruff, mypy, hadolint; nothing changed
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)  ## ruff, in place
-	$(BIN)/ruff check --fix jp_train examples tests bench
-	$(BIN)/ruff format jp_train examples tests bench
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+docs: $(STAMP)  ## the site in site/html: pages, API from docstrings; a dead link is an error
+	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_site.py
+	@echo "site/html/index.html"
 
 bench: $(STAMP)  ## paired benchmarks: a table and bench/results/*.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench
 
 clean:  ## remove the smoke run and caches; keeps .venv
-	rm -rf $(RUNS) .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(RUNS) .cache .pytest_cache .ruff_cache .mypy_cache .coverage* site build *.egg-info

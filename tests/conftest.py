@@ -4,7 +4,9 @@ made once."""
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,48 @@ LONG = (
 )
 """Files that take a minute or more. They come first: where files run side by side, one of them at the end would keep
 everybody waiting."""
+
+
+SLOW = (
+    *LONG,
+    "tests/chaos",
+    "tests/multinode",
+    "tests/examples",
+    "tests/tools/encode_images",
+    "tests/tools/forecast",
+    "tests/tools/inspect/test_rows.py",
+    "tests/tools/report",
+    "tests/tools/test_inference.py",
+    "tests/data/test_fuzz.py",
+    "tests/model/test_pretrained.py",
+    "tests/cli/test_main.py",
+    "tests/docs",
+    "tests/test_packaging.py",
+)
+"""Ends of paths that `--fast` leaves out: what takes more than about 5 seconds or needs `small_world`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only quick tests that start no process (`make test-fast`)")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With `--fast` a test that starts a process is skipped at that moment, so that nobody keeps a list of them."""
+    if not session.config.getoption("fast"):
+        return
+
+    def refuse(event: str, _arguments: object = None) -> None:
+        if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+            pytest.skip("starts a process")
+
+    sys.addaudithook(refuse)
+    # the fork server's children show in no audit event
+    BaseProcess.start = lambda self: refuse("os.fork")  # type: ignore[method-assign]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--fast`, SLOW is not even imported."""
+    return True if config.getoption("fast") and str(collection_path).endswith(SLOW) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
