@@ -5,22 +5,54 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_WAITING = 64 << 20
 """Bytes of lines kept while the disk takes none: days of metrics."""
+LINE_HEADS = ('{"step"', '{"event"', '{"time"')
+"""How the lines of a run's own files begin; what comes after a torn half is recognised by them."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader sees the old file or the new one, and after a power cut there is no third."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@contextmanager
+def replacing(path: Path, *, durable: bool = True, writer: str = "") -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the block ends without an error and is removed otherwise.
+
+    A reader sees the old file or the new one. Durable: file and folder are on the disk before this returns, so that
+    after a power cut, too, there is no third; without it the file may be lost or empty then (for what is rewritten
+    every few seconds). `writer` tells apart those that may replace the same file at the same time. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{writer}.tmp" if writer else f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True, writer: str = "") -> None:
+    """Replace `path` by `content` (text as UTF-8), see `replacing`."""
+    with replacing(path, durable=durable, writer=writer) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def fsync(path: Path) -> None:
+    """What was written to a file, or the names in a folder (of new and renamed files), survives a power cut when this
+    returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Appender:
@@ -45,6 +77,47 @@ class Appender:
     def close(self) -> None:
         self.write("")
         self._file.close()
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines, on the disk when this returns. One that a crash cut short before is ended first; a lone surrogate
+    (in a key of a foreign file) is escaped. Raises OSError."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
+    """The objects of a JSON-lines file in order; None for a line that holds none, for the caller to count.
+
+    A run that is killed inside a write leaves half a line, and the resumed run appends to it: the object behind the
+    torn half is recovered. Give it an open file: `str.splitlines` would also split at a U+2028 inside a key.
+    """
+    for line in lines:
+        text = line.strip()
+        if not text:
+            continue
+        if (whole := json_object(text)) is not None:
+            yield whole
+            continue
+        yield None
+        start = max(text.rfind(head) for head in LINE_HEADS)
+        if start > 0 and (recovered := json_object(text[start:])) is not None:
+            yield recovered
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object in `text`, None where it holds something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def lines_until(path: Path, last_step: int | None) -> list[str]:

@@ -1,8 +1,10 @@
-"""Text for a terminal: aligned tables, and keys or reasons of foreign files made safe to print."""
+"""Text for a terminal: tables, durations, progress lines, and keys or reasons of foreign files made safe to print."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TextIO
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0, 1)) -> list[str]:
@@ -23,3 +25,48 @@ def printable(text: str) -> str:
     """`text` with every control character and lone surrogate escaped: the one would steer the terminal, the other
     cannot be encoded."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def duration(seconds: float | None) -> str:
+    """`3.2 s`, `42 s`, `12 min 5 s`, `7 h 40 min`, `3 d 4 h`; `-` when unknown."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{min(round(seconds), 59)} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours == 0:
+        return f"{minutes} min {int(seconds % 60)} s"
+    if hours < 48:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class ProgressLine:
+    """`verify: shard 3/20, 1,200 samples, 40%, 12 s, 18 s left`: a line at most every `every_s`, further apart as the
+    work grows long (2 % of the time spent: 250 lines in an hour), and the last one."""
+
+    def __init__(
+        self,
+        name: str,
+        stream: TextIO | None,
+        *,
+        every_s: float = 0.5,
+        done: float = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`stream` None: silent. `done`: what an earlier run had done already, which says nothing of this one's
+        speed. `clock`: seconds, for tests."""
+        self._name, self._stream, self._every_s, self._before, self._clock = name, stream, every_s, done, clock
+        self._started = self._shown = clock()
+
+    def show(self, done: float, total: float, *details: str) -> None:
+        """`done` of `total`, both in the unit that takes the time (bytes, steps), as a share and the time left."""
+        now = self._clock()
+        spent = now - self._started
+        if self._stream is None or (done < total and now - self._shown < max(self._every_s, 0.02 * spent)):
+            return
+        self._shown = now
+        timing = [f"{min(done / total, 1):.0%}" if total else "100%", duration(spent)]
+        if self._before < done < total:
+            timing.append(f"{duration(spent * (total - done) / (done - self._before))} left")
+        print(f"{self._name}: {', '.join([*details, *timing])}", file=self._stream, flush=True)

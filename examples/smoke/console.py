@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from jp_train.terminal import duration
+
 STEP_INTERVAL_S = 30.0
 """Seconds between two shown lines of training steps."""
 _ROUTINE = re.compile(
@@ -19,7 +21,7 @@ _ROUTINE = re.compile(
     r"|command: |logs of the ranks: |\d+ rows a step = |\d+ ranks on |step +\d+/\d+  held out"
 )
 """Beginnings of lines that only the log file keeps: DeepSpeed's INFO, progress bars, facts that the run folder has."""
-_STEP = re.compile(r"step +(?P<step>\d+)/(?P<total>\d+) +loss .*?ETA (?P<eta>[\d:]+|--)")
+_STEP = re.compile(r"step +(?P<step>\d+)/(?P<total>\d+) +loss .*?ETA (?P<eta>.+?)(?:  |$)")
 _DETAILS = re.compile(r"  lr \S+|  norm \S+|  fill \S+|  \S+ s/step|  wait \S+ s")
 
 
@@ -51,17 +53,9 @@ class LineFilter:
         return f"{short}  (all {duration(_seconds(step['eta']) + self._later_s())})"
 
 
-def duration(seconds: float) -> str:
-    """`10:05` of seconds, minutes before the colon."""
-    whole = round(seconds)
-    return f"{whole // 60}:{whole % 60:02d}"
-
-
 def _seconds(eta: str) -> float:
-    total = 0.0
-    for part in eta.split(":"):
-        total = 60 * total + float(part)
-    return total
+    parts = re.findall(r"([\d.]+) (d|h|min|s)", eta)
+    return sum(float(number) * {"d": 86400, "h": 3600, "min": 60, "s": 1}[unit] for number, unit in parts)
 
 
 @contextlib.contextmanager

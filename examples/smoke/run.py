@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from examples.smoke.console import LineFilter, duration, recorded
+from examples.smoke.console import LineFilter, recorded
 from examples.smoke.sizes import SmokeSizes
 from jp_train.errors import ConfigError, JpTrainError, LaunchError
+from jp_train.terminal import duration
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (1, 2, 3)

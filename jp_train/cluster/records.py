@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from jp_train.files import write_atomically
+
 FOLDER = "logs"
 KEPT_LAUNCHES = 20
 LOG_BYTES = 32 << 20
@@ -76,9 +78,7 @@ class RankRecord:
         """Replace the record. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.host}_rank{self.rank}.json"
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(asdict(self)) + "\n", durable=False)
         if self.code is not None:
             (folder / f"{OVER}{self.rank}").touch()
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jp_train.config.schema import RunConfig
 from jp_train.config.validate import validate
 from jp_train.errors import ConfigError
+from jp_train.files import write_atomically
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 SHARED_MODEL_FILE = "model.yaml"
@@ -71,9 +72,7 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write `dump_config` to `path` (atomically: a reader never sees half a file)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, dump_config(config), writer=str(os.getpid()))
 
 
 def preset_names() -> list[str]:

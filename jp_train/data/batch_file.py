@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +45,7 @@ from safetensors.torch import load, save
 from jp_train.data.batch_text import snippet
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.errors import DataError
+from jp_train.files import write_atomically
 from jp_train.types import (
     IGNORE_INDEX,
     DocumentRef,
@@ -261,8 +261,8 @@ def save_batch(batch: PackedBatch, path: str | Path) -> Path:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
-        _replace(sidecar_of(path), (json.dumps(sidecar, indent=1) + "\n").encode("ascii"))
+        write_atomically(path, data)
+        write_atomically(sidecar_of(path), json.dumps(sidecar, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write the batch to {path}: {error}; give another place") from error
     return path
@@ -305,9 +305,3 @@ def _provenance(saved: dict[str, Any]) -> Provenance:
 
 def _tensor_fields() -> list[str]:
     return [name for name, kind in PackedBatch.__annotations__.items() if kind in (torch.Tensor, "torch.Tensor")]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -7,7 +7,6 @@ what is left.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from jp_train.config.schema import RunConfig
 from jp_train.data.index import SourceIndex
 from jp_train.errors import DataError
+from jp_train.files import append_lines, read_json_lines
 from jp_train.types import SkippedDocument
 
 LEDGER_FILE = "ledger.jsonl"
@@ -147,25 +147,13 @@ class Ledger:
     def _append(self, entries: Iterable[dict[str, Any]]) -> None:
         if not self._write:
             return
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        if not lines:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        if lines := [json.dumps(entry, ensure_ascii=False) for entry in entries]:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_lines(self._path, lines)
 
     def _named_at_index(self) -> set[tuple[str, str, str]]:
         if not self._path.exists():
             return set()
-        named = set()
-        # not splitlines: a key may hold U+2028, which it would split at
-        for line in self._path.read_bytes().split(b"\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # a line that a crash cut short
-            if isinstance(entry, dict) and entry.get("step") is None:
-                named.add((entry.get("source"), entry.get("shard"), entry.get("key")))
-        return named
+        with self._path.open(encoding="utf-8", errors="replace") as lines:
+            entries = [entry for entry in read_json_lines(lines) if entry and entry.get("step") is None]
+        return {(entry.get("source"), entry.get("shard"), entry.get("key")) for entry in entries}

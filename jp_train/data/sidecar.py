@@ -39,6 +39,7 @@ from numpy.lib.npyio import NpzFile
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, is_url
 from jp_train.data.token_ids import RecordSpool, StoredTokenIds
 from jp_train.errors import DataError
+from jp_train.files import replacing
 
 FORMAT = 2
 """Raise it when a sidecar's layout changes: older files are then rebuilt."""
@@ -227,21 +228,15 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) 
     problems = []
     places = sidecar_places(shard, suffix)
     for path in places:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
             if path is places[-1]:
                 path.parent.mkdir(parents=True, exist_ok=True)
             _remove_left_behind(path.parent)
-            with open(temporary, "xb") as file:
+            with replacing(path, writer=f"{os.getpid()}.{os.urandom(4).hex()}") as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
             return path
         except OSError as error:
             problems.append(str(error))
-            with contextlib.suppress(OSError):
-                temporary.unlink()
     raise DataError(
         f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable, or make room there"
     )

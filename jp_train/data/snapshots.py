@@ -9,11 +9,12 @@ that time are gone. A line is `Plan.state()`; its `step` is the number of comple
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from jp_train.files import append_lines, read_json_lines
 
 SNAPSHOTS_FILE = "plan_snapshots.jsonl"
 _CHECKPOINT = re.compile(r"step_(\d{7,})$")
@@ -22,16 +23,8 @@ MOST_CANDIDATES = 4
 
 
 def append_snapshot(path: Path, state: dict[str, Any]) -> None:
-    """Add a plan's state, on disk when this returns (a few kilobytes). A line that a crash left unfinished before it
-    is closed first."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(state).encode("ascii") + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add a plan's state, on disk when this returns (a few kilobytes)."""
+    append_lines(path, [json.dumps(state)])
 
 
 def nearest_snapshots(run_dir: str | Path, step: int) -> Iterator[dict[str, Any]]:
@@ -55,11 +48,7 @@ def _lines(path: Path, step: int) -> list[dict[str, Any]]:
         return []
     kept: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                state = json.loads(line)
-            except ValueError:
-                continue  # a line that a crash cut short
+        for state in read_json_lines(file):
             found = _step(state)
             if found is not None and found <= step:
                 kept[found] = state

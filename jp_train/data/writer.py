@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jp_train.errors import ConfigError, DataError
+from jp_train.files import fsync
 
 SHARD_NAME = "{:06d}.tar"
 """Contiguous names: `folder/{000000..000127}.tar` lists them, and sorting them by name keeps the order."""
@@ -90,7 +91,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, path)
-            sync_folder(self._folder)
+            fsync(self._folder)
         except OSError as error:
             raise self._failure(error) from error
         written = WrittenShard(name=path.name, size=self._size, samples=self._samples, sha256=self._hash.hexdigest())
@@ -131,26 +132,6 @@ class ShardWriter:
             f"cannot write shard {self._folder / SHARD_NAME.format(self.number)}: {error}; finished shards are kept: free space or mend "
             "the folder, then run the same command again"
         )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by `data`: written beside it, synced, renamed. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def pack_sample(key: str, fields: Mapping[str, bytes]) -> bytes:

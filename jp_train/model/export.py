@@ -4,7 +4,6 @@ when whole."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from jp_train.errors import CheckpointError
+from jp_train.files import fsync
 from jp_train.model import layouts
 from jp_train.model.partition_files import StreamedShard
 from jp_train.model.vq import unit_rows
@@ -93,7 +93,8 @@ def write_export(
             tokenizer.save(beside)
         if run_config is not None:
             (beside / RUN_CONFIG).write_text(run_config, encoding="utf-8")
-        _fsync_tree(beside)
+        for item in (*beside.rglob("*"), beside):
+            fsync(item)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -276,15 +277,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _fsync_tree(folder: Path) -> None:
-    for item in (*folder.rglob("*"), folder):
-        descriptor = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _replace(beside: Path, path: Path) -> None:
     """Rename into place; an earlier export steps aside first and is removed last."""
     old = path.with_name(f".{path.name}.old")
@@ -292,13 +284,5 @@ def _replace(beside: Path, path: Path) -> None:
     if path.exists():
         path.rename(old)
     beside.rename(path)
-    _fsync_directory(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

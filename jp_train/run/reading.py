@@ -14,7 +14,6 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ import numpy as np
 import yaml
 
 from jp_train.errors import DataError
+from jp_train.files import json_object, read_json_lines
 
 LEDGER_ROWS = 50
 """Ledger lines kept for the table; all lines are counted."""
 MAX_SAMPLE_IMAGES = 48
 MAX_SAMPLE_BYTES = 24 * 2**20
 """Pictures embedded into the page, together at most this many bytes; the others are named as left out."""
-LINE_HEADS = ('{"step"', '{"event"', '{"time"')
 """How the lines of a run folder's files start; an object inside a line starts otherwise."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -178,35 +177,6 @@ def checkpoint_names(run_dir: Path) -> tuple[str, ...]:
     )
 
 
-def read_json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
-    """The objects of a JSON-lines file in order; None for a line that holds none.
-
-    A run that is killed inside a write leaves half a line, and the resumed run appends to it: the object behind the
-    torn half is recovered.
-    """
-    for line in lines:
-        text = line.strip()
-        if not text:
-            continue
-        found = _json_object(text)
-        if found is not None:
-            yield found
-            continue
-        yield None
-        start = max(text.rfind(head) for head in LINE_HEADS)
-        recovered = _json_object(text[start:]) if start > 0 else None
-        if recovered is not None:
-            yield recovered
-
-
-def _json_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _open_text(path: Path) -> io.TextIOWrapper:
     return path.open(encoding="utf-8", errors="replace")
 
@@ -285,7 +255,7 @@ def _read_status(path: Path, missing: dict[str, str]) -> dict[str, Any]:
     if not path.is_file():
         missing["status"] = "status.json is not in the run folder; whether the run ended is unknown."
         return {}
-    found = _json_object(path.read_text(encoding="utf-8", errors="replace"))
+    found = json_object(path.read_text(encoding="utf-8", errors="replace"))
     if found is None:
         missing["status"] = "status.json holds no JSON object; whether the run ended is unknown."
         return {}
@@ -351,7 +321,7 @@ def _read_samples(folder: Path, missing: dict[str, str]) -> tuple[tuple[SampleIm
 def _read_caption(path: Path, *, default: str) -> tuple[str, str]:
     if not path.is_file():
         return default, ""
-    found = _json_object(path.read_text(encoding="utf-8", errors="replace"))
+    found = json_object(path.read_text(encoding="utf-8", errors="replace"))
     if found is None:
         return default, f"({path.name} holds no JSON object)"
     return str(found.get("title") or default), str(found.get("text") or "")

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TextIO
 from jp_train.config.schema import WandbConfig, WandbMode
 from jp_train.errors import ConfigError
 from jp_train.files import Appender, json_safe, lines_until, write_atomically
+from jp_train.terminal import duration
 from jp_train.types import KINDS, Kind
 
 SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
@@ -106,10 +107,8 @@ class StatusFile:
 
     def update(self, **values: Any) -> None:
         self._values.update(values, updated=round(time.time(), 3))
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         with contextlib.suppress(OSError):  # a full disk: the next step tries again, and a stale one harms nobody
-            temporary.write_text(json.dumps(json_safe(self._values)) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)  # without fsync: it is rewritten every step
+            write_atomically(self._path, json.dumps(json_safe(self._values)) + "\n", durable=False)
 
 
 class Progress:
@@ -178,22 +177,11 @@ class Console:
             f"{values['perf/tokens_per_s']:,.0f} tok/s",
             f"{values['time/step_s']:.2f} s/step",
             f"wait {values['time/data_wait_s']:.2f} s",
-            f"ETA {format_seconds(eta)}" if eta is not None else "ETA --",
+            f"ETA {duration(eta)}" if eta is not None else "ETA --",
         ]
         if values.get("data/skipped"):
             parts.append(f"skipped {values['data/skipped']:.0f}")
         return "  ".join(parts)
-
-
-def format_seconds(seconds: float) -> str:
-    """`4:09`, `2:04:09` or `3d 02:04`."""
-    whole = int(seconds + 0.5)
-    days, rest = divmod(whole, 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, left = divmod(rest, 60)
-    if days:
-        return f"{days}d {hours:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
 def _named(values: Mapping[str, float]) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 
 from jp_train.errors import DataError
-from jp_train.run.reading import checkpoint_names, read_json_lines
+from jp_train.files import read_json_lines
+from jp_train.run.reading import checkpoint_names
 from jp_train.run.summary import KIND_NAMES, as_int, parse_time, planned_steps, run_state
+from jp_train.terminal import duration
 
 TAIL_BYTES = 512 * 1024
 RECENT_STEPS = 100
@@ -149,20 +151,6 @@ def format_status(found: dict[str, Any]) -> str:
         lines.append(_row("events" if event is found["events"][0] else "", f"{when:%m-%d %H:%M:%S}  " * bool(when) + f"step {event.get('step', '?')}  {event['event']}"
                           + (f"  {detail[:90]}" if detail else "")))  # fmt: skip
     return "\n".join(lines)
-
-
-def duration(seconds: float | None) -> str:
-    """`3.2 s`, `12 min 5 s`, `7 h 40 min`, `3 d 4 h`; `-` when unknown."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours == 0:
-        return f"{minutes} min {int(seconds % 60)} s"
-    if hours < 48:
-        return f"{hours} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def _row(name: str, text: str) -> str:

@@ -31,7 +31,7 @@ from jp_train.engine.watch.stop import SignalFlag
 from jp_train.engine.watch.watchdog import Watchdog
 from jp_train.errors import CheckpointError, ConfigError
 from jp_train.run.log import RunLog
-from jp_train.run.sinks import format_seconds
+from jp_train.terminal import duration
 from jp_train.types import Kind
 
 REPORT_S = 30.0
@@ -262,7 +262,7 @@ class IndexReport:
         self._reported = now
         left = (now - self._began) * (done.bytes - done.bytes_done) / done.bytes_done
         self._log.say(
-            f"index: {done.shards_done} of {done.shards} shards, {done.samples:,} samples, ETA {format_seconds(left)} "
+            f"index: {done.shards_done} of {done.shards} shards, {done.samples:,} samples, ETA {duration(left)} "
             "(`jp-train data index` does it beforehand, in parallel)"
         )
 

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from jp_train.data.shards import ShardReader, scan_members
-from jp_train.data.writer import ShardWriter, pack_sample, write_atomically
+from jp_train.data.writer import ShardWriter, pack_sample
 from jp_train.errors import ConfigError, DataError
 from tests.data.data_samples import generation_samples, text_samples
 
@@ -96,11 +96,3 @@ def test_a_disk_that_refuses_is_one_error_with_the_way_on(tmp_path):
         write(tmp_path / "file", text_samples(1))
     with pytest.raises(ConfigError, match="at least one byte"):
         ShardWriter(tmp_path, max_bytes=0, max_samples=1)
-
-
-def test_an_atomic_write_replaces_and_leaves_nothing_beside(tmp_path):
-    path = tmp_path / "a.json"
-    for data in (b"one", b"two"):
-        write_atomically(path, data)
-        assert path.read_bytes() == data
-    assert os.listdir(tmp_path) == ["a.json"]

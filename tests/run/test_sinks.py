@@ -20,7 +20,6 @@ from jp_train.run.sinks import (
     StatusFile,
     TensorBoard,
     Wandb,
-    format_seconds,
     kept_run_id,
     wandb_mode,
     without_secrets,
@@ -101,11 +100,6 @@ def test_eta_is_the_smoothed_step_time_times_the_steps_left():
     assert progress.eta_s(3) == pytest.approx(7 * 2.0)
     progress.tick()
     assert progress.eta_s(4) == pytest.approx(6 * 3.0)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(9, "0:09"), (249, "4:09"), (7449, "2:04:09"), (266640.4, "3d 02:04")])
-def test_durations_read_like_a_clock(seconds, text):
-    assert format_seconds(seconds) == text
 
 
 def test_the_console_prints_one_line_every_n_steps_and_every_validation():

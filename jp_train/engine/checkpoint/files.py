@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import zlib
 from collections.abc import Callable, Collection
@@ -118,24 +117,6 @@ def size_and_checksum(file: Path, *, crc: bool = False) -> dict[str, Any]:
         while block := stream.read(BLOCK):
             total = zlib.crc32(block, total)
     return {"size": size, "crc32": f"{total:08x}"}
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file atomically and make it survive a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """What was written to a file (or the entries of a folder) is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def joined_errors(errors: list[str]) -> str:

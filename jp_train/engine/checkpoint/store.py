@@ -30,17 +30,16 @@ from jp_train.engine.checkpoint.files import (
     Checkpoint,
     RankGroup,
     checkpoint_names,
-    fsync,
     joined_errors,
     size_and_checksum,
     step_name,
     step_of,
-    write_durably,
 )
 from jp_train.engine.checkpoint.host_copy import HostCopy
 from jp_train.engine.checkpoint.reading import CheckpointReader
 from jp_train.engine.checkpoint.rng import rng_tensors
 from jp_train.errors import CheckpointError
+from jp_train.files import fsync, write_atomically
 from jp_train.model.partition_files import (
     INDEX_FILE,
     NamedTensors,
@@ -270,17 +269,17 @@ class CheckpointStore(CheckpointReader):
                 raise CheckpointError(
                     f"{file} is not visible to rank 0; run_dir must lie on a file system that all hosts share"
                 )
-        write_durably(partial / "manifest.json", json.dumps({**pending.manifest, "files": files}, indent=1))
+        write_atomically(partial / "manifest.json", json.dumps({**pending.manifest, "files": files}, indent=1))
         fsync(partial)
         if target.exists():  # a damaged one of the same step, from an earlier attempt
             os.rename(target, self.folder / f".replaced_{target.name}")
         os.rename(partial, target)
         fsync(self.folder)
         self._forget(target.name)
-        write_durably(self.folder / "latest", target.name + "\n")
+        write_atomically(self.folder / "latest", target.name + "\n")
         best = self._best(pending.step) if self._cfg.keep_best else None
         if best is not None:
-            write_durably(self.folder / "best", best + "\n")
+            write_atomically(self.folder / "best", best + "\n")
         # a large folder takes its time
         self._retiring = threading.Thread(target=self._retire, args=(pending.step, best), daemon=True)
         self._retiring.start()

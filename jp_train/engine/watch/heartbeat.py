@@ -12,10 +12,11 @@ not synced: a stale one after a power cut harms nobody. Standard library only.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from jp_train.files import write_atomically
 
 FOLDER = "heartbeats"
 STACKS = "stacks"
@@ -117,9 +118,8 @@ class HeartbeatFolder:
         return self.stacks / f"rank_{rank:04d}_step_{max(0, step)}.txt"
 
     def _replace(self, name: str, value: dict[str, Any]) -> None:
-        temporary = self.folder / f".{name}.{value['rank']}.tmp"  # process ids repeat on other hosts
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        writer = str(value["rank"])  # process ids repeat on other hosts
+        write_atomically(self.folder / name, json.dumps(value), durable=False, writer=writer)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jp_train.data.writer import WrittenShard, write_atomically
+from jp_train.data.writer import WrittenShard
 from jp_train.errors import ConfigError, DataError
+from jp_train.files import write_atomically
 
 NAME, SKIPPED = "manifest.json", "skipped.jsonl"
 VERSION = 1
@@ -74,9 +75,7 @@ class Manifest:
         try:
             write_atomically(
                 folder / NAME,
-                (
-                    json.dumps({"version": VERSION, **asdict(self), "counts": dict(self.counts)}, indent=1) + "\n"
-                ).encode(),
+                json.dumps({"version": VERSION, **asdict(self), "counts": dict(self.counts)}, indent=1) + "\n",
             )
         except OSError as error:
             raise DataError(

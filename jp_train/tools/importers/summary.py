@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from jp_train.files import read_json_lines
 from jp_train.terminal import aligned, printable
 from jp_train.tools.importers.entries import REASONS, REFUSED
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState
@@ -123,8 +124,7 @@ def skipped_examples(path: Path) -> dict[str, list[str]]:
     examples: dict[str, list[str]] = {}
     if path.is_file():
         with open(path, encoding="utf-8") as file:
-            for line in file:
-                one = json.loads(line)
+            for one in filter(None, read_json_lines(file)):
                 found = examples.setdefault(one["reason"], [])
                 if len(found) < _EXAMPLES:
                     found.append(f"{one['name']}: {one['message']}")

@@ -32,8 +32,9 @@ from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import VQ_EXTENSION
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, is_url, scan_members
 from jp_train.data.sidecar import load_members, store_members
-from jp_train.data.writer import SHARD_NAME, WrittenShard, sync_folder
+from jp_train.data.writer import SHARD_NAME, WrittenShard
 from jp_train.errors import ConfigError, DataError, SkipSample
+from jp_train.files import fsync
 from jp_train.tools.importers.files import file_identity
 from jp_train.tools.importers.samples import check_sample
 from jp_train.types import Kind
@@ -167,7 +168,7 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
             except DataError as error:
                 raise DataError(f"{name}: {str(error).replace(str(temporary), 'its content')}") from None
         os.replace(temporary, path)
-        sync_folder(folder)
+        fsync(folder)
     except OSError as error:
         raise DataError(
             f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes"

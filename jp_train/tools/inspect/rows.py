@@ -20,6 +20,7 @@ from jp_train.config import RunConfig
 from jp_train.config.schema import InitPartsConfig
 from jp_train.data.batch_file import describe_batch
 from jp_train.errors import CheckpointError, ConfigError, DataError
+from jp_train.files import write_atomically
 from jp_train.model.pretrained import load_vq
 from jp_train.model.vq import VQTokenizer
 from jp_train.tools.explain.replay import MicroBatch, Replay
@@ -79,9 +80,7 @@ def inspect_rows(
     data = page.encode("utf-8")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.{os.getpid()}")
-        partial.write_bytes(data)
-        os.replace(partial, out)
+        write_atomically(out, data, writer=str(os.getpid()))
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}; give another place with --out") from error
     pictures = sum(len(own) for row in shown for own in row.pictures.values())

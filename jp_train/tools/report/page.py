@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from jp_train.errors import ConfigError, DataError
 from jp_train.run.reading import RunData, SampleImage, read_run
 from jp_train.run.summary import Summary, summarize
+from jp_train.terminal import duration
 from jp_train.tools.report import curves
 from jp_train.tools.report.curves import DARK, LIGHT, Panel, PanelGroup
 from jp_train.tools.report.panels import Layout, is_sequence_of_stages, panel_groups, stage_number
 from jp_train.tools.report.style import CSS
 from jp_train.tools.report.tables import (
     STATE_WORDS,
-    duration,
     esc,
     evaluation_table,
     events_table,

@@ -8,6 +8,7 @@ from typing import Any
 
 from jp_train.run.reading import LEDGER_ROWS, EvaluationRow, RunData
 from jp_train.run.summary import LossChange, ShareOfKind, Summary, parse_time
+from jp_train.terminal import duration
 
 MAX_EVENTS = 200
 OPEN_EVENTS = 24
@@ -48,20 +49,6 @@ def large(value: float | None) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """0.1234 -> 12.3%."""
     return NONE if value is None else f"{100 * value:.{digits}f}%"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds for people: 4.2 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
-    if seconds is None:
-        return NONE
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours < 1:
-        return f"{int(minutes)} min {int(seconds % 60)} s"
-    if hours < 48:
-        return f"{int(hours)} h {int(minutes % 60)} min"
-    return f"{int(hours / 24)} d {int(hours % 24)} h"
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:

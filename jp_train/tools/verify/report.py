@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jp_train.config.schema import RunConfig
+from jp_train.files import write_atomically
 from jp_train.terminal import aligned, printable
 from jp_train.tools.verify.faults import REMEDIES
 from jp_train.tools.verify.plot import plot_lengths
@@ -68,9 +69,7 @@ def write_report(report: Report, cfg: RunConfig, folder: Path) -> dict[str, Any]
     by_source = lengths_by_source(report)
     document = _document(report, cfg) | {"files": {"report": str(folder / "verify.json"), "histogram": str(histogram)}}
     plot_lengths(by_source, report.sources, EDGES, cfg.data.seq_len, histogram)
-    temporary = folder / f".verify.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / "verify.json")
+    write_atomically(folder / "verify.json", json.dumps(document, indent=1), writer=str(os.getpid()))
     return document
 
 

@@ -156,10 +156,10 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_complete_checkpoint(where, tmp_
         elif where == "before the rename":
             patched.setattr(checkpoint_module.os, "rename", crash)
         elif where == "before latest":
-            plain = checkpoint_module.write_durably
+            plain = checkpoint_module.write_atomically
             patched.setattr(
                 checkpoint_module,
-                "write_durably",
+                "write_atomically",
                 lambda path, text: crash() if path.name == "latest" else plain(path, text),
             )
         else:

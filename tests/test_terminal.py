@@ -1,0 +1,56 @@
+"""Durations and progress lines."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from jp_train.terminal import ProgressLine, aligned, duration, printable
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.9, "59 s"),
+        (60, "1 min 0 s"),
+        (725, "12 min 5 s"),
+        (7449, "2 h 4 min"),
+        (48 * 3600, "2 d 0 h"),
+    ],
+)
+def test_a_duration_has_its_two_largest_units(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_progress_tells_the_share_the_time_spent_and_the_time_left_and_skips_lines_that_come_too_soon() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    line = ProgressLine("verify", stream, every_s=1, clock=lambda: now[0])
+    for now[0], done in ((0.5, 1), (10.0, 25), (10.5, 26), (100.0, 50), (101.5, 51), (150.0, 100)):
+        line.show(done, 100, f"shard {done}/100")
+    assert stream.getvalue().splitlines() == [
+        "verify: shard 25/100, 25%, 10 s, 30 s left",
+        "verify: shard 50/100, 50%, 1 min 40 s, 1 min 40 s left",
+        "verify: shard 100/100, 100%, 2 min 30 s",
+    ], "1.5 s after 100 s are too soon: lines come further apart as the work grows long"
+
+
+def test_what_an_earlier_run_did_does_not_count_as_speed() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    line = ProgressLine("import", stream, every_s=0, done=80, clock=lambda: now[0])
+    now[0] = 10.0
+    line.show(90, 100)
+    line.show(0, 0)
+    assert stream.getvalue().splitlines() == ["import: 90%, 10 s, 10 s left", "import: 100%, 10 s"]
+    ProgressLine("silent", None).show(1, 1)
+
+
+def test_a_table_is_aligned_and_foreign_text_cannot_steer_the_terminal() -> None:
+    assert aligned([("name", "n"), ("a", "10")], left=(0,)) == ["name   n", "a     10"]
+    assert printable("a\x1b[2J\ud800é") == "a\\x1b[2J\\ud800é"
