@@ -376,7 +376,8 @@ def main() -> None:
 def show(figures: dict[str, Any]) -> None:
     times, size = figures["times"], figures["bytes"] / GIB
     print(
-        f"{figures['parameters'] / 1e6:.0f}M parameters, {figures['trained'] / 1e6:.0f}M trained, {figures['world']} ranks, {size:.2f} GiB a checkpoint"
+        f"{figures['parameters'] / 1e6:.0f}M parameters, {figures['trained'] / 1e6:.0f}M trained, "
+        f"{figures['world']} ranks, {size:.2f} GiB a checkpoint"
     )
     for name, key in (
         ("in the background: training waits", "stall"),
@@ -395,17 +396,21 @@ def show(figures: dict[str, Any]) -> None:
         print(f"  steps beside a save take {figures['step_slowdown']:.2f} x their time")
     whole = 2 * figures["parameters"] / GIB
     print(
-        f"peak memory of a rank over what it held (the whole model in bf16 is {whole:.2f} GiB, its largest tensor {2 * figures['largest'] / GIB:.3f} GiB)"
+        f"peak memory of a rank over what it held (the whole model in bf16 is {whole:.2f} GiB, "
+        f"its largest tensor {2 * figures['largest'] / GIB:.3f} GiB)"
     )
     for phase in PHASES:
         print(
-            f"  {phase:42}{figures['memory'][phase] / GIB:8.3f} GiB (last rank {figures['memory_rank_1'][phase] / GIB:.3f})"
+            f"  {phase:42}{figures['memory'][phase] / GIB:8.3f} GiB (last rank "
+            f"{figures['memory_rank_1'][phase] / GIB:.3f})"
         )
     print(f"  {'export of the checkpoint, offline':42}{figures['offline']['peak'] / GIB:8.3f} GiB")
     big = figures["at_7b"]
     print(
-        f"7B, stage 2, {big['world']} ranks, by arithmetic: checkpoint {big['checkpoint_gib']:.1f} GiB, host copy {big['host_copy_per_rank_gib']:.2f} GiB a rank; "
-        f"largest tensor {big['largest_tensor_gib']:.2f} GiB: that on every rank while starting or exporting, rank 0 up to {big['export_rank_0_gib']:.1f}, "
+        f"7B, stage 2, {big['world']} ranks, by arithmetic: checkpoint {big['checkpoint_gib']:.1f} GiB, "
+        f"host copy {big['host_copy_per_rank_gib']:.2f} GiB a rank; "
+        f"largest tensor {big['largest_tensor_gib']:.2f} GiB: that on every rank while starting or exporting, "
+        f"rank 0 up to {big['export_rank_0_gib']:.1f}, "
         f"an offline export up to {big['offline_export_gib']:.1f} GiB"
     )
 

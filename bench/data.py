@@ -150,13 +150,16 @@ def main() -> None:
         return
     for kind, figures in found.items():
         print(
-            f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, CPU (quartiles)    wall"
+            f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, "
+            "CPU (quartiles)    wall"
         )
         for figure in figures:
             low, high = figure["jp_train_over_it_cpu_quartiles"]
             print(
-                f"  {figure['loader']:24} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  {figure['rows_per_s']:7.1f}   "
-                f"{figure['jp_train_over_it_cpu']:16.3f} ({low:.3f} - {high:.3f})  {figure['jp_train_over_it_wall']:8.3f}"
+                f"  {figure['loader']:24} {figure['samples_per_cpu_s']:12.1f}  {figure['samples_per_s']:9.1f}  "
+                f"{figure['rows_per_s']:7.1f}   "
+                f"{figure['jp_train_over_it_cpu']:16.3f} ({low:.3f} - {high:.3f})  "
+                f"{figure['jp_train_over_it_wall']:8.3f}"
             )
 
 

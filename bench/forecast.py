@@ -537,11 +537,13 @@ def main() -> None:
     if delivered(arguments, figures):
         return
     print(
-        f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}{'states MiB':>12}{'predicted':>11}  peak in"
+        f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}"
+        f"{'states MiB':>12}{'predicted':>11}  peak in"
     )
     for one in runs:
         print(
-            f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}{one['error']:>+8.1%}"
+            f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}"
+            f"{one['error']:>+8.1%}"
             f"{one['states_measured'] / MIB:>12.1f}{one['states_predicted'] / MIB:>11.1f}  {one['phase']}"
         )
     print(f"\n{'true shape':<24}{'followed MiB':>14}{'predicted':>11}{'error':>8}")

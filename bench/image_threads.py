@@ -85,7 +85,8 @@ def main() -> None:
         return
     for kind, figures in found.items():
         print(
-            f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: CPU   wall   own memory of the workers, MiB"
+            f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: "
+            "CPU   wall   own memory of the workers, MiB"
         )
         for figure in figures:
             print(

@@ -176,15 +176,18 @@ def main() -> None:
     if delivered(arguments, {"rows_per_step": arguments.rows, **sizes, "mixtures": figures, "restores": restores}):
         return
     print(
-        "mixture    fill %  documents/row  cuts/row  share error, points (worst, median)  ms/step (least)  all rows (least)  state bytes  targets"
+        "mixture    fill %  documents/row  cuts/row  share error, points (worst, "
+        "median)  ms/step (least)  all rows (least)  state bytes  targets"
     )
     for figure in figures:
         label = figure["mixture"] + (f" x{figure['samples_per_row']}" if figure["samples_per_row"] else "")
         print(
-            f"{label:9}  {figure['fill_percent']:6.2f}  {figure['documents_per_row']:13.2f}  {figure['cuts_per_row']:8.3f}  "
+            f"{label:9}  {figure['fill_percent']:6.2f}  {figure['documents_per_row']:13.2f}  "
+            f"{figure['cuts_per_row']:8.3f}  "
             f"{figure['step_share_error_points_worst']:26.2f}, {figure['step_share_error_points_median']:7.2f}  "
             f"{figure['ms_per_step']:7.1f} ({figure['ms_per_step_least']:5.1f})  "
-            f"{figure['ms_per_step_all_rows']:8.1f} ({figure['ms_per_step_all_rows_least']:5.1f})  {figure['state_bytes']:11d}  "
+            f"{figure['ms_per_step_all_rows']:8.1f} ({figure['ms_per_step_all_rows_least']:5.1f})  "
+            f"{figure['state_bytes']:11d}  "
             f"{missed(figure['targets'])}"
         )
     times = ", ".join(f"step {int(step):,}: {value:.1f} ms" for step, value in restores["ms_to_first_row"].items())

@@ -21,7 +21,8 @@ HEAD = (
     "Every key of a run's YAML with its default. `docs/make_configuration.py` writes this page from "
     "`jp_train/config/schema.py`: change the comments there, then run `make docs`. Numbers in brackets are "
     "[open points of the papers](open_points.md).",
-    "Order of layers, later ones win: these defaults, the preset, the recipe, the YAML file, `key=value` on the command "
+    "Order of layers, later ones win: these defaults, the preset, the recipe, the YAML file, "
+    "`key=value` on the command "
     "line. A key that is not on this page stops every command with the nearest valid name. Paths follow the **working "
     "directory**, not the place of the YAML; `data.sources.NAME.shards` follows `data.root`, and a `recipe` is also "
     "looked for beside the file that names it.",

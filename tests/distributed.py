@@ -44,7 +44,8 @@ class Launch:
         path = self.folder / f"{name}.rank{rank}.json"
         if not path.exists():
             raise AssertionError(
-                f"scenario {name} gave no result on rank {rank}; exit codes {self.codes}; output:\n{self.errors[rank][-6000:]}"
+                f"scenario {name} gave no result on rank {rank}; exit codes {self.codes}; "
+                f"output:\n{self.errors[rank][-6000:]}"
             )
         return json.loads(path.read_text())
 
@@ -149,8 +150,10 @@ class Nursery:
 
 
 LATE_IMPORTS = (
-    "torch._inductor.compile_fx", "functorch.compile", "torch._subclasses.schema_check_mode", "torch.profiler._cupti_monitor",
-    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._inductor.compile_fx", "functorch.compile", "torch._subclasses.schema_check_mode",
+    "torch.profiler._cupti_monitor",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "PIL.PngImagePlugin", "PIL.JpegImagePlugin",
 )  # fmt: skip
 """What torch and DeepSpeed import during a first step: 2 s of CPU that every forked rank would spend again."""

@@ -65,7 +65,10 @@ def within(*rooms: str) -> list[Path]:
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
-    source = "import a.b\ndef f():\n    from c import d\n    from . import e\n    from ..g import h\n    importlib.import_module('i.j')\n    __import__('k')\n"
+    source = (
+        "import a.b\ndef f():\n    from c import d\n    from . import e\n    from ..g import h\n"
+        "    importlib.import_module('i.j')\n    __import__('k')\n"
+    )
     assert imports_in(source, "p.q") == {"a.b", "c", "c.d", "p.q", "p.q.e", "p.g", "p.g.h", "i.j", "k"}
     assert MODULES and importers("jp_train.errors")
 
@@ -97,7 +100,7 @@ def rooms_imported_by(room: str) -> dict[str, str]:
 
 
 def test_every_room_has_a_rule() -> None:
-    """A new folder or loose module of the package needs a place in the order before it can be imported from anywhere."""
+    """A new folder or module directly in the package needs a place in the order before anything can import it."""
     found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
     assert found == GROUND | set(MAY_IMPORT) | {"__init__", "__main__"}
 
@@ -153,9 +156,12 @@ import sklearn.datasets  # brings rich, which draws a number from `random` while
 
 def state():
     return (
-        torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), list(logging.getLogger().handlers), logging.getLogger().level,
-        signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.distributed.is_initialized(), torch.cuda.is_initialized(),
+        torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), list(logging.getLogger().handlers),
+        logging.getLogger().level,
+        signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.distributed.is_initialized(),
+        torch.cuda.is_initialized(),
     )
 
 before = state()

@@ -163,7 +163,10 @@ def _drawn(
         right,
         f"Generated, {title}, CFG {scale:g}: {np.mean(right):.0%} nearest to the drawing asked for",
     )
-    about = f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; ceiling: VQ round trip{note}"
+    about = (
+        f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; "
+        f"ceiling: VQ round trip{note}"
+    )
     return [_row(f"emoji drawn, {title}", np.mean(right), nearest.chance(group.styles), about, ceiling=ceiling)]
 
 

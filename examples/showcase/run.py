@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m examples.showcase`."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.showcase",
-        description="Train a tiny Janus-Pro on emoji in three drawing styles and WordNet, judge it, and write a report. About 40 minutes on 2 cores.",
+        description="Train a tiny Janus-Pro on emoji in three drawing styles and WordNet, judge it, "
+        "and write a report. About 40 minutes on 2 cores.",
     )
     parser.add_argument(
         "--out",

@@ -239,7 +239,8 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
             float(np.mean(right)),
             chance=0.1,
             target=TARGETS["digits named"],
-            note=f"{count} held-out images, exact word; varies ±{SPREADS['digits named']:.2f} between seeds and machines",
+            note=f"{count} held-out images, exact word; "
+            f"varies ±{SPREADS['digits named']:.2f} between seeds and machines",
         )
     ]
 

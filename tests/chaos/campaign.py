@@ -355,7 +355,8 @@ class Campaign:
                 self.outcome.worst_difference = max(self.outcome.worst_difference, difference)
                 if difference > TOLERANCE and key.startswith(("loss/total", "val/total")):
                     problems.append(
-                        f"run {number}, step {step}: {key} is {other!r}, undisturbed {value!r}: {difference:.1e} relative"
+                        f"run {number}, step {step}: {key} is {other!r}, undisturbed {value!r}: "
+                        f"{difference:.1e} relative"
                     )
                     return
         if ledger(run_dir) != ledger(reference):
@@ -367,7 +368,8 @@ class Campaign:
             what += f" (not in time: {', '.join(life.missed)})"
         how = "; ".join(life.problems) if life.problems else "ok"
         self._say(
-            f"{self.outcome.tried:4d}  run {life.run} world {life.world} steps {life.start}->{life.end} {life.codes} {life.seconds:5.1f} s  {what}: {how}"
+            f"{self.outcome.tried:4d}  run {life.run} world {life.world} steps {life.start}->{life.end} {life.codes} "
+            f"{life.seconds:5.1f} s  {what}: {how}"
         )
 
 

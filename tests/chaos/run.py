@@ -53,7 +53,8 @@ def main() -> int:
     if arguments.list:
         for fault in FAULTS.values():
             print(
-                f"{fault.name:36}{'running' if fault.running else 'down':9}{'needs a small disk' if fault.needs_small_disk else ''}"
+                f"{fault.name:36}{'running' if fault.running else 'down':9}"
+                f"{'needs a small disk' if fault.needs_small_disk else ''}"
             )
         return 0
     kinds = [name for name in arguments.kinds.split(",") if name]
@@ -83,7 +84,8 @@ def campaign(arguments: argparse.Namespace, kinds: list[str]) -> int:
         shutil.rmtree(old, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     say(
-        f"chaos: {arguments.faults} faults, seed {arguments.seed}, at most {arguments.minutes:g} min; everything under {out}"
+        f"chaos: {arguments.faults} faults, seed {arguments.seed}, at most {arguments.minutes:g} min; "
+        f"everything under {out}"
     )
     world = build_world(out / f"world{arguments.seed}", arguments.seed)
     with Nursery(HERE / "chaos_worker.py") as nursery:
@@ -127,8 +129,10 @@ def table(summary: dict) -> str:
     lines += [f"{'all':36}{summary['faults_tried']:>7}{summary['faults_survived']:>10}"]
     lines += [f"not possible here: {name}" for name in summary["kinds_not_possible_here"]]
     lines.append(
-        f"{summary['runs_compared']} runs of {summary['launches']} launches compared with the undisturbed one in {summary['seconds'] / 60:.1f} min; worst "
-        f"relative difference after a change of the world size {summary['worst_relative_difference_at_another_world_size']:.1e}"
+        f"{summary['runs_compared']} runs of {summary['launches']} launches compared with the undisturbed one in "
+        f"{summary['seconds'] / 60:.1f} min; worst "
+        "relative difference after a change of the world size "
+        f"{summary['worst_relative_difference_at_another_world_size']:.1e}"
     )
     lines += [f"PROBLEM {problem}" for problem in summary["problems"]] or [
         "nothing lost, nothing repeated, nothing hung"

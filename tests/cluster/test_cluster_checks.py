@@ -21,9 +21,12 @@ def host(**changed: Any) -> dict[str, Any]:
     """The facts of a healthy host with 8 GPUs."""
     room = {"path": "/x", "there": "/x", "free": 100 * GIB, "size": 200 * GIB, "device": 1}
     return {
-        "gpu_memory": [[gpu, 400, 40960] for gpu in range(8)], "host_name": "h", "python": "3.11.7", "driver": "550.1", "devices": 8, "cores": 64, "addresses": ["10.0.0.1"],
-        "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "code": {"train.py": "aa", "loop.py": "bb"}, "config": "seed: 1\nlr: 2\n",
-        "disks": {"run folder": room, "temporary files": room, "shared memory": room, "index cache": room}, "locks": [], "jobs": [], **changed,
+        "gpu_memory": [[gpu, 400, 40960] for gpu in range(8)], "host_name": "h", "python": "3.11.7", "driver": "550.1",
+        "devices": 8, "cores": 64, "addresses": ["10.0.0.1"],
+        "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "code": {"train.py": "aa", "loop.py": "bb"},
+        "config": "seed: 1\nlr: 2\n",
+        "disks": {"run folder": room, "temporary files": room, "shared memory": room, "index cache": room},
+        "locks": [], "jobs": [], **changed,
     }  # fmt: skip
 
 
@@ -261,7 +264,10 @@ def test_a_host_with_an_older_jp_train_that_tells_less_is_a_warning_and_its_code
 
 def data(**changed: Any) -> dict[str, Any]:
     source = {"shards": 2, "digest": "d", "index": {"print": "i"}, "read": 10}
-    return {"sources": {"text": source, "pictures": source, **changed.get("sources", {})}, "files": {"tokenizer.path": {"path": "/t", "files": 1, "digest": "t"}, **changed.get("files", {})}}  # fmt: skip
+    return {
+        "sources": {"text": source, "pictures": source, **changed.get("sources", {})},
+        "files": {"tokenizer.path": {"path": "/t", "files": 1, "digest": "t"}, **changed.get("files", {})},
+    }
 
 
 def test_equal_data_has_no_fault_and_other_data_is_one_fault_a_host() -> None:
@@ -415,7 +421,8 @@ def test_every_link_of_the_ring_is_measured_once_while_both_of_its_ends_do_nothi
 @pytest.mark.parametrize(
     ("rate", "backend", "expected"),
     [
-        (9e9, "nccl", []), (3e9, "nccl", [("b2", False)]), (5e9, "gloo", []), (2e9, "gloo", [("b2", True)]), (1e8, "gloo", [("b2", False)]),
+        (9e9, "nccl", []), (3e9, "nccl", [("b2", False)]), (5e9, "gloo", []), (2e9, "gloo", [("b2", True)]),
+        (1e8, "gloo", [("b2", False)]),
     ],
 )  # fmt: skip
 def test_a_host_far_below_the_median_is_slow(rate: float, backend: str, expected: list) -> None:

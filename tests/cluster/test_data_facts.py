@@ -85,7 +85,10 @@ def test_a_shard_that_cannot_be_read_is_named(shards: Path, damage: str) -> None
 
 def tokens(first: int) -> ShardTokens:
     ones = np.array([first, 1], np.int32)
-    return ShardTokens(sample=np.array([0, 1], np.int32), tokens=ones, short_tokens=ones, dropped_tokens=ones * 0, short_dropped_tokens=ones * 0, dialogues=0, bad=())  # fmt: skip
+    return ShardTokens(
+        sample=np.array([0, 1], np.int32), tokens=ones, short_tokens=ones, dropped_tokens=ones * 0,
+        short_dropped_tokens=ones * 0, dialogues=0, bad=(),
+    )  # fmt: skip
 
 
 def store(shards: Path, print_of: str, first: int, names: tuple[str, ...] = ("000000", "000001", "000002")) -> None:

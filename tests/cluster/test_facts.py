@@ -20,7 +20,10 @@ from jp_train.run.lock import LAUNCH_ID
 
 
 def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None:
-    code = "import json, sys; from jp_train.cluster.facts import host_facts; print(json.dumps(host_facts({}))); print('torch' in sys.modules)"
+    code = (
+        "import json, sys; from jp_train.cluster.facts import host_facts; "
+        "print(json.dumps(host_facts({}))); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told, loaded = done.stdout.splitlines()
     assert loaded == "False" and '"error"' not in told.replace('"jobs": [{', "")
@@ -56,7 +59,10 @@ def test_gpus_are_counted_by_the_drivers_device_files(tmp_path: Path, names: tup
 def test_the_driver_version_is_read_from_the_kernels_own_line(tmp_path: Path) -> None:
     assert facts.driver_version(tmp_path) == ""
     (tmp_path / "driver/nvidia").mkdir(parents=True)
-    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.90.07  Release Build  (x@y)  Fri May 31\nGCC version: 12\n"
+    line = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.90.07  Release Build  (x@y)  Fri May 31\n"
+        "GCC version: 12\n"
+    )
     (tmp_path / "driver/nvidia/version").write_text(line)
     assert facts.driver_version(tmp_path) == "550.90.07"
 

@@ -66,14 +66,17 @@ import re, subprocess, sys
 rest = sys.argv[1:]
 hosts = rest[rest.index("-w") + 1].split(",")
 command = " ".join(rest[rest.index("-w") + 2 :])
-running = [subprocess.Popen(["sh", "-c", command.replace("%n", str(i)).replace("%h", host)]) for i, host in enumerate(hosts)]
+running = [
+    subprocess.Popen(["sh", "-c", command.replace("%n", str(i)).replace("%h", host)]) for i, host in enumerate(hosts)
+]
 raise SystemExit(max(process.wait() for process in running))
 """
 
 SSH = """#!/bin/sh
 for last; do :; done
 case "$last" in
-    *cluster.signals*) case "$*" in *" beta "*) echo "jp_train: reached 0 processes" ;; *) exec sh -c "$last" ;; esac ;;  # one process table
+    # one process table
+    *cluster.signals*) case "$*" in *" beta "*) echo "jp_train: reached 0 processes" ;; *) exec sh -c "$last" ;; esac ;;
     *) echo 127.0.0.1 ;;
 esac
 """
@@ -149,7 +152,8 @@ def test_a_filter_that_means_nothing_is_refused(include: str, exclude: str) -> N
 
 def test_the_command_of_a_local_run_needs_no_ssh(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path, "localhost slots=2\n")
-    assert launch_command("run.yaml", ["seed=3", "a=b c{1,2}"], LaunchOptions(hostfile=hostfile, master_port=29501)) == [
+    options = LaunchOptions(hostfile=hostfile, master_port=29501)
+    assert launch_command("run.yaml", ["seed=3", "a=b c{1,2}"], options) == [
         *RUNNER, "--hostfile", str(hostfile), "--master_port", "29501", "--no_ssh_check", "--master_addr", "127.0.0.1",
         "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml", "seed=3", "a=b c{1,2}",
     ]  # fmt: skip
@@ -159,8 +163,10 @@ def test_the_command_of_a_remote_run_forces_the_remote_launcher_even_for_one_hos
     hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
     options = LaunchOptions(hostfile=hostfile, include="node2:1")
     assert launch_command("run.yaml", ["data.sources.x.shards=s-{0..9}.tar"], options) == [
-        *RUNNER, "--hostfile", str(hostfile), "--master_port", "29500", "--include", "node2:1", "--launcher", "pdsh", "--force_multi",
-        "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml", "'data.sources.x.shards=s-{0..9}.tar'",
+        *RUNNER, "--hostfile", str(hostfile), "--master_port", "29500", "--include", "node2:1", "--launcher", "pdsh",
+        "--force_multi",
+        "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml",
+        "'data.sources.x.shards=s-{0..9}.tar'",
     ]  # fmt: skip
 
 
@@ -194,7 +200,8 @@ def test_mpirun_gets_the_hosts_in_order_and_the_names_of_variables_but_no_value(
     command = ranks_command(["train", "run.yaml", "a=b c"], options, passed)
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     assert command == [
-        "mpirun", "-n", "5", "--host", "node2:2,node1:3", "--map-by", "slot", "--bind-to", "none", "--wdir", os.getcwd(), *root,
+        "mpirun", "-n", "5", "--host", "node2:2,node1:3", "--map-by", "slot", "--bind-to", "none", "--wdir",
+        os.getcwd(), *root,
         "-x", "NCCL_DEBUG", "--mca", "btl_tcp_if_include", "ib 0",
         sys.executable, "-u", "-m", "jp_train.cluster.rank", "train", "run.yaml", "a=b c",
     ]  # fmt: skip
@@ -206,7 +213,8 @@ def test_srun_gets_one_task_a_slot_in_blocks_and_refuses_unequal_hosts(tmp_path:
         "run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", launcher_args="--mpi=none")
     )
     assert command == [
-        "srun", "--nodes", "2", "--ntasks", "4", "--ntasks-per-node", "2", "--nodelist", "node1,node2", "--distribution", "block",
+        "srun", "--nodes", "2", "--ntasks", "4", "--ntasks-per-node", "2", "--nodelist", "node1,node2",
+        "--distribution", "block",
         "--kill-on-bad-exit=1", "--unbuffered", "--export", "ALL", "--chdir", os.getcwd(), "--mpi=none",
         sys.executable, "-u", "-m", "jp_train.cluster.rank", "train", "run.yaml",
     ]  # fmt: skip
@@ -266,8 +274,10 @@ def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_refused(
 
 
 def test_secrets_and_unsafe_values_never_leave_the_launching_host() -> None:
-    environ = {"WANDB_API_KEY": "s3cret", "HF_TOKEN": "s3cret", "NCCL_DEBUG": "INFO", "WANDB_MODE": "offline", "NCCL_X": "$(id)", "HOME": "/root",
-               "TOKENIZERS_PARALLELISM": "false", "HF_EMPTY": "", "MLFLOW_TRACKING_TOKEN": "s3cret", "PYTHONSTARTUP": "a'b", "CUDA_VISIBLE_DEVICES": "1"}  # fmt: skip
+    environ = {"WANDB_API_KEY": "s3cret", "HF_TOKEN": "s3cret", "NCCL_DEBUG": "INFO", "WANDB_MODE": "offline",
+               "NCCL_X": "$(id)", "HOME": "/root",
+               "TOKENIZERS_PARALLELISM": "false", "HF_EMPTY": "", "MLFLOW_TRACKING_TOKEN": "s3cret",
+               "PYTHONSTARTUP": "a'b", "CUDA_VISIBLE_DEVICES": "1"}  # fmt: skip
     passed = passed_environment(environ)
     assert passed.text() == "NCCL_DEBUG=INFO\nTOKENIZERS_PARALLELISM=false\nWANDB_MODE=offline\n"
     assert passed.secrets == ("HF_TOKEN", "WANDB_API_KEY") and passed.unsafe == ("HF_EMPTY", "NCCL_X")

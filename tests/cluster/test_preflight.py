@@ -134,7 +134,10 @@ def test_the_room_for_a_checkpoint_is_a_lower_bound_by_the_language_model() -> N
 
 
 def test_importing_preflight_loads_no_torch() -> None:
-    code = "import sys, jp_train.cluster.preflight, jp_train.cluster.probe; print(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, jp_train.cluster.preflight, jp_train.cluster.probe; "
+        "print(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
     )

@@ -92,7 +92,8 @@ def test_the_rank_and_nothing_else_of_its_launch_gets_a_stop_signal(program: Pat
         "import signal, subprocess, sys, time; got = []; signal.signal(15, lambda *a: got.append(1))\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']); print('ready', flush=True)\n"
         "while not got: time.sleep(0.01)\n"
-        "time.sleep(0.5); alive = child.poll() is None; child.kill(); raise SystemExit(143 if alive and len(got) == 1 else 9)"
+        "time.sleep(0.5); alive = child.poll() is None; child.kill(); raise SystemExit(143 if alive and len(got) == 1 "
+        "else 9)"
     )
     launch_id = new_launch_id()
     running = start(program, text, rank=1, **{LAUNCH_ID: launch_id})
@@ -105,7 +106,10 @@ def test_the_rank_and_nothing_else_of_its_launch_gets_a_stop_signal(program: Pat
 
 
 def test_a_rank_is_asked_to_save_when_its_supervisor_is_killed_or_its_launcher_dies(program: Path) -> None:
-    text = "import signal, sys, time; signal.signal(15, lambda *a: (print('saved', flush=True), sys.exit(143))); print('ready', flush=True); time.sleep(100)"
+    text = (
+        "import signal, sys, time; signal.signal(15, lambda *a: (print('saved', flush=True), sys.exit(143))); "
+        "print('ready', flush=True); time.sleep(100)"
+    )
     running = start(program, text, rank=1)
     wait_for_log(program, "node2_rank1.log", b"ready")
     (record,) = read_records(program / "logs")
@@ -117,8 +121,9 @@ def test_a_rank_is_asked_to_save_when_its_supervisor_is_killed_or_its_launcher_d
         time.sleep(0.02)
 
     (program / "logs" / "node2_rank1.log").unlink()
-    launcher = subprocess.Popen(["sh", "-c", 'RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 "$0" -m jp_train.cluster.rank "$1" & wait', sys.executable, text],
-                                cwd=program, env={**os.environ, "JP_TRAIN_LOGS": str(program / "logs"), "JP_TRAIN_WORLD": "node1:0@node2:3"})  # fmt: skip
+    script = 'RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 "$0" -m jp_train.cluster.rank "$1" & wait'
+    environ = {**os.environ, "JP_TRAIN_LOGS": str(program / "logs"), "JP_TRAIN_WORLD": "node1:0@node2:3"}
+    launcher = subprocess.Popen(["sh", "-c", script, sys.executable, text], cwd=program, env=environ)
     wait_for_log(program, "node1_rank0.log", b"ready")
     launcher.kill()
     launcher.wait()

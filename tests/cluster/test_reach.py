@@ -19,7 +19,8 @@ def test_the_loopback_interface_of_this_machine_is_listed() -> None:
 @pytest.mark.parametrize(
     ("wanted", "interface"),
     [
-        ("eth1", "eth1"), ("eth", "eth0"), ("=eth", None), ("=eth1", "eth1"), ("^lo,docker", "eth0"), ("^=lo,docker0,eth0,eth1", "ib0"), ("ens", None),
+        ("eth1", "eth1"), ("eth", "eth0"), ("=eth", None), ("=eth1", "eth1"), ("^lo,docker", "eth0"),
+        ("^=lo,docker0,eth0,eth1", "ib0"), ("ens", None),
         ("ib,eth", "eth0"), ("", "ib0"),
     ],
 )  # fmt: skip

@@ -125,7 +125,8 @@ def test_an_interrupt_ends_what_runs_and_starts_no_more() -> None:
     mark = f"63{os.getpid()}"
     code = (
         "from jp_train.cluster.remote import run_on_hosts\n"
-        f"run_on_hosts([f'h{{n}}' for n in range(70)], ['sleep', '{mark}'], timeout_s=60, local=[f'h{{n}}' for n in range(70)])"
+        f"run_on_hosts([f'h{{n}}' for n in range(70)], ['sleep', '{mark}'], timeout_s=60, "
+        f"local=[f'h{{n}}' for n in range(70)])"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 20

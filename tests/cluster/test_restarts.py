@@ -56,6 +56,9 @@ def test_a_killed_rank_is_the_cause_although_others_ended_before_it_was_written_
     assert lines[0].startswith("rank 2 on node2") and lines[-1] == "[node2 rank 2] last words"
 
 
+STUCK = Ending(-9, Verdict("rank 1 did not end"))
+
+
 @pytest.mark.parametrize(
     ("ending", "records", "stopped_by", "failure", "expected"),
     [
@@ -74,9 +77,12 @@ def test_a_killed_rank_is_the_cause_although_others_ended_before_it_was_written_
         (Ending(143), [ended(0, 143), ended(1, 143, reason="the launcher of its host died")], None, "", (5, "yes")),
         (Ending(1), [ended(0, -9)], 15, "", (143, "no")),
         (Ending(0), [ended(0, 0)], 15, "", (0, "no")),
-        (Ending(-9, Verdict("all ranks have ended, but not their launcher")), [ended(0, 0), ended(1, 0)], None, "", (0, "no")),
-        (Ending(-9, Verdict("rank 1 did not end")), [ended(0, 5), ended(1, None)], None, "LaunchError: stalled", (5, "yes")),
-        (Ending(-9, Verdict("rank 1 did not end")), [ended(0, 3), ended(1, None)], None, "DataError: worker", (3, "no")),
+        (
+            Ending(-9, Verdict("all ranks have ended, but not their launcher")), [ended(0, 0), ended(1, 0)], None, "",
+            (0, "no"),
+        ),
+        (STUCK, [ended(0, 5), ended(1, None)], None, "LaunchError: stalled", (5, "yes")),
+        (STUCK, [ended(0, 3), ended(1, None)], None, "DataError: worker", (3, "no")),
         (Ending(-9, Verdict("cannot be reached", ("node2",))), [], None, "", (5, "yes")),
     ],
 )  # fmt: skip

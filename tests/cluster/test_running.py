@@ -76,7 +76,10 @@ def test_remote_ranks_that_come_up_after_the_stop_signal_still_get_it_and_only_o
     launch_id = f"late-{os.getpid()}"
     env = {**os.environ, LAUNCH_ID: launch_id, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # no rank before the hosts have been asked once, and no second question before it can hear a signal
-    script = f'while [ ! -e "$HERE/asked" ]; do sleep 0.05; done; cd "$HERE"; exec {sys.executable} -u -m jp_train.cluster.rank'
+    script = (
+        'while [ ! -e "$HERE/asked" ]; do sleep 0.05; done; cd "$HERE"; '
+        f"exec {sys.executable} -u -m jp_train.cluster.rank"
+    )
     stop = StopSignals()
     stop.number = signal.SIGTERM
     ending = Run(["sh", "-c", script], env, launch_id, ["alpha"], stop, grace_s=100.0).wait()

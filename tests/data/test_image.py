@@ -224,7 +224,8 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 def png(width, height, *chunks):
-    return b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + chunk(b"IEND", b"")
+    head = b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return head + b"".join(chunks) + chunk(b"IEND", b"")
 
 zeros = zlib.compress(bytes(200 << 20), 9)
 exif = Image.Exif()
@@ -238,7 +239,8 @@ bombs = [
     saved(Image.new("1", (16000, 16000)), "PNG"),
     saved(Image.new("L", (9000, 9000)), "JPEG", quality=1),
     saved(Image.new("L", (1500, 600)), "JPEG", quality=1, exif=exif),
-    b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes([2, 0, 0, 0]) + b"\\xff\\x3f\\x00" * 2 + b"ANIM" + bytes(8),
+    b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes([2, 0, 0, 0])
+    + b"\\xff\\x3f\\x00" * 2 + b"ANIM" + bytes(8),
 ]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 del zeros

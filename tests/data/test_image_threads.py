@@ -38,7 +38,8 @@ try:
     list(threads.map(work, range(10_000)))
 except KeyboardInterrupt:
     threads.close()
-    print("left", [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()], flush=True)
+    left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    print("left", left, flush=True)
 """
 
 

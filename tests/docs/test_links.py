@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data_recipes").glob("*.md"), *(ROOT / "hostfiles").glob("*.md")]
-)  # fmt: skip
+PAGES = sorted(page for folder in (".", "docs", "data_recipes", "hostfiles") for page in (ROOT / folder).glob("*.md"))
 CODE = sorted(
     path
     for folder in ("jp_train", "examples", "tests", "bench", "launch", "data_recipes", "hostfiles", "docs", ".ci")

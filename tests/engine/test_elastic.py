@@ -169,7 +169,8 @@ def test_a_run_goes_on_with_another_number_of_ranks_by_the_same_command(chain, l
     worst = max(abs(found[step]["loss/total"] / expected[step]["loss/total"] - 1) for step in found)
     norms = max(abs(found[step]["optim/grad_norm"] / expected[step]["optim/grad_norm"] - 1) for step in found)
     print(
-        f"{chain}, {' -> '.join(map(str, worlds))} ranks: worst relative difference of loss {worst:.1e}, gradient norm {norms:.1e}"
+        f"{chain}, {' -> '.join(map(str, worlds))} ranks: worst relative difference of loss {worst:.1e}, "
+        f"gradient norm {norms:.1e}"
     )
     assert worst <= 1e-3
     assert expected[1]["loss/total"] - expected[STEPS]["loss/total"] > 0.01, "something must have been learnt"

@@ -48,8 +48,10 @@ NAMES = (
 )
 COUNTS = ShowcaseCounts(names=8, held_out_names=3, held_out_drawings=4, documents=50, dialogues=50, held_out_texts=2)
 DATA_NOUN = """  1 This software and database is being provided to you
-02190166 05 n 01 beetle 0 001 @ 02159955 n 0000 | insect having biting mouthparts and front wings modified to form horny covers
-03481172 06 n 02 hammer 0 mallet 0 001 @ 03489162 n 0000 | a hand tool with a heavy rigid head; "he drove it in with a hammer"
+02190166 05 n 01 beetle 0 001 @ 02159955 n 0000 | insect having biting mouthparts and front wings \
+modified to form horny covers
+03481172 06 n 02 hammer 0 mallet 0 001 @ 03489162 n 0000 | a hand tool with a heavy rigid head; \
+"he drove it in with a hammer"
 01887787 05 n 02 cow 0 moo-cow 0 001 @ 02403454 n 0000 | female of domestic cattle: "`moo-cow' is a child's term"
 10091651 18 n 01 cow 1 001 @ 09821831 n 0000 | a large unpleasant woman
 02512053 05 n 01 fish 0 001 @ 01471682 n 0000 | any of various mostly cold-blooded aquatic vertebrates

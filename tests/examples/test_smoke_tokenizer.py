@@ -74,7 +74,10 @@ def test_bos_is_prepended_only_when_special_tokens_are_asked_for(tokenizer) -> N
 
 
 def test_shapes_colours_and_digit_names_take_few_tokens(tokenizer) -> None:
-    words = "zero one two three four five six seven eight nine circle square triangle cross red orange yellow green blue purple"
+    words = (
+        "zero one two three four five six seven eight nine circle square triangle cross "
+        "red orange yellow green blue purple"
+    )
     lengths = [len(tokenizer.encode(" " + word, add_special_tokens=False)) for word in words.split()]
     assert sum(lengths) / len(lengths) <= 2.5
 

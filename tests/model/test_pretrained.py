@@ -401,7 +401,8 @@ def test_a_stage_starts_from_a_llama_a_siglip_and_a_vq_file(tmp_path: Path) -> N
     cfg = tiny_config()
     llama = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=DIM, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, tie_word_embeddings=False,
+            hidden_size=DIM, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+            tie_word_embeddings=False,
             rms_norm_eps=1e-6,
         )
     ).eval()  # fmt: skip

@@ -70,7 +70,8 @@ def missing_parts() -> str:
         return f"not installed: {', '.join(absent)} (Debian: apt-get install iproute2 openssh-server pdsh)"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    probe = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--mount-proc", "ip", "link", "add", "v", "type", "veth", "peer", "name", "w"]  # fmt: skip
+    unshare = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--mount-proc"]
+    probe = [*unshare, "ip", "link", "add", "v", "type", "veth", "peer", "name", "w"]
     tried = subprocess.run(probe, capture_output=True, text=True, check=False)
     return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -319,7 +320,11 @@ class Cluster:
                 check=False,
                 capture_output=True,
             )
-            subprocess.run(["nsenter", "-t", str(self._switch_pid), "--net", "tc", "qdisc", "del", "dev", node.port, "root"], check=False, capture_output=True)  # fmt: skip
+            subprocess.run(
+                ["nsenter", "-t", str(self._switch_pid), "--net", "tc", "qdisc", "del", "dev", node.port, "root"],
+                check=False,
+                capture_output=True,
+            )
             for path in list(reversed(node.mounts)):
                 self.unmount(name, Path(path))
         self.trust_host_keys()
@@ -364,7 +369,8 @@ class Cluster:
 
     def _unshare(self, spaces: Sequence[str], script: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            ["unshare", *spaces, "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
+            ["unshare", *spaces, "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            start_new_session=True,
             env={**os.environ, OWNER: self._owner}, preexec_fn=_end_with_parent,
         )  # fmt: skip
 

@@ -54,7 +54,8 @@ def alone(config: Path) -> Run:
     that are gone."""
     run_dir = config.parent / "alone"
     process = subprocess.Popen(
-        [*JP_TRAIN, "train", str(config), f"run_dir={run_dir}"], env={**os.environ, **ENV, "GLOO_SOCKET_IFNAME": "lo"}, cwd=ROOT,
+        [*JP_TRAIN, "train", str(config), f"run_dir={run_dir}"], env={**os.environ, **ENV, "GLOO_SOCKET_IFNAME": "lo"},
+        cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     run = Run(run_dir, process)

@@ -289,8 +289,14 @@ def unlike(world: World, silent: Outcome) -> Outcome:
     rig.mount_over("node6", mine / "run", folder / "run")
     rig.small_disk("node6", Path("/dev/shm"), full=True)
     holder = rig.popen(
-        "node1", [sys.executable, "-c", f"import socket, time\ns = socket.create_server(('', {PORT}))\nprint(flush=True)\ntime.sleep(600)"], stdout=subprocess.PIPE
-    )  # fmt: skip
+        "node1",
+        [
+            sys.executable,
+            "-c",
+            f"import socket, time\ns = socket.create_server(('', {PORT}))\nprint(flush=True)\ntime.sleep(600)",
+        ],
+        stdout=subprocess.PIPE,
+    )
     assert holder.stdout is not None and holder.stdout.readline()
     try:
         return world.preflight("--skip", "bandwidth")
@@ -342,7 +348,8 @@ def test_a_host_that_differs_is_named_with_what_differs_and_what_to_do(
 
 @pytest.mark.skipif(
     not FAKETIME,
-    reason="not installed: libfaketime (Debian: apt-get install libfaketime); no namespace has a real-time clock of its own",
+    reason="not installed: libfaketime (Debian: apt-get install libfaketime); "
+    "no namespace has a real-time clock of its own",
 )
 def test_a_host_with_another_time_is_named(unlike: Outcome) -> None:
     unlike.require("node5", "clock", "s ahead of the others'", "time synchronisation on node5")
@@ -352,7 +359,8 @@ def test_a_host_with_another_time_is_named(unlike: Outcome) -> None:
 def test_hosts_without_a_planted_fault_get_none(unlike: Outcome) -> None:
     assert unlike.returncode == 5 and unlike.left == {} and unlike.seconds <= REPORTED_IN_S
     planted = {
-        ("node1", "port"), ("node2", "code"), ("node2", "locks"), ("node3", "versions"), ("node3", "jobs"), ("node4", "config"), ("node4", "data"),
+        ("node1", "port"), ("node2", "code"), ("node2", "locks"), ("node3", "versions"), ("node3", "jobs"),
+        ("node4", "config"), ("node4", "data"),
         ("node5", "data"), ("node5", "clock"), ("node6", "shared"), ("node6", "disk"),
     }  # fmt: skip
     assert {(fault["host"], fault["check"]) for fault in unlike.report["faults"]} - planted == set()
@@ -397,10 +405,13 @@ def blocked(world: World, unlike: Outcome) -> Outcome:
 @pytest.mark.parametrize(
     ("host", "check", "found", "remedy"),
     [
-        ("node2", "reach", "node2 and node3 do not reach each other: no answer from 10.77.0.3", "between node2 and node3"),
+        ("node2", "reach", "node2 and node3 do not reach each other: no answer from 10.77.0.3",
+         "between node2 and node3"),
         ("node4", "reach", "no other host reaches it", "open the fabric of node4"),
         ("node4", "port", "does not reach the rendezvous on node1", f"open port {PORT} of node1 for node4"),
-        ("node5", "reach", "ranks would use 127.0.1.1, which no other host reaches: the host's own name 'node5' resolves to it", "GLOO_SOCKET_IFNAME"),
+        ("node5", "reach",
+         "ranks would use 127.0.1.1, which no other host reaches: the host's own name 'node5' resolves to it",
+         "GLOO_SOCKET_IFNAME"),
         ("node5", "disk", "Read-only file system: run folder", "remount,rw"),
         ("node6", "disk", "No space left on device: run folder", "free space at"),
         ("node6", "devices", "2 slots in the hostfile, but 1 GPU device files", "slots=1"),

@@ -33,8 +33,10 @@ KINDS = ("understanding", "text", "generation")
 LEVELS = {"understanding": (4.6, 0.9), "text": (6.8, 3.1), "generation": (6.2, 3.4)}
 
 
-def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned: int | None = None, schedule: int | None = None, seed: int = 0,
-              speed: float = 1.0, state: str = "done", evaluation: bool = False, pictures: bool = False, killed_at: int | None = None) -> Path:  # fmt: skip
+def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned: int | None = None,
+              schedule: int | None = None, seed: int = 0,
+              speed: float = 1.0, state: str = "done", evaluation: bool = False, pictures: bool = False,
+              killed_at: int | None = None) -> Path:  # fmt: skip
     """One run folder, as `run/log.py` and `run/sinks.py` write it. `killed_at`: the run was killed there with half a
     line written, and resumed from the checkpoint before it."""
     random = np.random.default_rng(seed)
@@ -72,9 +74,11 @@ def write_run(folder: Path, *, stage: str = "stage2", steps: int = 400, planned:
     events.sort(key=lambda event: event["time"])
     (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    status = {"state": state, "step": steps, "stage": stage, "planned_steps": planned, "training_steps": schedule or planned, "dp_world_size": 2,
-              "updated": _at(steps), "checkpoint": {"step": steps // every * every, "time": _at(steps // every * every)}, "loss": 2.9,
-              "losses": {"understanding": 1.0, "text": 3.2}, "step_s": 1.9, "data_wait_s": 0.02, "tokens_per_s": 4350.0, "skipped_documents": 3,
+    status = {"state": state, "step": steps, "stage": stage, "planned_steps": planned,
+              "training_steps": schedule or planned, "dp_world_size": 2, "updated": _at(steps),
+              "checkpoint": {"step": steps // every * every, "time": _at(steps // every * every)}, "loss": 2.9,
+              "losses": {"understanding": 1.0, "text": 3.2}, "step_s": 1.9, "data_wait_s": 0.02,
+              "tokens_per_s": 4350.0, "skipped_documents": 3,
               "skipped_steps": 0, "eta_s": (planned - steps) * 1.9}  # fmt: skip
     if state != "running":
         status["reason"] = EARLY.format(steps) if state == "stopped_early" else "all training steps done"
@@ -124,8 +128,10 @@ def _write_config(folder: Path, stage: str, planned: int, schedule: int) -> None
     und, text, gen = MIXTURES[stage]
     early = f"\n    at_step: {planned}" if schedule != planned else " {}"
     (folder / "config.yaml").write_text(
-        f"preset: tiny/{stage}\nrun_dir: {folder}\nseed: 0\nprecision: fp32\nmodel:\n  name: janus_pro\nstage:\n  name: {stage}\n"
-        f"  trainable: [{', '.join(TRAINABLE[stage])}]\n  training_steps: {schedule}\n  early_stop:{early}\n  batch_size: 16\n"
+        f"preset: tiny/{stage}\nrun_dir: {folder}\nseed: 0\nprecision: fp32\nmodel:\n  name: "
+        f"janus_pro\nstage:\n  name: {stage}\n"
+        f"  trainable: [{', '.join(TRAINABLE[stage])}]\n  training_steps: {schedule}\n  early_stop:{early}\n  "
+        "batch_size: 16\n"
         f"  mixture:\n    understanding: {und}\n    text: {text}\n    generation: {gen}\n  ratio_unit: samples\n"
         f"data:\n  seq_len: 512\noptimizer:\n  lr: 0.001\n  clip: 1.0\nvalidation:\n  sources:\n"
         "    held_digits: {kind: understanding, shards: digits_val.tar}\n"
@@ -156,9 +162,12 @@ def _metrics(
         if f"loss/{kind}" in record:
             record[f"loss/source/{name}"] = losses[kind] + 0.25 * (i % 2) + random.normal(0, 0.08)
     return record | {
-        "tokens/total": round(tokens), "packing/fill": tokens / (16 * 512), "packing/truncated_tokens": 0, "data/skipped": int(step % 97 == 0),
-        "time/step_s": seconds, "time/data_wait_s": wait, "perf/tokens_per_s": tokens / seconds, "perf/mfu": 0.31 * speed,
-        "optim/lr": 1e-3 * min(1, step / 20), "optim/grad_norm": abs(random.lognormal(-0.2, 0.35)), "memory/peak_gib": 1.42,
+        "tokens/total": round(tokens), "packing/fill": tokens / (16 * 512), "packing/truncated_tokens": 0,
+        "data/skipped": int(step % 97 == 0),
+        "time/step_s": seconds, "time/data_wait_s": wait, "perf/tokens_per_s": tokens / seconds,
+        "perf/mfu": 0.31 * speed,
+        "optim/lr": 1e-3 * min(1, step / 20), "optim/grad_norm": abs(random.lognormal(-0.2, 0.35)),
+        "memory/peak_gib": 1.42,
     }  # fmt: skip
 
 
@@ -170,8 +179,8 @@ def _validation(record: dict[str, float]) -> dict[str, float]:
 def _ledger(steps: int) -> list[dict[str, Any]]:
     reasons = ["cannot identify image file", "caption is empty", "image file is truncated (12 bytes not processed)"]
     return [
-        {"time": _at(i), "step": i * steps // 70, "source": "gen_scenes" if i % 3 else "und_digits", "shard": f"scenes-{i % 4:06d}.tar", "key": f"{i:08d}",
-         "reason": reasons[i % 3]}
+        {"time": _at(i), "step": i * steps // 70, "source": "gen_scenes" if i % 3 else "und_digits",
+         "shard": f"scenes-{i % 4:06d}.tar", "key": f"{i:08d}", "reason": reasons[i % 3]}
         for i in range(62)
     ]  # fmt: skip
 

@@ -18,7 +18,8 @@ NAMES = ("embed", "vision", "layers.0", "layers.1", "norm", "head")
 def beat(rank: int, **values) -> Beat:
     """A rank in the forward pass of step 7 that has entered all of NAMES, idle for as long as it may be."""
     known = {
-        "attempt": "a", "rank": rank, "pid": 100 + rank, "host": f"host{rank // 8}", "beat": 5, "time": 0.0, "monotonic": 0.0, "step": 7,
+        "attempt": "a", "rank": rank, "pid": 100 + rank, "host": f"host{rank // 8}", "beat": 5, "time": 0.0,
+        "monotonic": 0.0, "step": 7,
         "phase": "forward", "micro_batch": 0, "trail": NAMES, "progress": 90, "idle_s": 300.0, "limit_s": 300.0,
     }  # fmt: skip
     values = {**known, **values}
@@ -65,8 +66,8 @@ def test_a_rank_whose_trail_only_ends_earlier_is_behind():
     found = ask([beat(0), beat(1, trail=NAMES[:3], frame="model/janus_pro.py:80 in forward"), beat(2)], 3)
     assert found.kind == "behind" and found.ranks == (1,)
     assert (
-        "rank(s) 1 are behind: step 7, forward, micro-batch 0, last module layers.0 (3 entered) [model/janus_pro.py:80 in forward]"
-        in found.text
+        "rank(s) 1 are behind: step 7, forward, micro-batch 0, last module layers.0 (3 entered) [model/janus_pro.py:80 "
+        "in forward]" in found.text
     )
     assert "rank(s) 0, 2 are at step 7" in found.text
 
@@ -120,8 +121,8 @@ def test_a_rank_without_data_is_named_with_row_document_and_worker():
     found = ask([beat(0, phase="the count of supervised tokens"), beat(1, phase=WAITING_FOR_DATA, awaited=awaited)], 2)
     assert found.error is DataError and found.ranks == (1,)
     assert (
-        "rank 1 has waited 300 s for row 5 of step 7 (first document: source 'text', shard t.tar, key 'k'): loader worker 9 is stopped"
-        in found.text
+        "rank 1 has waited 300 s for row 5 of step 7 (first document: source 'text', shard t.tar, key 'k'): "
+        "loader worker 9 is stopped" in found.text
     )
 
 

@@ -128,7 +128,8 @@ def watch():
 with flag.installed():
     threading.Thread(target=watch, daemon=True).start()  # the signal is delivered to this thread
     print("ready", flush=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop.STOP_SIGNALS)  # the main thread's handlers never run, as in a collective
+    # the main thread's handlers never run, as in a collective
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop.STOP_SIGNALS)
     time.sleep(60)
 """
 

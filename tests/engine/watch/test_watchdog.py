@@ -78,8 +78,8 @@ def test_an_unequal_module_sequence_that_gloo_does_not_see_is_named(nursery, fol
     done, event, run = planted(nursery, folder, "skip")
     assert done.codes == [1, 1]
     assert (
-        "rank 1 at step 3 micro-batch 0 entered model.language_model.norm where rank 0 entered model.language_model.layers.1.input_layernorm"
-        in event["reason"]
+        "rank 1 at step 3 micro-batch 0 entered model.language_model.norm where rank 0 entered "
+        "model.language_model.layers.1.input_layernorm" in event["reason"]
     )
     stacks = {path.name: path.read_text() for path in (run / "stacks").iterdir()}
     assert stacks.keys() == {"rank_0000_step_3.txt", "rank_0001_step_3.txt"}
@@ -245,7 +245,8 @@ def alone(
     cfg = tiny_run(Path("unused"), run_dir)
     cfg.engine.stall_timeout_s, cfg.engine.collective_timeout_s = stall_s, collective_s
     return Watchdog(
-        cfg, rank=rank, world=world, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told), end=ended.append
+        cfg, rank=rank, world=world, attempt="a", flag=SignalFlag(), report=lambda *told: reports.append(told),
+        end=ended.append
     )  # fmt: skip
 
 

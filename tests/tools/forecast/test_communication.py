@@ -13,15 +13,18 @@ from jp_train.tools.forecast.shapes import Parameter, Shapes
 from jp_train.tools.forecast.timing import leg_seconds
 
 SETTING = Setting(
-    world=16, size=2, checkpointing=True, hpz=1, reduce_bucket=1000, prefetch=0, max_live=10**9, max_reuse=0, persistent=0, chunk=64
+    world=16, size=2, checkpointing=True, hpz=1, reduce_bucket=1000, prefetch=0, max_live=10**9, max_reuse=0,
+    persistent=0, chunk=64
 )  # fmt: skip
 PARAMETERS = (
     Parameter("a.weight", "a", "language_model", 3000, True),
     Parameter("b.weight", "b", "vision_model", 1000, False),
 )
 SHAPES = Shapes(
-    width=8, intermediate=8, layers=1, heads=1, vocabulary=8, vision_width=8, vision_intermediate=8, vision_layers=1, vision_heads=1, image_size=16,
-    slots=1, codebook=8, code_width=8, vq_base_channels=8, vq_parameters=0, learns=frozenset({"language_model"}), parameters=PARAMETERS,
+    width=8, intermediate=8, layers=1, heads=1, vocabulary=8, vision_width=8, vision_intermediate=8, vision_layers=1,
+    vision_heads=1, image_size=16,
+    slots=1, codebook=8, code_width=8, vq_base_channels=8, vq_parameters=0, learns=frozenset({"language_model"}),
+    parameters=PARAMETERS,
 )  # fmt: skip
 REPLAYED = Replay(
     levels=[], forward=Traffic(elements=4000, fresh=3000, calls=2), backward=Traffic(elements=3000, fresh=0, calls=1)
