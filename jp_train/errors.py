@@ -1,7 +1,7 @@
 """The errors a user can meet. Each carries one message: what was found, what was expected, what to change.
 
-`EXIT_CODES` maps them to the exit status of `jp-train` (see DESIGN section 7), so that scripts and schedulers can tell
-a wrong config from a broken disk.
+`exit_code` of each class is the exit status of `jp-train` (docs/operations.md), so that scripts and schedulers can tell
+a wrong configuration from a broken disk.
 """
 
 

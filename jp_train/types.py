@@ -9,7 +9,7 @@ slots an image (576 in Janus-Pro); H, W pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -364,11 +364,3 @@ class SpecialTokens:
     boi: int
     eoi: int
     image_placeholder: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepMetrics:
-    """One optimizer step, reduced over all ranks; `values` uses the metrics.jsonl keys of DESIGN section 7."""
-
-    step: int
-    values: dict[str, float] = field(default_factory=dict)

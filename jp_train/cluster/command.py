@@ -1,6 +1,6 @@
 """The one command that starts all ranks: DeepSpeed's runner (on this host, or through pdsh), mpirun, or srun.
 
-What DeepSpeed's runner does silently is repaired here (DEEPSPEED.md section 7): a filter that leaves one remote host is
+What DeepSpeed's runner does silently is repaired here (docs/zero3.md, rule 8): a filter that leaves one remote host is
 not run locally, and arguments survive the remote shell. mpirun and srun are called directly, as DeepSpeed's own runners
 for them start ranks without RANK or without `-m`; whatever starts a rank, it starts `jp_train.cluster.rank`, which
 finds out the rank's number and keeps its log.

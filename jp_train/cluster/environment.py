@@ -93,7 +93,7 @@ def runner_environment(
     env = {**environ, LAUNCH_ID: launch_id}
     if local and not has_gpu():
         env.setdefault("DS_ACCELERATOR", "cpu")
-        # two ranks with two threads each on two busy cores are 20 times slower (FACTS.md)
+        # two ranks with two threads each on two busy cores are 20 times slower (docs/zero3.md, rule 9)
         env.setdefault("OMP_NUM_THREADS", "1")
     if local:
         return env

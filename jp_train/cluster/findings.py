@@ -48,11 +48,6 @@ class Report:
         """0, or that of LaunchError."""
         return 0 if self.ok else LaunchError.exit_code
 
-    def hosts_with_faults(self) -> list[str]:
-        """Hosts that have at least one, in hostfile order."""
-        named = {fault.host for fault in self.faults}
-        return [host for host in self.asked if host in named]
-
     def as_json(self) -> dict[str, Any]:
         """Everything, as one JSON-able object."""
         told = {"ok": self.ok, "seconds": round(self.seconds, 2)}

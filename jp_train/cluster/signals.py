@@ -3,8 +3,7 @@ jp_train.cluster.signals ID SIGNAL`.
 
 A launch marks all its processes by an environment variable, so that no other job of the same user is ever touched:
 DeepSpeed's own clean-up kills by the text of the command line, which every DeepSpeed job of that Python shares
-(DEEPSPEED.md section 7). Linux only (/proc). Standard library
-only: it starts in milliseconds on every host.
+(docs/zero3.md, rule 8). Linux only (/proc). Standard library only: it starts in milliseconds on every host.
 """
 
 from __future__ import annotations

@@ -52,7 +52,6 @@ from jp_train.types import (
     Kind,
     PackedBatch,
     Provenance,
-    Row,
     RowSpec,
     SkippedDocument,
     SourceInfo,
@@ -106,47 +105,6 @@ def describe_batch(
         )
         start = end
     return described
-
-
-def describe_row(
-    row: Row | PackedBatch,
-    tokenizer: Tokenizer | None = None,
-    *,
-    seq_len: int | None = None,
-    number: int = 0,
-    spec: RowSpec | None = None,
-) -> dict[str, Any]:
-    """One row, described; see the module's docstring.
-
-    `row`: a Row (give its `seq_len`), or a PackedBatch of one row (give its `number` within the step). `spec`: as in
-    `describe_batch`.
-    """
-    if isinstance(row, PackedBatch):
-        if row.rows != 1:
-            raise ValueError(f"expected a batch of one row, got {row.rows}: use describe_batch")
-        return describe_batch(row, tokenizer, first_row=number, specs=(spec,) if spec else ())[0]
-    if seq_len is None:
-        raise ValueError("a Row does not know data.seq_len: give it")
-    starts = np.concatenate([[0], np.cumsum([len(document) for document in row.documents])]).astype(np.int64)
-    inside = {
-        name: _joined([getattr(document, name) for document in row.documents])
-        for name in ("input_ids", *HEADS.values())
-    }
-    for name in ("und_slots", "gen_slots"):
-        inside[name] = _joined(
-            [getattr(document, name) + start for document, start in zip(row.documents, starts, strict=False)]
-        )
-    return _described(
-        inside,
-        row.provenance,
-        row.skipped,
-        spec,
-        step=row.step + 1,
-        row=row.row,
-        seq_len=seq_len,
-        truncated=row.truncated_tokens,
-        tokenizer=tokenizer,
-    )
 
 
 def _described(
@@ -226,10 +184,6 @@ def _spans(positions: np.ndarray) -> list[list[int]]:
     breaks = np.flatnonzero(np.diff(positions) != 1)
     firsts, lasts = positions[np.concatenate([[0], breaks + 1])], positions[np.concatenate([breaks, [-1]])]
     return [[int(first), int(last) + 1] for first, last in zip(firsts, lasts, strict=True)]
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
 # -- a micro-batch as a file -----------------------------------------------------------------------

@@ -177,7 +177,7 @@ class Encoder:
         if kind is Kind.GENERATION:
             return self._length(self._layouts.generation([])) + sum(self._condition_markers())
         if kind is Kind.UNDERSTANDING:
-            ids = self._ids(self._layouts.question_prompt("", self.template, image=True))
+            ids = self._ids(self._layouts.question_prompt("", self.template))
             return ids.index(self.tokenizer.special.boi) + 1 + self.image_slots + 1
         return 0
 
@@ -384,11 +384,7 @@ class Encoder:
         The S image slots hold the image_placeholder id. An empty question asks for a caption, as a captioned sample
         does.
         """
-        return self._ids(self._layouts.question_prompt(question, self._template(template), image=True))
-
-    def text_prompt_ids(self, question: str, template: Template | str | None = None) -> list[int]:
-        """The ids of a question without a picture, ending where the answer starts."""
-        return self._ids(self._layouts.question_prompt(question, self._template(template), image=False))
+        return self._ids(self._layouts.question_prompt(question, self._template(template)))
 
     def _template(self, template: Template | str | None) -> Template:
         return self.template if template is None else Template(template)
@@ -430,18 +426,3 @@ def kind_of(sample: Sample) -> Kind:
     if isinstance(sample, TextSample):
         return Kind.TEXT
     return Kind.UNDERSTANDING if isinstance(sample, UnderstandingSample) else Kind.GENERATION
-
-
-def cut_text(document: EncodedDocument, start: int, length: int) -> EncodedDocument:
-    """Tokens [start, start + length) of a text document; the label at the cut still names the token after it, so
-    none is lost."""
-    span = slice(start, start + length)
-    return EncodedDocument(
-        info=document.info,
-        kind=document.kind,
-        input_ids=document.input_ids[span],
-        labels=document.labels[span],
-        gen_labels=document.gen_labels[span],
-        und_slots=document.und_slots,
-        gen_slots=document.gen_slots,
-    )

@@ -107,9 +107,9 @@ class Layouts:
         """What the image tokens are sampled after."""
         return [(self._special.bos, READ), *condition, (self._special.boi, READ)]
 
-    def question_prompt(self, question: str, template: Template, *, image: bool) -> list[Part]:
-        """A document up to where its answer starts."""
-        return self._dialogue((Turn(question=question, answer=""),), template, image=image, prompt=True)
+    def question_prompt(self, question: str, template: Template) -> list[Part]:
+        """An understanding document up to where its answer starts."""
+        return self._dialogue((Turn(question=question, answer=""),), template, image=True, prompt=True)
 
     def _condition_tail(self) -> list[str | int]:
         return ["\n\n", self._assistant, ": " if self._data.space_before_boi else ":"]

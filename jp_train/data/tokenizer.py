@@ -70,7 +70,6 @@ class Tokenizer(ABC):
         reserved.update({string: ids[name] for name, string in strings.items()}, **self._roles)
         self._reserved_ids = frozenset(reserved.values())
         self._reserved_pattern = re.compile("|".join(re.escape(s) for s in sorted(reserved, key=len, reverse=True)))
-        self._role_pattern = re.compile("|".join(re.escape(role) for role in self._roles)) if self._roles else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added, and none can appear, whatever the text says."""
@@ -99,17 +98,6 @@ class Tokenizer(ABC):
             if not self._reserved_ids.isdisjoint(ids):
                 found[number] = self.encode(texts[number])
         return found
-
-    def encode_template(self, text: str) -> list[int]:
-        """Like `encode`, for text of ours: role markers become their single ids (where the vocabulary has them as
-        single tokens)."""
-        if self._role_pattern is None:
-            return self.encode(text)
-        ids, start = [], 0
-        for match in self._role_pattern.finditer(text):
-            ids += [*self.encode(text[start : match.start()]), self._roles[match.group()]]
-            start = match.end()
-        return ids + self.encode(text[start:])
 
     def role(self, marker: str) -> int | str:
         """The id of a role marker, or the marker itself where it is ordinary text (the predecessor's `User`)."""

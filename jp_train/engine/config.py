@@ -1,6 +1,6 @@
 """The DeepSpeed JSON, generated: every value in it has one owner, the run's configuration.
 
-Three settings are there for exactness and were measured (DEEPSPEED.md section 4): gradients travel and accumulate in
+Three settings are there for exactness and were measured (docs/zero3.md, rule 4): gradients travel and accumulate in
 fp32 (`communication_data_type` and `data_types.grad_accum_dtype` together bring the error of a bf16 accumulation of 16
 micro-batches from 3.5e-3 to 2e-11), and the optimizer is torch's own AdamW on fp32 master weights.
 """

@@ -2,7 +2,7 @@
 engine.
 
 The order matters under ZeRO-3 and is spelt out in `build_engine`: construct partitioned, load weights group by group
-from rank 0, set what is trainable, only then initialise the engine (DEEPSPEED.md section 2).
+from rank 0, set what is trainable, only then initialise the engine (docs/zero3.md, rule 3).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 before the first backward.
 
 So the update does not depend on how rows are spread over ranks and accumulation steps (a mean per micro-batch is off by
-9% in gradient norm on unequal rows, DEEPSPEED.md section 4).
+9% in gradient norm on unequal rows: docs/zero3.md, rule 4).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ part.
 
 `requires_grad` says what should be trained; this says what was. A frozen parameter that some code writes to, or a
 trainable one that a branch of the model skips, trains on without an error, and under ZeRO-3 a skipped one is even moved
-by stale gradients (DEEPSPEED.md section 1).
+by stale gradients (docs/zero3.md, rule 2).
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class UpdateGate:
     def end_step(self) -> UpdateDecision:
         """The decision about the step whose `engine.step` has just run. After a skipped one the gradient buffers are
         cleared: ZeRO-3 adds to them, or applies them again, for a parameter that the next step does not reach
-        (DEEPSPEED.md section 1)."""
+        (docs/zero3.md, rule 2)."""
         assert self.decision is not None, (
             "engine.step did not reach the update: the step's micro-batches and gradient accumulation differ"
         )

@@ -38,12 +38,6 @@ def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
     return counts
 
 
-def trainable_count(cfg: ModelConfig, trainable: Iterable[str]) -> int:
-    """Elements that learn when ``trainable`` modules do."""
-    counts = parameter_counts(cfg)
-    return sum(counts[name] for name in trainable)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchStatistics:
     """What a step's arithmetic depends on.  Sums over the micro-batches (and ranks) of the step."""

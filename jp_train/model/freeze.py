@@ -40,14 +40,6 @@ class FreezeReport:
     trainable_names: tuple[str, ...]
     frozen_names: tuple[str, ...]
 
-    @property
-    def trainable_elements(self) -> int:
-        return sum(self.trainable.values())
-
-    @property
-    def frozen_elements(self) -> int:
-        return sum(self.frozen.values())
-
     def describe(self) -> str:
         """One line for the log."""
 

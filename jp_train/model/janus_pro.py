@@ -3,15 +3,13 @@
 State-dict names are exactly those of ``transformers.JanusForConditionalGeneration`` (prefix: none), without
 ``model.vqmodel.*``: the VQ tokenizer is a plain module outside (``vq.py``), because it is never trained.
 
-Two rules of DeepSpeed ZeRO-3 shape the forward pass (DEEPSPEED.md, section 1):
-every module is called exactly once per micro-batch, in the same order, on every rank; and every trainable parameter
-takes
-part in every micro-batch.  So a missing picture of a kind is replaced by one constant dummy whose features enter the
-                            INPUT EMBEDDINGS
-times zero (there, not in the loss: with a frozen LLM a text-only rank would otherwise have no backward pass through
-it), and each head is always called on at least one position.
+Two rules of DeepSpeed ZeRO-3 shape the forward pass (docs/zero3.md, rules 1 and 2): every module is called exactly once
+per micro-batch, in the same order, on every rank; and every trainable parameter takes part in every micro-batch. So a
+missing image of a kind is replaced by one constant dummy whose features enter the input embeddings times zero (there,
+not in the loss: with a frozen LLM a text-only rank would otherwise have no backward pass through it), and each head is
+always called on at least one position.
 
-Shapes: T tokens of a micro-batch, d hidden width, U/G understanding/generation pictures, S slots a picture, V text
+Shapes: T tokens of a micro-batch, d hidden width, U/G understanding/generation images, S slots per image, V text
 vocabulary.
 """
 
@@ -212,14 +210,6 @@ class JanusPro(nn.Module):
             yield
         finally:
             config._attn_implementation = PACKED_ATTENTION
-
-    def text_logits(self, batch: PackedBatch) -> torch.Tensor:
-        """The text head's logits ``[T, V]`` at every position (for tests and tools: training never builds them)."""
-        return self.lm_head(self.hidden_states(batch))
-
-    def image_logits(self, batch: PackedBatch) -> torch.Tensor:
-        """The image head's logits ``[T, codebook_size]`` at every position (for tests and tools)."""
-        return self.model.generation_head(self.hidden_states(batch))
 
 
 def _place(embeddings: torch.Tensor, slots: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:

@@ -167,8 +167,8 @@ def read_run(path: Path, *, label: str | None = None) -> RunData:
 
 
 def checkpoint_names(run_dir: Path) -> tuple[str, ...]:
-    """Complete checkpoints of a run, oldest first. Half-written ones lie beside under another name (DESIGN section
-    6)."""
+    """Complete checkpoints of a run, oldest first. Half-written ones lie beside under another name
+    (docs/checkpoints.md)."""
     folder = Path(run_dir) / "checkpoints"
     if not folder.is_dir():
         return ()

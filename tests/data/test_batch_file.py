@@ -14,7 +14,7 @@ import torch
 import jp_train.data.plan as plan_module
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import SourceConfig, SourceKind, TokenizerConfig
-from jp_train.data.batch_file import describe_batch, describe_row, load_batch, save_batch, sidecar_of
+from jp_train.data.batch_file import describe_batch, load_batch, save_batch, sidecar_of
 from jp_train.data.batch_text import Shown, pieces, printable, snippet
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, rows_hash
@@ -137,17 +137,14 @@ def test_skipped_documents_are_described_in_the_row_whose_place_they_leave_empty
     assert found >= 2
 
 
-def test_a_row_a_batch_of_it_and_a_batch_with_others_are_described_alike(damaged, tokenizer):
+def test_a_row_alone_in_a_batch_and_beside_others_is_described_alike(damaged, tokenizer):
     with Replay(damaged) as replay:
         for micro in replay.micro_batches(2):
             together = describe_batch(micro.batch, tokenizer, first_row=micro.first_row, specs=micro.specs)
             for number, (row, spec) in enumerate(zip(micro.rows, micro.specs, strict=True)):
                 alone = replay._collator([row])
-                assert describe_row(row, tokenizer, seq_len=damaged.data.seq_len, spec=spec) == together[number]
-                assert describe_row(alone, tokenizer, number=row.row, spec=spec) == together[number]
+                assert describe_batch(alone, tokenizer, first_row=row.row, specs=(spec,)) == [together[number]]
                 assert json.loads(json.dumps(together[number])) == together[number]
-            with pytest.raises(ValueError, match="describe_batch"):
-                describe_row(micro.batch)
 
 
 def test_totals_are_the_sums_of_the_batches(damaged, tokenizer):

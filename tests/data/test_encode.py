@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jp_train.config.schema import Crop, ImageEnd, PadDropoutForm, Template
-from jp_train.data.encode import Encoder, cut_text
+from jp_train.data.encode import Encoder
 from jp_train.data.image import load_generation_image, load_understanding_image
 from jp_train.data.permute import document_uniform
 from jp_train.errors import ConfigError, DataError, SkipSample
@@ -280,13 +280,6 @@ def test_truncation_of_an_answer_keeps_the_image_and_wants_something_to_learn(en
     assert encoder.min_tokens(Kind.UNDERSTANDING) == SLOTS + 6
 
 
-def test_spans_of_a_cut_text_lose_no_token_and_no_label(encoder_for):
-    document = encoder_for(S2).encode(TextSample(info=INFO, text="abcdefgh"), source="s")
-    parts = [cut_text(document, start, length) for start, length in ((0, 4), (4, 3), (7, 3))]
-    np.testing.assert_array_equal(np.concatenate([part.input_ids for part in parts]), document.input_ids)
-    np.testing.assert_array_equal(np.concatenate([part.labels for part in parts]), document.labels)
-
-
 def test_a_length_that_differs_from_the_index_stops_the_run(encoder_for):
     encoder = encoder_for(S2)
     with pytest.raises(DataError, match="stale index.*'k'.*its index says 9"):
@@ -305,7 +298,6 @@ def test_inference_prompts_are_prefixes_of_the_training_documents(encoder_for, t
     unconditional = encoder_for(template, pad_dropout=1.0)
     document = unconditional.encode(generation(), source="s").input_ids.tolist()
     assert document[: len(prompt)] == unconditional.unconditional_prompt_ids("cat", template)
-    assert text_of(encoder.text_prompt_ids("who?", S3)) == "^U: who?\n\nA:"
 
 
 def test_a_caption_prompt_is_asked_as_captions_are_in_training(encoder_for):

@@ -98,7 +98,7 @@ def test_user_defined_special_pieces_of_sentencepiece_are_no_door_either(tmp_pat
 def test_role_markers_are_single_ids_in_templates_only(any_tokenizer):
     cfg = any_tokenizer.cfg
     user = any_tokenizer.role(cfg.user)
-    assert any_tokenizer.encode_template(f"{cfg.user}: hi") == [user, *any_tokenizer.encode(": hi")]
+    assert isinstance(user, int) and any_tokenizer.decode([user]) == ""
     assert user not in any_tokenizer.encode(f"{cfg.user}: hi")
 
 
@@ -106,7 +106,6 @@ def test_the_predecessors_plain_roles_are_ordinary_text(hugging_face_config, tok
     for base in (hugging_face_config, tokenizer_config):
         tokenizer = load_tokenizer(dataclasses.replace(base, user="User", assistant="Assistant"))
         assert tokenizer.role("User") == "User"
-        assert tokenizer.encode_template("User: a") == tokenizer.encode("User: a")
 
 
 @pytest.mark.parametrize("name", SPECIAL_NAMES)

@@ -74,8 +74,10 @@ def test_packed_logits_of_both_heads_equal_transformers_run_one_document_at_a_ti
     with torch.no_grad():
         batch = pack(docs)
         hidden = torch.cat([reference_hidden(reference, doc) for doc in docs])
-        assert (model.text_logits(batch) - reference.lm_head(hidden)).abs().max() <= 1e-4
-        assert (model.image_logits(batch) - reference.model.generation_head(hidden)).abs().max() <= 1e-4
+        assert (model.lm_head(model.hidden_states(batch)) - reference.lm_head(hidden)).abs().max() <= 1e-4
+        assert (
+            model.model.generation_head(model.hidden_states(batch)) - reference.model.generation_head(hidden)
+        ).abs().max() <= 1e-4
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def test_understanding_documents_equal_the_full_forward_of_transformers() -> Non
         reference(input_ids=torch.tensor([d.ids]), pixel_values=(d.image[None].float() / 255 - 0.5) / 0.5).logits[0]
         for d in docs
     ]
-    assert (model.text_logits(pack(docs)) - torch.cat(expected)).abs().max() <= 1e-4
+    assert (model.lm_head(model.hidden_states(pack(docs))) - torch.cat(expected)).abs().max() <= 1e-4
 
 
 def test_loss_terms_equal_a_plain_cross_entropy_of_each_document() -> None:
@@ -229,7 +231,7 @@ def test_a_dummy_changes_no_loss() -> None:
     docs = random_docs(7, [Kind.TEXT])
     model = tiny_model()
     expected = model.lm_head(reference_hidden(as_transformers(model), docs[0]))
-    assert (model.text_logits(pack(docs)) - expected).abs().max() <= 1e-4
+    assert (model.lm_head(model.hidden_states(pack(docs))) - expected).abs().max() <= 1e-4
 
 
 def test_a_whole_row_is_one_segment_with_causal_packing() -> None:
@@ -245,7 +247,7 @@ def test_a_whole_row_is_one_segment_with_causal_packing() -> None:
     whole = replace(
         pack(docs), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), max_seqlen=9, position_ids=torch.arange(9)
     )
-    assert torch.equal(model.text_logits(whole), model.text_logits(pack([joined])))
+    assert torch.equal(model.lm_head(model.hidden_states(whole)), model.lm_head(model.hidden_states(pack([joined]))))
 
 
 def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:

@@ -87,7 +87,9 @@ def test_transformers_loads_an_export_without_missing_or_unexpected_keys(tmp_pat
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     doc = random_docs(1, [Kind.TEXT])
     with torch.no_grad():
-        assert (loaded.eval()(torch.tensor([doc[0].ids])).logits[0] - model.text_logits(pack(doc))).abs().max() < 1e-4
+        assert (
+            loaded.eval()(torch.tensor([doc[0].ids])).logits[0] - model.lm_head(model.hidden_states(pack(doc)))
+        ).abs().max() < 1e-4
 
 
 def test_transformers_encodes_the_same_vq_ids_from_an_export(tmp_path: Path) -> None:
@@ -437,7 +439,9 @@ def test_a_stage_starts_from_a_llama_a_siglip_and_a_vq_file(tmp_path: Path) -> N
     image = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
     pixels = (image.float() / 255 - 0.5) / 0.5
     with torch.no_grad():
-        assert (model.text_logits(pack(doc)) - llama(torch.tensor([doc[0].ids])).logits[0]).abs().max() < 1e-5
+        assert (
+            model.lm_head(model.hidden_states(pack(doc))) - llama(torch.tensor([doc[0].ids])).logits[0]
+        ).abs().max() < 1e-5
         ours = model.model.vision_model(pixels).last_hidden_state
         assert (ours - siglip(pixels).last_hidden_state).abs().max() < 1e-4
     assert vq.fingerprint() == source_vq.fingerprint()

@@ -67,7 +67,7 @@ def image_logits_without_cache(model: InferenceModel, prompt: list[int], codes: 
     doc = gen_doc(prompt[1:-1], [*codes, *[0] * (SLOTS - len(codes))])
     doc.ids[: len(prompt)] = prompt
     with torch.no_grad():
-        return model.janus.image_logits(pack([doc]))[len(prompt) - 1 + len(codes)]
+        return model.janus.model.generation_head(model.janus.hidden_states(pack([doc])))[len(prompt) - 1 + len(codes)]
 
 
 def sampled_without_cache(
@@ -149,7 +149,7 @@ def greedy_without_cache(model: InferenceModel, pixels: np.ndarray, question: st
         ignored = [-100] * len(ids)
         doc = Doc(Kind.UNDERSTANDING, ids, ignored, ignored, slots, image=torch.from_numpy(pixels))
         with torch.no_grad():
-            token = int(model.janus.text_logits(pack([doc]))[-1].argmax())
+            token = int(model.janus.lm_head(model.janus.hidden_states(pack([doc])))[-1].argmax())
         if token == special.eos:
             break
         written.append(token)
@@ -229,7 +229,7 @@ def test_transformers_own_generate_makes_the_same_picture_from_an_export(model: 
 
 def test_packed_training_works_again_after_generation(model: InferenceModel) -> None:
     generate_image_ids(model, PROMPTS[:1])
-    model.janus.text_logits(pack([gen_doc([9], [1, 2, 3, 4])]))
+    model.janus.lm_head(model.janus.hidden_states(pack([gen_doc([9], [1, 2, 3, 4])])))
 
 
 def test_a_folder_without_a_model_names_the_cause(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class SignalFlag:
     exits at once.
 
     A save inside the handler would deadlock: the DeepSpeed launcher signals rank k + 1 only after rank k has exited
-    (DEEPSPEED.md section 7). Python's handlers wait while the main thread is inside a collective or a system call, so
+    (docs/zero3.md, rule 8). Python's handlers wait while the main thread is inside a collective or a system call, so
     signals are also written to a pipe, which `must_exit` reads in the watchdog's thread.
 
     `exit_hook` is called with the exit status before a second signal ends the process, `end` ends it. The words have
