@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from jp_train.config.schema import Crop, RunConfig, SourceConfig, TokenIds
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import excluded_samples, with_exclusions
-from jp_train.data.processes import end_with_trainer, kill_workers, signals_deferred, worker_context
+from jp_train.data.processes import ordered_results
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import parse_sample
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
@@ -168,7 +167,7 @@ def index_sources(
             else:
                 stale.append(_Task(name=name, source=source, shard=shard, fingerprint=prints[name]))
                 without_ids += with_ids and load_tokens(shard, prints[name]) is not None and has_members(shard)
-    _build(stale, cfg, tokenizer, encoder, reader, processes, progress, without_ids)
+    _build(stale, cfg, encoder, reader, processes, progress, without_ids)
     reader.close()
     return [_assemble(name, source, shards[name], prints[name], loaded, with_ids) for name, source in sources.items()]
 
@@ -271,63 +270,41 @@ class _Task:
 def _build(
     tasks: Sequence[_Task],
     cfg: RunConfig,
-    tokenizer: Tokenizer,
     encoder: Encoder,
     reader: ShardReader,
     processes: int,
     progress: Callable[[IndexProgress], None] | None,
     without_ids: int,
 ) -> None:
-    total = sum(task.shard.size for task in tasks)
-    done = samples = bytes_done = 0
-
-    def tell() -> None:
-        if progress is not None and tasks:
-            at = IndexProgress(
-                shards_done=done,
-                shards=len(tasks),
-                samples=samples,
-                bytes_done=bytes_done,
-                bytes=total,
-                without_ids=without_ids,
-            )
-            progress(at)
-
-    def report(task: _Task, count: int) -> None:
-        nonlocal done, samples, bytes_done
-        done, samples, bytes_done = done + 1, samples + count, bytes_done + task.shard.size
-        tell()
-
-    tell()
-    if processes <= 1 or len(tasks) < 2 or total < SMALL_BYTES:
-        for task in tasks:
-            report(task, _run(task, cfg, encoder, reader))
+    """Write the sidecars of every task, the largest shards first."""
+    if not tasks:
         return
-    with signals_deferred():
-        pool = ProcessPoolExecutor(
-            min(processes, len(tasks)),
-            mp_context=worker_context(),
-            initializer=_start_worker,
-            initargs=(cfg, tokenizer),
-        )
-        pending = {pool.submit(_run_in_worker, task): task for task in sorted(tasks, key=lambda task: -task.shard.size)}
-    try:
-        while pending:
-            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in finished:
-                task = pending.pop(future)
-                try:
-                    report(task, future.result())
-                except BrokenProcessPool as error:
-                    raise DataError(
-                        f"an indexing process died near shard {task.shard.path} (out of memory?); try fewer processes, or 1 to "
-                        f"see the cause"
-                    ) from error
-    except BaseException:
-        kill_workers(pool)
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    total = sum(task.shard.size for task in tasks)
+    samples = bytes_done = 0
+
+    def report(shards_done: int) -> None:
+        if progress is not None:
+            progress(
+                IndexProgress(
+                    shards_done=shards_done,
+                    shards=len(tasks),
+                    samples=samples,
+                    bytes_done=bytes_done,
+                    bytes=total,
+                    without_ids=without_ids,
+                )
+            )
+
+    report(0)
+    with ordered_results(
+        sorted(tasks, key=lambda task: -task.shard.size),
+        partial(_run, cfg=cfg, encoder=encoder, reader=reader),
+        1 if total < SMALL_BYTES else min(processes, len(tasks)),
+        describe=lambda task: f"shard {task.shard.path}",
+    ) as results:
+        for number, (task, count) in enumerate(results, start=1):
+            samples, bytes_done = samples + count, bytes_done + task.shard.size
+            report(number)
 
 
 def _run(task: _Task, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> int:
@@ -342,20 +319,6 @@ def _run(task: _Task, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> 
         with_ids=cfg.data.token_ids is not TokenIds.off,
     )
     return len(tokens)
-
-
-_worker: tuple[RunConfig, Encoder, ShardReader] | None = None
-
-
-def _start_worker(cfg: RunConfig, tokenizer: Tokenizer) -> None:
-    global _worker
-    end_with_trainer()
-    _worker = (cfg, Encoder(cfg, tokenizer), ShardReader(cfg.data.io_retries))
-
-
-def _run_in_worker(task: _Task) -> int:
-    assert _worker is not None
-    return _run(task, *_worker)
 
 
 def _assemble(

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.processes import ordered_results
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import printable
-from jp_train.tools.importers.entries import Chunk, Listing, Reader
+from jp_train.tools.importers.entries import Listing, Reader
 from jp_train.tools.importers.files import refuse_own_output
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
 from jp_train.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
@@ -29,8 +26,6 @@ thousand bad entries."""
 
 _FEW = 8
 """Fewer chunks than this are done without starting processes, which takes seconds."""
-_AHEAD = 3
-"""Chunks that wait or are worked on, per process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +102,16 @@ def import_source(
         )
         start = min(one.end for one in manifest.outputs.values())
         chunks = (chunk for chunk in listing.chunks() if chunk.first + chunk.count > start)
-        with _Sink(manifest, settings) as sink:
+        work = ordered_results(
+            chunks,
+            partial(make_chunk, rules=rules),
+            settings.processes,
+            describe=lambda chunk: f"entry {chunk.first:,}",
+            at_least=_FEW,
+        )
+        with _Sink(manifest, settings) as sink, work as results:
             first = None
-            for chunk, made in _work(chunks, rules, settings.processes):
+            for chunk, made in results:
                 sink.take(made)
                 first = chunk.done if first is None else first
                 if progress is not None:
@@ -240,54 +242,6 @@ class _Sink:
         state.end = self._next
         self._log.sync(self._next)
         self._manifest.store(self._settings.out)
-
-
-def _work(chunks: Iterable[Chunk], rules: SampleRules, processes: int) -> Iterator[tuple[Chunk, list[Made]]]:
-    """The samples of every chunk, in the chunks' order, made by `processes` processes (1: this one)."""
-    source = iter(chunks)
-    begin = list(islice(source, 1 if processes <= 1 else _FEW))
-    if processes <= 1 or len(begin) < _FEW:
-        for chunk in chain(begin, source):
-            yield chunk, make_chunk(chunk, rules)
-        return
-    source = chain(begin, source)
-    with signals_deferred():
-        pool = ProcessPoolExecutor(processes, mp_context=worker_context(), initializer=_start_worker, initargs=(rules,))
-    waiting: deque[tuple[Chunk, Future]] = deque()
-    try:
-        while True:
-            while len(waiting) < processes * _AHEAD and (chunk := next(source, None)) is not None:
-                with signals_deferred():  # the pool starts its processes as work comes in
-                    future = pool.submit(_run_in_worker, chunk)
-                # The payload is in the future now; what waits here needs only the numbers.
-                waiting.append((Chunk(first=chunk.first, count=chunk.count, payload=None, done=chunk.done), future))
-            if not waiting:
-                return
-            chunk, future = waiting.popleft()
-            try:
-                made = future.result()
-            except BrokenProcessPool as error:
-                raise DataError(
-                    f"an import process died near entry {chunk.first:,} (out of memory?); try fewer --processes, or 1 to see the cause. "
-                    "The same command resumes"
-                ) from error
-            yield chunk, made
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_rules: SampleRules | None = None
-
-
-def _start_worker(rules: SampleRules) -> None:
-    global _rules
-    end_with_trainer()
-    _rules = rules
-
-
-def _run_in_worker(chunk: Chunk) -> list[Made]:
-    assert _rules is not None
-    return make_chunk(chunk, _rules)
 
 
 def _options(reader: Reader, settings: ImportSettings) -> dict[str, Any]:

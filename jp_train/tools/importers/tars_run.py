@@ -7,13 +7,11 @@ sidecars make it quick.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from jp_train.data.processes import end_with_trainer, signals_deferred, worker_context
+from jp_train.data.processes import ordered_results
 from jp_train.data.writer import WrittenShard
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.manifest import (
@@ -62,8 +60,15 @@ def import_tars(
             return manifest
         state = manifest.outputs[MAIN]
         start = state.end
-        with contextlib.closing(SkipLog(out, manifest)) as log:
-            for number, checked in _work(found, out, kind, start, processes):
+        numbers = range(start, len(found.names))
+        work = ordered_results(
+            numbers,
+            partial(_run, found=found, out=out, kind=kind),
+            min(processes, len(numbers)),
+            describe=lambda number: found.names[number],
+        )
+        with contextlib.closing(SkipLog(out, manifest)) as log, work as results:
+            for number, checked in results:
                 name = found.names[number]
                 for key, reason, message in checked.bad:
                     log.write(shard=name, name=f"{name}: {key}", reason=reason, message=message)
@@ -130,35 +135,6 @@ def _resumed(new: Manifest, found: TarSource, out: Path) -> Manifest:
 def usable_samples(manifest: Manifest) -> int:
     """Samples of the tars less those that the loader would refuse."""
     return manifest.counts["entries"] - sum(manifest.skipped.values())
-
-
-def _work(found: TarSource, out: Path, kind: Kind, start: int, processes: int) -> Iterator[tuple[int, CheckedTar]]:
-    numbers = range(start, len(found.names))
-    if processes <= 1 or len(numbers) < 2:
-        for number in numbers:
-            yield number, _run(number, found, out, kind)
-        return
-    others = set(multiprocessing.active_children())
-    with signals_deferred():
-        pool = ProcessPoolExecutor(
-            min(processes, len(numbers)), mp_context=worker_context(), initializer=end_with_trainer
-        )
-        futures = [pool.submit(_run, number, found, out, kind) for number in numbers]
-    workers = set(multiprocessing.active_children()) - others
-    try:
-        for number, future in zip(numbers, futures, strict=True):
-            try:
-                yield number, future.result()
-            except BrokenProcessPool as error:
-                raise DataError(
-                    f"an import process died near {found.names[number]} (out of memory?); try fewer --processes"
-                ) from error
-    except (KeyboardInterrupt, GeneratorExit):  # a person does not wait for gigabytes that are thrown away
-        for worker in workers:
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _run(number: int, found: TarSource, out: Path, kind: Kind) -> CheckedTar:

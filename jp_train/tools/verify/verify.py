@@ -8,29 +8,27 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from jp_train.config.schema import RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import Excluded, known_exclusions, store_exclusions
-from jp_train.data.processes import end_with_trainer, kill_workers, signals_deferred, worker_context
+from jp_train.data.processes import DeadWorkerError, ordered_results, worker_context
 from jp_train.data.shards import Shard, ShardReader, expand_shards
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 from jp_train.errors import ConfigError, DataError
+from jp_train.terminal import ProgressLine
 from jp_train.tools.verify.report import Report, format_report, write_report
 from jp_train.tools.verify.shard import UNREADABLE, Fault, ShardReport, VerifyTask, verify_shard
 from jp_train.types import Kind
 
 EXIT_CLEAN, EXIT_FAULTS = 0, 3
 DIED = "process_died"
-
-_TICK_S = 0.5
-_SHARE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +78,7 @@ def verify_sources(
     if not sources:
         raise ConfigError("the config has no data.sources: name a recipe, or list sources under data.sources")
     started = time.monotonic()
-    Encoder(cfg, tokenizer)  # a wrong tokenizer is an error of the configuration, not of every shard
+    encoder = Encoder(cfg, tokenizer)  # a wrong tokenizer is an error of the configuration, not of every shard
     tasks: list[VerifyTask] = []
     unreachable: list[Fault] = []
     for name, source in sources.items():
@@ -92,7 +90,7 @@ def verify_sources(
         for task in tasks
         for key in known_exclusions(task.shard, Kind(task.config.kind.value))
     }
-    reports = _run_all(tasks, cfg, tokenizer, max(1, options.processes), _ProgressLine(progress, tasks))
+    reports = _verify_all(tasks, cfg, encoder, options.processes, progress)
     report = Report(
         sources={name: source.kind.value for name, source in sources.items()},
         shards=reports,
@@ -165,31 +163,48 @@ def _exclude(
     return new, files
 
 
-def _run_all(
-    tasks: Sequence[VerifyTask], cfg: RunConfig, tokenizer: Tokenizer, processes: int, progress: _ProgressLine
+def _verify_all(
+    tasks: Sequence[VerifyTask], cfg: RunConfig, encoder: Encoder, processes: int, stream: TextIO | None
 ) -> list[ShardReport]:
     """The report of each task, in their order. After a process died, what is left runs in a process per shard, so
-    that the one that kills it is known."""
-    if processes == 1 or len(tasks) < 2:
-        reader, encoder = ShardReader(cfg.data.io_retries), Encoder(cfg, tokenizer)
-        reports = []
-        for task in tasks:
-            began, done = progress.bytes, progress.samples
+    that the shard that kills it is known."""
+    reports: dict[int, ShardReport] = {}
+    reader = ShardReader(cfg.data.io_retries)
 
-            def moved(samples: int, at: int, began: int = began, done: int = done) -> None:
-                progress.show(done + samples, began + at)
+    def run(numbers: Sequence[int], processes: int, at_least: int) -> None:
+        progress = _Progress(stream, tasks, list(reports.values()))
+        with ordered_results(
+            [tasks[number] for number in numbers],
+            partial(_verify, cfg=cfg, encoder=encoder, reader=reader, progress=progress),
+            processes,
+            describe=lambda task: f"shard {task.shard.path}",
+            at_least=at_least,
+            waiting=progress.show,
+        ) as results:
+            for number, (_, report) in zip(numbers, results, strict=True):
+                reports[number] = report
+                progress.shards += 1
+                progress.show()
 
-            reports.append(verify_shard(task, cfg, encoder, reader, moved))
-            progress.finished(task, reports[-1], began, done)
-        reader.close()
-        return reports
-    found: dict[int, ShardReport] = {}
-    for number, report in _in_processes(dict(enumerate(tasks)), cfg, tokenizer, processes, progress):
-        found[number] = report
-    for number in sorted(set(range(len(tasks))) - found.keys()):
-        alone = dict(_in_processes({number: tasks[number]}, cfg, tokenizer, 1, progress))
-        found[number] = alone.get(number) or _died(tasks[number])
-    return [found[number] for number in range(len(tasks))]
+    largest_first = sorted(range(len(tasks)), key=lambda number: -tasks[number].shard.size)
+    try:
+        run(largest_first, min(processes, len(tasks)), at_least=2)
+    except DeadWorkerError:
+        for number in largest_first[len(reports) :]:
+            with suppress(DeadWorkerError):
+                run([number], 2, at_least=1)
+            reports.setdefault(number, _died(tasks[number]))
+    reader.close()
+    return [reports[number] for number in range(len(tasks))]
+
+
+def _verify(
+    task: VerifyTask, *, cfg: RunConfig, encoder: Encoder, reader: ShardReader, progress: _Progress
+) -> ShardReport:
+    moved = progress.of_shard()
+    report = verify_shard(task, cfg, encoder, reader, moved)
+    moved(report.samples, task.shard.size)
+    return report
 
 
 def _died(task: VerifyTask) -> ShardReport:
@@ -201,99 +216,37 @@ def _died(task: VerifyTask) -> ShardReport:
     return report
 
 
-def _in_processes(
-    tasks: dict[int, VerifyTask], cfg: RunConfig, tokenizer: Tokenizer, processes: int, progress: _ProgressLine
-) -> Iterator[tuple[int, ShardReport]]:
-    """(number, report) of the tasks as they finish; those that a dying process took with it are missing."""
-    context = worker_context()
-    with signals_deferred():
-        samples, read = context.Value("q", 0), context.Value("q", 0)
-        pool = ProcessPoolExecutor(
-            min(processes, len(tasks)),
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(cfg, tokenizer, samples, read),
-        )
-        largest_first = sorted(tasks, key=lambda number: -tasks[number].shard.size)
-        pending: dict[Future[ShardReport], int] = {
-            pool.submit(_run_in_worker, tasks[number]): number for number in largest_first
-        }
-    try:
-        while pending:
-            finished, _ = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)
-            for future in finished:
-                number = pending.pop(future)
-                try:
-                    report = future.result()
-                except BrokenProcessPool:
-                    continue
-                progress.shards += 1
-                yield number, report
-            progress.show(samples.value, read.value)
-    except BaseException:
-        kill_workers(pool)
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+class _Progress:
+    """Samples and bytes that all processes have read, and the line that shows them; in a worker it only counts."""
 
+    def __init__(self, stream: TextIO | None, tasks: Sequence[VerifyTask], done: Sequence[ShardReport]) -> None:
+        samples, read = sum(report.samples for report in done), sum(report.shard.size for report in done)
+        self._count, self._total = len(tasks), sum(task.shard.size for task in tasks)
+        self._samples, self._bytes = worker_context().Value("q", samples), worker_context().Value("q", read)
+        self.shards = len(done)
+        self._line: ProgressLine | None = ProgressLine("verify", stream, done=read)
 
-_worker: tuple[RunConfig, Encoder, ShardReader, Callable[[int, int], None]] | None = None
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_line": None}
 
+    def of_shard(self) -> Callable[[int, int], None]:
+        """What is to be called with the samples and bytes of one shard that have been read so far."""
+        before = (0, 0)
 
-def _start_worker(cfg: RunConfig, tokenizer: Tokenizer, samples: Any, read: Any) -> None:
-    global _worker
-    end_with_trainer()
+        def moved(samples: int, read: int) -> None:
+            nonlocal before
+            with self._samples.get_lock():
+                self._samples.value += samples - before[0]
+            with self._bytes.get_lock():
+                self._bytes.value += read - before[1]
+            before = samples, read
+            self.show()
 
-    def add(more_samples: int, more_bytes: int) -> None:
-        with samples.get_lock():
-            samples.value += more_samples
-        with read.get_lock():
-            read.value += more_bytes
+        return moved
 
-    _worker = (cfg, Encoder(cfg, tokenizer), ShardReader(cfg.data.io_retries), add)
-
-
-def _run_in_worker(task: VerifyTask) -> ShardReport:
-    assert _worker is not None
-    cfg, encoder, reader, add = _worker
-    told = [0, 0]
-    last = time.monotonic()
-
-    def moved(samples: int, at: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > _SHARE_S:
-            add(samples - told[0], at - told[1])
-            told[:], last = [samples, at], now
-
-    report = verify_shard(task, cfg, encoder, reader, moved)
-    add(report.samples - told[0], task.shard.size - told[1])
-    return report
-
-
-class _ProgressLine:
-    """A line at most every half second, with the time left estimated from bytes."""
-
-    def __init__(self, stream: TextIO | None, tasks: Sequence[VerifyTask]) -> None:
-        self._stream, self._total, self._count = stream, sum(task.shard.size for task in tasks), len(tasks)
-        self._started = self._last = time.monotonic()
-        self.samples = self.bytes = self.shards = 0
-
-    def finished(self, task: VerifyTask, report: ShardReport, began: int, done: int) -> None:
-        self.shards += 1
-        self.show(done + report.samples, began + task.shard.size)
-
-    def show(self, samples: int, read: int) -> None:
-        self.samples, self.bytes = samples, read
-        now = time.monotonic()
-        if self._stream is None or (now - self._last < _TICK_S and self.shards < self._count):
-            return
-        self._last = now
-        elapsed = now - self._started
-        left = elapsed * (self._total - read) / max(read, 1)
-        print(
-            f"verify: shard {self.shards}/{self._count}, {samples:,} samples, {read / 2**20:,.1f} of {self._total / 2**20:,.1f} MiB, "
-            f"{elapsed:.0f} s, {left:.0f} s left",
-            file=self._stream,
-            flush=True,
-        )
+    def show(self) -> None:
+        if self._line is not None:  # read without the locks, which a killed worker may hold
+            samples, read = self._samples.get_obj().value, self._bytes.get_obj().value
+            size = f"{read / 2**20:,.1f} of {self._total / 2**20:,.1f} MiB"
+            done = read if self.shards == self._count else min(read, self._total - 1)  # one last line
+            self._line.show(done, self._total, f"shard {self.shards}/{self._count}", f"{samples:,} samples", size)

@@ -356,25 +356,20 @@ def test_a_damaged_file_of_exclusions_is_an_error_and_another_kind_is_not_touche
 def test_a_process_that_dies_on_a_shard_is_a_finding_of_that_shard_only(sources, tokenizer, tmp_path, monkeypatch):
     for number in range(3):
         write_shard(tmp_path / f"text{number}.tar", text_samples(3))
-    huge = tmp_path / "text1.tar"
     cfg = sources("text")
-    real = verify.ProcessPoolExecutor
-
-    class Dying(real):
-        def submit(self, function, task):
-            return super().submit(_die if task.shard.path == str(huge) else function, task)
-
-    monkeypatch.setattr(verify, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(verify, "_verify", _dies_at_text1)
     report = verify_sources(cfg, tokenizer, VerifyOptions(processes=2))
     assert [(Path(fault.shard).name, fault.fault) for fault in report.findings] == [("text1.tar", "process_died")]
     assert [shard.good for shard in report.shards] == [3, 0, 3]
 
 
-def _die(task):
-    os._exit(9)
+def _dies_at_text1(task, **options):
+    if task.shard.path.endswith("text1.tar"):
+        os._exit(9)
+    return verify._verify(task, **options)
 
 
-def _never_ends(task):
+def _never_ends(task, **_):
     time.sleep(300)
 
 
@@ -386,7 +381,7 @@ class _Interrupted(io.StringIO):
 def test_an_interrupted_pass_does_not_wait_for_the_shards_under_way(sources, tokenizer, tmp_path, monkeypatch):
     for number in range(2):
         write_shard(tmp_path / f"text{number}.tar", text_samples(3))
-    monkeypatch.setattr(verify, "_run_in_worker", _never_ends)
+    monkeypatch.setattr(verify, "_verify", _never_ends)
     with pytest.raises(KeyboardInterrupt):
         verify_sources(sources("text"), tokenizer, VerifyOptions(processes=2), progress=_Interrupted())
     assert not multiprocessing.active_children()
@@ -424,5 +419,7 @@ def test_the_command_prints_one_json_object_and_exits_with_3(mixed, tmp_path, ca
     assert sorted(child.name for child in (tmp_path / "out").iterdir()) == ["lengths.png", "verify.json"]
     assert main([*command, "--fast"]) == 3
     text = capsys.readouterr()
-    assert "remedy: copy or write the shard again" in text.out and "s left" in text.err and "g0003" not in text.out
+    assert "remedy: copy or write the shard again" in text.out and "g0003" not in text.out
+    *_, last = text.err.splitlines()
+    assert last.startswith("verify: shard 5/5, 54 samples, ") and text.err.count("shard 5/5") == 1
     assert "only 0 pictures were decoded" in text.out
