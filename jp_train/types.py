@@ -9,6 +9,7 @@ slots an image (576 in Janus-Pro); H, W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -249,7 +250,17 @@ class Row:
 
 
 def _received_row(
-    step, row, tokens, image_slots, image_starts, und_images, gen_images, provenance, sources, skipped, truncated
+    step: int,
+    row: int,
+    tokens: np.ndarray,
+    image_slots: int,
+    image_starts: tuple[int, ...],
+    und_images: torch.Tensor,
+    gen_images: torch.Tensor,
+    provenance: Iterable[tuple[str, str, str, str, int, int]],
+    sources: tuple[int, ...],
+    skipped: tuple[SkippedDocument, ...],
+    truncated: int,
 ) -> Row:
     return Row(
         step=step,

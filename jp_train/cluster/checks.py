@@ -56,18 +56,18 @@ def check_answers(lost: Mapping[str, Answer], python: str, cwd: str) -> Iterator
     for host, answer in lost.items():
         said = answer.stderr
         if answer.cause is Cause.TIMEOUT:
-            yield Fault(host, "answer", answer.found, answer.remedy)
+            yield Fault(host, "answer", answer.summary, answer.remedy)
         elif answer.cause is not None:
-            yield Fault(host, "ssh", answer.found, answer.remedy)
+            yield Fault(host, "ssh", answer.summary, answer.remedy)
         elif "No module named" in said:
             remedy = f"the same jp_train and virtual environment must be on {host} at the same path: copy them, or mount the folder that has them"
             yield Fault(host, "code", f"{python} in {cwd}: {last_line(said)}", remedy)
         elif answer.returncode in (126, 127) or "cd:" in said:
             remedy = f"{host} needs {python} and {cwd} at the same path: copy them, or mount the folder that has them"
-            yield Fault(host, "code", last_line(said) or answer.found, remedy)
+            yield Fault(host, "code", last_line(said) or answer.summary, remedy)
         else:
             remedy = f"run it by hand: ssh {host} 'cd {cwd} && {python} -m jp_train.cluster.probe </dev/null'"
-            yield Fault(host, "answer", f"the probe ended: {answer.found}", remedy)
+            yield Fault(host, "answer", f"the probe ended: {answer.summary}", remedy)
 
 
 def settled(facts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:

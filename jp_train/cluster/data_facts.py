@@ -12,6 +12,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,15 @@ def data_facts(config: str, overrides: Sequence[str], number: int) -> dict[str, 
     reader = ShardReader(1)  # a source that answers only now and then is worth knowing beforehand
     try:
         return {
-            "sources": {name: _attempt(lambda source=source: source_facts(source, cfg.data.root, number, reader)) for name, source in sources.items()},
-            "files": {key: _attempt(lambda key=key, path=path: tree_facts(path, READ_WHOLE if key.startswith("tokenizer") else 0)) for key, path in _inputs(cfg).items()},
-        }  # fmt: skip
+            "sources": {
+                name: _attempt(partial(source_facts, source, cfg.data.root, number, reader))
+                for name, source in sources.items()
+            },
+            "files": {
+                key: _attempt(partial(tree_facts, path, READ_WHOLE if key.startswith("tokenizer") else 0))
+                for key, path in _inputs(cfg).items()
+            },
+        }
     finally:
         reader.close()
 

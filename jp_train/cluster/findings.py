@@ -1,8 +1,9 @@
-"""What preflight found, as data, as a table and as JSON: faults first, each with host, cause and remedy."""
+"""The result of a preflight as data, as a table and as JSON: faults first, each with host, cause and remedy."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from jp_train.errors import LaunchError
@@ -11,32 +12,35 @@ from jp_train.terminal import aligned, printable
 GIB = 1 << 30
 NAMED = 4
 """Hosts named in one line of the table; JSON has them all."""
+ELAPSED = re.compile(r" after \d+\.\d s")
+"""How long a host took to answer or to fail, in `Answer.summary`."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: on which host, found by which check, what it is, what to do. A `warning` does not
-    stop a launch."""
+    """One thing that is wrong: on which host, by which check, what it is, what to do. A `warning` does not stop a
+    launch."""
 
     host: str
     check: str
-    found: str
+    message: str
     remedy: str
     warning: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found: faults first, then warnings, then the hosts as they are."""
+    """Faults first, then warnings, then the hosts as they are."""
 
     faults: list[Fault]
     warnings: list[Fault]
     hosts: dict[str, dict[str, Any]]
     """A few facts of each host that answered, for the table."""
     notes: list[str]
-    """What was measured, and what was not looked at and why."""
+    """What was measured, and what was not examined and why."""
     seconds: float
-    asked: list[str] = field(default_factory=list)
+    selected: list[str] = field(default_factory=list)
+    """All hosts that were examined."""
 
     @property
     def ok(self) -> bool:
@@ -50,20 +54,22 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as one JSON-able object."""
-        told = {"ok": self.ok, "seconds": round(self.seconds, 2)}
-        told |= {
+        return {
+            "ok": self.ok,
+            "seconds": round(self.seconds, 2),
             "faults": [_plain(fault) for fault in self.faults],
             "warnings": [_plain(fault) for fault in self.warnings],
+            "notes": self.notes,
+            "hosts": self.hosts,
         }
-        return told | {"notes": self.notes, "hosts": self.hosts}
 
     def table(self) -> str:
         """The same for people."""
         lines = []
-        for word, found in (("FAULT", self.faults), ("warning", self.warnings)):
-            for hosts, fault in _alike(found):
+        for word, faults in (("FAULT", self.faults), ("warning", self.warnings)):
+            for hosts, fault in _alike(faults):
                 lines += [
-                    f"{word}  {hosts}  {fault.check}: {printable(fault.found)}",
+                    f"{word}  {hosts}  {fault.check}: {printable(fault.message)}",
                     f"{' ' * len(word)}  -> {printable(fault.remedy)}",
                 ]
         if lines:
@@ -76,8 +82,8 @@ class Report:
             ]
             lines += [*aligned(rows, left=(0,)), ""]
         lines += [printable(note) for note in self.notes]
-        count = f"{len(self.faults)} fault{'' if len(self.faults) == 1 else 's'}, {len(self.warnings)} warning{'' if len(self.warnings) == 1 else 's'}"
-        lines.append(f"{count}: {len(self.asked)} host{'' if len(self.asked) == 1 else 's'} in {self.seconds:.1f} s")
+        counts = f"{_counted(len(self.faults), 'fault')}, {_counted(len(self.warnings), 'warning')}"
+        lines.append(f"{counts}: {_counted(len(self.selected), 'host')} in {self.seconds:.1f} s")
         return "\n".join(lines)
 
 
@@ -91,20 +97,25 @@ def rate_text(rate: float) -> str:
     return f"{rate / 1e9:,.2f} GB/s" if rate >= 1e9 else f"{rate / 1e6:,.1f} MB/s"
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _plain(fault: Fault) -> dict[str, str]:
-    return {name: value for name, value in asdict(fault).items() if name != "warning"}
+    return {"host": fault.host, "check": fault.check, "found": fault.message, "remedy": fault.remedy}
 
 
 def _alike(faults: list[Fault]) -> list[tuple[str, Fault]]:
-    """Faults that say the same of several hosts as one line each: (hosts, the first's)."""
-    groups: dict[tuple[str, str, str], list[Fault]] = {}
+    """Faults of several hosts that differ in the host and the time taken only, as one line each: (hosts, the
+    first's)."""
+    groups: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:
-        groups.setdefault(
-            (fault.check, fault.found.replace(fault.host, "\0"), fault.remedy.replace(fault.host, "\0")), []
-        ).append(fault)
+        texts = (text.replace(fault.host, "\0") for text in (fault.message, fault.remedy))
+        groups.setdefault((fault.check, *(ELAPSED.sub("", text) for text in texts)), []).append(fault)
     return [(_hosts_text([fault.host for fault in group]), group[0]) for group in groups.values()]
 
 
 def _hosts_text(hosts: list[str]) -> str:
     more = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
-    return f"{', '.join(hosts[:NAMED])}{more}{f' ({len(hosts)} hosts; what follows is of {hosts[0]})' if len(hosts) > 1 else ''}"
+    example = f" ({len(hosts)} hosts; what follows is of {hosts[0]})" if len(hosts) > 1 else ""
+    return f"{', '.join(hosts[:NAMED])}{more}{example}"

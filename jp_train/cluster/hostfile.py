@@ -95,14 +95,13 @@ def select_slots(hosts: Sequence[Host], *, include: str = "", exclude: str = "")
                 f"{option} {include or exclude!r}: host {name} has no slot {unknown[0]}; its slots are 0 to {len(everything[name]) - 1}"
             )
         named.setdefault(name, set()).update(slots)
-    kept = {}
-    for name, slots in everything.items():
-        chosen = tuple(s for s in slots if (s in named.get(name, ())) == bool(include))
-        if chosen:
-            kept[name] = chosen
-    if not kept:
+    chosen = {
+        name: tuple(slot for slot in slots if (slot in named.get(name, ())) == bool(include))
+        for name, slots in everything.items()
+    }
+    if not any(chosen.values()):
         raise ConfigError(f"{option} {include or exclude!r} leaves no slot of the hostfile")
-    return kept
+    return {name: slots for name, slots in chosen.items() if slots}
 
 
 def world_size(selection: Mapping[str, Sequence[int]]) -> int:

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jp_train.cluster.command import rank_variables, ranks_command, remote_argument
@@ -29,6 +29,7 @@ from jp_train.cluster.records import new_launch_id, open_logs, read_records
 from jp_train.cluster.restarts import (
     Progress,
     Restart,
+    Standing,
     has_checkpoints,
     largest_usable,
     plan_restart,
@@ -62,7 +63,8 @@ PROGRAMS = {
     "slurm": ("srun", "slurm-client"),
 }
 """What each launcher needs on this host, and Debian's packages with it."""
-BLAMED_TWICE = 2
+UNRELIABLE_KILLS = 2
+"""A host on which ranks were killed so often is left out of a restart if the run can do without it."""
 SETTLE_S = 15.0
 """Killed processes give back GPU memory, ports and locks seconds after they are gone: a host is left out for a fault
 that is still there then."""
@@ -84,69 +86,10 @@ def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], option
     port, missing program, a run folder in use, a rank that was killed, a host that is gone).
     """
     cfg = load_config(config_path, overrides)
-    run_dir = Path(cfg.run_dir)
+    _reject_second_job(Path(cfg.run_dir), options)
     target = ["train", str(config_path), *overrides]
-    checked = _Preflight(config_path, overrides)
-    _refuse_second_job(run_dir, options)
     with StopSignals().installed() as stop:
-        restart: Restart | None = None
-        everything: Selection = {}
-        blamed: Counter[str] = Counter()
-        earlier: list[str] = []
-        furthest = standing(run_dir).checkpoint_step or 0
-        fell_short = False
-        while True:
-            selection = options.selection()
-            everything = everything or selection
-            facts = batch_plan(cfg, world_size(selection), shrink=has_checkpoints(run_dir)).describe()
-            if restart is None:
-                try:
-                    with stop.interrupting():
-                        checked.refuse(options, selection)
-                except KeyboardInterrupt:
-                    return _stopped_before_start(stop)
-            launch_id, began = new_launch_id(), time.time()
-            outcome = _start(target, options, stop, launch_id=launch_id, facts=facts, run_dir=run_dir, restart=restart)
-            last = standing(run_dir)
-            advanced = last.updated >= began and last.step > furthest
-            fell_short_before, fell_short = (
-                fell_short,
-                not advanced and not (last.updated >= began and last.step == furthest),
-            )
-            furthest = max(furthest, last.step)
-            done = 0 if restart is None else restart.number
-            if (
-                stop.number is not None
-                or done >= options.max_restarts
-                or not worth_starting(
-                    outcome.again,
-                    first=restart is None,
-                    advanced=advanced,
-                    fell_short=fell_short,
-                    before=fell_short_before,
-                )
-            ):
-                return _final_code(outcome, done)
-            blamed.update(outcome.blamed)
-            earlier.append(launch_id)
-            # idle, or lost before: they may be well by now
-            new = [host for host in everything if host not in selection]
-            silent = dict(outcome.lost) | {host: told.found for host, told in sweep(new, *earlier, lost=new).items()}
-            left = {host: slots for host, slots in everything.items() if host not in silent}
-            try:
-                with stop.interrupting():
-                    after = _hosts_for_restart(cfg, options, left, silent, checked, blamed)
-            except KeyboardInterrupt:
-                return _stopped_before_start(stop)
-            # rank 0's host has answered that nothing of the old launch is left there
-            if next(iter(selection)) in after:
-                release_dead_launch(run_dir, launch_id)
-            restart = plan_restart(
-                done + 1, options.max_restarts, outcome.cause, everything, selection, after, last, began=began
-            )
-            say(restart.describe())
-            _event(run_dir, "restart", restart.failed_at_step, **restart.event())
-            options = options.restricted(after)
+        return _Attempts(cfg, target, options, stop, _Preflight(config_path, overrides)).run()
 
 
 def launch_ranks(target: Sequence[str], options: LaunchOptions) -> int:
@@ -211,6 +154,114 @@ def _start(
     return outcome
 
 
+class _Attempts:
+    """The starts of one run, until it has ended or another start would not help."""
+
+    def __init__(
+        self, cfg: RunConfig, target: Sequence[str], options: LaunchOptions, stop: StopSignals, preflight: _Preflight
+    ) -> None:
+        self._cfg, self._target, self._options, self._stop, self._preflight = cfg, target, options, stop, preflight
+        self._run_dir = Path(cfg.run_dir)
+        self._all_hosts: Selection = options.selection()
+        self._launch_ids: list[str] = []
+        self._kills: Counter[str] = Counter()
+        """How often ranks of each host were killed."""
+        self._restart: Restart | None = None
+        self._furthest_step = standing(self._run_dir).checkpoint_step or 0
+        self._fell_short = False
+
+    def run(self) -> int:
+        """The exit code of the last start, or 128 + n when signal n came while no rank was running. Raises as
+        `launch` does."""
+        batch = self._batch()  # a world size that does not fit is an error before any host is asked
+        try:
+            with self._stop.interrupting():
+                self._preflight.require_fit(self._options, self._all_hosts)
+            while True:
+                launch_id, began = new_launch_id(), time.time()
+                outcome = _start(
+                    self._target, self._options, self._stop, launch_id=launch_id, facts=batch, run_dir=self._run_dir,
+                    restart=self._restart,
+                )  # fmt: skip
+                last = standing(self._run_dir)
+                if not self._worth_another(outcome, last, began):
+                    return _final_code(outcome, self._restarts)
+                self._launch_ids.append(launch_id)
+                self._plan_restart(outcome, last, began)
+                batch = self._batch()
+        except KeyboardInterrupt:
+            return _stopped_before_start(self._stop)
+
+    @property
+    def _restarts(self) -> int:
+        return 0 if self._restart is None else self._restart.number
+
+    def _batch(self) -> str:
+        """The batch arithmetic in words. Raises ConfigError for ranks that do not divide the rows of a step."""
+        ranks = world_size(self._options.selection())
+        return batch_plan(self._cfg, ranks, shrink=has_checkpoints(self._run_dir)).describe()
+
+    def _worth_another(self, outcome: Outcome, last: Standing, began: float) -> bool:
+        """Whether to start again. `last`: the run folder after the start that `began` then, in seconds since 1970."""
+        moved = last.updated >= began
+        advanced = moved and last.step > self._furthest_step
+        fell_short = not (moved and last.step >= self._furthest_step)
+        before, self._fell_short = self._fell_short, fell_short
+        self._furthest_step = max(self._furthest_step, last.step)
+        if self._stop.number is not None or self._restarts >= self._options.max_restarts:
+            return False
+        return worth_starting(
+            outcome.again, first=self._restart is None, advanced=advanced, fell_short=fell_short, before=before
+        )
+
+    def _plan_restart(self, outcome: Outcome, last: Standing, began: float) -> None:
+        """Choose the hosts of the next start, print and store what it costs. Raises LaunchError when no host can be
+        used, KeyboardInterrupt for a stop signal."""
+        selection = self._options.selection()
+        self._kills.update(outcome.killed_on)
+        # idle, or lost before: they may be well by now
+        idle = [host for host in self._all_hosts if host not in selection]
+        unswept = sweep(idle, *self._launch_ids, lost=idle)
+        silent = dict(outcome.lost) | {host: answer.summary for host, answer in unswept.items()}
+        with self._stop.interrupting():
+            usable = self._usable_hosts(silent)
+        # rank 0's host has answered that nothing of the old launch is left there
+        if next(iter(selection)) in usable:
+            release_dead_launch(self._run_dir, self._launch_ids[-1])
+        self._restart = plan_restart(
+            self._restarts + 1, self._options.max_restarts, outcome.cause, self._all_hosts, selection, usable, last,
+            began=began,
+        )  # fmt: skip
+        say(self._restart.describe())
+        _event(self._run_dir, "restart", self._restart.failed_at_step, **self._restart.event())
+        self._options = self._options.restricted(usable)
+
+    def _usable_hosts(self, silent: Mapping[str, str]) -> Selection:
+        """Hosts that answer and have no fault, as many as the rows of a step divide among. `silent`: hosts that do
+        not answer, and why. Raises LaunchError when that leaves none."""
+        answering = {host: slots for host, slots in self._all_hosts.items() if host not in silent}
+        faults = self._preflight.faulty(self._options, answering) if answering else {}
+        healthy = {host: slots for host, slots in answering.items() if host not in faults}
+        # a host on which ranks were killed again and again is left out, if the run can do without
+        reliable = {host: slots for host, slots in healthy.items() if self._kills[host] < UNRELIABLE_KILLS}
+        usable = largest_usable(reliable, self._divides) or largest_usable(healthy, self._divides)
+        if not usable:
+            why = "; ".join(f"{host}: {reason}" for host, reason in {**silent, **faults}.items())
+            raise LaunchError(
+                f"no restart: {world_size(healthy)} ranks on {_describe(healthy) if healthy else 'no host'} are left, "
+                f"and no number of whole hosts among them divides the rows of a step. {why}. Mend the hosts, or give "
+                "others in the hostfile, and run the same command again to resume"
+            )
+        return usable
+
+    def _divides(self, ranks: int) -> bool:
+        try:
+            batch_plan(self._cfg, ranks, shrink=has_checkpoints(self._run_dir))
+        except ConfigError:
+            return False
+        return True
+
+
 def _stopped_before_start(stop: StopSignals) -> int:
     number = signal.Signals(stop.number or signal.SIGINT)
     say(f"{number.name}: no rank was running, and none is started")
@@ -231,7 +282,7 @@ class _Preflight:
     def __init__(self, config_path: str | os.PathLike[str], overrides: Sequence[str]) -> None:
         self._config, self._overrides = Path(config_path), tuple(overrides)
 
-    def refuse(self, options: LaunchOptions, selection: Selection) -> None:
+    def require_fit(self, options: LaunchOptions, selection: Selection) -> None:
         """Print the table of facts and faults; raises LaunchError when there is a fault. One local host is checked
         by `_check_ready`."""
         if options.skip_preflight or options.dry_run or runs_locally(selection):
@@ -240,7 +291,7 @@ class _Preflight:
         print(report.table(), file=sys.stderr, flush=True)
         if report.faults:
             raise LaunchError(
-                f"preflight found {len(report.faults)} faults (above), the first: {report.faults[0].host}: {report.faults[0].found}. Nothing was started; "
+                f"preflight found {len(report.faults)} faults (above), the first: {report.faults[0].host}: {report.faults[0].message}. Nothing was started; "
                 "mend them, leave hosts out with --exclude, or pass --skip-preflight"
             )
 
@@ -253,13 +304,13 @@ class _Preflight:
         if report.faults:
             first = report.faults[0]
             say(
-                f"{len(report.faults)} faults before the restart, the first on {first.host}: {first.found}; looked at again in {SETTLE_S:g} s"
+                f"{len(report.faults)} faults before the restart, the first on {first.host}: {first.message}; looked at again in {SETTLE_S:g} s"
             )
             time.sleep(SETTLE_S)
             report = self._ask(options.restricted(selection), skip)
         if report.faults:
             print(report.table(), file=sys.stderr, flush=True)
-        return {fault.host: fault.found for fault in report.faults}
+        return {fault.host: fault.message for fault in report.faults}
 
     def _ask(self, options: LaunchOptions, skip: Sequence[str] = ()) -> Report:
         from jp_train.cluster.preflight import preflight
@@ -267,47 +318,7 @@ class _Preflight:
         return preflight(options, config=self._config, overrides=self._overrides, skip=skip)
 
 
-def _hosts_for_restart(
-    cfg: RunConfig,
-    options: LaunchOptions,
-    left: Selection,
-    silent: dict[str, str],
-    checked: _Preflight,
-    blamed: Counter[str],
-) -> dict[str, tuple[int, ...]]:
-    """Of the hosts that are `left`, those without fault, as many as the rows of a step divide among. Raises LaunchError
-    when that leaves none.
-
-    `silent`: the others, and why; for the message.
-    """
-    run_dir = Path(cfg.run_dir)
-
-    def fits(world: int) -> bool:
-        return _divides(cfg, world, shrink=has_checkpoints(run_dir))
-
-    faults = checked.faulty(options, left) if left else {}
-    left = {host: slots for host, slots in left.items() if host not in faults}
-    # a host on which ranks were killed again and again is left out, if the run can do without
-    calm = largest_usable({host: slots for host, slots in left.items() if blamed[host] < BLAMED_TWICE}, fits)
-    usable = calm or largest_usable(left, fits)
-    if not usable:
-        why = "; ".join(f"{host}: {found}" for host, found in (silent | faults).items())
-        raise LaunchError(
-            f"no restart: {world_size(left)} ranks on {_describe(left) if left else 'no host'} are left, and no number of whole hosts among them divides the rows of a "
-            f"step. {why}. Mend the hosts, or give others in the hostfile, and run the same command again to resume"
-        )
-    return usable
-
-
-def _divides(cfg: RunConfig, world: int, *, shrink: bool) -> bool:
-    try:
-        batch_plan(cfg, world, shrink=shrink)
-    except ConfigError:
-        return False
-    return True
-
-
-def _refuse_second_job(run_dir: Path, options: LaunchOptions) -> None:
+def _reject_second_job(run_dir: Path, options: LaunchOptions) -> None:
     """Two jobs in one run folder would mix their metrics and delete each other's checkpoints. (The ranks see a job
     on another host, too.)"""
     if options.dry_run:

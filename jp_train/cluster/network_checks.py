@@ -43,8 +43,8 @@ def check_reach(
     """`fabric` of each host, and {host: {other: why not reached}}. One fault a pair, or one a host that nobody
     reaches."""
     unusable = set()
-    for host, told in listening.items():
-        fabric = told["fabric"]
+    for host, opened in listening.items():
+        fabric = opened["fabric"]
         variable = fabric.get("variable", "GLOO_SOCKET_IFNAME")
         if "error" in fabric:
             unusable.add(host)
@@ -68,11 +68,11 @@ def check_reach(
     for host in nobody:
         why = next(why for (_, other), why in pairs.items() if other == host)
         yield Fault(host, "reach", f"no other host reaches it: {why}", f"open the fabric of {host} for all ports from the other hosts (firewall, cable, switch port)")  # fmt: skip
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     for (host, other), why in pairs.items():
-        if {host, other} & {*nobody, *unusable} or (other, host) in told:
+        if {host, other} & {*nobody, *unusable} or (other, host) in reported:
             continue
-        told.add((host, other))
+        reported.add((host, other))
         both = (other, host) in pairs
         yield Fault(
             host, "reach", f"{host} {'and' if both else 'does not reach'} {other}{' do not reach each other' if both else ''}: {why}",
@@ -85,17 +85,17 @@ def check_bandwidth(rates: Mapping[str, Mapping[str, float]], backend: str) -> I
     all_rates = [rate for ways in rates.values() for rate in ways.values()]
     if not all_rates:
         return
-    usual = statistics.median_high(all_rates)
+    median = statistics.median_high(all_rates)
     pair = len(rates) == 2
     for host, ways in list(rates.items())[1 if pair else 0 :]:
         slowest = min(ways.values())
-        relative = slowest < SLOW_SHARE[backend] * usual
+        relative = slowest < SLOW_SHARE[backend] * median
         if not relative and slowest >= SLOW_ALL:
             continue
         sure = slowest < SLOW_ALL or backend == "nccl" or slowest < SLOW_GLOO
-        told = ", ".join(f"{name} at {rate_text(rate)}" for name, rate in ways.items())
+        measured = ", ".join(f"{name} at {rate_text(rate)}" for name, rate in ways.items())
         yield Fault(
-            host, "bandwidth", f"slow: {told}; the median is {rate_text(usual)}{f' (or {next(iter(rates))} is: of two hosts nobody can tell)' if pair else ''}",
+            host, "bandwidth", f"slow: {measured}; the median is {rate_text(median)}{f' (or {next(iter(rates))} is: of two hosts nobody can tell)' if pair else ''}",
             f"look at the link of {host} (`ethtool` its interface: speed, errors; cable, switch port), and that {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME "
             f"names the fast network; or leave it out with --exclude {host}", warning=not sure,
         )  # fmt: skip

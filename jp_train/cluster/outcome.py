@@ -1,8 +1,8 @@
 """What the end of a start means: the exit code, the cause in words with host and rank, and whether to start again.
 
 Which rank's code a launcher reports is a matter of milliseconds, as the other ranks fail because the first one is gone.
-So three witnesses are heard: the launch itself (a host that is lost), the ranks' records (who was killed, who ended
-with which code), and the error that status.json names.
+So the result is put together from three sources: the launch (a host that is lost), the ranks' records (which rank was
+killed, which ended with which code), and the error in status.json.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """`code`: of `jp-train launch`. `again`: `no`, `yes`, or `if_advanced` (an exception comes back at the same
-    place, a broken device does not)."""
+    """`code`: exit code of `jp-train launch`. `again`, whether to start again: `no`, `yes`, or `if_advanced` (an
+    exception comes back at the same place, a broken device does not)."""
 
     code: int
     cause: str = ""
     again: str = "no"
-    blamed: tuple[str, ...] = ()
+    killed_on: tuple[str, ...] = ()
     """Hosts whose ranks were killed."""
     lost: Mapping[str, str] = field(default_factory=dict)
-    """Hosts that do not answer, and what was found instead."""
+    """Hosts that do not answer, and what happened instead."""
 
 
 def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None, failure: str) -> Outcome:
@@ -40,22 +40,16 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
     if stopped_by is not None:
         code = specific_code(ending.code, failure, first)
         return Outcome(code if code in (0, 2, 3, 4, 5) else 128 + stopped_by)
-    lost = dict(ending.silent)
-    if ending.verdict is None and ending.code == 0:
+    verdict = ending.verdict
+    if verdict is None and ending.code == 0:
         return Outcome(0)
-    if (
-        ending.verdict is not None
-        and not lost
-        and not ending.verdict.lost
-        and records
-        and all(record.code == 0 for record in records)
-    ):
+    gone = {host: answer.summary for host, answer in ending.silent.items()}
+    if not gone and verdict is not None:
+        gone = dict.fromkeys(verdict.lost, verdict.cause)
+    if gone:
+        return Outcome(LaunchError.exit_code, _hosts_text(gone), "yes", lost=gone)
+    if verdict is not None and records and all(record.code == 0 for record in records):
         return Outcome(0)  # only the launcher did not end
-    if lost or (ending.verdict is not None and ending.verdict.lost):
-        gone = {host: answer.found for host, answer in lost.items()} or dict.fromkeys(
-            ending.verdict.lost, ending.verdict.cause
-        )  # type: ignore[union-attr]
-        return Outcome(LaunchError.exit_code, _told(gone), "yes", lost=gone)
     if first is not None and (first.code or 0) < 0 and first.code != -signal.SIGTERM:
         return Outcome(LaunchError.exit_code, first.describe(), "yes", (first.host,))
     if first is not None and first.reason:
@@ -63,9 +57,9 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
     code = specific_code(ending.code, failure, first)
     if code in FINAL_CODES:
         return Outcome(code, failure or (first.describe() if first else ""))
-    if ending.verdict is not None:
-        # the ranks' own diagnosis names who stood still and where; the launch only knows who did not end
-        return Outcome(LaunchError.exit_code, failure or ending.verdict.cause, "yes")
+    if verdict is not None:
+        # the ranks' diagnosis names who stood still and where; the launch only knows who did not end
+        return Outcome(LaunchError.exit_code, failure or verdict.cause, "yes")
     if code in STOPPED:
         return Outcome(code)
     if code == LaunchError.exit_code or code == 1:
@@ -76,25 +70,24 @@ def judge(ending: Ending, records: Sequence[RankRecord], stopped_by: int | None,
         )
     if signalled(code):
         return Outcome(LaunchError.exit_code, f"a process of the run was {how_it_ended(-signalled(code))}", "yes")
-    return Outcome(
-        LaunchError.exit_code, f"the launcher ended with {how_it_ended(code)}", "if_advanced"
-    )  # a code of its own: ssh's, mpirun's
+    # a code of ssh or mpirun
+    return Outcome(LaunchError.exit_code, f"the launcher ended with {how_it_ended(code)}", "if_advanced")
 
 
 def specific_code(code: int, failure: str, first: RankRecord | None) -> int:
-    """The launcher's code, or a better one where that only says that something failed: of the error in status.json,
-    or of the first rank to fail."""
+    """The launcher's code, or where that only says that something failed, the code of the error in status.json or of
+    the first rank to fail."""
     if code == 0 or code in (2, 3, 4, 5) or code in STOPPED:
         return code
-    known = {
+    codes = {
         cls.__name__: cls.exit_code
         for cls in vars(errors).values()
         if isinstance(cls, type) and issubclass(cls, JpTrainError)
     }
-    told = known.get(failure.partition(":")[0], 1)
-    if told == 1 and first is not None and first.code in (2, 3, 4, 5):
+    specific = codes.get(failure.partition(":")[0], 1)
+    if specific == 1 and first is not None and first.code in (2, 3, 4, 5):
         return first.code
-    return told if code == 1 or told != 1 else code
+    return specific if code == 1 or specific != 1 else code
 
 
 def signalled(code: int) -> int:
@@ -112,15 +105,15 @@ def exit_code(code: int, stopped_by: int | None, failure: str) -> int:
 
     `failure` as in `judge`. Raises LaunchError for a rank that was killed from outside.
     """
-    found = judge(Ending(code), (), stopped_by, failure)
-    if found.code == LaunchError.exit_code and code != LaunchError.exit_code and signalled(code):
-        raise LaunchError(f"{found.cause}. Run the same command again to resume from the newest checkpoint")
-    return found.code
+    outcome = judge(Ending(code), (), stopped_by, failure)
+    if outcome.code == LaunchError.exit_code and code != LaunchError.exit_code and signalled(code):
+        raise LaunchError(f"{outcome.cause}. Run the same command again to resume from the newest checkpoint")
+    return outcome.code
 
 
 def explain(records: Sequence[RankRecord], world: int) -> list[str]:
-    """Lines for the terminal about the ranks that failed, the likely cause first, with the last words of that one
-    unless rank 0 has shown its own."""
+    """Lines for the terminal about the ranks that failed, the likely cause first, with the end of that rank's stderr
+    (rank 0's is on the terminal already)."""
     failed = culprits(records)
     lines = [record.describe() for record in failed[:NAMED]]
     if len(failed) > NAMED:
@@ -130,6 +123,6 @@ def explain(records: Sequence[RankRecord], world: int) -> list[str]:
     return lines
 
 
-def _told(gone: Mapping[str, str]) -> str:
-    named = [f"host {host} does not answer: {found}" for host, found in list(gone.items())[:NAMED]]
+def _hosts_text(gone: Mapping[str, str]) -> str:
+    named = [f"host {host} does not answer: {reason}" for host, reason in list(gone.items())[:NAMED]]
     return "; ".join(named) + (f"; and {len(gone) - NAMED} more" if len(gone) > NAMED else "")

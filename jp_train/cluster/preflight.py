@@ -142,7 +142,7 @@ class _Examination:
             hosts=self._hosts,
             notes=self._notes,
             seconds=time.monotonic() - self._began,
-            asked=list(self._selection),
+            selected=list(self._selection),
         )
 
     # -- phases ------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ class _Examination:
                 if "answer" in said:
                     offset = (said["answer"]["time"] - (asked + said["came"]) / 2, (said["came"] - asked) / 2)
                     best[host] = min(best.get(host, offset), offset, key=lambda pair: pair[1])
-        for host, (offset, uncertainty) in best.items():
-            self._hosts[host]["clock"] = f"{offset:+.2f} s" if abs(offset) > uncertainty else "0 s"
+        for host, (ahead, uncertainty) in best.items():
+            self._hosts[host]["clock"] = f"{ahead:+.2f} s" if abs(ahead) > uncertainty else "0 s"
         self._find("clock", checks.check_clocks(best))
 
     def _shared(self, hosts: Sequence[str]) -> None:
@@ -229,8 +229,11 @@ class _Examination:
         if not hosts or ("port" in self._skip and "reach" in self._skip and "bandwidth" in self._skip):
             return False
         first = hosts[0]
-        questions = {host: {"ask": "listen", "master_port": self._port if host == first else None} for host in hosts}
-        listening = self._ask(questions, "its network addresses", self._timeout_s)
+        listening = self._ask(
+            {host: {"ask": "listen", "master_port": self._port if host == first else None} for host in hosts},
+            "its network addresses",
+            self._timeout_s,
+        )
         if first not in listening:
             return False
         self._meeting_host = first
@@ -244,7 +247,7 @@ class _Examination:
             if "port" in told["fabric"] and (not told["fabric"]["address"].startswith("127.") or len(hosts) == 1)
         }
         master = listening[first]["master"]
-        questions = {}
+        questions: dict[str, dict[str, Any]] = {}
         for host in listening:
             targets = {other: door for other, door in doors.items() if other != host}
             if host != first and not master.get("error"):
@@ -393,7 +396,7 @@ class _Examination:
         for host, answer in answers.items():
             if not answer.ok:
                 self._notes.append(
-                    f"{host}: its probe could not be ended ({answer.found}); it ends by itself within {LIFETIME_S} s"
+                    f"{host}: its probe could not be ended ({answer.summary}); it ends by itself within {LIFETIME_S} s"
                 )
 
     @contextmanager

@@ -157,11 +157,13 @@ def reach(targets: Mapping[str, Sequence[Any]], *, timeout_s: float) -> dict[str
     if not targets:
         return {}
     with ThreadPoolExecutor(CONNECTS_AT_ONCE) as pool:
-        tried = {name: pool.submit(_connect, *target, timeout_s) for name, target in targets.items()}
+        tried = {name: pool.submit(_connect, target, timeout_s) for name, target in targets.items()}
         return {name: failed for name, result in tried.items() if (failed := result.result())}
 
 
-def _connect(address: str, port: int, greeting: str, timeout_s: float) -> str:
+def _connect(target: Sequence[Any], timeout_s: float) -> str:
+    """Why the listener at (address, port, greeting) was not reached; empty when it was."""
+    address, port, greeting = target
     deadline = time.monotonic() + timeout_s
     try:
         with socket.create_connection((address, port), timeout_s) as made:

@@ -102,7 +102,7 @@ class Answer:
         return self.cause is None and self.returncode == 0
 
     @property
-    def found(self) -> str:
+    def summary(self) -> str:
         """In a few words what happened, with the last line that ssh or the command printed."""
         last = last_line(self.stderr)
         what = str(self.cause) if self.cause else f"exit code {self.returncode}"

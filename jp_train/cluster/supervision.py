@@ -141,7 +141,8 @@ class Supervision:
             return None
         pending, self._pending = self._pending, None
         answers = pending.result()
-        lost, empty = [], []
+        lost: list[str] = []
+        empty: list[str] = []
         for host, answer in answers.items():
             left = reached(answer.stdout) if answer.ok else None
             if left:
@@ -150,17 +151,15 @@ class Supervision:
             self._suspicions[host] = self._suspicions.get(host, 0) + 1
             if self._suspicions[host] > 1:
                 (empty if left == 0 else lost).append(
-                    f"{host} ({'no process of the run is left there' if left == 0 else answer.found})"
+                    f"{host} ({'no process of the run is left there' if left == 0 else answer.summary})"
                 )
             else:
                 self._asked_at.pop(host, None)  # again, at once
         if not lost and not empty:
             return None
-        names = [told.partition(" ")[0] for told in lost]
-        told = ([f"cannot be reached any more: {', '.join(lost)}"] if lost else []) + (
-            [f"gone: {', '.join(empty)}"] if empty else []
-        )
-        return Verdict("; ".join(told), tuple(names))
+        causes = [f"cannot be reached any more: {', '.join(lost)}"] if lost else []
+        causes += [f"gone: {', '.join(empty)}"] if empty else []
+        return Verdict("; ".join(causes), tuple(text.partition(" ")[0] for text in lost))
 
     def _silent(self, records: Sequence[RankRecord], now: float) -> Verdict | None:
         """Ask the hosts of ranks that give no sign of life, while others do."""
@@ -209,4 +208,4 @@ class Supervision:
 
 def told_by(answers: Mapping[str, Answer]) -> str:
     """`node3: connection refused after 0.1 s`, for the hosts that did not answer."""
-    return "; ".join(f"{host}: {answer.found}" for host, answer in answers.items() if not answer.ok)
+    return "; ".join(f"{host}: {answer.summary}" for host, answer in answers.items() if not answer.ok)

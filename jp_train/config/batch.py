@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jp_train.config.schema import BatchUnit, RunConfig
+from jp_train.config.choices import BatchUnit
+from jp_train.config.schema import RunConfig
 from jp_train.errors import ConfigError
 
 

@@ -128,12 +128,13 @@ def _restore_off(given: Any, schema: Any) -> None:
     word back."""
     if not isinstance(given, DictConfig):
         return
+    written = OmegaConf.to_container(given, resolve=False)
+    assert isinstance(written, dict)
     types = get_type_hints(schema) if is_dataclass(schema) else {}
     for key in list(given):
         kind = get_args(schema)[1] if get_origin(schema) is dict else types.get(key)
         if isinstance(kind, type) and issubclass(kind, Enum):
-            # as written, without resolving ${...}
-            if given._get_node(key)._value() is False and "off" in kind.__members__:
+            if written.get(key) is False and "off" in kind.__members__:
                 given[key] = "off"
         elif kind is not None and (is_dataclass(kind) or get_origin(kind) is dict):
             _restore_off(given._get_node(key), kind)

@@ -6,7 +6,8 @@ import difflib
 import math
 
 from jp_train.config.batch import rows_per_step
-from jp_train.config.schema import MODULES, Crop, RunConfig, SourceConfig, Template, VqIds
+from jp_train.config.choices import Crop, Template, VqIds
+from jp_train.config.schema import MODULES, RunConfig, SourceConfig
 from jp_train.errors import ConfigError
 
 

@@ -69,21 +69,23 @@ def test_another_version_is_named_with_both_versions() -> None:
     fault = only(checks.check_versions(cluster(b2={"packages": {"torch": "2.12.0", "deepspeed": "0.19.8"}})))
     assert (fault.host, fault.check) == ("b2", "versions")
     assert (
-        "torch 2.12.0" in fault.found
-        and "2.13.0 on 2 of 3 hosts" in fault.found
+        "torch 2.12.0" in fault.message
+        and "2.13.0 on 2 of 3 hosts" in fault.message
         and "pip install torch==2.13.0" in fault.remedy
     )
 
 
 def test_a_package_that_one_host_lacks_and_one_that_all_lack_are_faults() -> None:
-    assert "deepspeed not installed" in only(checks.check_versions(cluster(c3={"packages": {"torch": "2.13.0"}}))).found
+    assert (
+        "deepspeed not installed" in only(checks.check_versions(cluster(c3={"packages": {"torch": "2.13.0"}}))).message
+    )
     none = {name: {"packages": {"torch": "2.13.0", "deepspeed": "not installed"}} for name in HOSTS}
     assert sorted(told(checks.check_versions(cluster(**none)))) == [(name, False) for name in HOSTS]
 
 
 def test_a_driver_that_one_host_lacks_is_named() -> None:
     fault = only(checks.check_versions(cluster(a1={"driver": ""})))
-    assert "driver none" in fault.found and not fault.warning
+    assert "driver none" in fault.message and not fault.warning
 
 
 def test_drivers_of_two_releases_are_a_warning_because_the_ranks_meet_all_the_same() -> None:
@@ -94,21 +96,21 @@ def test_other_code_is_named_by_its_files() -> None:
     fault = only(
         checks.check_code(cluster(b2={"code": {"train.py": "aa", "loop.py": "XX", "new.py": "cc"}}), host()["code"])
     )
-    assert fault.host == "b2" and "files loop.py, new.py differ" in fault.found
+    assert fault.host == "b2" and "files loop.py, new.py differ" in fault.message
 
 
 def test_when_all_hosts_agree_and_the_launching_one_differs_it_is_named() -> None:
     fault = only(checks.check_code(cluster(), {"train.py": "other", "loop.py": "bb"}))
-    assert fault.host == "(this host)" and "train.py" in fault.found
+    assert fault.host == "(this host)" and "train.py" in fault.message
 
 
 def test_the_configuration_is_compared_with_the_one_that_launch_reads() -> None:
     fault = only(checks.check_config(cluster(c3={"config": "seed: 1\nlr: 3\n"}), host()["config"]))
-    assert fault.host == "c3" and "lr: 3" in fault.found
+    assert fault.host == "c3" and "lr: 3" in fault.message
     unreadable = only(
         checks.check_config(cluster(a1={"config": {"error": "ConfigError: run.yaml is not there"}}), host()["config"])
     )
-    assert unreadable.host == "a1" and "run.yaml is not there" in unreadable.found
+    assert unreadable.host == "a1" and "run.yaml is not there" in unreadable.message
     assert list(checks.check_config(cluster(), None)) == []
 
 
@@ -137,7 +139,7 @@ def test_a_host_without_gpus_among_hosts_with_gpus_is_a_fault() -> None:
     fault = only(
         checks.check_devices(cluster(b2={"devices": 0}), dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8))
     )
-    assert fault.host == "b2" and "hosts a1, c3 have GPUs" in fault.found
+    assert fault.host == "b2" and "hosts a1, c3 have GPUs" in fault.message
 
 
 def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_nccl() -> None:
@@ -147,7 +149,7 @@ def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_
     torch["b2"] = torch["b2"] | {"devices": 0, "nccl": "2.20.0"}
     found = list(checks.check_torch(torch, cluster(), whole))
     assert told(found) == [("b2", False)] * 2
-    assert "nccl of torch runs as 2.20.0" in found[0].found and "can use 0 of 8 GPUs" in found[1].found
+    assert "nccl of torch runs as 2.20.0" in found[0].message and "can use 0 of 8 GPUs" in found[1].message
 
 
 def test_a_job_that_was_given_a_part_of_a_hosts_gpus_is_warned_and_may_run() -> None:
@@ -160,7 +162,7 @@ def test_gpus_in_use_by_anybody_are_named_if_they_are_selected() -> None:
     facts = cluster(b2={"gpu_memory": [[0, 400, 40960], [1, 30720, 40960], [2, 2048, 40960]]})
     fault = only(checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=False))
     assert (fault.host, fault.check, fault.warning) == ("b2", "devices", False)
-    assert "GPUs 1 (30.00 GiB), 2 (2.00 GiB) in use" in fault.found and "--exclude b2:1,2" in fault.remedy
+    assert "GPUs 1 (30.00 GiB), 2 (2.00 GiB) in use" in fault.message and "--exclude b2:1,2" in fault.remedy
     assert list(checks.check_busy(facts, dict.fromkeys(HOSTS, (0, 3)), local=False)) == []
     assert told(checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=True)) == [("b2", True)]
 
@@ -171,7 +173,7 @@ def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
         c3={"host_name": "x", "addresses": ["172.17.0.1", "10.0.0.1"]},
     )
     fault = only(checks.check_machines(facts))
-    assert fault.host == "c3" and "same machine as a1" in fault.found
+    assert fault.host == "c3" and "same machine as a1" in fault.message
     clones = {name: host(host_name="ubuntu", addresses=[f"10.0.0.{number}"]) for number, name in enumerate(HOSTS)}
     docker = {name: host(host_name=name, addresses=["172.17.0.1"]) for name in HOSTS}
     untold = {name: host(host_name="ubuntu", addresses=[]) for name in HOSTS}
@@ -194,7 +196,7 @@ def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> 
 def test_a_clock_is_compared_with_the_median_so_that_only_the_wrong_one_is_named() -> None:
     assert list(checks.check_clocks({"a1": (0.2, 0.1), "b2": (-0.3, 0.1)})) == []
     fault = only(checks.check_clocks({"a1": (0.0, 0.01), "b2": (-90.0, 0.01), "c3": (0.0, 0.01)}))
-    assert fault.host == "b2" and "90.0 s behind" in fault.found and not fault.warning
+    assert fault.host == "b2" and "90.0 s behind" in fault.message and not fault.warning
     # the launching host itself is wrong: every host looks skewed by the same, and none is
     assert list(checks.check_clocks({"a1": (50.0, 0.01), "b2": (50.0, 0.01), "c3": (50.1, 0.01)})) == []
 
@@ -221,7 +223,7 @@ def test_what_cannot_be_written_on_one_disk_is_one_fault_with_all_its_folders() 
     full = {"path": "/r", "there": "/r", "device": 3, "error": "No space left on device", "errno": errno.ENOSPC}
     fault = only(checks.check_disks({"a1": host(**disks(**{"run folder": full, "temporary files": full}))}, 0))
     assert (
-        "run folder (/r), temporary files (/r) cannot be written" in fault.found
+        "run folder (/r), temporary files (/r) cannot be written" in fault.message
         and "free space" in fault.remedy
         and not fault.warning
     )
@@ -252,7 +254,7 @@ def test_a_host_with_an_older_jp_train_that_tells_less_is_a_warning_and_its_code
         "code": {"train.py": "old"}
     }
     facts, faults = checks.settled({**cluster(), "b2": older})
-    assert [fault.found for fault in faults] == [
+    assert [fault.message for fault in faults] == [
         f"{name} could not be found out: b2 does not tell it: another version of jp_train"
         for name in ("cores", "locks")
     ]
@@ -277,14 +279,14 @@ def test_equal_data_has_no_fault_and_other_data_is_one_fault_a_host() -> None:
         files={"tokenizer.path": {"path": "/t", "files": 1, "digest": "X"}},
     )
     fault = only(checks.check_data({name: data() if name != "c3" else other for name in HOSTS}))
-    assert fault.host == "c3" and "source text, tokenizer.path: names, sizes or contents" in fault.found
+    assert fault.host == "c3" and "source text, tokenizer.path: names, sizes or contents" in fault.message
 
 
 def test_data_that_cannot_be_read_is_one_fault_a_host_with_the_first_reason() -> None:
     broken = data(sources={name: {"error": f"{name} is not there"} for name in ("text", "pictures")})
     fault = only(checks.check_data({name: data() if name != "a1" else broken for name in HOSTS}))
     assert (
-        "source text: text is not there; also source pictures" in fault.found
+        "source text: text is not there; also source pictures" in fault.message
         and "mount or copy the data on a1" in fault.remedy
     )
     everywhere = list(checks.check_data(dict.fromkeys(HOSTS, broken)))
@@ -296,13 +298,13 @@ def test_another_index_is_a_fault_and_none_at_all_a_warning() -> None:
         sources={"text": {"shards": 2, "digest": "d", "index": {"print": "X", "another stage": "y"}, "read": 1}}
     )
     fault = only(checks.check_data({name: data() if name != "b2" else other for name in HOSTS}))
-    assert fault.host == "b2" and "source text: the index differs" in fault.found and not fault.warning
+    assert fault.host == "b2" and "source text: the index differs" in fault.message and not fault.warning
     missing = only(
         checks.check_data(
             dict.fromkeys(HOSTS, data(sources={"text": {"shards": 2, "digest": "d", "index": {}, "read": 1}}))
         )
     )
-    assert missing.warning and "not indexed yet: source text" in missing.found
+    assert missing.warning and "not indexed yet: source text" in missing.message
 
 
 # -- what is left, ports, reach --------------------------------------------------------------------
@@ -317,7 +319,7 @@ def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warni
     fault = only(checks.check_jobs(dead, [], local=False))
     assert (
         fault.host == "b2"
-        and "whose launcher is gone" in fault.found
+        and "whose launcher is gone" in fault.message
         and "ssh b2 kill -9 7" in fault.remedy
         and not fault.warning
     )
@@ -326,7 +328,7 @@ def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warni
     assert told(checks.check_jobs(alive, [], local=False)) == [("a1", True), ("b2", True)]
     assert told(checks.check_jobs(dead, [], local=True)) == [("b2", True)]
     other = only(checks.check_jobs(cluster(b2={"jobs": [job("preflight-0a1b")]}), [], local=False))
-    assert other.warning and "another preflight" in other.found and "kill" not in other.remedy
+    assert other.warning and "another preflight" in other.message and "kill" not in other.remedy
 
 
 def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
@@ -339,7 +341,7 @@ def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
 def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reaches_it() -> None:
     busy = {"error": "Address already in use", "holder": "pid 12 (python x)"}
     fault = only(network_checks.check_port("a1", "10.0.0.1", 29500, busy, {"b2": "refused"}))
-    assert fault.host == "a1" and "held by pid 12" in fault.found
+    assert fault.host == "a1" and "held by pid 12" in fault.message
     assert told(network_checks.check_port("a1", "10.0.0.1", 29500, {}, {"b2": "refused"})) == [("b2", False)]
 
 
@@ -357,15 +359,15 @@ def test_a_pair_is_told_once_with_its_direction() -> None:
     both = only(
         network_checks.check_reach(fabric(), {"a1": {"b2": "no answer"}, "b2": {"a1": "no answer"}}, alone=False)
     )
-    assert "a1 and b2 do not reach each other" in both.found
+    assert "a1 and b2 do not reach each other" in both.message
     one = only(network_checks.check_reach(fabric(), {"b2": {"a1": "no answer"}}, alone=False))
-    assert (one.host, one.found[:21]) == ("b2", "b2 does not reach a1:")
+    assert (one.host, one.message[:21]) == ("b2", "b2 does not reach a1:")
 
 
 def test_a_host_that_nobody_reaches_is_one_fault_and_not_one_a_pair() -> None:
     failed = {"a1": {"c3": "no answer"}, "b2": {"c3": "no answer"}, "c3": {"a1": "no answer", "b2": "no answer"}}
     fault = only(network_checks.check_reach(fabric(), failed, alone=False))
-    assert fault.host == "c3" and "no other host reaches it" in fault.found
+    assert fault.host == "c3" and "no other host reaches it" in fault.message
 
 
 def test_a_loopback_address_is_a_fault_only_among_several_hosts() -> None:
@@ -434,7 +436,7 @@ def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_t
     crawling = {name: {"sends": 1e7, "receives": 1e7} for name in HOSTS}
     assert told(network_checks.check_bandwidth(crawling, "gloo")) == [(name, False) for name in HOSTS]
     pair = {name: crawling[name] for name in ("a1", "b2")}
-    assert "of two hosts nobody can tell" in only(network_checks.check_bandwidth(pair, "gloo")).found
+    assert "of two hosts nobody can tell" in only(network_checks.check_bandwidth(pair, "gloo")).message
 
 
 # -- hosts that did not answer ---------------------------------------------------------------------
@@ -475,4 +477,4 @@ def test_a_host_that_did_not_answer_gets_the_cause_and_its_own_remedy(
     answer: Answer, check: str, found: str, remedy: str
 ) -> None:
     fault = only(checks.check_answers({"a1": answer}, "/v/python", "/w"))
-    assert (fault.check, found in fault.found, remedy in fault.remedy) == (check, True, True), fault
+    assert (fault.check, found in fault.message, remedy in fault.remedy) == (check, True, True), fault

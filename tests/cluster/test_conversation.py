@@ -49,7 +49,9 @@ def test_a_silent_host_is_lost_and_the_others_go_on() -> None:
     with talk([sys.executable, "-c", code]) as conversation:
         answers = conversation.ask({"a": {"word": "hang"}, "b": {"word": "B"}}, timeout_s=3.0, what="the weather")
         assert set(answers) == {"b"} and conversation.hosts == ["b"]
-        assert conversation.lost["a"].cause is Cause.TIMEOUT and "asked for the weather" in conversation.lost["a"].found
+        assert (
+            conversation.lost["a"].cause is Cause.TIMEOUT and "asked for the weather" in conversation.lost["a"].summary
+        )
         assert set(conversation.ask({"a": {"word": "A"}, "b": {"word": "B"}}, timeout_s=20, what="x")) == {"b"}
 
 
@@ -57,7 +59,7 @@ def test_a_program_that_ends_is_told_with_its_code_and_last_words() -> None:
     with talk(["sh", "-c", "echo it broke >&2; exit 9"], ("a",)) as conversation:
         assert conversation.ask({"a": {"ask": "clock"}}, timeout_s=20, what="x") == {}
         lost = conversation.lost["a"]
-    assert (lost.returncode, lost.cause) == (9, None) and "it broke" in lost.found
+    assert (lost.returncode, lost.cause) == (9, None) and "it broke" in lost.summary
 
 
 def test_a_python_that_is_not_there_is_told() -> None:

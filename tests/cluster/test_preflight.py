@@ -85,7 +85,7 @@ def test_hosts_without_an_ssh_server_are_faults_of_a_few_seconds(tmp_path: Path)
         ("127.9.9.1", "ssh"),
         ("no-such-host.invalid", "ssh"),
     ]
-    assert report.faults[1].found.startswith("unknown host name") and report.exit_code == 5 and report.hosts == {}
+    assert report.faults[1].message.startswith("unknown host name") and report.exit_code == 5 and report.hosts == {}
 
 
 def test_a_wrong_call_is_a_config_error_before_any_host_is_asked(tmp_path: Path) -> None:

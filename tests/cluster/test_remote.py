@@ -109,7 +109,7 @@ def test_a_command_past_its_time_is_ended_with_its_children() -> None:
     answer = run_on_hosts(
         ["here"], ["sh", "-c", f"trap '' TERM; sleep {mark} & sleep {mark}"], timeout_s=0.5, local=["here"]
     )["here"]
-    assert answer.cause is Cause.TIMEOUT and "time-out" in answer.found
+    assert answer.cause is Cause.TIMEOUT and "time-out" in answer.summary
     assert wait_until_gone(f"sleep {mark}") == []
 
 
@@ -149,5 +149,7 @@ def test_what_was_found_is_one_line_with_the_last_words_of_the_host() -> None:
         ["here"], ["sh", "-c", "echo first >&2; echo last >&2; exit 4"], timeout_s=20, local=["here"]
     )["here"]
     assert (
-        answer.found.startswith("exit code 4 after ") and answer.found.endswith(": last") and shlex.split(answer.found)
+        answer.summary.startswith("exit code 4 after ")
+        and answer.summary.endswith(": last")
+        and shlex.split(answer.summary)
     )

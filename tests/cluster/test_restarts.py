@@ -48,7 +48,7 @@ def test_a_killed_rank_is_the_cause_although_others_ended_before_it_was_written_
     assert [record.rank for record in culprits(records)] == [2, 0, 1]
     outcome = judge(Ending(1), records, None, "JpTrainError: connection closed by peer")
     assert (
-        (outcome.code, outcome.again, outcome.blamed) == (5, "yes", ("node2",))
+        (outcome.code, outcome.again, outcome.killed_on) == (5, "yes", ("node2",))
         and "rank 2 on node2" in outcome.cause
         and "SIGKILL" in outcome.cause
     )
@@ -124,7 +124,7 @@ def test_what_the_ranks_found_out_themselves_is_the_cause_that_is_told() -> None
 def test_a_host_that_does_not_answer_is_named_with_what_ssh_said() -> None:
     answer = Answer("node7", 255, "", "ssh: connect to host node7 port 22: Connection timed out", 5.0, Cause.NO_ANSWER)
     outcome = judge(Ending(-9, Verdict("x"), {"node7": answer}), [ended(0, 1)], None, "")
-    assert outcome == Outcome(5, f"host node7 does not answer: {answer.found}", "yes", (), {"node7": answer.found})
+    assert outcome == Outcome(5, f"host node7 does not answer: {answer.summary}", "yes", (), {"node7": answer.summary})
 
 
 def test_the_time_lost_is_work_since_the_checkpoint_and_the_time_without_progress(tmp_path: Path) -> None:
