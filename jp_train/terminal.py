@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TextIO
@@ -39,6 +41,49 @@ def duration(seconds: float | None) -> str:
     if hours < 48:
         return f"{hours} h {minutes % 60} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def short_number(value: float) -> str:
+    """Three significant digits, with k and M: 0.00012 -> 1.2e-4, 3223 -> 3,223, 12345 -> 12.3k."""
+    size = abs(value)
+    if value == 0:
+        return "0"
+    if size >= 999_950:
+        return f"{value / 1e6:.3g}M"
+    if size >= 9_995:
+        return f"{value / 1e3:.3g}k"
+    if size >= 100:
+        return f"{value:,.0f}"
+    if size >= 0.01:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+STEP_LINE = re.compile(r"step +\d+/\d+(?=  )")
+
+
+def folded(line: str, columns: int | None) -> str:
+    """A line about a training step, whose fields have two spaces between them, on as many lines as `columns` ask for;
+    the later ones are indented. Other lines, and all where `columns` is None, are left as they are."""
+    head = STEP_LINE.match(line)
+    if head is None or columns is None or len(line) <= columns:
+        return line
+    lines = [head[0]]
+    for field in line[head.end() + 2 :].split("  "):
+        if len(lines[-1]) + 2 + len(field) <= columns:
+            lines[-1] += f"  {field}"
+        else:
+            lines.append(f"    {field}")
+    return "\n".join(lines)
+
+
+def terminal_columns(stream: TextIO | int) -> int | None:
+    """The width of the terminal that a stream or descriptor writes to, None where that is no terminal or has none."""
+    try:
+        return os.get_terminal_size(stream if isinstance(stream, int) else stream.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
 
 
 class ProgressLine:

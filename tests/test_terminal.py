@@ -1,12 +1,17 @@
-"""Durations and progress lines."""
+"""Durations, progress lines, and the width of the terminal."""
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
 
 import pytest
 
-from jp_train.terminal import ProgressLine, aligned, duration, printable
+from jp_train.terminal import ProgressLine, aligned, duration, folded, printable, short_number, terminal_columns
 
 
 @pytest.mark.parametrize(
@@ -54,3 +59,34 @@ def test_what_an_earlier_run_did_does_not_count_as_speed() -> None:
 def test_a_table_is_aligned_and_foreign_text_cannot_steer_the_terminal() -> None:
     assert aligned([("name", "n"), ("a", "10")], left=(0,)) == ["name   n", "a     10"]
     assert printable("a\x1b[2J\ud800é") == "a\\x1b[2J\\ud800é"
+
+
+STEP = "step  40/420  loss 4.549 (und 4.567 text 4.849 gen 4.297)  norm 1.64  3,223 tok/s  ETA 2 min 37 s"
+
+
+def test_a_step_line_is_folded_between_its_fields_and_no_other_line_is() -> None:
+    lines = folded(STEP, 60).splitlines()
+    assert max(map(len, lines)) <= 60 and len(lines) == 2
+    assert "  ".join(line.strip() for line in lines) == STEP
+    assert folded(STEP, len(STEP)) == folded(STEP, None) == STEP
+    assert folded("launch: step by step " * 9, 40) == "launch: step by step " * 9
+
+
+def test_only_a_terminal_has_columns(tmp_path) -> None:
+    master, slave = pty.openpty()
+    try:
+        assert terminal_columns(slave) is None, "a new pseudo-terminal has no size"
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        assert terminal_columns(slave) == 80
+    finally:
+        os.close(master), os.close(slave)
+    with (tmp_path / "log").open("w") as file:
+        assert terminal_columns(file) is None and terminal_columns(io.StringIO()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.00012, "1.2e-4"), (0.3671, "0.367"), (3223, "3,223"), (12345, "12.3k"), (2e6, "2M")],
+)
+def test_a_short_number_has_three_significant_digits(value: float, text: str) -> None:
+    assert short_number(value) == text

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from jp_train.terminal import duration
+from jp_train.terminal import duration, folded, terminal_columns
 
 STEP_INTERVAL_S = 30.0
 """Seconds between two shown lines of training steps."""
@@ -22,7 +22,7 @@ _ROUTINE = re.compile(
 )
 """Beginnings of lines that only the log file keeps: DeepSpeed's INFO, progress bars, facts that the run folder has."""
 _STEP = re.compile(r"step +(?P<step>\d+)/(?P<total>\d+) +loss .*?ETA (?P<eta>.+?)(?:  |$)")
-_DETAILS = re.compile(r"  lr \S+|  norm \S+|  fill \S+|  \S+ s/step|  wait \S+ s")
+_DETAILS = re.compile(r"  lr \S+|  norm \S+")
 
 
 class LineFilter:
@@ -99,4 +99,4 @@ def _copy(read_end: int, log: Path, show: Callable[[str], str | None], terminal:
             file.flush()
             text = show(line)
             if text is not None:
-                print(text, file=terminal)
+                print(folded(text, terminal_columns(terminal)), file=terminal)

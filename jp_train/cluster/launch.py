@@ -25,7 +25,7 @@ from jp_train.cluster.findings import Report
 from jp_train.cluster.hostfile import Host, Selection, parse_hostfile, runs_locally, select_slots, world_size
 from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
-from jp_train.cluster.records import new_launch_id, open_logs, read_records
+from jp_train.cluster.records import LAUNCHER_LOG, new_launch_id, open_logs, read_records
 from jp_train.cluster.restarts import (
     Progress,
     Restart,
@@ -139,7 +139,7 @@ def _start(
     with environment_file(passed) as path:
         run = Run(
             command, env | {"DS_ENV_FILE": str(path)}, launch_id, remote, stop, grace_s=options.grace_s, supervision=watch, signal_launcher=slurm,
-            notice=lambda: _report_progress(progress, run_dir),
+            notice=lambda: _report_progress(progress, run_dir), output=logs and logs / LAUNCHER_LOG,
         )  # fmt: skip
         ending = run.wait()
     records = read_records(logs)

@@ -31,6 +31,7 @@ from jp_train.cluster.command import LOGS, WORLD
 from jp_train.cluster.options import ranks_of
 from jp_train.cluster.records import LOG_BYTES, STOPPED, TAIL_LINES, RankRecord, log_path, ranks_over
 from jp_train.errors import LaunchError
+from jp_train.terminal import folded, terminal_columns
 
 NUMBERINGS = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -142,12 +143,22 @@ class Terminal:
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
-            descriptor, rest = item
+            descriptor, line = item
+            rest = _fitted(line, descriptor)
             try:
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
             except OSError:  # the launch is gone; the log goes on
                 continue
+
+
+def _fitted(line: bytes, descriptor: int) -> bytes:
+    """A line about a training step, folded to the width of the terminal."""
+    text = line.removesuffix(b"\n")
+    columns = terminal_columns(descriptor)
+    if columns is None or len(text) <= columns:
+        return line
+    return folded(text.decode(errors="surrogateescape"), columns).encode(errors="surrogateescape") + b"\n"
 
 
 class Supervisor:

@@ -3,6 +3,8 @@
     RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.log    all that rank 9 printed; `.log.1`: what came before the
                                                              newest LOG_BYTES
     RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.json   that it started, and how it ended (`RankRecord`)
+    RUN_DIR/logs/20261122-101500-5ac1f00d/launcher.log       what the launcher (DeepSpeed's, mpirun, srun) and rank 0
+                                                             print on stdout
 
 Every start (a restart too) has a folder of its own; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are
 bounded, and a rank's usual output is a few lines.
@@ -24,6 +26,7 @@ from pathlib import Path
 from jp_train.files import write_atomically
 
 FOLDER = "logs"
+LAUNCHER_LOG = "launcher.log"
 KEPT_LAUNCHES = 20
 LOG_BYTES = 32 << 20
 OVER = ".over_rank"

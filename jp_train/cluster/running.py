@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jp_train.cluster.remote import Answer
@@ -103,7 +104,10 @@ class Run:
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals, *,
         grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False, notice: Callable[[], None] = lambda: None,
+        output: Path | None = None,
     ) -> None:  # fmt: skip
+        """`output`: the file for the launcher's stdout, where DeepSpeed's launcher says what it does; what people are
+        to read comes on stderr. None: this process's own stdout."""
         self._launch_id, self._remote, self._stop, self._grace_s = launch_id, tuple(remote), stop, grace_s
         self._supervision, self._notice = supervision, notice
         self._signal_launcher = signal_launcher
@@ -112,7 +116,8 @@ class Run:
         self._over = threading.Event()
         self._verdict: Verdict | None = None
         self._looked_at, self._said_at = time.monotonic(), -1e9
-        self._process = subprocess.Popen(list(command), env=dict(env), start_new_session=True)
+        with output.open("ab") if output else contextlib.nullcontext() as file:
+            self._process = subprocess.Popen(list(command), env=dict(env), start_new_session=True, stdout=file)
 
     def wait(self) -> Ending:
         """Block until nothing of the run is left, here and on every host that answers."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
+from types import MappingProxyType
 from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig
@@ -17,7 +18,7 @@ from jp_train.engine.watch.stop import Stop, last_step
 from jp_train.errors import JpTrainError
 from jp_train.files import drop_later_lines
 from jp_train.run.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, wandb_mode
-from jp_train.types import KINDS
+from jp_train.types import KINDS, Kind
 
 STATUS_FILE = "status.json"
 
@@ -101,12 +102,20 @@ class RunLog:
         self._failed_saves = total
 
     def step(
-        self, step: int, values: Mapping[str, float], *, skipped_documents: int = 0, skipped_steps: int = 0
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        loss_tokens: Mapping[Kind, float] = MappingProxyType({}),
+        skipped_documents: int = 0,
+        skipped_steps: int = 0,
     ) -> None:
-        """All values of one step (or, at step 0, of the validation before training)."""
+        """All values of one step (or, at step 0, of the validation before training). `loss_tokens`: its supervised
+        tokens by kind."""
         if not self._active:
             return
         self._step, self._begun = step, True
+        self._console.loss_tokens = loss_tokens
         if "loss/total" in values:
             self._progress.tick()
         for sink in list(self._sinks):
@@ -144,7 +153,10 @@ class RunLog:
         )
         assert self._status is not None, "begin comes first"
         self._status.update(state=stop.state, reason=stop.reason, step=step, checkpoint=self._checkpoint, eta_s=0)
-        self.say(f"{stop.state.replace('_', ' ')} after step {step}: {stop.reason}")
+        if stop.exit_code:  # a signal: the last save is complete, or an error has ended the run instead
+            self.say(f"{stop.reason}: saved at step {step}; run the same command to resume")
+        else:
+            self.say(f"{stop.state.replace('_', ' ')} after step {step}: {stop.reason}")
         self.close()
 
     def stalled(self, error: JpTrainError, details: Mapping[str, Any]) -> None:

@@ -21,12 +21,17 @@ from typing import Any, Protocol, TextIO
 from jp_train.config.schema import WandbConfig, WandbMode
 from jp_train.errors import ConfigError
 from jp_train.files import Appender, json_safe, lines_until, write_atomically
-from jp_train.terminal import duration
+from jp_train.terminal import duration, folded, short_number, terminal_columns
 from jp_train.types import KINDS, Kind
 
 SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
 
 MAX_EVENTS_WAITING = 10_000
+
+LINE_COLUMNS = 100
+"""Most characters of a console line about a step."""
+SHOWN_WAIT_SHARE = 0.05
+"""From this share of the step time on, the console says how long the steps waited for data."""
 
 RATE_SMOOTHING = 0.1
 """Weight of the newest step in the step time that the ETA is made of."""
@@ -135,7 +140,12 @@ class Progress:
 
 
 class Console:
-    """One tidy line on stderr every `every_steps` steps, after the first and the last step, and after a validation."""
+    """A line of at most LINE_COLUMNS on stderr every `every_steps` steps, after the first and the last step, and after
+    a validation. On a narrower terminal it is folded between its fields.
+
+    Losses, norm and speed are means since the line before. The loss of a kind is weighted by `loss_tokens`, so that it
+    stands in the line whichever kinds the last step had.
+    """
 
     essential = True
 
@@ -144,48 +154,77 @@ class Console:
         self._progress = progress
         self._stream = stream
         self._first = True
+        self._sums: dict[str, tuple[float, float]] = {}
+        """{metrics key: (sum of value x weight, sum of weights)} since the last line."""
+        self.loss_tokens: Mapping[Kind, float] = {}
+        """Supervised tokens of each kind in the step that is logged next; a kind that is left out weighs 1."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        due = self._first or step % self._every == 0 or step >= self._progress.planned
-        if "loss/total" in values and due:
-            self._first = False
-            self.say(self._line(step, values))
-        held_out = {key.removeprefix("val/"): value for key, value in values.items() if key.startswith("val/")}
-        if held_out:
-            self.say(f"step {step:>{self._digits}}/{self._progress.planned}  held out  " + _named(held_out))
+        if "loss/total" in values:
+            self._add(values)
+            if self._first or step % self._every == 0 or step >= self._progress.planned:
+                self._first = False
+                self.say(self._line(step, values["optim/lr"]))
+                self._sums.clear()
+        if "val/total" in values:
+            held_out = {"total": values["val/total"]} | _by_kind("val", values)
+            self.say(f"{self._head(step)}  held out  " + _named(held_out, "{:.4f}".format))
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        print(text, file=self._stream or sys.stderr, flush=True)
+        stream = self._stream or sys.stderr
+        print(folded(text, terminal_columns(stream)), file=stream, flush=True)
 
     def close(self) -> None:
         pass
 
-    @property
-    def _digits(self) -> int:
-        return len(str(self._progress.planned))
+    def _head(self, step: int) -> str:
+        return f"step {step:>{len(str(self._progress.planned))}}/{self._progress.planned}"
 
-    def _line(self, step: int, values: Mapping[str, float]) -> str:
-        kinds = {SHORT[kind]: values[f"loss/{kind}"] for kind in KINDS if f"loss/{kind}" in values}
+    def _add(self, values: Mapping[str, float]) -> None:
+        weights = {f"loss/{kind}": tokens for kind, tokens in self.loss_tokens.items()}
+        weights["perf/tokens_per_s"] = values["time/step_s"]
+        for key, value in values.items():
+            total, weight = self._sums.get(key, (0.0, 0.0))
+            more = weights.get(key, 1.0)
+            self._sums[key] = total + value * more, weight + more
+
+    def _line(self, step: int, lr: float) -> str:
+        """The fields that every line has, and of the others, the most useful first, as many as there is room for."""
+        means = {key: total / weight for key, (total, weight) in self._sums.items() if weight}
+        wait_share = means["time/data_wait_s"] / means["time/step_s"]
+        skipped = self._sums["data/skipped"][0] if "data/skipped" in self._sums else 0
+        kinds = _named(_by_kind("loss", means), _five_characters)
         eta = self._progress.eta_s(step)
-        parts = [
-            f"step {step:>{self._digits}}/{self._progress.planned}",
-            f"loss {values['loss/total']:.4f} ({_named(kinds)})" if kinds else f"loss {values['loss/total']:.4f}",
-            f"lr {values['optim/lr']:.2e}",
-            f"norm {values['optim/grad_norm']:.2f}",
-            f"fill {values['packing/fill']:.1%}",
-            f"{values['perf/tokens_per_s']:,.0f} tok/s",
-            f"{values['time/step_s']:.2f} s/step",
-            f"wait {values['time/data_wait_s']:.2f} s",
-            f"ETA {duration(eta)}" if eta is not None else "ETA --",
-        ]
-        if values.get("data/skipped"):
-            parts.append(f"skipped {values['data/skipped']:.0f}")
-        return "  ".join(parts)
+        fields = {
+            "head": self._head(step),
+            "loss": f"loss {_five_characters(means['loss/total'])}" + (f" ({kinds})" if kinds else ""),
+            "lr": f"lr {lr:.1e}",
+            "norm": f"norm {means['optim/grad_norm']:.2f}",
+            "speed": f"{short_number(means['perf/tokens_per_s'])} tok/s",
+            "wait": f"wait {wait_share:.0%}" if wait_share >= SHOWN_WAIT_SHARE else "",
+            "skipped": f"skipped {skipped:.0f}" if skipped else "",
+            "eta": f"ETA {duration(eta)}" if eta is not None else "ETA --",
+        }
+        room = LINE_COLUMNS - len(f"{fields['head']}  {fields['loss']}  ETA 12 min 34 s")
+        shown = {"head", "loss", "eta"}
+        for name in ("wait", "skipped", "speed", "norm", "lr"):
+            if fields[name] and (room := room - len(fields[name]) - 2) >= 0:
+                shown.add(name)
+        return "  ".join(text for name, text in fields.items() if name in shown)
 
 
-def _named(values: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+def _by_kind(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {SHORT[kind]: values[f"{prefix}/{kind}"] for kind in KINDS if f"{prefix}/{kind}" in values}
+
+
+def _named(values: Mapping[str, float], text: Callable[[float], str]) -> str:
+    return " ".join(f"{name} {text(value)}" for name, value in values.items())
+
+
+def _five_characters(loss: float) -> str:
+    """0.367, 11.52."""
+    return f"{loss:.2f}" if loss >= 10 else f"{loss:.3f}"
 
 
 class TensorBoard:

@@ -6,7 +6,8 @@ list; the loop in `trainer.py` stays as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from jp_train.engine.metrics import exchange
 from jp_train.engine.watch.guard import Pace
 from jp_train.engine.watch.stop import GraceCheck, Stop, decide
 from jp_train.train.preparation import Parts
+from jp_train.types import Kind
 
 
 @dataclass
@@ -31,6 +33,8 @@ class StepEnd:
     stop: Stop | None = None
     saved: bool = False
     """A checkpoint was made at this boundary."""
+    loss_tokens: Mapping[Kind, float] = field(default_factory=dict)
+    """Supervised tokens of the step by kind."""
 
 
 class Callback(Protocol):
@@ -110,7 +114,11 @@ class WriteMetrics(Callback):
     def after_step(self, end: StepEnd) -> None:
         parts = self._parts
         parts.log.step(
-            end.step, end.values, skipped_documents=parts.ledger.skipped, skipped_steps=parts.state.skips.total
+            end.step,
+            end.values,
+            loss_tokens=end.loss_tokens,
+            skipped_documents=parts.ledger.skipped,
+            skipped_steps=parts.state.skips.total,
         )
 
 

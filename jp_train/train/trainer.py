@@ -39,7 +39,7 @@ from jp_train.model.freeze import module_of
 from jp_train.model.vq import fill_pending
 from jp_train.train.callbacks import Callback, StepEnd
 from jp_train.train.preparation import Parts
-from jp_train.types import PackedBatch
+from jp_train.types import KINDS, PackedBatch
 
 
 class Trainer:
@@ -78,6 +78,7 @@ class Trainer:
                 state.step,
                 result.values | parts.saver.values(),
                 decide(cfg.stage, step=state.step, signal_number=result.totals.signal, patience_over=False),
+                loss_tokens=dict(zip(KINDS, result.totals.total("kind_tokens"), strict=True)),
             )
             for callback in self.callbacks:
                 callback.after_step(end)
@@ -180,6 +181,7 @@ class Trainer:
         ranks at the same step."""
         state, step = self.state, self.state.step
         state.tokens += int(result.values["tokens/total"])
+        result.values["tokens/seen"] = float(state.tokens)
         skipped = []
         if result.totals.skipped:  # the same number on every rank, so all gather or none
             of_ranks = gather_objects(self.ranks, [d for batch in micro_batches for d in batch.skipped])

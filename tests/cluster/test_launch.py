@@ -389,6 +389,9 @@ def check_stop(folder: Path, running: subprocess.Popen[str], ranks: list[dict]) 
     assert [(folder / f"saved{i}").read_text() for i in (0, 1)] == ["1", "1"], (
         "each rank gets the signal exactly once, and saves"
     )
+    (log,) = (folder / "run" / "logs").glob("*/launcher.log")
+    noise = ("[INFO]", "[ERROR]")
+    assert not [text for text in noise if text in errors] and all(text in log.read_text() for text in noise), errors
     assert not any(Path(f"/proc/{rank['pid']}").exists() for rank in ranks)
 
 

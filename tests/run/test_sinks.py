@@ -24,6 +24,7 @@ from jp_train.run.sinks import (
     wandb_mode,
     without_secrets,
 )
+from jp_train.types import KINDS, Kind
 
 VALUES = {
     "loss/total": 2.5,
@@ -105,23 +106,58 @@ def test_eta_is_the_smoothed_step_time_times_the_steps_left():
 def test_the_console_prints_one_line_every_n_steps_and_every_validation():
     stream = io.StringIO()
     console = Console(10, Progress(25), stream)
-    console.log(0, {"val/text": 4.0, "val/total": 4.0})
+    console.log(0, {"val/text-source": 4.5, "val/text": 4.0, "val/generation": 5.0, "val/total": 4.5})
     for step in range(1, 26):
         console.log(step, VALUES)
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["0/25", "1/25", "10/25", "20/25", "25/25"]
-    assert "held out  text 4.0000 total 4.0000" in lines[0]
-    for part in (
-        "loss 2.5000 (text 3.0000 gen 2.0000)",
-        "lr 1.00e-04",
-        "fill 99.8%",
-        "12,345 tok/s",
-        "2.00 s/step",
-        "wait 0.01 s",
-        "ETA --",
-    ):
-        assert part in lines[1]
-    assert "skipped" not in lines[1] and max(map(len, lines)) < 200
+    assert lines[0] == "step  0/25  held out  total 4.5000 text 4.0000 gen 5.0000"
+    losses = "loss 2.500 (text 3.000 gen 2.000)"
+    assert lines[1] == f"step  1/25  {losses}  lr 1.0e-04  norm 0.50  12.3k tok/s  ETA --"
+
+
+def test_a_console_line_has_means_since_the_line_before_and_losses_weighted_by_their_tokens():
+    stream = io.StringIO()
+    console = Console(3, Progress(100), stream)
+    console.log(1, VALUES)
+    text_steps = ((10, 1.0), (30, 3.0), (0, None))
+    for step, (tokens, loss) in enumerate(text_steps, start=2):
+        console.loss_tokens = {Kind.TEXT: tokens, Kind.GENERATION: 5}
+        values = {**VALUES, "loss/total": float(step), "time/step_s": float(step), "perf/tokens_per_s": 600.0 / step}
+        values |= {"time/data_wait_s": 0.5 * step, "optim/grad_norm": float(step), "data/skipped": 1.0}
+        if loss is None:
+            del values["loss/text"]
+        else:
+            values["loss/text"] = loss
+        console.log(step, values)
+    second = stream.getvalue().splitlines()[1]
+    # steps 2 and 3: the third line of the loop belongs to the next print
+    assert "loss 2.500 (text 2.500 gen 2.000)" in second, "text: (10 x 1 + 30 x 3) / 40"
+    assert f"{2 * 600 / 5:.0f} tok/s" in second and "wait 50%" in second and "skipped 2" in second
+    console.loss_tokens = {Kind.TEXT: 7, Kind.GENERATION: 5}
+    console.log(5, {**VALUES, "loss/total": 6.0, "optim/grad_norm": 1.0})
+    console.log(6, {**VALUES, "loss/total": 8.0, "optim/grad_norm": 1.0})
+    third = stream.getvalue().splitlines()[2]
+    assert "loss 6.000 (text 3.000 " in third, "steps 4 to 6, of which step 4 had no text"
+
+
+@pytest.mark.parametrize("planned", [9, 420, 500_000])
+@pytest.mark.parametrize("loss", [0.05, 11.5])
+def test_no_console_line_is_longer_than_100_columns(planned, loss):
+    now = [0.0]
+    progress = Progress(planned, clock=lambda: now[0])
+    for _ in range(2):
+        progress.tick()
+        now[0] += 45_000 / planned
+    stream = io.StringIO()
+    values = {**VALUES, "perf/tokens_per_s": 1_234_567.0, "optim/grad_norm": 123.4, "data/skipped": 12.0}
+    values |= {f"loss/{kind}": loss for kind in ("total", *KINDS)} | {f"val/{kind}": loss for kind in ("total", *KINDS)}
+    values["time/data_wait_s"] = 1.0
+    Console(1, progress, stream).log(1, values)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 100
+    for text in ("(und ", " text ", " gen ", "wait 50%", "ETA "):
+        assert text in lines[0]
 
 
 def test_wandb_is_online_only_when_logged_in(tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 
 from jp_train.run.reading import Series
 from jp_train.run.summary import smooth
+from jp_train.terminal import short_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,23 +135,6 @@ class PanelGroup:
     title: str
     note: str
     panels: tuple[Panel, ...] = field(default=())
-
-
-def short_number(value: float) -> str:
-    """Three significant digits, with k and M, for axes and labels: 0.00012 -> 1.2e-4, 12345 -> 12.3k."""
-    size = abs(value)
-    if value == 0:
-        return "0"
-    if size >= 999_950:
-        return f"{value / 1e6:.3g}M"
-    if size >= 9_995:
-        return f"{value / 1e3:.3g}k"
-    if size >= 100:
-        return f"{value:,.0f}"
-    if size >= 0.01:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def draw_panel(panel: Panel, theme: Theme) -> Image:
