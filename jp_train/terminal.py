@@ -105,13 +105,19 @@ class ProgressLine:
         self._started = self._shown = clock()
 
     def show(self, done: float, total: float, *details: str) -> None:
-        """`done` of `total`, both in the unit that takes the time (bytes, steps), as a share and the time left."""
+        """Print the line of `done` of `total` when it is due."""
+        if self._stream is not None and (text := self.text(done, total, *details)):
+            print(text, file=self._stream, flush=True)
+
+    def text(self, done: float, total: float, *details: str) -> str | None:
+        """The line, None when it is not due: `done` of `total`, both in the unit that takes the time (bytes, steps),
+        as a share and the time left."""
         now = self._clock()
         spent = now - self._started
-        if self._stream is None or (done < total and now - self._shown < max(self._every_s, 0.02 * spent)):
-            return
+        if done < total and now - self._shown < max(self._every_s, 0.02 * spent):
+            return None
         self._shown = now
         timing = [f"{min(done / total, 1):.0%}" if total else "100%", duration(spent)]
         if self._before < done < total:
             timing.append(f"{duration(spent * (total - done) / (done - self._before))} left")
-        print(f"{self._name}: {', '.join([*details, *timing])}", file=self._stream, flush=True)
+        return f"{self._name}: {', '.join([*details, *timing])}"

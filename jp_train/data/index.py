@@ -63,6 +63,10 @@ class IndexProgress:
     bytes: int
     without_ids: int = 0
 
+    def details(self) -> tuple[str, ...]:
+        """What a progress line shows besides share and time."""
+        return f"shard {self.shards_done}/{self.shards}", f"{self.samples:,} samples"
+
     def announcement(self) -> str:
         """What is about to be done, and how to do without it."""
         text = f"{self.shards:,} shards ({self.bytes / 2**20:,.1f} MiB) are to be indexed"

@@ -11,7 +11,7 @@ from jp_train.config.schema import RunConfig
 from jp_train.data.index import IndexProgress, SourceIndex, index_sources
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import ConfigError
-from jp_train.terminal import aligned, printable
+from jp_train.terminal import ProgressLine, aligned, printable
 
 _EXAMPLES = 3
 
@@ -101,24 +101,14 @@ def _summary(index: SourceIndex) -> SourceSummary:
 
 
 class IndexProgressLine:
-    """For `index_sources`: a line at most every half second, with the time left estimated from bytes."""
+    """For `index_sources`: announces the work, then shows how much of its bytes is done."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._started, self._last = stream, time.monotonic(), 0.0
+        self._stream, self._line = stream, ProgressLine("index", stream)
 
     def __call__(self, at: IndexProgress) -> None:
-        now = time.monotonic()
-        if not at.shards_done:
-            print(f"index: {at.announcement()}", file=self._stream, flush=True)
+        if at.shards_done:
+            self._line.show(at.bytes_done, at.bytes, *at.details())
             return
-        if at.shards_done < at.shards and now - self._last < 0.5:
-            return
-        self._last = now
-        elapsed = now - self._started
-        left = elapsed * (at.bytes - at.bytes_done) / max(at.bytes_done, 1)
-        print(
-            f"index: shard {at.shards_done}/{at.shards}, {at.samples:,} samples, {at.bytes_done / 2**20:,.1f} of "
-            f"{at.bytes / 2**20:,.1f} MiB, {elapsed:.0f} s, {left:.0f} s left",
-            file=self._stream,
-            flush=True,
-        )
+        self._line = ProgressLine("index", self._stream)
+        print(f"index: {at.announcement()}", file=self._stream, flush=True)

@@ -3,7 +3,6 @@ is resumed. `prepare` is the order; each step is a function of its own."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from jp_train.engine.watch.stop import SignalFlag
 from jp_train.engine.watch.watchdog import Watchdog
 from jp_train.errors import CheckpointError, ConfigError
 from jp_train.run.log import RunLog
-from jp_train.terminal import duration
+from jp_train.terminal import ProgressLine
 from jp_train.types import Kind
 
 REPORT_S = 30.0
@@ -248,23 +247,15 @@ class IndexReport:
     (engine/main_first.py)."""
 
     def __init__(self, log: RunLog, guard: SequenceGuard) -> None:
-        self._log, self._guard = log, guard
-        self._began = self._reported = time.monotonic()
+        self._log, self._guard, self._line = log, guard, ProgressLine("index", None, every_s=REPORT_S)
 
     def __call__(self, done: IndexProgress) -> None:
         self._guard.enter(INDEXING, pace=Pace.FREE)
-        now = time.monotonic()
-        if done.shards_done == 0:
-            self._began = self._reported = now
-            self._log.say(f"index: {done.announcement()}")
-        if now - self._reported < REPORT_S or not done.bytes_done:
-            return
-        self._reported = now
-        left = (now - self._began) * (done.bytes - done.bytes_done) / done.bytes_done
-        self._log.say(
-            f"index: {done.shards_done} of {done.shards} shards, {done.samples:,} samples, ETA {duration(left)} "
-            "(`jp-train data index` does it beforehand, in parallel)"
-        )
+        if not done.shards_done:
+            self._line = ProgressLine("index", None, every_s=REPORT_S)
+            self._log.say(f"index: {done.announcement()} (`jp-train data index` does it beforehand, in parallel)")
+        elif text := self._line.text(done.bytes_done, done.bytes, *done.details()):
+            self._log.say(text)
 
 
 def open_run_folder(cfg: RunConfig, log: RunLog) -> None:

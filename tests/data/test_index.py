@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 import time
 
 import numpy as np
@@ -18,7 +17,6 @@ from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import parse_sample
 from jp_train.data.shards import ShardReader
 from jp_train.errors import DataError
-from jp_train.tools.index import index_command
 from jp_train.types import Kind
 from tests.data.data_samples import (
     conversation,
@@ -175,19 +173,6 @@ def test_what_a_killed_writer_left_behind_is_removed_when_it_is_old_and_nothing_
     ]
 
 
-def test_keys_that_no_terminal_can_show_are_escaped_in_the_table(cfg, tmp_path, tokenizer):
-    cfg.data.root = str(tmp_path)
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
-        for name, text in (("\udcff\x1b[31m.txt", b""), ("good.txt", b"some words")):
-            info = tarfile.TarInfo(name)
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text))
-    table = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    index_command(only(cfg), 1, table=table, progress=io.StringIO())
-    table.flush()
-    assert b"bad in s: \\udcff\\x1b[31m in " in table.buffer.getvalue()
-
-
 def test_a_read_only_shard_folder_falls_back_to_the_cache_folder(cfg, tmp_path, tokenizer, monkeypatch):
     shards, cache = tmp_path / "shards", tmp_path / "cache"
     cfg.data.root = str(shards)
@@ -263,25 +248,3 @@ def test_dialogues_are_counted_because_they_may_not_be_cut(cfg, tmp_path, tokeni
     write_shard(tmp_path / "a.tar", [("a", {"json": conversation("q", "a")}), ("b", {"txt": b"plain"})])
     index = index_sources(only(cfg), tokenizer)[0]
     assert index.dialogues == 1 and index.kind is Kind.TEXT
-
-
-def test_the_index_command_prints_a_table_and_progress(mixed):
-    cfg = mixed()
-    cfg.validation.sources = {"held": SourceConfig(kind=SourceKind.text, shards="text.tar")}
-    table, progress = io.StringIO(), io.StringIO()
-    summary = index_command(cfg, 1, table=table, progress=progress)
-    assert [source["name"] for source in summary["sources"]] == ["real", "stored", "und", "text", "validation/held"]
-    assert summary["sources"][0]["samples"] == 25 and summary["sources"][0]["shards"] == 2
-    assert "s left" in progress.getvalue().splitlines()[-1]
-    assert table.getvalue().splitlines()[0].split() == [
-        "source",
-        "kind",
-        "samples",
-        "tokens",
-        "tokens/sample",
-        "bad",
-        "shards",
-        "MiB",
-        "id",
-        "bytes/sample",
-    ]
