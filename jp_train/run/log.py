@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
 from types import MappingProxyType
@@ -13,11 +12,10 @@ from typing import Any
 from jp_train.config import BatchPlan, RunConfig
 from jp_train.data.ledger import LEDGER_FILE
 from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot
-from jp_train.engine.checkpoint.identity import plain
 from jp_train.engine.watch.stop import Stop, last_step
 from jp_train.errors import JpTrainError
 from jp_train.files import drop_later_lines
-from jp_train.run.sinks import Console, Events, MetricsFile, Progress, Sink, StatusFile, TensorBoard, Wandb, wandb_mode
+from jp_train.run.sinks import SINKS, Console, Events, Progress, Sink, StatusFile
 from jp_train.types import KINDS, Kind
 
 STATUS_FILE = "status.json"
@@ -66,16 +64,12 @@ class RunLog:
             return
         self._step = resumed_step or 0
         self._checkpoint = {"step": checkpoint["step"], "time": round(checkpoint["time"], 3)} if checkpoint else None
-        self._sinks = [self._console, MetricsFile(self.folder / "metrics.jsonl", resumed_step)]
+        self._sinks = [self._console]
+        for sink in SINKS:
+            if (opened := sink.opened(self._cfg, resumed_step)) is not None:
+                self._sinks.append(opened)
         for name in (LEDGER_FILE, SNAPSHOTS_FILE):
             drop_later_lines(self.folder / name, resumed_step or 0)
-        if self._cfg.logging.tensorboard:
-            self._sinks.append(TensorBoard(self.folder / "tensorboard", resumed_step))
-        mode = wandb_mode(self._cfg.logging.wandb)
-        if mode != "disabled":
-            name = f"{self.folder.resolve().parent.name}/{self.folder.resolve().name}"
-            config = plain(asdict(self._cfg))
-            self._sinks.append(Wandb(self.folder, self._cfg.logging.wandb, mode=mode, config=config, name=name))
         self.say(batch.describe())
 
     def say(self, text: str) -> None:

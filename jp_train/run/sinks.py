@@ -1,7 +1,8 @@
 """Where a run's numbers go: console, metrics.jsonl, wandb, TensorBoard, and the two small files `status.json` and
 `events.jsonl`.
 
-Only rank 0 has sinks. Only this module imports wandb and TensorBoard, and only when they are used.
+To add a place, write a class with the four members of `Sink` and name it in `SINKS`. Only rank 0 has sinks. Only this
+module imports wandb and TensorBoard, and only when they are used.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from jp_train.config.schema import WandbConfig, WandbMode
+from jp_train.config.schema import RunConfig, WandbConfig, WandbMode
+from jp_train.engine.checkpoint.identity import plain
 from jp_train.errors import ConfigError
 from jp_train.files import Appender, json_safe, lines_until, write_atomically
 from jp_train.terminal import duration, folded, short_number, terminal_columns
@@ -48,6 +51,14 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class OpenedSink(Sink, Protocol):
+    """A sink that the configuration opens."""
+
+    @classmethod
+    def opened(cls, cfg: RunConfig, resumed_step: int | None) -> Sink | None:
+        """The sink for a run that continues after `resumed_step` steps (None: a new run); None: not configured."""
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a step, appended.
 
@@ -62,6 +73,10 @@ class MetricsFile:
         if path.exists():
             write_atomically(path, "".join(lines_until(path, resumed_step)))
         self._file = Appender(path)
+
+    @classmethod
+    def opened(cls, cfg: RunConfig, resumed_step: int | None) -> MetricsFile:
+        return cls(Path(cfg.run_dir) / "metrics.jsonl", resumed_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps(json_safe({"step": step, **values}), allow_nan=False) + "\n")
@@ -242,6 +257,10 @@ class TensorBoard:
         purge = None if resumed_step is None else resumed_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge)
 
+    @classmethod
+    def opened(cls, cfg: RunConfig, resumed_step: int | None) -> TensorBoard | None:
+        return cls(Path(cfg.run_dir) / "tensorboard", resumed_step) if cfg.logging.tensorboard else None
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
@@ -286,11 +305,24 @@ class Wandb:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
+    @classmethod
+    def opened(cls, cfg: RunConfig, resumed_step: int | None) -> Wandb | None:
+        mode = wandb_mode(cfg.logging.wandb)
+        if mode == "disabled":
+            return None
+        folder = Path(cfg.run_dir)
+        name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
+        return cls(folder, cfg.logging.wandb, mode=mode, config=plain(asdict(cfg)), name=name)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
         self._run.finish()
+
+
+SINKS: tuple[type[OpenedSink], ...] = (MetricsFile, TensorBoard, Wandb)
+"""What a run opens, beside the console, in this order."""
 
 
 def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import jp_train.engine.watch.stop as stop
+import jp_train.run.log as log_module
 from jp_train.config import RunConfig, batch_plan
 from jp_train.config.schema import WandbMode
 from jp_train.run.log import RunLog
+from jp_train.run.sinks import SINKS
 
 VALUES = {
     "loss/total": 2.0,
@@ -65,6 +69,47 @@ def test_a_failing_metrics_file_stops_the_run(tmp_path):
     log._sinks.append(Broken(essential=True))
     with pytest.raises(ConnectionResetError):
         log.step(1, VALUES)
+
+
+class CsvFile:
+    """The example of CONTRIBUTING: step and loss as comma-separated values."""
+
+    essential = False
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file)
+
+    @classmethod
+    def opened(cls, cfg: RunConfig, resumed_step: int | None) -> CsvFile:
+        return cls(Path(cfg.run_dir) / "loss.csv")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._writer.writerow([step, values["loss/total"]])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_a_sink_is_one_class_and_its_entry_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "SINKS", (*SINKS, CsvFile))
+    log = started(tmp_path)
+    log.step(1, VALUES), log.step(2, VALUES)
+    log.close()
+    assert (tmp_path / "loss.csv").read_text().splitlines() == ["1,2.0", "2,2.0"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_a_signal_stops_says_what_was_saved_and_how_to_go_on(tmp_path, capsys):
+    log = started(tmp_path)
+    log.step(41, VALUES)
+    log.finish(stop.Stop("signal SIGINT", "stopped_by_signal", 130), 41)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "signal SIGINT: saved at step 41; run the same command to resume"
+    )
+    log = started(tmp_path)
+    log.finish(stop.Stop("all training steps done", "finished"), 50)
+    assert capsys.readouterr().err.splitlines()[-1] == "finished after step 50: all training steps done"
 
 
 def test_a_failed_attempt_says_why_and_a_refused_one_leaves_the_status_of_the_run_alone(tmp_path):
