@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from jp_train.cli.arguments import add_command, add_json
-from jp_train.cluster.checks import CHECKS
+from jp_train.cluster.checks import CHECK_NAMES, CHECKS
 
 DETAILS = """\
 Logs in to every host at once (ssh, by key), compares what must be equal, looks at disks, devices, ports and left-over processes, connects
@@ -24,7 +24,7 @@ exit status 0 when there is no fault (warnings do not count), 5 when there is on
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    listed = "\n".join(f"  {name:<10}{what}" for name, what in CHECKS.items())
+    listed = "\n".join(f"  {check.name:<10}{check.question}" for check in CHECKS)
     parser = add_command(
         commands, "preflight", "examine every host of a hostfile before a run", DETAILS.format(checks=listed)
     )
@@ -51,7 +51,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--timeout", type=float, default=10.0, metavar="S", help="seconds that a host may take for one answer (default 10; more for slow file servers)"
     )  # fmt: skip
-    parser.add_argument("--skip", default="", metavar="CHECK,...", help=f"leave these out: {', '.join(CHECKS)}")
+    parser.add_argument("--skip", default="", metavar="CHECK,...", help=f"leave these out: {', '.join(CHECK_NAMES)}")
     add_json(parser)
     parser.set_defaults(run=run)
 

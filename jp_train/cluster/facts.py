@@ -1,8 +1,8 @@
-"""What one host is, found without importing torch: versions, code, configuration, devices, disks, left-over processes
-and locks.
+"""What one host is, without importing torch: versions, code, configuration, devices, disks, left-over processes and
+locks.
 
-Facts only: what is wrong with them is decided in `checks.py`, where those of all hosts are together. Linux; standard
-library and, for the configuration, `jp_train.config`. Each fact fails alone: its place then holds {"error": reason}.
+Facts only: `host_checks.py` decides what is wrong with them, from those of all hosts together. Linux; standard library
+and, for the configuration, `jp_train.config`. Each fact fails alone: its value is then {"error": reason}.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from jp_train.config import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
+NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
 RUNNERS = (b"deepspeed.launcher.runner", b"mpirun", b"srun")
 """Arguments (or programs) by which the one process that keeps a launch together is known."""
 NVIDIA_SMI_S = 5.0
@@ -40,47 +42,68 @@ WRITTEN_BYTES = 64 << 10
 """Written and synced to find out whether a folder takes data: a disk may be full though it lists free inodes."""
 
 
-def host_facts(
-    question: Mapping[str, Any], *, proc: Path = Path("/proc"), devices: Path = Path("/dev")
-) -> dict[str, Any]:
-    """Everything below about this host. `question` has `config`, `overrides`, `run_dir` (None without a
-    configuration) and `own_launches`."""
-    folders = cache_folders(os.environ)
-    if question.get("run_dir"):
-        folders["run folder"] = str(question["run_dir"])
-    wanted: dict[str, Callable[[], Any]] = {
-        "host_name": socket.gethostname,
-        "python": lambda: platform.python_version(),
-        "packages": packages,
-        "driver": lambda: driver_version(proc),
-        "devices": lambda: device_count(devices),
-        "gpu_memory": lambda: gpu_memory_at_rest() if device_count(devices) else [],
-        "cores": lambda: len(os.sched_getaffinity(0)),
-        "addresses": host_addresses,
-        "code": code_digests,
-        "config": lambda: config_text(question.get("config"), question.get("overrides", ())),
-        "disks": lambda: {name: disk(Path(path)) for name, path in folders.items()},
-        "locks": lambda: build_locks(Path(folders["torch extensions"])),
-        "jobs": lambda: launched_jobs(question.get("own_launches", ()), proc=proc),
-    }
-    return {name: _attempt(find) for name, find in wanted.items()}
+@dataclass(frozen=True)
+class Query:
+    """What the launching host asks for, and where this host looks it up."""
+
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: str = ""
+    """Empty without a configuration."""
+    expected_launches: tuple[str, ...] = ()
+    """Ids of launches whose processes are no fault."""
+    proc: Path = Path("/proc")
+    devices: Path = Path("/dev")
+
+    def folders(self) -> dict[str, str]:
+        """{what it is for: path} of all folders that a rank writes."""
+        return cache_folders(os.environ) | ({"run folder": self.run_dir} if self.run_dir else {})
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`look_up` finds the value on this host, JSON-able; the checks get `harmless` where that failed. None: the checks
+    get the error and report it."""
+
+    look_up: Callable[[Query], Any]
+    harmless: Any = None
+
+
+FACTS = {
+    "host_name": Fact(lambda query: socket.gethostname(), harmless=""),
+    "python": Fact(lambda query: platform.python_version(), harmless="unknown"),
+    "packages": Fact(lambda query: packages(), harmless={}),
+    "driver": Fact(lambda query: driver_version(query.proc), harmless=""),
+    "devices": Fact(lambda query: device_count(query.devices), harmless=0),
+    "gpu_memory": Fact(lambda query: gpu_memory_at_rest() if device_count(query.devices) else [], harmless=[]),
+    "cores": Fact(lambda query: len(os.sched_getaffinity(0)), harmless=1 << 20),
+    "addresses": Fact(lambda query: host_addresses(), harmless=[]),
+    "code": Fact(lambda query: code_digests()),
+    "config": Fact(lambda query: config_text(query.config, query.overrides)),
+    "disks": Fact(lambda query: {name: disk(Path(path)) for name, path in query.folders().items()}, harmless={}),
+    "locks": Fact(lambda query: build_locks(Path(query.folders()["torch extensions"])), harmless=[]),
+    "jobs": Fact(lambda query: launched_jobs(query.expected_launches, proc=query.proc), harmless=[]),
+}
+"""All facts of a host by name, in the order in which they are looked up. The checks of `checks.CHECKS` judge them."""
+
+
+def host_facts(query: Query) -> dict[str, Any]:
+    """{name: value} of FACTS on this host; {"error": reason} for one that could not be looked up."""
+    return {name: _attempt(fact, query) for name, fact in FACTS.items()}
 
 
 def packages() -> dict[str, str]:
     """Installed versions of what ranks must agree on, from the packages' metadata; `nccl` is that of torch's wheel."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11"):
-        try:
-            found["nccl"] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        break
-    return found
+    versions = {name: _version(name) or "not installed" for name in PACKAGES}
+    nccl = next(filter(None, map(_version, NCCL_PACKAGES)), None)
+    return versions | ({"nccl": nccl} if nccl else {})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def driver_version(proc: Path = Path("/proc")) -> str:
@@ -106,21 +129,22 @@ def device_count(devices: Path = Path("/dev")) -> int:
 
 
 def gpu_memory(command: Sequence[str] = ("nvidia-smi",)) -> list[list[int]]:
-    """[index, MiB in use, MiB in all] of each GPU as nvidia-smi tells it, whoever uses it; empty where there is no
+    """[index, MiB in use, MiB in all] of each GPU according to nvidia-smi, whoever uses it; empty where there is no
     nvidia-smi.
 
     Raises RuntimeError when it fails or hangs, which is what it does on a host with a broken GPU.
     """
-    question = ["--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    columns = ["--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
-            [*command, *question], capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S, check=False
+            [*command, *columns], capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S, check=False
         )
     except FileNotFoundError:
         return []
     except subprocess.TimeoutExpired:
         raise RuntimeError(
-            f"nvidia-smi gave no answer within {NVIDIA_SMI_S:g} s: a GPU hangs, or persistence mode is off (`nvidia-smi -pm 1`)"
+            f"nvidia-smi gave no answer within {NVIDIA_SMI_S:g} s: a GPU hangs, or persistence mode is off "
+            "(`nvidia-smi -pm 1`)"
         ) from None
     if done.returncode:
         raise RuntimeError(
@@ -135,11 +159,11 @@ def gpu_memory_at_rest(read: Callable[[], list[list[int]]] = gpu_memory) -> list
     """`gpu_memory`, read again while a GPU is in use, for GPU_REST_S: a restart examines hosts whose ranks have only
     just been killed."""
     deadline = time.monotonic() + GPU_REST_S
-    found = read()
-    while any(used > GPU_FREE_MIB for _, used, _ in found) and time.monotonic() < deadline:
+    memory = read()
+    while any(used > GPU_FREE_MIB for _, used, _ in memory) and time.monotonic() < deadline:
         time.sleep(GPU_REST_S / 10)
-        found = read()
-    return found
+        memory = read()
+    return memory
 
 
 def host_addresses() -> list[str]:
@@ -159,7 +183,7 @@ def code_digests(package: Path | None = None) -> dict[str, str]:
 
 
 def config_text(config: str | None, overrides: Sequence[str]) -> str | None:
-    """The resolved configuration as this host reads it; None when none was asked for. Raises ConfigError."""
+    """The resolved configuration as this host reads it; None without `config`. Raises ConfigError."""
     if config is None:
         return None
     from jp_train.config import dump_config
@@ -169,7 +193,7 @@ def config_text(config: str | None, overrides: Sequence[str]) -> str | None:
 
 @lru_cache(maxsize=1)
 def loaded_config(config: str, overrides: tuple[str, ...]) -> RunConfig:
-    """The configuration, read once for all questions: resolving it takes longer than most of them. Raises
+    """The configuration, read once for all questions: resolving it takes longer than most of them need. Raises
     ConfigError."""
     from jp_train.config import load_config
 
@@ -190,14 +214,14 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Where `folder` lies (or will: its nearest folder that exists), the bytes free there, and whether a file could
-    be written: `error` if not."""
-    found: dict[str, Any] = {"path": str(folder), "there": str(folder)}
+    """The disk of `folder`: `path`; `there`, the nearest folder that exists; `free` and `size` in bytes; `device`; and
+    `error` with `errno` if no file could be written."""
+    facts: dict[str, Any] = {"path": str(folder), "there": str(folder)}
     try:
         there = nearest(folder)
-        found["there"] = str(there)
+        facts["there"] = str(there)
         about = os.statvfs(there)
-        found |= {
+        facts |= {
             "free": about.f_bavail * about.f_frsize,
             "size": about.f_blocks * about.f_frsize,
             "device": os.stat(there).st_dev,
@@ -207,13 +231,13 @@ def disk(folder: Path) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        found |= {"error": error.strerror or str(error), "errno": error.errno}
-    return found
+        facts |= {"error": error.strerror or str(error), "errno": error.errno}
+    return facts
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists. Raises OSError when that cannot be told: no permission, a stale
-    file handle, a link to nowhere."""
+    """The folder, or its nearest parent that exists. Raises OSError when that cannot be decided: no permission, a
+    stale file handle, a link to nowhere."""
     while True:
         try:
             folder.stat()
@@ -231,9 +255,9 @@ def build_locks(folder: Path) -> list[dict[str, Any]]:
     return [{"path": str(path), "age_s": max(0.0, time.time() - path.stat().st_mtime)} for path in locks]
 
 
-def launched_jobs(own_launches: Sequence[str], *, proc: Path = Path("/proc")) -> list[dict[str, Any]]:
-    """Processes of other launches on this host, by the mark in their environment: `launch`, `pid`, `command`, and
-    whether it is the launch's runner."""
+def launched_jobs(expected: Collection[str], *, proc: Path = Path("/proc")) -> list[dict[str, Any]]:
+    """Processes of launches that are not `expected` on this host, by the mark in their environment: `launch`, `pid`,
+    `command`, and whether it is the launch's `runner`."""
     jobs = []
     for entry in proc.iterdir():
         if not entry.name.isdigit():
@@ -244,7 +268,7 @@ def launched_jobs(own_launches: Sequence[str], *, proc: Path = Path("/proc")) ->
         )
         launch = mark.partition(b"=")[2].decode(errors="replace")
         words = read_proc(entry / "cmdline").split(b"\0")
-        if launch and launch not in own_launches and words != [b""]:  # a zombie has no command line
+        if launch and launch not in expected and words != [b""]:  # a zombie has no command line
             command = b" ".join(words).decode(errors="replace").strip()
             jobs.append(
                 {"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)}
@@ -274,32 +298,32 @@ def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
 
 def _open_files(process: Path) -> set[str]:
     """What a process of /proc has open; empty for somebody else's."""
-    found = set()
+    targets = set()
     with contextlib.suppress(OSError):
         for link in (process / "fd").iterdir():
             with contextlib.suppress(OSError):  # closed meanwhile
-                found.add(os.readlink(link))
-    return found
+                targets.add(os.readlink(link))
+    return targets
 
 
-def place(folder: Path, name: str, text: str) -> str:
+def write_marker(folder: Path, name: str, text: str) -> str:
     """Write a file that other hosts are to see into the folder, or its nearest parent that exists. Returns that folder.
     Raises OSError.
 
-    Nothing is made: an NFS client that has just been told that a folder is not there believes it for up to a minute,
-    whatever another host makes. A name that nobody has asked for is looked up on the server at once.
+    No folder is made: an NFS client that has just looked up a folder in vain believes for up to a minute that it is not
+    there, whatever another host makes. A name that nobody has looked up before is looked up on the server at once.
     """
     there = nearest(folder)
     (there / name).write_text(text, encoding="utf-8")
     return str(there)
 
 
-def seen(folder: Path, name: str, text: str, *, wait_s: float) -> bool:
+def has_marker(folder: Path, name: str, text: str, *, wait_s: float) -> bool:
     """Whether the file is here too, with this text. A network file system may show it a few seconds late."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            os.listdir(folder)  # makes NFS ask its server again
+            os.listdir(folder)  # makes NFS query its server again
             if (folder / name).read_text(encoding="utf-8") == text:
                 return True
         except (OSError, UnicodeDecodeError):
@@ -309,13 +333,13 @@ def seen(folder: Path, name: str, text: str, *, wait_s: float) -> bool:
         time.sleep(0.25)
 
 
-def take_away(folder: Path, name: str) -> None:
-    """Undo `place` in the folder that it returned."""
+def remove_marker(folder: Path, name: str) -> None:
+    """Undo `write_marker` in the folder that it returned."""
     (folder / name).unlink(missing_ok=True)
 
 
-def _attempt(find: Callable[[], Any]) -> Any:
+def _attempt(fact: Fact, query: Query) -> Any:
     try:
-        return find()
+        return fact.look_up(query)
     except Exception as error:  # one fact that cannot be had must not hide the others
         return {"error": f"{type(error).__name__}: {error}"}

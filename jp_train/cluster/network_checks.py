@@ -80,6 +80,15 @@ def check_reach(
         )  # fmt: skip
 
 
+def check_all_reduce(errors: Mapping[str, str], first: str, address: str, port: int) -> Iterator[Fault]:
+    """Hosts on which the all-reduce failed, and how; `first` is where the ranks meet."""
+    for host, error in errors.items():
+        yield Fault(
+            host, "bandwidth", f"the all-reduce failed: {error}",
+            f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {address}:{port} is its way to {first}",
+        )  # fmt: skip
+
+
 def check_bandwidth(rates: Mapping[str, Mapping[str, float]], backend: str) -> Iterator[Fault]:
     """{host: {"sends", "receives"}} in bytes/s: hosts far below the median, or below what any training network does."""
     all_rates = [rate for ways in rates.values() for rate in ways.values()]

@@ -1,9 +1,9 @@
-"""Is this cluster fit to train? Every host is asked in parallel, and what is wrong is named with host, cause and
+"""Is this cluster fit to train? All hosts are examined in parallel, and what is wrong is named with host, cause and
 remedy: `jp-train preflight`.
 
-One process a host (`cluster/probe.py`, over ssh) answers all questions; `cluster/checks.py` judges the answers of all
-hosts together. Nothing is left on any
-host afterwards: the probes end with their ssh, a hung one is killed, and each has a limited life in any case.
+One process per host (`cluster/probe.py`, over ssh) answers all questions; `cluster/checks.py` lists the checks, which
+judge the answers of all hosts together. Nothing is left on any host afterwards: the probes end with their ssh, a hung
+one is killed, and each has a limited lifetime in any case.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jp_train.cluster import checks, network_checks
 from jp_train.cluster.bandwidth import host_rates
-from jp_train.cluster.checks import CHECKS
+from jp_train.cluster.checks import CHECK_NAMES, CHECKS, Answers
 from jp_train.cluster.conversation import Conversation
 from jp_train.cluster.environment import EXPORTED_BY_DEEPSPEED, is_secret, passed_environment
 from jp_train.cluster.facts import code_digests, launched_jobs
 from jp_train.cluster.findings import Fault, Report, gib, rate_text
+from jp_train.cluster.host_checks import PREFLIGHT, check_answers, settled
 from jp_train.cluster.hostfile import parse_hostfile, runs_locally
 from jp_train.cluster.options import LaunchOptions
 from jp_train.cluster.reach import CONNECTS_AT_ONCE
@@ -41,7 +41,7 @@ SHARED_WAIT_S = 3.0
 PINGS = 3
 WAITED = re.compile("timed? ?out|Connection closed by peer|Connection reset", re.IGNORECASE)
 MARGIN_S = 3.0
-"""An all-reduce that times out is told so many seconds later at most."""
+"""An all-reduce that times out is reported so many seconds later at most."""
 LIFETIME_S = 300
 """A probe that nobody ends, ends by itself."""
 
@@ -53,30 +53,26 @@ def preflight(
     overrides: Sequence[str] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
     skip: Collection[str] = (),
-    own_launches: Collection[str] = (),
-    environ: Mapping[str, str] | None = None,
 ) -> Report:
     """Examine the hosts that `options` select, and report.
 
-    With `config`, the run folder, the data and the configuration are looked at too. `skip`: names of CHECKS to leave
-    out. `own_launches`: ids of launches whose processes are expected. `environ`: the launching shell's; the probes get
-    what the ranks would get of it. Raises ConfigError (configuration, filter, unknown check) and LaunchError
-    (hostfile).
+    With `config`, the run folder, the data and the configuration are examined too. `skip`: names of CHECKS to leave
+    out. The probes get what the ranks would get of this shell's environment. Raises ConfigError (configuration, filter,
+    unknown check) and LaunchError (hostfile).
     """
-    unknown = [name for name in skip if name not in CHECKS]
+    unknown = [name for name in skip if name not in CHECK_NAMES]
     if unknown:
-        raise ConfigError(f"there is no check {unknown[0]!r} to skip; there are {', '.join(CHECKS)}")
+        raise ConfigError(f"there is no check {unknown[0]!r} to skip; there are {', '.join(CHECK_NAMES)}")
     if not 0 < timeout_s < LIFETIME_S / 4:
         raise ConfigError(f"--timeout {timeout_s:g} is not between 0 and {LIFETIME_S // 4} seconds")
     cfg = None if config is None else load_config(config, overrides)
     question = {"config": None if config is None else str(config), "overrides": list(overrides)}
-    return _Examination(
-        options, cfg, question, timeout_s, frozenset(skip), own_launches, os.environ if environ is None else environ
-    ).run()
+    return _Examination(options, cfg, question, timeout_s, frozenset(skip)).run()
 
 
 class _Examination:
-    """One preflight: asks in phases, because some answers (who listens where) are part of the next question."""
+    """One preflight: asks in phases, because some answers (who listens where) are part of the next question. After each
+    phase the checks that look at its answers are made."""
 
     def __init__(
         self,
@@ -85,19 +81,23 @@ class _Examination:
         question: dict[str, Any],
         timeout_s: float,
         skip: frozenset[str],
-        own_launches: Collection[str],
-        environ: Mapping[str, str],
     ) -> None:
         self._selection = options.selection()
-        self._slots = {host.name: host.slots for host in parse_hostfile(options.hostfile)}
-        self._meeting_host = ""
-        self._port, self._address = options.master_port, options.master_addr
-        self._cfg, self._question, self._timeout_s, self._skip, self._environ = cfg, question, timeout_s, skip, environ
+        self._cfg, self._question, self._timeout_s, self._skip = cfg, question, timeout_s, skip
+        self._master_addr = options.master_addr
         self._run_dir = os.path.abspath(cfg.run_dir) if cfg else ""
-        self._id = f"{checks.PREFLIGHT}{uuid.uuid4().hex[:12]}"
-        self._launches = [*own_launches, self._id]
+        self._id = f"{PREFLIGHT}{uuid.uuid4().hex[:12]}"
         self._local = runs_locally(self._selection)
-        self._findings: list[Fault] = []
+        self._answers = Answers(
+            selection=self._selection,
+            slots={host.name: host.slots for host in parse_hostfile(options.hostfile)},
+            local=self._local,
+            port=options.master_port,
+            code=code_digests(),
+            config=dump_config(cfg) if cfg else None,
+            checkpoint_bytes=checkpoint_bytes(cfg) if cfg else 0,
+        )
+        self._faults: list[Fault] = []
         self._notes: list[str] = []
         self._hosts: dict[str, dict[str, Any]] = {}
         self._began = time.monotonic()
@@ -105,75 +105,73 @@ class _Examination:
 
     def run(self) -> Report:
         argv = [sys.executable, "-m", "jp_train.cluster.probe"]
-        env = probe_environment(self._environ) | {LAUNCH_ID: self._id, "JP_TRAIN_PROBE_LIFETIME_S": str(LIFETIME_S)}
+        env = probe_environment(os.environ) | {LAUNCH_ID: self._id, "JP_TRAIN_PROBE_LIFETIME_S": str(LIFETIME_S)}
         hosts = list(self._selection)
         with Conversation(
             hosts, argv, limit_s=LIFETIME_S, local=hosts if self._local else (), cwd=os.getcwd(), env=env
         ) as self._talk:
-            with self._progress("every host as it is", CONNECT_TIMEOUT_S + self._timeout_s):
-                facts = self._facts()
-            with self._progress("clocks and the run folder", (PINGS + 3) * self._timeout_s + SHARED_WAIT_S):
-                self._clocks(facts)
-                self._shared(self._present(facts))
-            with self._progress("who reaches whom", 3 * self._timeout_s + CONNECT_S * self._rounds()):
-                may_meet = self._reach(facts)
-            if self._cfg is not None and "data" not in self._skip:
-                with self._progress("the data", 2 * self._timeout_s):
-                    self._data(facts)
-            # CPU hosts load torch for the all-reduce only
-            if with_torch := [host for host in self._present(facts) if may_meet or facts[host]["devices"]]:
-                with self._progress("torch", 2 * self._timeout_s):
-                    with_torch = self._torch(with_torch, facts)
-            if may_meet and len(with_torch) > 1:
-                with self._progress("an all-reduce", 3 * self._timeout_s + MARGIN_S):
-                    self._bandwidth(with_torch, facts)
+            self._ask_all()
             lost = self._talk.lost
-        self._find(None, checks.check_answers(lost, sys.executable, os.getcwd()))
+        self._faults.extend(check_answers(lost, sys.executable, os.getcwd()))
         self._end_hung([host for host, answer in lost.items() if answer.cause is Cause.TIMEOUT])
         order = {host: number for number, host in enumerate(self._selection)}
-        found = sorted(self._findings, key=lambda fault: order.get(fault.host, -1))
+        faults = sorted(self._faults, key=lambda fault: order.get(fault.host, -1))
         if self._skip:
-            self._notes.append(f"not looked at, as asked: {', '.join(name for name in CHECKS if name in self._skip)}")
+            skipped = ", ".join(name for name in CHECK_NAMES if name in self._skip)
+            self._notes.append(f"not looked at, as asked: {skipped}")
         if self._cfg is None:
             self._notes.append("not looked at without a CONFIG: configuration, run folder, data")
         return Report(
-            faults=[fault for fault in found if not fault.warning],
-            warnings=[fault for fault in found if fault.warning],
+            faults=[fault for fault in faults if not fault.warning],
+            warnings=[fault for fault in faults if fault.warning],
             hosts=self._hosts,
             notes=self._notes,
             seconds=time.monotonic() - self._began,
             selected=list(self._selection),
         )
 
+    def _ask_all(self) -> None:
+        """All phases, in their order."""
+        with self._progress("every host as it is", CONNECT_TIMEOUT_S + self._timeout_s):
+            self._ask_facts()
+        with self._progress("clocks and the run folder", (PINGS + 3) * self._timeout_s + SHARED_WAIT_S):
+            self._ask_clocks()
+            self._ask_shared(self._present())
+        with self._progress("who reaches whom", 3 * self._timeout_s + CONNECT_S * self._rounds()):
+            can_meet = self._ask_reach()
+        if self._cfg is not None and self._wanted("data"):
+            with self._progress("the data", 2 * self._timeout_s):
+                self._ask_data()
+        # CPU hosts load torch for the all-reduce only
+        if with_torch := [host for host in self._present() if can_meet or self._answers.facts[host]["devices"]]:
+            with self._progress("torch", 2 * self._timeout_s):
+                with_torch = self._ask_torch(with_torch)
+        if can_meet and len(with_torch) > 1:
+            with self._progress("an all-reduce", 3 * self._timeout_s + MARGIN_S):
+                self._ask_bandwidth(with_torch)
+
     # -- phases ------------------------------------------------------------------------------------
 
-    def _facts(self) -> dict[str, dict[str, Any]]:
+    def _ask_facts(self) -> None:
         question = {
-            "ask": "facts", **self._question, "run_dir": self._run_dir, "own_launches": self._launches,
-            "load_torch": "bandwidth" not in self._skip and len(self._selection) > 1,
+            "ask": "facts", **self._question, "run_dir": self._run_dir, "expected_launches": [self._id],
+            "load_torch": self._wanted("bandwidth") and len(self._selection) > 1,
         }  # fmt: skip
-        facts = self._ask(
+        sent = self._ask(
             dict.fromkeys(self._selection, question),
             "its versions, disks and processes",
             CONNECT_TIMEOUT_S + self._timeout_s,
         )
-        facts, unknown = checks.settled(facts)
-        self._find(None, unknown)
-        here = launched_jobs(self._launches)
-        self._find("versions", checks.check_versions(facts))
-        self._find("code", checks.check_code(facts, code_digests()))
-        self._find("config", checks.check_config(facts, dump_config(self._cfg) if self._cfg else None))
-        self._find("devices", checks.check_devices(facts, self._selection, self._slots))
-        self._find("devices", checks.check_machines(facts))
-        self._find("devices", checks.check_busy(facts, self._selection, local=self._local))
-        self._find("disk", checks.check_disks(facts, checkpoint_bytes(self._cfg) if self._cfg else 0))
-        self._find("jobs", checks.check_jobs(facts, here, local=self._local))
-        self._find("locks", checks.check_locks(facts))
+        facts, unknown = settled(sent)
+        self._faults.extend(unknown)
+        self._answers.facts, self._answers.jobs = facts, launched_jobs([self._id])
+        self._judge("facts")
         for host, fact in facts.items():
             packages = fact["packages"]
             self._hosts[host] = {
-                "slots": len(self._selection[host]), "GPUs": fact["devices"], "cores": fact["cores"], "python": fact["python"],
-                "torch": packages.get("torch", "-"), "deepspeed": packages.get("deepspeed", "-"),
+                "slots": len(self._selection[host]), "GPUs": fact["devices"], "cores": fact["cores"],
+                "python": fact["python"], "torch": packages.get("torch", "-"),
+                "deepspeed": packages.get("deepspeed", "-"),
             }  # fmt: skip
             if fact["driver"]:
                 self._hosts[host]["driver"] = fact["driver"]
@@ -181,175 +179,175 @@ class _Examination:
             self._hosts[host]["free"] = gib(disk["free"]) if "free" in disk else "-"
         if facts and not any(fact["devices"] for fact in facts.values()):
             self._notes.append("no GPU on any host: slots are CPU processes, and were not compared with devices")
-        return facts
 
-    def _clocks(self, facts: Mapping[str, Any]) -> None:
-        if "clock" in self._skip:
+    def _ask_clocks(self) -> None:
+        if not self._wanted("clocks"):
             return
-        best: dict[str, tuple[float, float]] = {}
+        best = self._answers.clocks
         for _ in range(PINGS):
-            asked = time.time()
-            for host, said in self._talk.ask(
-                {host: {"ask": "clock"} for host in facts}, timeout_s=self._timeout_s, what="the time"
-            ).items():
-                if "answer" in said:
-                    offset = (said["answer"]["time"] - (asked + said["came"]) / 2, (said["came"] - asked) / 2)
+            sent_at = time.time()
+            replies = self._talk.ask(
+                {host: {"ask": "clock"} for host in self._answers.facts}, timeout_s=self._timeout_s, what="the time"
+            )
+            for host, reply in replies.items():
+                if "answer" in reply:
+                    middle, uncertainty = (sent_at + reply["came"]) / 2, (reply["came"] - sent_at) / 2
+                    offset = (reply["answer"]["time"] - middle, uncertainty)
                     best[host] = min(best.get(host, offset), offset, key=lambda pair: pair[1])
         for host, (ahead, uncertainty) in best.items():
             self._hosts[host]["clock"] = f"{ahead:+.2f} s" if abs(ahead) > uncertainty else "0 s"
-        self._find("clock", checks.check_clocks(best))
+        self._judge("clocks")
 
-    def _shared(self, hosts: Sequence[str]) -> None:
-        if self._cfg is None or "shared" in self._skip or len(hosts) < 2:
+    def _ask_shared(self, hosts: Sequence[str]) -> None:
+        if self._cfg is None or not self._wanted("shared") or len(hosts) < 2:
             return
         first, *others = hosts
         file = {"folder": self._run_dir, "name": f".jp_train_{self._id}", "text": uuid.uuid4().hex}
-        placed = self._ask({first: {"ask": "place", **file}}, "a file in the run folder", self._timeout_s)
-        if first not in placed:
+        written = self._ask({first: {"ask": "write_marker", **file}}, "a file in the run folder", self._timeout_s)
+        if first not in written:
             return
-        error = placed[first].get("error", "")
-        missing: list[str] = []
-        folder = placed[first].get("folder", self._run_dir)
-        if not error:
-            file["folder"] = folder
+        answers = self._answers
+        answers.shared_writer, answers.shared_error = first, written[first].get("error", "")
+        file["folder"] = answers.shared_folder = written[first].get("folder", self._run_dir)
+        if not answers.shared_error:
             try:
                 seen = self._ask(
-                    {host: {"ask": "seen", **file, "wait_s": SHARED_WAIT_S} for host in others},
+                    {host: {"ask": "has_marker", **file, "wait_s": SHARED_WAIT_S} for host in others},
                     "the run folder",
                     SHARED_WAIT_S + self._timeout_s,
                 )
-                missing = [host for host in others if host in seen and not seen[host]["seen"]]
+                answers.shared_missing = [host for host in others if host in seen and not seen[host]["seen"]]
             finally:
-                self._ask({first: {"ask": "take_away", **file}}, "removing that file", self._timeout_s)
-        self._find("shared", checks.check_shared(first, folder, missing, error))
+                self._ask({first: {"ask": "remove_marker", **file}}, "removing that file", self._timeout_s)
+        self._judge("shared")
 
-    def _reach(self, facts: Mapping[str, Any]) -> bool:
+    def _ask_reach(self) -> bool:
         """Ports and pairs. Returns whether all hosts that answer can meet for an all-reduce."""
-        hosts = self._present(facts)
-        if not hosts or ("port" in self._skip and "reach" in self._skip and "bandwidth" in self._skip):
+        hosts, answers = self._present(), self._answers
+        if not hosts or not (self._wanted("reach") or self._wanted("bandwidth")):
             return False
         first = hosts[0]
-        listening = self._ask(
-            {host: {"ask": "listen", "master_port": self._port if host == first else None} for host in hosts},
+        answers.listening = listening = self._ask(
+            {host: {"ask": "listen", "master_port": answers.port if host == first else None} for host in hosts},
             "its network addresses",
             self._timeout_s,
         )
         if first not in listening:
             return False
-        self._meeting_host = first
-        told_first = [*facts[first]["addresses"], listening[first]["fabric"].get("address", "")]
-        # another host stands in for a first one that does not answer
-        given = self._address if first == next(iter(self._selection)) else ""
-        self._address = given or ("127.0.0.1" if self._local else told_first[0])
-        doors = {
-            host: [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]
-            for host, told in listening.items()
-            if "port" in told["fabric"] and (not told["fabric"]["address"].startswith("127.") or len(hosts) == 1)
+        answers.rendezvous_host, answers.alone = first, len(hosts) == 1
+        answers.address = self._rendezvous_address(first)
+        listeners = {
+            host: [opened["fabric"]["address"], opened["fabric"]["port"], opened["greeting"]]
+            for host, opened in listening.items()
+            if "port" in opened["fabric"] and (not opened["fabric"]["address"].startswith("127.") or answers.alone)
         }
         master = listening[first]["master"]
         questions: dict[str, dict[str, Any]] = {}
         for host in listening:
-            targets = {other: door for other, door in doors.items() if other != host}
+            targets = {other: listener for other, listener in listeners.items() if other != host}
             if host != first and not master.get("error"):
-                targets["(master)"] = [self._address, self._port, listening[first]["greeting"]]
+                targets["(master)"] = [answers.address, answers.port, listening[first]["greeting"]]
             questions[host] = {"ask": "reach", "targets": targets, "timeout_s": CONNECT_S}
-        told = {
-            host: answer["failed"]
-            for host, answer in self._ask(
-                questions, "the other hosts", self._timeout_s + CONNECT_S * self._rounds()
-            ).items()
-        }
+        replies = self._ask(questions, "the other hosts", self._timeout_s + CONNECT_S * self._rounds())
+        answers.unreached = {host: reply["failed"] for host, reply in replies.items()}
         self._ask({host: {"ask": "close"} for host in listening}, "closing its ports", self._timeout_s)
-        unreached = {host: failed.pop("(master)") for host, failed in told.items() if "(master)" in failed}
-        self._find("port", network_checks.check_port(first, self._address, self._port, master, unreached))
-        self._find("reach", network_checks.check_reach(listening, told, alone=len(hosts) == 1))
-        for host, answer in listening.items():
-            self._hosts[host]["address"] = answer["fabric"].get("address", "-")
-        if len(hosts) < 2 or "bandwidth" in self._skip:
+        answers.unreached_port = {
+            host: failed.pop("(master)") for host, failed in answers.unreached.items() if "(master)" in failed
+        }
+        self._judge("reach")
+        for host, opened in listening.items():
+            self._hosts[host]["address"] = opened["fabric"].get("address", "-")
+        if answers.alone or not self._wanted("bandwidth"):
             return False
-        blocked = (
-            master.get("error") or unreached or any(told.values()) or len(doors) < len(hosts) or set(told) != set(hosts)
-        )
-        if blocked:
+        cut_off = master.get("error") or answers.unreached_port or any(answers.unreached.values())
+        if cut_off or len(listeners) < len(hosts) or set(answers.unreached) != set(hosts):
             self._notes.append("no all-reduce was made: not all hosts reach each other")
-        return not blocked
+            return False
+        return True
 
-    def _data(self, facts: Mapping[str, Any]) -> None:
-        hosts = [host for host in self._present(facts) if not isinstance(facts[host]["config"], dict)]
+    def _rendezvous_address(self, first: str) -> str:
+        """The address of `first` for the others: --master-addr, if it is that of the first selected host (not of one
+        that takes its place because it does not answer)."""
+        given = self._master_addr if first == next(iter(self._selection)) else ""
+        fabric = self._answers.listening[first]["fabric"]
+        addresses = [*self._answers.facts[first]["addresses"], fabric.get("address", "")]
+        return given or ("127.0.0.1" if self._local else str(addresses[0]))
+
+    def _ask_data(self) -> None:
+        hosts = [host for host in self._present() if not isinstance(self._answers.facts[host]["config"], dict)]
         questions = {host: {"ask": "data", **self._question, "number": number} for number, host in enumerate(hosts)}
-        self._find("data", checks.check_data(self._ask(questions, "the data", 2 * self._timeout_s)))
+        self._answers.data = self._ask(questions, "the data", 2 * self._timeout_s)
+        self._judge("data")
 
-    def _torch(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> list[str]:
+    def _ask_torch(self, hosts: Sequence[str]) -> list[str]:
         """Returns the hosts where it can be loaded."""
-        failed: dict[str, str] = {}
-        told = self._ask({host: {"ask": "torch"} for host in hosts}, "torch", 2 * self._timeout_s, failed)
-        broken = [
-            Fault(
-                host,
-                "versions",
-                f"torch cannot be loaded: {error}",
-                f"on {host}: install the torch that the others have",
-            )
-            for host, error in failed.items()
+        answers = self._answers
+        answers.torch = self._ask(
+            {host: {"ask": "torch"} for host in hosts}, "torch", 2 * self._timeout_s, answers.torch_errors
+        )
+        self._judge("torch")
+        blind = [
+            host
+            for host, build in answers.torch.items()
+            if answers.facts[host]["devices"] and build["devices"] <= self._selection[host][0]
         ]
-        self._find("versions", [*broken, *checks.check_torch(told, facts, self._selection)])
-        blind = [host for host in told if facts[host]["devices"] and told[host]["devices"] <= self._selection[host][0]]
         if blind:  # a fault of theirs already, and the others would wait for them
             self._notes.append(f"no all-reduce was made: torch cannot use the GPUs of {', '.join(blind)}")
             return []
-        return list(told)
+        return list(answers.torch)
 
-    def _bandwidth(self, hosts: Sequence[str], facts: Mapping[str, Any]) -> None:
-        if hosts[0] != self._meeting_host:
+    def _ask_bandwidth(self, hosts: Sequence[str]) -> None:
+        answers = self._answers
+        if hosts[0] != answers.rendezvous_host:
             self._notes.append(
-                f"no all-reduce was made: {self._meeting_host}, where the ranks would meet, cannot take part"
+                f"no all-reduce was made: {answers.rendezvous_host}, where the ranks would meet, cannot take part"
             )
             return
-        gpu = all(facts[host]["devices"] for host in hosts)
+        gpu = all(answers.facts[host]["devices"] for host in hosts)
         limit = (3 if gpu else 1) * self._timeout_s  # NCCL takes seconds to make its connections
         common = {
             "ask": "bandwidth",
             "world": len(hosts),
-            "address": self._address,
-            "port": self._port,
+            "address": answers.address,
+            "port": answers.port,
             "timeout_s": limit,
         }
         devices = {host: self._selection[host][0] if gpu else None for host in hosts}
-        failed: dict[str, str] = {}
+        errors: dict[str, str] = {}
         measured = self._ask(
             {host: {**common, "rank": rank, "gpu": devices[host]} for rank, host in enumerate(hosts)},
             "an all-reduce",
             limit + MARGIN_S,
-            failed,
+            errors,
         )
         if len(measured) < len(hosts):
-            # they made it fail for the others, who are well
-            silent = [host for host in hosts if host in self._talk.lost]
+            self._note_failed_all_reduce([host for host in hosts if host in self._talk.lost], errors, gpu=gpu)
+        else:
+            answers.rates = host_rates(hosts, measured)
+            answers.backend = measured[hosts[0]]["backend"]
+            for host, ways in answers.rates.items():
+                self._hosts[host] |= {name: rate_text(rate) for name, rate in ways.items()}
+            slowest = min(answers.rates, key=lambda host: min(answers.rates[host].values()))
+            bus = min(measured[host]["all_reduce"] for host in hosts)
             self._notes.append(
-                f"the all-reduce failed{': ' + ', '.join(silent) + ' stopped answering' if silent else ''}"
+                f"all-reduce over {len(hosts)} hosts ({answers.backend}, {measured[hosts[0]]['bytes'] >> 10:,} KiB): "
+                f"{rate_text(bus)} on each host's link; slowest host {slowest} "
+                f"({rate_text(min(answers.rates[slowest].values()))})"
             )
-            if silent and gpu:
-                self._notes.append(
-                    "NCCL ends the processes of an all-reduce that fails or hangs: of hosts that broke off there, look at the fabric "
-                    "(NCCL_DEBUG=INFO, `ibstat`, NCCL_IB_HCA, NCCL_SOCKET_IFNAME) before their ssh"
-                )
+        self._judge("bandwidth")
+
+    def _note_failed_all_reduce(self, silent: Sequence[str], errors: Mapping[str, str], *, gpu: bool) -> None:
+        """`silent`: hosts that stopped answering. They made it fail for the others, who are well."""
+        self._notes.append(f"the all-reduce failed{': ' + ', '.join(silent) + ' stopped answering' if silent else ''}")
+        if silent and gpu:
+            self._notes.append(
+                "NCCL ends the processes of an all-reduce that fails or hangs: of hosts that broke off there, look at "
+                "the fabric (NCCL_DEBUG=INFO, `ibstat`, NCCL_IB_HCA, NCCL_SOCKET_IFNAME) before their ssh"
+            )
+        if not silent:
             # the others only waited for these
-            own = {host: error for host, error in failed.items() if not WAITED.search(error)}
-            for host, error in (own or failed).items() if not silent else ():
-                remedy = f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {self._address}:{self._port} is its way to {hosts[0]}"
-                self._findings.append(Fault(host, "bandwidth", f"the all-reduce failed: {error}", remedy))
-            return
-        rates = host_rates(hosts, measured)
-        backend = measured[hosts[0]]["backend"]
-        for host, ways in rates.items():
-            self._hosts[host] |= {name: rate_text(rate) for name, rate in ways.items()}
-        slowest = min(rates, key=lambda host: min(rates[host].values()))
-        bus = min(measured[host]["all_reduce"] for host in hosts)
-        self._notes.append(
-            f"all-reduce over {len(hosts)} hosts ({backend}, {measured[hosts[0]]['bytes'] >> 10:,} KiB): {rate_text(bus)} on each host's link; "
-            f"slowest host {slowest} ({rate_text(min(rates[slowest].values()))})"
-        )
-        self._find("bandwidth", network_checks.check_bandwidth(rates, backend))
+            causes = {host: error for host, error in errors.items() if not WAITED.search(error)}
+            self._answers.all_reduce_errors = causes or dict(errors)
 
     # -- tools -------------------------------------------------------------------------------------
 
@@ -363,27 +361,33 @@ class _Examination:
         """Answers of the hosts that could give one; a question that failed there is a fault of its own, or goes to
         `failed`."""
         answers = {}
-        for host, said in self._talk.ask(questions, timeout_s=timeout_s, what=what).items():
-            if "answer" in said:
-                answers[host] = said["answer"]
+        for host, reply in self._talk.ask(questions, timeout_s=timeout_s, what=what).items():
+            if "answer" in reply:
+                answers[host] = reply["answer"]
             elif failed is not None:
-                failed[host] = str(said.get("error"))
+                failed[host] = str(reply.get("error"))
             else:
                 remedy = f"see that {host} has the same jp_train and packages as this host"
-                self._findings.append(Fault(host, "answer", f"could not tell {what}: {said.get('error')}", remedy))
+                self._faults.append(Fault(host, "answer", f"could not tell {what}: {reply.get('error')}", remedy))
         return {host: answers[host] for host in questions if host in answers}
 
     def _rounds(self) -> int:
         """Of connections that one host makes to all others."""
         return -(-len(self._selection) // CONNECTS_AT_ONCE)
 
-    def _present(self, facts: Mapping[str, Any]) -> list[str]:
+    def _present(self) -> list[str]:
         """Hosts whose facts are known, and that still answer."""
-        return [host for host in self._talk.hosts if host in facts]
+        return [host for host in self._talk.hosts if host in self._answers.facts]
 
-    def _find(self, check: str | None, found: Iterable[Fault]) -> None:
-        if check is None or check not in self._skip:
-            self._findings.extend(found)
+    def _wanted(self, phase: str) -> bool:
+        """Whether a check that is not skipped looks at the answers of this phase."""
+        return any(phase in check.after and check.name not in self._skip for check in CHECKS)
+
+    def _judge(self, phase: str) -> None:
+        """Make the checks that look at the answers of this phase."""
+        for check in CHECKS:
+            if phase in check.after and check.name not in self._skip:
+                self._faults.extend(check.after[phase](self._answers))
 
     def _end_hung(self, hosts: Sequence[str]) -> None:
         """A stopped probe does not see that its ssh is gone: it is killed by its mark."""
@@ -402,10 +406,10 @@ class _Examination:
     @contextmanager
     def _progress(self, what: str, limit_s: float) -> Iterator[None]:
         self._phase += 1
-        phases = 5 if self._cfg is None or "data" in self._skip else 6
+        phases = 6 if self._cfg is not None and self._wanted("data") else 5
         print(
-            f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, {time.monotonic() - self._began:.1f} s, "
-            f"at most {limit_s:g} s for this)",
+            f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, "
+            f"{time.monotonic() - self._began:.1f} s, at most {limit_s:g} s for this)",
             file=sys.stderr,
             flush=True,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jp_train.cluster.conversation import MARK
-from jp_train.cluster.facts import device_count, host_facts, place, seen, take_away
+from jp_train.cluster.facts import Query, device_count, has_marker, host_facts, remove_marker, write_marker
 from jp_train.cluster.reach import Listeners, listen, reach
 
 LIFETIME_S = 300
@@ -33,32 +33,38 @@ class Probe:
 
     def facts(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """`host_facts`; then torch is loaded in the background if it will be needed."""
-        found = host_facts(question)
+        facts = host_facts(
+            Query(
+                config=question.get("config"),
+                overrides=tuple(question.get("overrides", ())),
+                run_dir=question.get("run_dir", ""),
+                expected_launches=tuple(question.get("expected_launches", ())),
+            )
+        )
         if question.get("load_torch"):
             self._torch = threading.Thread(target=_load_torch, daemon=True)
             self._torch.start()
-        return found
+        return facts
 
     def clock(self, _: Mapping[str, Any]) -> dict[str, Any]:
         """Seconds since the epoch, now."""
         return {"time": time.time()}
 
-    def place(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the file that the others are to see. Also the answer of a failure is one: `error`."""
+    def write_marker(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file that the others are to see: its `folder`, or the `error`."""
         try:
-            return {"folder": place(Path(question["folder"]), question["name"], question["text"])}
+            return {"folder": write_marker(Path(question["folder"]), question["name"], question["text"])}
         except OSError as error:
             return {"error": error.strerror or str(error)}
 
-    def seen(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def has_marker(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Whether the first host's file is here."""
-        return {
-            "seen": seen(Path(question["folder"]), question["name"], question["text"], wait_s=float(question["wait_s"]))
-        }
+        folder, wait_s = Path(question["folder"]), float(question["wait_s"])
+        return {"seen": has_marker(folder, question["name"], question["text"], wait_s=wait_s)}
 
-    def take_away(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def remove_marker(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Remove it."""
-        take_away(Path(question["folder"]), question["name"])
+        remove_marker(Path(question["folder"]), question["name"])
         return {}
 
     def listen(self, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +82,7 @@ class Probe:
         return {}
 
     def data(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """What is seen of the data."""
+        """What this host sees of the data."""
         from jp_train.cluster.data_facts import data_facts
 
         return data_facts(question["config"], question["overrides"], int(question["number"]))
@@ -88,24 +94,19 @@ class Probe:
         from jp_train.cluster.bandwidth import measure
 
         return measure(
-            int(question["rank"]), int(question["world"]), question["address"], int(question["port"]), timeout_s=float(question["timeout_s"]),
-            gpu=question["gpu"],
+            int(question["rank"]), int(question["world"]), question["address"], int(question["port"]),
+            timeout_s=float(question["timeout_s"]), gpu=question["gpu"],
         )  # fmt: skip
 
     def torch(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        """torch as it imports (not as its metadata says), with CUDA and NCCL as they run."""
+        """torch as it imports (which may differ from its metadata), with CUDA and NCCL as they run."""
         if self._torch is not None:
             self._torch.join()
         import torch
 
-        found = {
-            "version": str(torch.__version__),
-            "cuda": str(torch.version.cuda or ""),
-            "devices": torch.cuda.device_count(),
-        }
-        if found["devices"]:
-            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        return found
+        devices = torch.cuda.device_count()
+        build = {"version": str(torch.__version__), "cuda": str(torch.version.cuda or ""), "devices": devices}
+        return build | ({"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if devices else {})
 
 
 def main() -> int:
@@ -113,7 +114,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # the kernel's: it ends a process that hangs in C code too
     signal.alarm(int(os.environ.get("JP_TRAIN_PROBE_LIFETIME_S", LIFETIME_S)))
-    told = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     probe = Probe()
     lock = threading.Lock()
@@ -124,8 +125,8 @@ def main() -> int:
         except Exception as error:  # the question failed, the host goes on answering
             reply = {"id": question.get("id"), "error": f"{type(error).__name__}: {error}"}
         with lock:
-            told.write(f"{MARK}{json.dumps(reply)}\n")
-            told.flush()
+            replies.write(f"{MARK}{json.dumps(reply)}\n")
+            replies.flush()
 
     for line in sys.stdin:
         # in a thread of its own: while one answer hangs in a dead file server, the end of the input is still seen
@@ -134,10 +135,14 @@ def main() -> int:
 
 
 def _handler(probe: Probe, name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    names = ("facts", "clock", "place", "seen", "take_away", "listen", "reach", "close", "data", "bandwidth", "torch")
+    names = (
+        "facts", "clock", "write_marker", "has_marker", "remove_marker", "listen", "reach", "close", "data",
+        "bandwidth", "torch",
+    )  # fmt: skip
     if name not in names:
         raise ValueError(
-            f"this host's jp_train does not know the question {name!r}; it knows {', '.join(names)}: another version of the code"
+            f"this host's jp_train does not know the question {name!r}; it knows {', '.join(names)}: "
+            "another version of the code"
         )
     return getattr(probe, name)
 
@@ -145,7 +150,7 @@ def _handler(probe: Probe, name: str) -> Callable[[Mapping[str, Any]], dict[str,
 def _load_torch() -> None:
     try:
         import torch.distributed  # noqa: F401
-    except Exception as error:  # told when it is asked for
+    except Exception as error:  # the question `torch` reports it
         print(f"probe: torch cannot be loaded: {error}", file=sys.stderr, flush=True)
 
 

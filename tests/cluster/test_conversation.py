@@ -90,7 +90,7 @@ def test_the_probe_answers_and_names_a_question_that_it_does_not_know() -> None:
 
 
 def test_the_probe_answers_one_question_while_another_one_waits() -> None:
-    waits = {"ask": "seen", "folder": "/no/such/folder", "name": "x", "text": "y", "wait_s": 30}
+    waits = {"ask": "has_marker", "folder": "/no/such/folder", "name": "x", "text": "y", "wait_s": 30}
     with talk(PROBE, ("a",)) as conversation:
         pipe = conversation._processes["a"].stdin
         assert pipe is not None
@@ -103,7 +103,8 @@ def test_the_probe_ends_with_its_input_even_while_it_waits_for_something() -> No
         process = conversation._processes["a"]
         assert process.stdin is not None
         process.stdin.write(
-            json.dumps({"id": 1, "ask": "seen", "folder": "/no/such", "name": "x", "text": "y", "wait_s": 60}) + "\n"
+            json.dumps({"id": 1, "ask": "has_marker", "folder": "/no/such", "name": "x", "text": "y", "wait_s": 60})
+            + "\n"
         )
         process.stdin.close()
         assert process.wait(20) == 0
@@ -130,7 +131,7 @@ def test_what_libraries_print_does_not_spoil_an_answer(tmp_path: Path) -> None:
         assert "answer" in conversation.ask({"a": {"ask": "clock"}}, timeout_s=30, what="x")["a"]
 
 
-@pytest.mark.parametrize("ask", ["place", "reach"])
+@pytest.mark.parametrize("ask", ["write_marker", "reach"])
 def test_a_question_that_fails_there_is_an_error_and_not_the_end(ask: str) -> None:
     with talk(PROBE, ("a",)) as conversation:
         assert "KeyError" in conversation.ask({"a": {"ask": ask}}, timeout_s=30, what="x")["a"]["error"]

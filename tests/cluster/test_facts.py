@@ -21,8 +21,8 @@ from jp_train.run.lock import LAUNCH_ID
 
 def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None:
     code = (
-        "import json, sys; from jp_train.cluster.facts import host_facts; "
-        "print(json.dumps(host_facts({}))); print('torch' in sys.modules)"
+        "import json, sys; from jp_train.cluster.facts import Query, host_facts; "
+        "print(json.dumps(host_facts(Query()))); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told, loaded = done.stdout.splitlines()
@@ -31,12 +31,12 @@ def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None
 
 def test_versions_are_those_that_are_installed() -> None:
     assert facts.packages()["torch"] == metadata.version("torch")
-    found = facts.host_facts({})
+    found = facts.host_facts(facts.Query())
     assert found["python"] == platform.python_version() and found["host_name"] == socket.gethostname()
 
 
 def test_one_fact_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
-    found = facts.host_facts({}, proc=tmp_path / "nothing", devices=tmp_path / "nothing")
+    found = facts.host_facts(facts.Query(proc=tmp_path / "nothing", devices=tmp_path / "nothing"))
     assert "FileNotFoundError" in found["devices"]["error"] and found["cores"] >= 1
 
 
@@ -195,17 +195,19 @@ def test_the_holder_of_a_port_is_found_by_its_socket() -> None:
 
 
 def test_a_placed_file_is_seen_and_taken_away_and_no_folder_is_made_for_it(tmp_path: Path) -> None:
-    there = Path(facts.place(tmp_path / "runs/one", "nonce", "word"))
+    there = Path(facts.write_marker(tmp_path / "runs/one", "nonce", "word"))
     assert there == tmp_path and [path.name for path in tmp_path.iterdir()] == ["nonce"]
-    assert facts.seen(there, "nonce", "word", wait_s=0) and not facts.seen(there, "nonce", "another", wait_s=0)
-    assert not facts.seen(tmp_path / "runs/one", "nonce", "word", wait_s=0)
-    facts.take_away(there, "nonce")
+    assert facts.has_marker(there, "nonce", "word", wait_s=0) and not facts.has_marker(
+        there, "nonce", "another", wait_s=0
+    )
+    assert not facts.has_marker(tmp_path / "runs/one", "nonce", "word", wait_s=0)
+    facts.remove_marker(there, "nonce")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs/one").mkdir(parents=True)
-    assert facts.place(tmp_path / "runs/one", "nonce", "word") == str(tmp_path / "runs/one")
+    assert facts.write_marker(tmp_path / "runs/one", "nonce", "word") == str(tmp_path / "runs/one")
 
 
 def test_a_file_that_appears_late_is_waited_for(tmp_path: Path) -> None:
     late = subprocess.Popen(["sh", "-c", f"sleep 0.6; printf word > '{tmp_path}/nonce'"])
-    assert facts.seen(tmp_path, "nonce", "word", wait_s=20)
+    assert facts.has_marker(tmp_path, "nonce", "word", wait_s=20)
     late.wait()

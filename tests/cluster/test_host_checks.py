@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jp_train.cluster import checks, network_checks
-from jp_train.cluster.bandwidth import host_rates, rounds
+from jp_train.cluster import host_checks
+from jp_train.cluster.facts import FACTS
 from jp_train.cluster.findings import Fault
 from jp_train.cluster.remote import Answer, Cause
 
@@ -47,26 +47,26 @@ def only(found: Any) -> Fault:
 
 
 def test_what_most_hosts_have_is_right_and_a_tie_is_decided_by_the_launching_host() -> None:
-    assert checks.odd_ones({"a": 1, "b": 2, "c": 2}) == (2, ["a"])
-    assert checks.odd_ones({"a": 1, "b": 2}) == (1, ["b"])
-    assert checks.odd_ones({"a": 1, "b": 2}, here=2) == (2, ["a"])
-    assert checks.odd_ones({"a": 1, "b": 2}, here=3) == (1, ["b"])
-    assert checks.odd_ones({}) == (None, [])
+    assert host_checks.odd_ones({"a": 1, "b": 2, "c": 2}) == (2, ["a"])
+    assert host_checks.odd_ones({"a": 1, "b": 2}) == (1, ["b"])
+    assert host_checks.odd_ones({"a": 1, "b": 2}, here=2) == (2, ["a"])
+    assert host_checks.odd_ones({"a": 1, "b": 2}, here=3) == (1, ["b"])
+    assert host_checks.odd_ones({}) == (None, [])
 
 
 def test_equal_hosts_have_no_fault() -> None:
     facts = cluster()
     selection = dict.fromkeys(HOSTS, range(8))
-    assert list(checks.check_versions(facts)) == []
-    assert list(checks.check_code(facts, host()["code"])) == []
-    assert list(checks.check_config(facts, host()["config"])) == []
-    assert list(checks.check_devices(facts, selection, dict.fromkeys(HOSTS, 8))) == []
-    assert list(checks.check_disks(facts, GIB)) == []
-    assert list(checks.check_jobs(facts, [], local=False)) == list(checks.check_locks(facts)) == []
+    assert list(host_checks.check_versions(facts)) == []
+    assert list(host_checks.check_code(facts, host()["code"])) == []
+    assert list(host_checks.check_config(facts, host()["config"])) == []
+    assert list(host_checks.check_devices(facts, selection, dict.fromkeys(HOSTS, 8))) == []
+    assert list(host_checks.check_disks(facts, GIB)) == []
+    assert list(host_checks.check_jobs(facts, [], local=False)) == list(host_checks.check_locks(facts)) == []
 
 
 def test_another_version_is_named_with_both_versions() -> None:
-    fault = only(checks.check_versions(cluster(b2={"packages": {"torch": "2.12.0", "deepspeed": "0.19.8"}})))
+    fault = only(host_checks.check_versions(cluster(b2={"packages": {"torch": "2.12.0", "deepspeed": "0.19.8"}})))
     assert (fault.host, fault.check) == ("b2", "versions")
     assert (
         "torch 2.12.0" in fault.message
@@ -77,41 +77,46 @@ def test_another_version_is_named_with_both_versions() -> None:
 
 def test_a_package_that_one_host_lacks_and_one_that_all_lack_are_faults() -> None:
     assert (
-        "deepspeed not installed" in only(checks.check_versions(cluster(c3={"packages": {"torch": "2.13.0"}}))).message
+        "deepspeed not installed"
+        in only(host_checks.check_versions(cluster(c3={"packages": {"torch": "2.13.0"}}))).message
     )
     none = {name: {"packages": {"torch": "2.13.0", "deepspeed": "not installed"}} for name in HOSTS}
-    assert sorted(told(checks.check_versions(cluster(**none)))) == [(name, False) for name in HOSTS]
+    assert sorted(told(host_checks.check_versions(cluster(**none)))) == [(name, False) for name in HOSTS]
 
 
 def test_a_driver_that_one_host_lacks_is_named() -> None:
-    fault = only(checks.check_versions(cluster(a1={"driver": ""})))
+    fault = only(host_checks.check_versions(cluster(a1={"driver": ""})))
     assert "driver none" in fault.message and not fault.warning
 
 
 def test_drivers_of_two_releases_are_a_warning_because_the_ranks_meet_all_the_same() -> None:
-    assert told(checks.check_versions(cluster(a1={"driver": "550.2"}))) == [("a1", True)]
+    assert told(host_checks.check_versions(cluster(a1={"driver": "550.2"}))) == [("a1", True)]
 
 
 def test_other_code_is_named_by_its_files() -> None:
     fault = only(
-        checks.check_code(cluster(b2={"code": {"train.py": "aa", "loop.py": "XX", "new.py": "cc"}}), host()["code"])
+        host_checks.check_code(
+            cluster(b2={"code": {"train.py": "aa", "loop.py": "XX", "new.py": "cc"}}), host()["code"]
+        )
     )
     assert fault.host == "b2" and "files loop.py, new.py differ" in fault.message
 
 
 def test_when_all_hosts_agree_and_the_launching_one_differs_it_is_named() -> None:
-    fault = only(checks.check_code(cluster(), {"train.py": "other", "loop.py": "bb"}))
+    fault = only(host_checks.check_code(cluster(), {"train.py": "other", "loop.py": "bb"}))
     assert fault.host == "(this host)" and "train.py" in fault.message
 
 
 def test_the_configuration_is_compared_with_the_one_that_launch_reads() -> None:
-    fault = only(checks.check_config(cluster(c3={"config": "seed: 1\nlr: 3\n"}), host()["config"]))
+    fault = only(host_checks.check_config(cluster(c3={"config": "seed: 1\nlr: 3\n"}), host()["config"]))
     assert fault.host == "c3" and "lr: 3" in fault.message
     unreadable = only(
-        checks.check_config(cluster(a1={"config": {"error": "ConfigError: run.yaml is not there"}}), host()["config"])
+        host_checks.check_config(
+            cluster(a1={"config": {"error": "ConfigError: run.yaml is not there"}}), host()["config"]
+        )
     )
     assert unreadable.host == "a1" and "run.yaml is not there" in unreadable.message
-    assert list(checks.check_config(cluster(), None)) == []
+    assert list(host_checks.check_config(cluster(), None)) == []
 
 
 # -- devices ---------------------------------------------------------------------------------------
@@ -132,12 +137,12 @@ def test_slots_must_be_devices_on_a_gpu_host_and_should_be_cores_elsewhere(
     devices: int, slots: int, selected: range, expected: list
 ) -> None:
     facts = {"a1": host(devices=devices, cores=4)}
-    assert told(checks.check_devices(facts, {"a1": selected}, {"a1": slots})) == expected
+    assert told(host_checks.check_devices(facts, {"a1": selected}, {"a1": slots})) == expected
 
 
 def test_a_host_without_gpus_among_hosts_with_gpus_is_a_fault() -> None:
     fault = only(
-        checks.check_devices(cluster(b2={"devices": 0}), dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8))
+        host_checks.check_devices(cluster(b2={"devices": 0}), dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8))
     )
     assert fault.host == "b2" and "hosts a1, c3 have GPUs" in fault.message
 
@@ -145,9 +150,9 @@ def test_a_host_without_gpus_among_hosts_with_gpus_is_a_fault() -> None:
 def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_nccl() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 8} for name in HOSTS}
     whole = dict.fromkeys(HOSTS, range(8))
-    assert list(checks.check_torch(torch, cluster(), whole)) == []
+    assert list(host_checks.check_torch(torch, cluster(), whole)) == []
     torch["b2"] = torch["b2"] | {"devices": 0, "nccl": "2.20.0"}
-    found = list(checks.check_torch(torch, cluster(), whole))
+    found = list(host_checks.check_torch(torch, cluster(), whole))
     assert told(found) == [("b2", False)] * 2
     assert "nccl of torch runs as 2.20.0" in found[0].message and "can use 0 of 8 GPUs" in found[1].message
 
@@ -155,16 +160,16 @@ def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_
 def test_a_job_that_was_given_a_part_of_a_hosts_gpus_is_warned_and_may_run() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 4} for name in HOSTS}
     selection = {"a1": (0, 1), "b2": range(4), "c3": range(5)}
-    assert told(checks.check_torch(torch, cluster(), selection)) == [("a1", True), ("b2", True), ("c3", False)]
+    assert told(host_checks.check_torch(torch, cluster(), selection)) == [("a1", True), ("b2", True), ("c3", False)]
 
 
 def test_gpus_in_use_by_anybody_are_named_if_they_are_selected() -> None:
     facts = cluster(b2={"gpu_memory": [[0, 400, 40960], [1, 30720, 40960], [2, 2048, 40960]]})
-    fault = only(checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=False))
+    fault = only(host_checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=False))
     assert (fault.host, fault.check, fault.warning) == ("b2", "devices", False)
     assert "GPUs 1 (30.00 GiB), 2 (2.00 GiB) in use" in fault.message and "--exclude b2:1,2" in fault.remedy
-    assert list(checks.check_busy(facts, dict.fromkeys(HOSTS, (0, 3)), local=False)) == []
-    assert told(checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=True)) == [("b2", True)]
+    assert list(host_checks.check_busy(facts, dict.fromkeys(HOSTS, (0, 3)), local=False)) == []
+    assert told(host_checks.check_busy(facts, dict.fromkeys(HOSTS, range(8)), local=True)) == [("b2", True)]
 
 
 def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
@@ -172,13 +177,13 @@ def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
         a1={"host_name": "x", "addresses": ["10.0.0.1", "172.17.0.1"]},
         c3={"host_name": "x", "addresses": ["172.17.0.1", "10.0.0.1"]},
     )
-    fault = only(checks.check_machines(facts))
+    fault = only(host_checks.check_machines(facts))
     assert fault.host == "c3" and "same machine as a1" in fault.message
     clones = {name: host(host_name="ubuntu", addresses=[f"10.0.0.{number}"]) for number, name in enumerate(HOSTS)}
     docker = {name: host(host_name=name, addresses=["172.17.0.1"]) for name in HOSTS}
     untold = {name: host(host_name="ubuntu", addresses=[]) for name in HOSTS}
     for healthy in (clones, docker, untold):
-        assert list(checks.check_machines(healthy)) == []
+        assert list(host_checks.check_machines(healthy)) == []
 
 
 def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> None:
@@ -186,24 +191,24 @@ def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> 
         "b2": {"version": "2.12.0", "cuda": "", "devices": 8}
     }
     whole = dict.fromkeys(HOSTS, range(8))
-    assert list(checks.check_torch(torch, cluster(b2={"packages": {"torch": "2.12.0"}}), whole)) == []
-    assert told(checks.check_torch(torch, cluster(), whole)) == [("b2", False)]
+    assert list(host_checks.check_torch(torch, cluster(b2={"packages": {"torch": "2.12.0"}}), whole)) == []
+    assert told(host_checks.check_torch(torch, cluster(), whole)) == [("b2", False)]
 
 
 # -- clocks and disks ------------------------------------------------------------------------------
 
 
 def test_a_clock_is_compared_with_the_median_so_that_only_the_wrong_one_is_named() -> None:
-    assert list(checks.check_clocks({"a1": (0.2, 0.1), "b2": (-0.3, 0.1)})) == []
-    fault = only(checks.check_clocks({"a1": (0.0, 0.01), "b2": (-90.0, 0.01), "c3": (0.0, 0.01)}))
+    assert list(host_checks.check_clocks({"a1": (0.2, 0.1), "b2": (-0.3, 0.1)})) == []
+    fault = only(host_checks.check_clocks({"a1": (0.0, 0.01), "b2": (-90.0, 0.01), "c3": (0.0, 0.01)}))
     assert fault.host == "b2" and "90.0 s behind" in fault.message and not fault.warning
     # the launching host itself is wrong: every host looks skewed by the same, and none is
-    assert list(checks.check_clocks({"a1": (50.0, 0.01), "b2": (50.0, 0.01), "c3": (50.1, 0.01)})) == []
+    assert list(host_checks.check_clocks({"a1": (50.0, 0.01), "b2": (50.0, 0.01), "c3": (50.1, 0.01)})) == []
 
 
 def test_a_small_skew_is_a_warning_and_a_slow_answer_is_none() -> None:
-    assert only(checks.check_clocks({"a1": (2.0, 0.1), "b2": (0.0, 0.1)})).warning
-    assert list(checks.check_clocks({"a1": (2.0, 1.9), "b2": (0.0, 0.1)})) == []
+    assert only(host_checks.check_clocks({"a1": (2.0, 0.1), "b2": (0.0, 0.1)})).warning
+    assert list(host_checks.check_clocks({"a1": (2.0, 1.9), "b2": (0.0, 0.1)})) == []
 
 
 def disks(**changed: Any) -> dict[str, Any]:
@@ -212,23 +217,23 @@ def disks(**changed: Any) -> dict[str, Any]:
 
 def test_room_for_less_than_one_checkpoint_is_a_fault_and_little_room_for_caches_a_warning() -> None:
     little = {"path": "/r", "there": "/r", "free": 2 * GIB, "size": 9 * GIB, "device": 2}
-    assert told(checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, 3 * GIB)) == [("a1", False)]
-    assert told(checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, GIB)) == []
-    assert told(checks.check_disks({"a1": host(**disks(**{"index cache": little | {"free": GIB // 2}}))}, 0)) == [
+    assert told(host_checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, 3 * GIB)) == [("a1", False)]
+    assert told(host_checks.check_disks({"a1": host(**disks(**{"run folder": little}))}, GIB)) == []
+    assert told(host_checks.check_disks({"a1": host(**disks(**{"index cache": little | {"free": GIB // 2}}))}, 0)) == [
         ("a1", True)
     ]
 
 
 def test_what_cannot_be_written_on_one_disk_is_one_fault_with_all_its_folders() -> None:
     full = {"path": "/r", "there": "/r", "device": 3, "error": "No space left on device", "errno": errno.ENOSPC}
-    fault = only(checks.check_disks({"a1": host(**disks(**{"run folder": full, "temporary files": full}))}, 0))
+    fault = only(host_checks.check_disks({"a1": host(**disks(**{"run folder": full, "temporary files": full}))}, 0))
     assert (
         "run folder (/r), temporary files (/r) cannot be written" in fault.message
         and "free space" in fault.remedy
         and not fault.warning
     )
     only_cache = only(
-        checks.check_disks(
+        host_checks.check_disks(
             {"a1": host(**disks(**{"index cache": full | {"error": "Permission denied", "errno": errno.EACCES}}))}, 0
         )
     )
@@ -236,29 +241,34 @@ def test_what_cannot_be_written_on_one_disk_is_one_fault_with_all_its_folders() 
 
 
 def test_a_fact_that_could_not_be_had_is_a_warning_and_breaks_nothing() -> None:
-    broken = {name: {"error": "OSError: no"} for name in checks.HARMLESS}
-    facts, faults = checks.settled(cluster(b2=broken))
+    replaced = [name for name, fact in FACTS.items() if fact.harmless is not None]
+    broken = {name: {"error": "OSError: no"} for name in replaced}
+    facts, faults = host_checks.settled(cluster(b2=broken))
     assert (
         {fault.host for fault in faults} == {"b2"}
-        and len(faults) == len(checks.HARMLESS)
+        and len(faults) == len(replaced) == len(FACTS) - 2
         and all(fault.warning for fault in faults)
     )
-    for found in (checks.check_disks(facts, 1), checks.check_jobs(facts, [], local=False), checks.check_locks(facts)):
+    for found in (
+        host_checks.check_disks(facts, 1),
+        host_checks.check_jobs(facts, [], local=False),
+        host_checks.check_locks(facts),
+    ):
         assert list(found) == []
-    list(checks.check_versions(facts))
-    list(checks.check_devices(facts, dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8)))
+    list(host_checks.check_versions(facts))
+    list(host_checks.check_devices(facts, dict.fromkeys(HOSTS, range(8)), dict.fromkeys(HOSTS, 8)))
 
 
 def test_a_host_with_an_older_jp_train_that_tells_less_is_a_warning_and_its_code_a_fault() -> None:
     older = {name: value for name, value in host().items() if name not in ("locks", "cores")} | {
         "code": {"train.py": "old"}
     }
-    facts, faults = checks.settled({**cluster(), "b2": older})
+    facts, faults = host_checks.settled({**cluster(), "b2": older})
     assert [fault.message for fault in faults] == [
         f"{name} could not be found out: b2 does not tell it: another version of jp_train"
         for name in ("cores", "locks")
     ]
-    assert only(checks.check_code(facts, host()["code"])).host == "b2"
+    assert only(host_checks.check_code(facts, host()["code"])).host == "b2"
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -273,23 +283,23 @@ def data(**changed: Any) -> dict[str, Any]:
 
 
 def test_equal_data_has_no_fault_and_other_data_is_one_fault_a_host() -> None:
-    assert list(checks.check_data({name: data() for name in HOSTS})) == []
+    assert list(host_checks.check_data({name: data() for name in HOSTS})) == []
     other = data(
         sources={"text": {"shards": 2, "digest": "X", "index": {}, "read": 1}},
         files={"tokenizer.path": {"path": "/t", "files": 1, "digest": "X"}},
     )
-    fault = only(checks.check_data({name: data() if name != "c3" else other for name in HOSTS}))
+    fault = only(host_checks.check_data({name: data() if name != "c3" else other for name in HOSTS}))
     assert fault.host == "c3" and "source text, tokenizer.path: names, sizes or contents" in fault.message
 
 
 def test_data_that_cannot_be_read_is_one_fault_a_host_with_the_first_reason() -> None:
     broken = data(sources={name: {"error": f"{name} is not there"} for name in ("text", "pictures")})
-    fault = only(checks.check_data({name: data() if name != "a1" else broken for name in HOSTS}))
+    fault = only(host_checks.check_data({name: data() if name != "a1" else broken for name in HOSTS}))
     assert (
         "source text: text is not there; also source pictures" in fault.message
         and "mount or copy the data on a1" in fault.remedy
     )
-    everywhere = list(checks.check_data(dict.fromkeys(HOSTS, broken)))
+    everywhere = list(host_checks.check_data(dict.fromkeys(HOSTS, broken)))
     assert [fault.remedy for fault in everywhere] == ["correct data.root and the paths in the configuration"] * 3
 
 
@@ -297,10 +307,10 @@ def test_another_index_is_a_fault_and_none_at_all_a_warning() -> None:
     other = data(
         sources={"text": {"shards": 2, "digest": "d", "index": {"print": "X", "another stage": "y"}, "read": 1}}
     )
-    fault = only(checks.check_data({name: data() if name != "b2" else other for name in HOSTS}))
+    fault = only(host_checks.check_data({name: data() if name != "b2" else other for name in HOSTS}))
     assert fault.host == "b2" and "source text: the index differs" in fault.message and not fault.warning
     missing = only(
-        checks.check_data(
+        host_checks.check_data(
             dict.fromkeys(HOSTS, data(sources={"text": {"shards": 2, "digest": "d", "index": {}, "read": 1}}))
         )
     )
@@ -316,18 +326,18 @@ def job(launch: str, *, runner: bool = False) -> dict[str, Any]:
 
 def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warning_while_it_lives() -> None:
     dead = cluster(b2={"jobs": [job("L1")]})
-    fault = only(checks.check_jobs(dead, [], local=False))
+    fault = only(host_checks.check_jobs(dead, [], local=False))
     assert (
         fault.host == "b2"
         and "whose launcher is gone" in fault.message
         and "ssh b2 kill -9 7" in fault.remedy
         and not fault.warning
     )
-    assert told(checks.check_jobs(dead, [job("L1", runner=True)], local=False)) == [("b2", True)]
+    assert told(host_checks.check_jobs(dead, [job("L1", runner=True)], local=False)) == [("b2", True)]
     alive = cluster(b2={"jobs": [job("L1")]}, a1={"jobs": [job("L1", runner=True)]})
-    assert told(checks.check_jobs(alive, [], local=False)) == [("a1", True), ("b2", True)]
-    assert told(checks.check_jobs(dead, [], local=True)) == [("b2", True)]
-    other = only(checks.check_jobs(cluster(b2={"jobs": [job("preflight-0a1b")]}), [], local=False))
+    assert told(host_checks.check_jobs(alive, [], local=False)) == [("a1", True), ("b2", True)]
+    assert told(host_checks.check_jobs(dead, [], local=True)) == [("b2", True)]
+    other = only(host_checks.check_jobs(cluster(b2={"jobs": [job("preflight-0a1b")]}), [], local=False))
     assert other.warning and "another preflight" in other.message and "kill" not in other.remedy
 
 
@@ -335,108 +345,7 @@ def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
     facts = cluster(
         a1={"locks": [{"path": "/e/lock", "age_s": 4000.0}]}, c3={"locks": [{"path": "/e/lock", "age_s": 20.0}]}
     )
-    assert told(checks.check_locks(facts)) == [("a1", False), ("c3", True)]
-
-
-def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reaches_it() -> None:
-    busy = {"error": "Address already in use", "holder": "pid 12 (python x)"}
-    fault = only(network_checks.check_port("a1", "10.0.0.1", 29500, busy, {"b2": "refused"}))
-    assert fault.host == "a1" and "held by pid 12" in fault.message
-    assert told(network_checks.check_port("a1", "10.0.0.1", 29500, {}, {"b2": "refused"})) == [("b2", False)]
-
-
-def fabric(**changed: Any) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "fabric": changed.get(name, {"address": f"10.0.0.{n}", "interface": "eth0", "chosen_by": "test", "port": 1})
-        }
-        for n, name in enumerate(HOSTS, 1)
-    }
-
-
-def test_a_pair_is_told_once_with_its_direction() -> None:
-    assert list(network_checks.check_reach(fabric(), {}, alone=False)) == []
-    both = only(
-        network_checks.check_reach(fabric(), {"a1": {"b2": "no answer"}, "b2": {"a1": "no answer"}}, alone=False)
-    )
-    assert "a1 and b2 do not reach each other" in both.message
-    one = only(network_checks.check_reach(fabric(), {"b2": {"a1": "no answer"}}, alone=False))
-    assert (one.host, one.message[:21]) == ("b2", "b2 does not reach a1:")
-
-
-def test_a_host_that_nobody_reaches_is_one_fault_and_not_one_a_pair() -> None:
-    failed = {"a1": {"c3": "no answer"}, "b2": {"c3": "no answer"}, "c3": {"a1": "no answer", "b2": "no answer"}}
-    fault = only(network_checks.check_reach(fabric(), failed, alone=False))
-    assert fault.host == "c3" and "no other host reaches it" in fault.message
-
-
-def test_a_loopback_address_is_a_fault_only_among_several_hosts() -> None:
-    loop = fabric(b2={"address": "127.0.1.1", "interface": "", "chosen_by": "the name", "port": 1})
-    assert told(network_checks.check_reach(loop, {}, alone=False)) == [("b2", False)]
-    assert list(network_checks.check_reach({"b2": loop["b2"]}, {}, alone=True)) == []
-    unusable = fabric(c3={"error": "no interface eth9", "variable": "NCCL_SOCKET_IFNAME"})
-    assert "export NCCL_SOCKET_IFNAME" in only(network_checks.check_reach(unusable, {}, alone=False)).remedy
-
-
-# -- bandwidth -------------------------------------------------------------------------------------
-
-
-def test_a_host_is_as_fast_as_its_better_neighbour_so_that_one_slow_host_does_not_blame_others() -> None:
-    hosts = ["a1", "b2", "c3", "d4"]
-    speed = {"a1": 900.0, "b2": 900.0, "c3": 10.0, "d4": 900.0}
-    measured = {
-        name: {
-            "sends": {str((rank + shift) % 4): min(speed[name], speed[hosts[(rank + shift) % 4]]) for shift in (1, 2)}
-        }
-        for rank, name in enumerate(hosts)
-    }
-    rates = host_rates(hosts, measured)
-    assert {name: min(ways.values()) for name, ways in rates.items()} == speed
-
-
-def test_a_host_that_only_receives_slowly_is_found_by_what_the_others_send() -> None:
-    hosts = ["a1", "b2", "c3"]
-    measured = {
-        "a1": {"sends": {"1": 5.0, "2": 500.0}},
-        "b2": {"sends": {"2": 500.0, "0": 500.0}},
-        "c3": {"sends": {"0": 500.0, "1": 5.0}},
-    }
-    rates = host_rates(hosts, measured)
-    assert (
-        rates["b2"] == {"sends": 500.0, "receives": 5.0}
-        and min(min(rates[name].values()) for name in ("a1", "c3")) == 500.0
-    )
-
-
-@pytest.mark.parametrize("world", [2, 3, 4, 5, 7, 32, 33])
-def test_every_link_of_the_ring_is_measured_once_while_both_of_its_ends_do_nothing_else(world: int) -> None:
-    planned = rounds(world)
-    links = [link for one in planned for link in one]
-    shifts = {1} if world == 2 else {1, 2}
-    assert sorted(links) == sorted((rank, (rank + shift) % world) for rank in range(world) for shift in shifts)
-    for one in planned:
-        ends = [end for link in one for end in link]
-        assert len(ends) == len(set(ends))
-    assert len(planned) <= 8  # 33 hosts take no longer than 5
-
-
-@pytest.mark.parametrize(
-    ("rate", "backend", "expected"),
-    [
-        (9e9, "nccl", []), (3e9, "nccl", [("b2", False)]), (5e9, "gloo", []), (2e9, "gloo", [("b2", True)]),
-        (1e8, "gloo", [("b2", False)]),
-    ],
-)  # fmt: skip
-def test_a_host_far_below_the_median_is_slow(rate: float, backend: str, expected: list) -> None:
-    rates = {name: {"sends": 1e10, "receives": 1e10} for name in HOSTS} | {"b2": {"sends": rate, "receives": 1e10}}
-    assert told(network_checks.check_bandwidth(rates, backend)) == expected
-
-
-def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_two() -> None:
-    crawling = {name: {"sends": 1e7, "receives": 1e7} for name in HOSTS}
-    assert told(network_checks.check_bandwidth(crawling, "gloo")) == [(name, False) for name in HOSTS]
-    pair = {name: crawling[name] for name in ("a1", "b2")}
-    assert "of two hosts nobody can tell" in only(network_checks.check_bandwidth(pair, "gloo")).message
+    assert told(host_checks.check_locks(facts)) == [("a1", False), ("c3", True)]
 
 
 # -- hosts that did not answer ---------------------------------------------------------------------
@@ -476,5 +385,5 @@ def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_t
 def test_a_host_that_did_not_answer_gets_the_cause_and_its_own_remedy(
     answer: Answer, check: str, found: str, remedy: str
 ) -> None:
-    fault = only(checks.check_answers({"a1": answer}, "/v/python", "/w"))
+    fault = only(host_checks.check_answers({"a1": answer}, "/v/python", "/w"))
     assert (fault.check, found in fault.message, remedy in fault.remedy) == (check, True, True), fault
