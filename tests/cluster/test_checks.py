@@ -23,7 +23,7 @@ def test_the_help_of_preflight_lists_every_check_with_its_question(capsys: pytes
     assert all(f"  {check.name:<10}{check.question}" in lines for check in CHECKS)
 
 
-def test_no_check_of_the_facts_finds_a_fault_in_equal_hosts_and_each_sees_the_host_that_differs(tmp_path: Path) -> None:
+def test_no_check_of_the_facts_finds_a_fault_in_equal_hosts_and_each_sees_the_host_that_differs() -> None:
     answers = Answers(
         selection=dict.fromkeys(HOSTS, tuple(range(8))), slots=dict.fromkeys(HOSTS, 8), local=False, port=29500,
         code=host()["code"], config=host()["config"], checkpoint_bytes=1 << 30, facts=cluster(),
