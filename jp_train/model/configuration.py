@@ -9,7 +9,8 @@ from typing import Any
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from jp_train.config.schema import LanguageConfig, ModelConfig, VisionConfig, VQConfig
-from jp_train.errors import CheckpointError, ConfigError
+from jp_train.errors import CheckpointError
+from jp_train.model.parameters import check_sizes
 
 
 def build_config(
@@ -23,19 +24,8 @@ def build_config(
     Raises:
         ConfigError: if sizes do not fit each other.
     """
-    vision, vq, language = model.vision, model.vq, model.language
-    stride = 2 ** (len(vq.channel_multiplier) - 1)
-    if vision.image_size % vision.patch_size or vision.image_size // vision.patch_size != vision.image_size // stride:
-        raise ConfigError(
-            f"model.vision.image_size={vision.image_size} with patch_size={vision.patch_size} and a VQ stride of {stride} gives "
-            f"{vision.image_size / vision.patch_size:g} and {vision.image_size / stride:g} tokens a side: they must be the same whole number"
-        )
-    for key, width, heads in (
-        ("vision", vision.hidden_size, vision.heads),
-        ("language", language.hidden_size, language.heads),
-    ):
-        if width % heads:
-            raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
+    check_sizes(model)
+    vision, language = model.vision, model.language
     vision_config = JanusVisionConfig(
         hidden_size=vision.hidden_size,
         num_hidden_layers=vision.layers,

@@ -1,41 +1,22 @@
-"""Parameter counts without memory, and the arithmetic of a step without a profiler.
+"""The arithmetic of a step without a profiler.
 
 A multiply-add counts 2.  FLOPs follow the PaLM paper's model-FLOPs utilisation (appendix B): matrix multiplications and
-                          the two
-attention products only, attention over the full square of each document (not halved for causality), nothing for
+the two attention products only, attention over the full square of each document (not halved for causality), nothing for
 recomputation.  They differ from "6 N" where a stage freezes modules: a frozen weight has no weight gradient, and
-                gradients are only
-propagated as far down as something learns (in stage 1 they still run through the frozen language model).
+gradients are only propagated as far down as something learns (in stage 1 they still run through the frozen language
+model).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from jp_train.config.schema import LossConfig, ModelConfig
-from jp_train.model.freeze import VQ_MODULE, module_of
-from jp_train.model.janus_pro import JanusPro
-from jp_train.model.vq import VQTokenizer
+from jp_train.config.schema import ModelConfig
+from jp_train.model.parameters import vq_layers
 from jp_train.types import PackedBatch
-
-
-def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
-    """Elements of each module, ``schema.MODULES`` plus ``gen_vision_model``, counted on the meta device (no memory,
-    0.1 s)."""
-    with torch.device("meta"):
-        model = JanusPro(cfg, LossConfig(), 1, False, 0)
-        vq = VQTokenizer(cfg.vq, cfg.vision.image_size)
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        module = module_of(name)
-        counts[module] = counts.get(module, 0) + parameter.numel()
-    counts[VQ_MODULE] = sum(p.numel() for p in vq.parameters())
-    return counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +40,7 @@ class BatchStatistics:
     @classmethod
     def of(cls, batch: PackedBatch) -> BatchStatistics:
         """Statistics of one micro-batch; reads tensor values, so call it on the CPU copy."""
-        lengths = batch.cu_seqlens.to(torch.int64).diff()
+        lengths = batch.cu_seqlens.long().diff()
         return cls(
             tokens=len(batch.input_ids),
             squared_lengths=int(lengths.square().sum()),
@@ -145,13 +126,13 @@ def _vision_block(cfg: ModelConfig, slots: int) -> float:
 
 
 def vq_flops(cfg: ModelConfig) -> tuple[float, float]:
-    """FLOPs to VQ-encode and to decode one picture, counted by torch on the meta device."""
-    with torch.device("meta"):
-        vq = VQTokenizer(cfg.vq, cfg.vision.image_size).vqmodel
-        side, grid = cfg.vision.image_size, cfg.vision.image_size // 2 ** (len(cfg.vq.channel_multiplier) - 1)
-        with torch.no_grad(), FlopCounterMode(display=False) as encode:
-            vq.quant_conv(vq.encoder(torch.empty(1, 3, side, side)))
-        with torch.no_grad(), FlopCounterMode(display=False) as decode:
-            vq.decoder(vq.post_quant_conv(torch.empty(1, cfg.vq.embed_dim, grid, grid)))
-    codes = 2.0 * grid * grid * cfg.vq.embed_dim * cfg.vq.codebook_size
-    return encode.get_total_flops() + codes, float(decode.get_total_flops())
+    """FLOPs to VQ-encode and to decode one image: convolutions, the two attention products, and the comparison of
+    each position with every code."""
+    flops = {True: 0.0, False: 0.0}
+    for name, shape, side in vq_layers(cfg):
+        encodes = not name.startswith(("decoder.", "post_quant_conv"))
+        if len(shape) > 1:
+            flops[encodes] += 2.0 * side**2 * math.prod(shape)
+        if name.endswith(".q"):
+            flops[encodes] += 4.0 * side**4 * shape[0]
+    return flops[True], flops[False]

@@ -6,11 +6,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from jp_train.config.schema import MODULES
 from jp_train.errors import ConfigError
+
+if TYPE_CHECKING:  # `check` and `forecast` read names only
+    from torch import nn
 
 PREFIXES: dict[str, tuple[str, ...]] = {
     "vision_model": ("model.vision_model.",),

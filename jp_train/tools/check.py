@@ -69,7 +69,7 @@ def _batch(config: RunConfig, hostfile: Path | None) -> dict[str, Any]:
 
 
 def _parameters(config: RunConfig) -> dict[str, Any]:
-    from jp_train.model.flops import parameter_counts
+    from jp_train.model.parameters import parameter_counts
 
     counts = parameter_counts(config.model)
     trainable = sum(counts[name] for name in config.stage.trainable)
@@ -96,18 +96,11 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
 
 def _weights(config: RunConfig) -> dict[str, Any]:
     """Names and shapes of the starting weights against the model, from file headers alone."""
-    import torch
-
-    from jp_train.model.janus_pro import JanusPro
-    from jp_train.model.pretrained import check_keys, open_part, open_weights
-    from jp_train.model.vq import VQTokenizer
+    from jp_train.model.parameters import parameter_shapes, vq_shapes
+    from jp_train.model.weight_files import check_keys, open_part, open_weights
 
     if config.model.init_from:
-        with torch.device("meta"):
-            model = JanusPro(config.model, config.loss, 1, False, 0)
-            vq = VQTokenizer(config.model.vq, config.model.vision.image_size)
-        expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
-        expected |= {f"model.{name}": tuple(value.shape) for name, value in vq.named_parameters()}
+        expected = parameter_shapes(config.model) | vq_shapes(config.model)
         source = open_weights(config.model.init_from)
         check_keys(expected, source)
         return {"init_from": config.model.init_from, "tensors": len(expected)}

@@ -58,6 +58,18 @@ def test_launch_dry_run_imports_nothing_heavy() -> None:
     assert imported_by("launch", LAUNCH, "--hostfile", HOSTFILE, "--dry-run") == (0, set())
 
 
+def test_a_forecast_imports_nothing_heavy() -> None:
+    assert imported_by("forecast", LAUNCH, "--hostfile", HOSTFILE) == (0, set())
+
+
+def test_check_of_a_configuration_alone_imports_nothing_heavy() -> None:
+    assert imported_by("check", LAUNCH, "--config-only") == (0, set())
+
+
+def test_check_reads_weights_without_transformers() -> None:
+    assert imported_by("check", STAGE1) == (2, {"torch"})
+
+
 def test_an_error_in_a_hostfile_is_answered_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node1 slots=two\n")

@@ -9,8 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from jp_train.config.schema import LanguageConfig, ModelConfig
-from jp_train.model.flops import BatchStatistics, parameter_counts, step_flops, vq_flops
+from jp_train.model.flops import BatchStatistics, step_flops, vq_flops
 from jp_train.model.freeze import set_trainable
+from jp_train.model.parameters import parameter_counts
+from jp_train.model.vq import VQTokenizer
 from jp_train.types import Kind
 from tests.model.janus_tiny import SIDE, pack, random_docs, tiny_config, tiny_model
 
@@ -59,6 +61,18 @@ def test_picture_costs_equal_the_specification() -> None:
     encode, decode = vq_flops(MODELS["1B"])
     assert encode / 1e12 == pytest.approx(0.313, abs=5e-4)
     assert decode / 1e12 == pytest.approx(0.570, abs=5e-4)
+
+
+def test_vq_arithmetic_equals_torchs_counter() -> None:
+    cfg = tiny_config()
+    with torch.device("meta"), torch.no_grad():
+        vq = VQTokenizer(cfg.vq, SIDE).vqmodel
+        with FlopCounterMode(display=False) as encoder:
+            vq.quant_conv(vq.encoder(torch.empty(1, 3, SIDE, SIDE)))
+        with FlopCounterMode(display=False) as decoder:
+            vq.decoder(vq.post_quant_conv(torch.empty(1, cfg.vq.embed_dim, 2, 2)))
+    codes = 2 * 2 * 2 * cfg.vq.embed_dim * cfg.vq.codebook_size
+    assert vq_flops(cfg) == (encoder.get_total_flops() + codes, decoder.get_total_flops())
 
 
 def written_out_attention(query, key, value, *_, is_causal=False, scale=None, **__):

@@ -3,14 +3,12 @@ depend on."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-
-from jp_train.config.schema import LossConfig, RunConfig
-from jp_train.model.flops import parameter_counts
-from jp_train.model.freeze import module_of, set_trainable
-from jp_train.model.janus_pro import JanusPro
+from jp_train.config.schema import RunConfig
+from jp_train.model.freeze import VQ_MODULE, module_of
+from jp_train.model.parameters import parameter_counts, parameter_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +77,11 @@ class MicroBatch:
 
 
 def shapes_of(cfg: RunConfig) -> Shapes:
-    """Built on the meta device: no memory, less than a second."""
-    model = cfg.model
-    with torch.device("meta"):
-        built = JanusPro(model, LossConfig(), 1, False, 0)
-    set_trainable(built, cfg.stage.trainable)
+    """The model and what learns of it; raises ConfigError where sizes do not fit each other."""
+    model, learns = cfg.model, frozenset(cfg.stage.trainable)
     parameters = tuple(
-        Parameter(name, name.rpartition(".")[0], module_of(name), tensor.numel(), tensor.requires_grad)
-        for name, tensor in built.named_parameters()
+        Parameter(name, name.rpartition(".")[0], module_of(name), math.prod(shape), module_of(name) in learns)
+        for name, shape in parameter_shapes(model).items()
     )
     vision, language = model.vision, model.language
     return Shapes(
@@ -104,8 +99,8 @@ def shapes_of(cfg: RunConfig) -> Shapes:
         codebook=model.vq.codebook_size,
         code_width=model.vq.embed_dim,
         vq_base_channels=model.vq.base_channels,
-        vq_parameters=parameter_counts(model)["gen_vision_model"],
-        learns=frozenset(cfg.stage.trainable),
+        vq_parameters=parameter_counts(model)[VQ_MODULE],
+        learns=learns,
         parameters=parameters,
     )
 

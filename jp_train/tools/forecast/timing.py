@@ -6,14 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from jp_train.config import RunConfig
-from jp_train.config.schema import ModelConfig
 from jp_train.model.flops import BatchStatistics, step_flops, vq_flops
 from jp_train.tools.forecast.communication import Communication, Leg
 from jp_train.tools.forecast.hardware import Hardware
 from jp_train.tools.forecast.memory import Setting
 from jp_train.tools.forecast.shapes import Shapes
 
-_ENCODE_FLOPS: dict[tuple[int, str], float] = {}
 UPDATE_BYTES = 80
 """Bytes of GPU memory that an update moves for every element of a rank's slice: search for non-finite values, norm,
 flat copy, clip, Adam, rounding."""
@@ -55,7 +53,7 @@ class StepTime:
 
 def arithmetic(cfg: RunConfig, shapes: Shapes, step: BatchStatistics, *, checkpointing: bool) -> Arithmetic:
     """From model/flops.py; the forward pass of what is computed twice comes from it too."""
-    encoding = step.encoded_images * vq_encode_flops(cfg.model) if step.encoded_images else 0.0
+    encoding = step.encoded_images * vq_flops(cfg.model)[0] if step.encoded_images else 0.0
     flops = step_flops(cfg.model, replace(step, encoded_images=0), cfg.stage.trainable)
     heads = replace(step, tokens=0, squared_lengths=0, und_images=0, gen_images=0, encoded_images=0)
     recomputed = step_flops(cfg.model, heads, cfg.stage.trainable).forward  # logits are never kept
@@ -68,14 +66,6 @@ def arithmetic(cfg: RunConfig, shapes: Shapes, step: BatchStatistics, *, checkpo
         )
         recomputed += step_flops(cfg.model, tower, cfg.stage.trainable).forward
     return Arithmetic(forward=flops.forward, backward=flops.backward, recomputed=recomputed, encoding=encoding)
-
-
-def vq_encode_flops(model: ModelConfig) -> float:
-    """Of one picture; counting takes a second, so once for every size of tokenizer."""
-    key = (model.vision.image_size, repr(model.vq))
-    if key not in _ENCODE_FLOPS:
-        _ENCODE_FLOPS[key] = vq_flops(model)[0]
-    return _ENCODE_FLOPS[key]
 
 
 def leg_seconds(leg: Leg, hardware: Hardware, setting: Setting, nodes: int) -> dict[str, float]:
