@@ -4,6 +4,9 @@
 a wrong configuration from a broken disk.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class JpTrainError(Exception):
     """Base of every error that jp_train raises on purpose; the CLI prints it without a traceback."""
@@ -45,3 +48,10 @@ class SkipSample(JpTrainError):  # noqa: N818 - it is a decision about one sampl
     def __init__(self, reason: str, fault: str = "bad_sample") -> None:
         super().__init__(reason)
         self.fault = fault
+
+
+def did_you_mean(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`; did you mean 'check'?` with the nearest of the `valid` names, to end an error message with; empty when none is
+    as alike as `cutoff` (0 to 1)."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -5,6 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from jp_train.errors import did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a misspelt command with the nearest one; exit status 2 as for every usage
+    error."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            what = str(action.metavar).lower()
+            hint = did_you_mean(value, action.choices) or f"; it is one of {', '.join(action.choices)}"
+            raise argparse.ArgumentError(None, f"there is no {what} {value!r}{hint}")
+        super()._check_value(action, value)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

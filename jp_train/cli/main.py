@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jp_train import __version__
+from jp_train.cli.arguments import Parser
 from jp_train.errors import JpTrainError
 
 COMMANDS = (
@@ -43,7 +44,7 @@ exit status: 0 done (an early stop included), 2 configuration or usage, 3 data, 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; each module of `jp_train.cli` adds its own subcommand."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jp-train",
         description="Train Janus-Pro style unified models (understanding and generation) with DeepSpeed ZeRO-3.",
         epilog=EPILOG,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jp_train.config.schema import RunConfig
 from jp_train.config.validate import validate
-from jp_train.errors import ConfigError
+from jp_train.errors import ConfigError, did_you_mean
 from jp_train.files import write_atomically
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
@@ -151,15 +151,13 @@ def _all_keys(schema: Any, prefix: str) -> Iterator[str]:
             yield from _all_keys(get_args(kind)[1], f"{prefix}{field.name}.NAME.")
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean ...?)`: first by whole dotted path, then by the last part under any parent."""
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)
-    if not close:
-        leaf = name.rsplit(".", 1)[-1]
-        leaves = difflib.get_close_matches(leaf, [key.rsplit(".", 1)[-1] for key in valid], n=1, cutoff=0.6)
-        close = [key for key in valid if leaves and key.rsplit(".", 1)[-1] == leaves[0]][:1]
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    """`; did you mean ...?`: first by whole dotted path, then by the last part under any parent."""
+    leaves: dict[str, str] = {}
+    for key in valid:
+        leaves.setdefault(key.rsplit(".", 1)[-1], key)
+    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
+    return did_you_mean(name, valid, cutoff=0.7) or (f"; did you mean {leaves[leaf[0]]!r}?" if leaf else "")
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:

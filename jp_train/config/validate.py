@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 
 from jp_train.config.batch import rows_per_step
 from jp_train.config.choices import Crop, Template, VqIds
 from jp_train.config.schema import MODULES, RunConfig, SourceConfig
-from jp_train.errors import ConfigError
+from jp_train.errors import ConfigError, did_you_mean
 
 
 def validate(config: RunConfig) -> None:
@@ -135,8 +134,7 @@ def _stage(config: RunConfig) -> None:
         raise ConfigError(f"stage.trainable is empty: nothing would learn; name some of {', '.join(MODULES)}")
     for name in stage.trainable:
         if name not in MODULES:
-            close = difflib.get_close_matches(name, MODULES, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, MODULES, cutoff=0.4)
             raise ConfigError(f"stage.trainable: unknown module {name!r}{hint} Valid: {', '.join(MODULES)}")
     at_step = stage.early_stop.at_step
     if at_step is not None and not 0 < at_step <= stage.training_steps:

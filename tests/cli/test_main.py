@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jp_train.cli.main import COMMANDS, build_parser, main
+from jp_train.cli.data_command import TOOLS
+from jp_train.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE1 = str(ROOT / "examples" / "smoke" / "stage1.yaml")
@@ -35,11 +36,22 @@ def test_the_top_level_help_shows_the_way_through_and_the_exit_statuses(capsys):
     assert all(command in text for command in COMMANDS)
 
 
-def test_a_wrong_command_is_a_usage_error(capsys):
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["chek"], "jp-train: error: there is no command 'chek'; did you mean 'check'?"),
+        (["trane"], "jp-train: error: there is no command 'trane'; did you mean 'train'?"),
+        (["data", "indx"], "jp-train data: error: there is no tool 'indx'; did you mean 'index'?"),
+        (["data", "import", "cocoa"], "jp-train data import: error: there is no format 'cocoa'; did you mean 'coco'?"),
+        (["data", "xyz"], "jp-train data: error: there is no tool 'xyz'; it is one of " + ", ".join(TOOLS)),
+    ],
+)
+def test_a_misspelt_command_exits_2_and_names_the_nearest_one(words, error, capsys):
     with pytest.raises(SystemExit) as stop:
-        build_parser().parse_args(["trane"])
+        main(words)
     assert stop.value.code == 2
-    assert "train" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[-1]) == ("", error)
 
 
 def test_a_mistyped_key_exits_2_with_one_line_and_no_traceback():

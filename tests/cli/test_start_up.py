@@ -54,6 +54,11 @@ def test_a_misspelt_key_is_answered_before_anything_heavy_is_imported(command: t
     assert imported_by(*command) == (2, set())
 
 
+@pytest.mark.parametrize("command", [("chek",), ("data", "indx")])
+def test_a_misspelt_command_is_answered_before_anything_heavy_is_imported(command: tuple[str, ...]) -> None:
+    assert imported_by(*command) == (2, set())
+
+
 def test_launch_dry_run_imports_nothing_heavy() -> None:
     assert imported_by("launch", LAUNCH, "--hostfile", HOSTFILE, "--dry-run") == (0, set())
 
