@@ -21,7 +21,7 @@ from jp_train.config import RunConfig
 from jp_train.config.schema import SourceConfig
 from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, is_url
 from jp_train.data.sidecar import sidecar_places
-from jp_train.data.tar_headers import TarFault, walk
+from jp_train.data.tar_headers import TarFault, tar_members
 from jp_train.errors import DataError, JpTrainError
 
 READ_WHOLE = 32 << 20
@@ -104,7 +104,7 @@ def read_sample(shard: Shard, reader: ShardReader) -> int:
     window = ShardWindow(reader, shard, 1 << 16)
     total, key = 0, None
     try:
-        for count, member in enumerate(walk(window.up_to, shard.size)):
+        for count, member in enumerate(tar_members(window.up_to, shard.size)):
             if not member.file:
                 continue
             this = member.name.rpartition("/")[2].partition(".")[0]

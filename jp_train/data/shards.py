@@ -23,7 +23,7 @@ import braceexpand
 import numpy as np
 
 from jp_train.data.http_ranges import HttpRanges, HttpStatusError
-from jp_train.data.tar_headers import TarFault, walk
+from jp_train.data.tar_headers import TarFault, tar_members
 from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
 
@@ -352,7 +352,7 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
         ignored.append((name, reason))
 
     try:
-        for sample in group_members(walk(window.up_to, shard.size), on_fault=stop, on_stray=leave_out):
+        for sample in group_members(tar_members(window.up_to, shard.size), on_fault=stop, on_stray=leave_out):
             keys.append(sample.key)
             for extension, member in sample.members.items():
                 codes.append(extensions.setdefault(extension, len(extensions)))

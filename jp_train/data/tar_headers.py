@@ -28,6 +28,7 @@ _NO_DATA_TYPES = frozenset(b"123456")
 _FOLDER, _SPARSE, _LONG_NAME, _LONG_LINK = b"5"[0], b"S"[0], b"L"[0], b"K"[0]
 _PAX = frozenset(b"xX")
 _PAX_GLOBAL = b"g"[0]
+_EXTENSIONS = _PAX | {_PAX_GLOBAL, _LONG_NAME, _LONG_LINK}
 _SPARSE_RECORDS = b"GNU.sparse"
 _COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zX", "xz"))
 
@@ -56,7 +57,7 @@ class TarFault(Exception):  # noqa: N818 - a finding that callers turn into a Da
         self.fault, self.offset, self.reason = fault, offset, reason
 
 
-def walk(read: Read, size: int) -> Iterator[Member]:
+def tar_members(read: Read, size: int) -> Iterator[Member]:
     """Every member of a tar of `size` bytes, in order.
 
     Raises:
@@ -66,63 +67,69 @@ def walk(read: Read, size: int) -> Iterator[Member]:
     start = read(0, 4)
     for magic, name in _COMPRESSED:
         if start.startswith(magic):
-            raise TarFault(
-                COMPRESSED,
-                0,
-                f"it is compressed ({name}), so byte ranges cannot be read from it; decompress it to a plain .tar",
-            )
+            reason = f"it is compressed ({name}), so byte ranges cannot be read from it; decompress it to a plain .tar"
+            raise TarFault(COMPRESSED, 0, reason)
     position = 0
     everywhere: dict[str, str] = {}
-    while True:
-        first = position
-        local: dict[str, str] = {}
-        awaited = False
-        while True:
-            header = _header(read, position, size)
-            if header is None:
-                if awaited:
-                    raise TarFault(
-                        CORRUPT,
-                        position,
-                        f"the archive ends after a header extension at byte {first} that belongs to no file",
-                    )
-                _check_rest(read, position, size)
-                return
-            kind = header[156]
-            length = _number(header[124:136], position, "size")
-            data = position + BLOCK
-            if kind not in _PAX and kind not in (_PAX_GLOBAL, _LONG_NAME, _LONG_LINK):
-                break
-            blob = _extended(read, data, length, position, size)
-            if kind == _LONG_NAME:
-                local["path"] = _text(blob)
-            elif kind == _PAX_GLOBAL:
-                everywhere |= _pax_records(blob, position)
-            elif kind in _PAX:
-                local |= _pax_records(blob, position)
-            awaited |= kind != _PAX_GLOBAL
-            position = data + _padded(length)
-        extra = everywhere | local
-        name = extra["path"] if "path" in extra else _name(header)
-        if kind == _SPARSE or _SPARSE_RECORDS.decode() in extra:
-            raise TarFault(
-                LINK, first, f"member {name!r} is a sparse file; a shard may hold plain files only: write it again"
-            )
-        if "size" in local:
-            length = _pax_size(local["size"], position)
-        folder = kind == _FOLDER or (kind == 0 and name.endswith("/"))
-        if folder or kind in _NO_DATA_TYPES:
-            length = 0
-        if data + length > size:
-            raise TarFault(
-                TRUNCATED,
-                first,
-                f"member {name!r} of {length} bytes at byte {data} runs past the end of the file, which has {size} bytes",
-            )
-        yield Member(
-            name=name, file=kind in _FILE_TYPES and not folder, folder=folder, header=first, offset=data, size=length
+    while (member := _next_member(read, position, size, everywhere)) is not None:
+        yield member
+        position = member.offset + _padded(member.size)
+
+
+def _next_member(read: Read, first: int, size: int, everywhere: dict[str, str]) -> Member | None:
+    """The member whose first header is at `first`, None at the end marker. Global PAX records are added to
+    `everywhere`."""
+    local: dict[str, str] = {}
+    position, extended = first, False
+    header = _header(read, position, size)
+    while header is not None and header[156] in _EXTENSIONS:
+        kind = header[156]
+        length = _number(header[124:136], position, "size")
+        blob = _extended(read, position + BLOCK, length, position, size)
+        if kind == _LONG_NAME:
+            local["path"] = _text(blob)
+        elif kind == _PAX_GLOBAL:
+            everywhere |= _pax_records(blob, position)
+        elif kind in _PAX:
+            local |= _pax_records(blob, position)
+        extended |= kind != _PAX_GLOBAL
+        position += BLOCK + _padded(length)
+        header = _header(read, position, size)
+    if header is not None:
+        return _member(header, position, first, size, local, everywhere)
+    if extended:
+        reason = f"the archive ends after a header extension at byte {first} that belongs to no file"
+        raise TarFault(CORRUPT, position, reason)
+    _check_rest(read, position, size)
+    return None
+
+
+def _member(
+    header: bytes, position: int, first: int, size: int, local: dict[str, str], everywhere: dict[str, str]
+) -> Member:
+    """The member of a header at `position` whose extensions, the first of them at `first`, hold the records `local`."""
+    kind = header[156]
+    length = _number(header[124:136], position, "size")
+    data = position + BLOCK
+    extra = everywhere | local if everywhere else local
+    name = extra["path"] if "path" in extra else _name(header)
+    if kind == _SPARSE or _SPARSE_RECORDS.decode() in extra:
+        reason = f"member {name!r} is a sparse file; a shard may hold plain files only: write it again"
+        raise TarFault(LINK, first, reason)
+    if "size" in local:
+        length = _pax_size(local["size"], position)
+    folder = kind == _FOLDER or (kind == 0 and name.endswith("/"))
+    if folder or kind in _NO_DATA_TYPES:
+        length = 0
+    if data + length > size:
+        raise TarFault(
+            TRUNCATED,
+            first,
+            f"member {name!r} of {length} bytes at byte {data} runs past the end of the file, which has {size} bytes",
         )
-        position = data + _padded(length)
+    return Member(
+        name=name, file=kind in _FILE_TYPES and not folder, folder=folder, header=first, offset=data, size=length
+    )
 
 
 def _header(read: Read, position: int, size: int) -> bytes | None:
@@ -230,7 +237,7 @@ def _check_rest(read: Read, position: int, size: int) -> None:
             raise TarFault(
                 AFTER_END,
                 at + len(block) - len(block.lstrip(b"\0")),
-                f"it has data after its end-of-archive marker at byte {position} (tars joined with cat?); its later samples would be lost: "
-                "write it again as one tar",
+                f"it has data after its end-of-archive marker at byte {position} (tars joined with cat?); its later "
+                "samples would be lost: write it again as one tar",
             )
         at += len(block)

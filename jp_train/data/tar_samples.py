@@ -29,65 +29,63 @@ def group_members(
 ) -> Iterator[TarSample]:
     """The samples of a shard, each when its last file has passed.
 
-    `on_fault(fault, key)` hears of links and devices (without a key), of keys that come again after others (each once),
-    and of fields that a sample has twice. Unless it raises, the pass goes on without that link, the later part of that
-    key, or the later field. `on_stray(name, offset, reason)` hears of files that belong to no sample. A TarFault of
-    `members` passes through; the sample that it may have cut is not yielded.
+    `on_fault(fault, key)` is called for links and devices (without a key), for keys that come again after others (once
+    per key), and for fields that a sample has twice. Unless it raises, the pass goes on without that link, the later
+    part of that key, or the later field. `on_stray(name, offset, reason)` is called for files that belong to no sample.
+    A TarFault of `members` passes through; the sample that it may have cut is not yielded.
     """
-    seen: dict[str, int] = {}
-    fields_of: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    extensions_of: dict[str, int] = {}
     codes: dict[str, int] = {}
     current: TarSample | None = None
     ended: list[TarFault] = []
     again: set[str] = set()
-    for member in _until_fault(members, ended):
-        if member.folder:
-            continue
-        if not member.file:
-            on_fault(
-                TarFault(
-                    LINK,
-                    member.header,
-                    f"member {member.name!r} is a link or device; a shard may hold plain files only: write it again",
-                ),
-                None,
-            )
-            continue
-        key, extension = split_name(member.name)
-        if not key:
-            on_stray(member.name, member.header, "the file name has no key or no extension: it belongs to no sample")
-            continue
+    for member, key, extension in _files(_until_fault(members, ended), on_fault, on_stray):
         bit = 1 << min(codes.setdefault(extension, len(codes)), _BITS - 1)
         if current is None or key != current.key:
-            if key in seen:
+            if key in numbers:
                 if key not in again:
-                    kind = DUPLICATE if fields_of[key] & bit else INTERLEAVED
-                    on_fault(
-                        TarFault(
-                            kind,
-                            member.header,
-                            f"key {key!r} appears again after other samples (first as sample {seen[key]}); the files of one sample must "
-                            "be adjacent and keys unique: write the shard again",
-                        ),
-                        key,
+                    reason = (
+                        f"key {key!r} appears again after other samples (first as sample {numbers[key]}); the files of "
+                        "one sample must be adjacent and keys unique: write the shard again"
                     )
+                    kind = DUPLICATE if extensions_of[key] & bit else INTERLEAVED
+                    on_fault(TarFault(kind, member.header, reason), key)
                     again.add(key)
                 continue
             if current is not None:
                 yield current
-            seen[key] = len(seen)
-            fields_of[key] = 0
+            numbers[key] = len(numbers)
+            extensions_of[key] = 0
             current = TarSample(key)
         if extension in current.members:
             reason = f"key {key!r} has two .{extension} files; keys must be unique within a shard"
             on_fault(TarFault(DUPLICATE_FIELD, member.header, reason), key)
             continue
-        fields_of[key] |= bit
+        extensions_of[key] |= bit
         current.members[extension] = member
     if current is not None and (not ended or ended[0].fault == AFTER_END):
         yield current
     for fault in ended:
         raise fault
+
+
+def _files(
+    members: Iterable[Member],
+    on_fault: Callable[[TarFault, str | None], None],
+    on_stray: Callable[[str, int, str], None],
+) -> Iterator[tuple[Member, str, str]]:
+    """Every plain file that belongs to a sample, with its key and extension."""
+    for member in members:
+        if member.file:
+            key, extension = split_name(member.name)
+            if key:
+                yield member, key, extension
+                continue
+            on_stray(member.name, member.header, "the file name has no key or no extension: it belongs to no sample")
+        elif not member.folder:
+            reason = f"member {member.name!r} is a link or device; a shard may hold plain files only: write it again"
+            on_fault(TarFault(LINK, member.header, reason), None)
 
 
 def _until_fault(members: Iterable[Member], ended: list[TarFault]) -> Iterator[Member]:

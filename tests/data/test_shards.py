@@ -10,7 +10,7 @@ import pytest
 
 from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, scan_members
 from jp_train.data.sidecar import load_members, store_members
-from jp_train.data.tar_headers import TarFault, walk
+from jp_train.data.tar_headers import TarFault, tar_members
 from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
 from tests.data.data_samples import generation_samples, write_shard
@@ -280,7 +280,7 @@ def test_random_tars_have_exactly_the_members_that_tarfile_finds(form):
     kinds = set()
     for _ in range(150):
         data = _random_tar(random, form)
-        found = list(walk(lambda offset, size, data=data: data[offset : offset + size], len(data)))
+        found = list(tar_members(lambda offset, size, data=data: data[offset : offset + size], len(data)))
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             expected = [(one.name, one.isfile(), one.isdir(), one.offset_data, one.size) for one in tar]
         assert [
@@ -296,13 +296,13 @@ def test_a_tar_of_nothing_but_remarks_is_empty_and_an_extension_without_its_file
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as tar:
         remarks = tar.offset
     data = buffer.getvalue()
-    assert list(walk(lambda offset, size: data[offset : offset + size], len(data))) == []
+    assert list(tar_members(lambda offset, size: data[offset : offset + size], len(data))) == []
     header = bytearray(data[:remarks])
     header[156:157], header[148:156] = b"x", b" " * 8
     header[148:156] = b"%06o\0 " % sum(header[:512])
     data = bytes(header) + data[remarks:]
     with pytest.raises(TarFault, match="belongs to no file"):
-        list(walk(lambda offset, size: data[offset : offset + size], len(data)))
+        list(tar_members(lambda offset, size: data[offset : offset + size], len(data)))
 
 
 def test_a_name_with_a_nul_belongs_to_no_sample(tmp_path):
@@ -378,7 +378,7 @@ def test_a_window_serves_a_sequential_pass_with_each_byte_read_about_once(tmp_pa
     counting.read = lambda shard, offset, size: read.append(size) or monkey(shard, offset, size)
     window = ShardWindow(counting, shard, 65536)
     whole = path.read_bytes()
-    for sample in group_members(walk(window.up_to, shard.size), on_fault=pytest.fail, on_stray=pytest.fail):
+    for sample in group_members(tar_members(window.up_to, shard.size), on_fault=pytest.fail, on_stray=pytest.fail):
         for member in sample.members.values():
             assert window.read(shard, member.offset, member.size) == whole[member.offset : member.offset + member.size]
     assert sum(read) < 1.2 * shard.size and len(read) < 2 * shard.size / 65536 + 2

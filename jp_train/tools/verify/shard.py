@@ -17,7 +17,7 @@ from jp_train.data.image import check_header
 from jp_train.data.sample_fields import read_located
 from jp_train.data.samples import IMAGE_EXTENSIONS, Sample, parse_sample
 from jp_train.data.shards import Shard, ShardReader, ShardWindow
-from jp_train.data.tar_headers import TarFault, walk
+from jp_train.data.tar_headers import TarFault, tar_members
 from jp_train.data.tar_samples import TarSample, group_members
 from jp_train.errors import DataError, SkipSample
 from jp_train.types import Kind, SourceInfo, TextSample
@@ -123,7 +123,7 @@ class _Pass:
         return report
 
     def _samples(self) -> Iterator[TarSample]:
-        members = walk(self._window.up_to, self._task.shard.size)
+        members = tar_members(self._window.up_to, self._task.shard.size)
         return group_members(
             members, on_fault=self._tar_fault, on_stray=lambda name, at, reason: self._add(STRAY, name, at, reason)
         )
