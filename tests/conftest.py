@@ -18,6 +18,7 @@ LONG = (
     "test_multinode_launch.py",
     "test_distributed_runs.py",
     "test_elastic.py",
+    "test_readme.py",
     "test_smoke_run.py",
     "test_forensics.py",
     "test_watchdog.py",
