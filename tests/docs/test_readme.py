@@ -30,11 +30,13 @@ ELSEWHERE = {
 """Commands that another test runs."""
 
 
+COMMAND = re.compile(r"^    ((?:jp-train|make|launch/|sbatch|cp)\b.*?)(?: +# .*)?$", flags=re.MULTILINE)
+
+
 def commands_of(page: Path) -> list[str]:
     """The indented lines of a page that are commands, without comments."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = re.findall(r"^    (?! )(\S.*)$", text, flags=re.MULTILINE)
-    return [re.split(r" +# ", line)[0].strip() for line in lines if re.match(r"(jp-train|make|launch/|sbatch|cp) ?", line)]
+    return [command.strip() for command in COMMAND.findall(text)]
 
 
 def free_port() -> int:
