@@ -249,7 +249,8 @@ def load_batch(path: str | Path) -> PackedBatch:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(
-            f"{path} and {sidecar_of(path).name} beside it are not a saved batch ({type(error).__name__}: {error}); save it again"
+            f"{path} and {sidecar_of(path).name} beside it are not a saved batch ({type(error).__name__}: {error}); "
+            "save it again"
         ) from error
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from jp_train.config.schema import Packing, RunConfig
+from jp_train.config.choices import Packing
+from jp_train.config.schema import RunConfig
 from jp_train.types import IGNORE_INDEX, KINDS, PENDING_VQ_ID, Kind, PackedBatch, Row
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jp_train.config.schema import Crop, RunConfig, Template
+from jp_train.config.choices import Crop, Template
+from jp_train.config.schema import RunConfig
 from jp_train.data.image import load_generation_image, load_understanding_image
 from jp_train.data.layouts import ASK, LEARN, PAD, READ, ImageBlock, Layouts, Part
 from jp_train.data.permute import document_uniform
@@ -224,8 +225,8 @@ class Encoder:
                 raise ValueError("it does not begin with BOS")
         except (ValueError, struct.error) as error:
             raise DataError(
-                f"the stored token ids of {sample.info} are damaged ({error}); delete the shard's .jp-tokens sidecar, or set "
-                "data.token_ids=off"
+                f"the stored token ids of {sample.info} are damaged ({error}); delete the shard's .jp-tokens sidecar, "
+                "or set data.token_ids=off"
             ) from None
         parts, at = [], 0
         for length, role in runs:
@@ -416,8 +417,8 @@ def check_length(draft: Draft, expected: int) -> None:
     """Raises DataError when a document is not as long as the index says."""
     if draft.length != expected:
         raise DataError(
-            f"stale index: {draft.sample.info} has {draft.length} tokens, its index says {expected}; delete the shard's "
-            ".jp-tokens sidecar, or run `jp-train data index` again"
+            f"stale index: {draft.sample.info} has {draft.length} tokens, its index says {expected}; delete the "
+            "shard's .jp-tokens sidecar, or run `jp-train data index` again"
         )
 
 

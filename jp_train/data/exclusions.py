@@ -100,8 +100,8 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
-                f"{path} cannot be read ({type(error).__name__}: {error}): it names samples to leave out, so it is not ignored; run "
-                "`jp-train data verify --exclude` again after deleting it"
+                f"{path} cannot be read ({type(error).__name__}: {error}): it names samples to leave out, so it is "
+                "not ignored; run `jp-train data verify --exclude` again after deleting it"
             ) from error
         told = {kind: samples for kind, samples in told.items() if samples}
         return told or None

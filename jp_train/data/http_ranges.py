@@ -73,7 +73,8 @@ class HttpRanges:
             length = answer.headers.get("Content-Length")
             if length is None or not _LENGTH.fullmatch(length.strip()):
                 raise DataError(
-                    f"shard {url}: the server sends no usable Content-Length; jp_train needs a server that answers byte-range requests"
+                    f"shard {url}: the server sends no usable Content-Length; jp_train needs a server that answers "
+                    "byte-range requests"
                 )
             return Answered(size=int(length), stamp=_stamp(answer))
 
@@ -85,8 +86,8 @@ class HttpRanges:
         with self._answer("GET", url, {"Range": f"bytes={offset}-{offset + size - 1}"}, limit) as answer:
             if answer.status == 200:
                 raise DataError(
-                    f"shard {url}: the server answered a byte-range request with status 200 instead of 206; serve the shards from a "
-                    "server with range support, or copy them to a local disk"
+                    f"shard {url}: the server answered a byte-range request with status 200 instead of 206; serve the "
+                    "shards from a server with range support, or copy them to a local disk"
                 )
             if answer.status != 206:
                 raise HttpStatusError(answer.status, answer.reason)
@@ -276,7 +277,8 @@ def _redirected(asked: str, here: str, target: str) -> str:
         raise DataError(f"shard {asked}: the server redirects to {target[:200]!r}, which is no URL: {error}") from None
     if scheme not in ("http", "https") or (scheme == "http" and here.startswith("https:")):
         raise DataError(
-            f"shard {asked}: the server redirects to {found[:200]!r}; only http and https are followed, and never from https to http"
+            f"shard {asked}: the server redirects to {found[:200]!r}; only http and https are followed, and never "
+            "from https to http"
         )
     return found
 
@@ -296,5 +298,6 @@ def _check_range(url: str, answer: http.client.HTTPResponse, offset: int, size: 
         raise OSError(f"the server answered bytes {offset}-{offset + size - 1} with Content-Range {given!r}")
     if match[3] not in ("*", str(file_size)):
         raise DataError(
-            f"shard {url} changed since it was indexed (it had {file_size} bytes, now {match[3]}); start again to index it anew"
+            f"shard {url} changed since it was indexed (it had {file_size} bytes, now {match[3]}); start again to "
+            "index it anew"
         )

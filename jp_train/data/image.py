@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from jp_train.config.schema import Crop, ImageDecode
+from jp_train.config.choices import Crop, ImageDecode
 from jp_train.errors import DataError, SkipSample
 
 BACKGROUND = (127, 127, 127)
@@ -94,7 +94,8 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
     except MemoryError as error:
         if pixels:
             raise DataError(
-                f"out of memory while decoding a picture of {pixels} pixels; lower data.workers, data.prefetch_rows or data.max_image_pixels"
+                f"out of memory while decoding a picture of {pixels} pixels; lower data.workers, data.prefetch_rows "
+                "or data.max_image_pixels"
             ) from error
         raise SkipSample(
             f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable"
@@ -131,14 +132,15 @@ def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise SkipSample(
-            f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused before decoding",
+            f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused "
+            "before decoding",
             "picture_too_large",
         )
     scans = data.count(b"\xff\xda") if image.format in _JPEG else 0
     if (scans - _SCANS) * pixels > max_pixels:
         raise SkipSample(
-            f"JPEG of {image.width} x {image.height} pixels with {scans} scans: more work than data.max_image_pixels {max_pixels} allows; "
-            "refused before decoding",
+            f"JPEG of {image.width} x {image.height} pixels with {scans} scans: more work than data.max_image_pixels "
+            f"{max_pixels} allows; refused before decoding",
             "picture_too_large",
         )
     return pixels
@@ -190,8 +192,8 @@ def generation_transform(
     width, height = (int(side * size / shortest) for side in image.size)
     if width * height > max_pixels:
         raise SkipSample(
-            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would have {width} x "
-            f"{height} pixels, above data.max_image_pixels {max_pixels}",
+            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would "
+            f"have {width} x {height} pixels, above data.max_image_pixels {max_pixels}",
             "picture_too_long",
         )
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

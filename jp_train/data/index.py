@@ -16,7 +16,8 @@ from functools import partial
 
 import numpy as np
 
-from jp_train.config.schema import Crop, RunConfig, SourceConfig, TokenIds
+from jp_train.config.choices import Crop, TokenIds
+from jp_train.config.schema import RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import excluded_samples, with_exclusions
 from jp_train.data.processes import ordered_results
@@ -71,7 +72,10 @@ class IndexProgress:
         """What is about to be done, and how to do without it."""
         text = f"{self.shards:,} shards ({self.bytes / 2**20:,.1f} MiB) are to be indexed"
         if self.without_ids:
-            text += f"; {self.without_ids:,} of them lack only token ids: data.token_ids=off uses them as they are, with the same rows"
+            text += (
+                f"; {self.without_ids:,} of them lack only token ids: data.token_ids=off uses them as they are, with "
+                "the same rows"
+            )
         return text
 
 
@@ -101,7 +105,8 @@ class SourceLocator:
         sample."""
         if not 0 <= sample < self.samples_before[-1]:
             raise DataError(
-                f"source {self.name!r} has {int(self.samples_before[-1])} samples, the plan asks for number {sample}: another index"
+                f"source {self.name!r} has {int(self.samples_before[-1])} samples, the plan asks for number {sample}: "
+                "another index"
             )
         shard = int(np.searchsorted(self.samples_before, sample, side="right")) - 1
         return shard, sample - int(self.samples_before[shard])
@@ -339,7 +344,8 @@ def _assemble(
         part = loaded.get((name, shard.path)) or load_tokens(shard, fingerprint, with_ids=with_ids)
         if part is None:
             raise DataError(
-                f"source {name!r}: the index of {shard.path} vanished while it was read, or the shard is being rewritten; start again"
+                f"source {name!r}: the index of {shard.path} vanished while it was read, or the shard is being "
+                "rewritten; start again"
             )
         parts.append(part)
         bad += [

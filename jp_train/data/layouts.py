@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jp_train.config.schema import ImageEnd, PadDropoutForm, RunConfig, Template
+from jp_train.config.choices import ImageEnd, PadDropoutForm, Template
+from jp_train.config.schema import RunConfig
 from jp_train.data.samples import Sample, first_sentence
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.types import GenerationSample, SpecialTokens, TextSample, Turn, UnderstandingSample

@@ -134,9 +134,9 @@ class Ledger:
         )
         if skipped > allowed:
             raise DataError(
-                f"source {name!r}: {skipped} bad samples of {used + skipped} by step {step} exceed the budget of {allowed:g} "
-                f"(data.skip_budget {self._data.skip_budget:g}, data.skip_minimum {self._data.skip_minimum}); {example}; repair or "
-                "take out the shards, or raise the budget"
+                f"source {name!r}: {skipped} bad samples of {used + skipped} by step {step} exceed the budget of "
+                f"{allowed:g} (data.skip_budget {self._data.skip_budget:g}, data.skip_minimum "
+                f"{self._data.skip_minimum}); {example}; repair or take out the shards, or raise the budget"
             )
         if self._consecutive.get(name, 0) >= self._data.skip_consecutive:
             raise DataError(

@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from jp_train.config.batch import BatchPlan
-from jp_train.config.schema import PadDropoutForm, RunConfig, Template
+from jp_train.config.choices import PadDropoutForm, Template
+from jp_train.config.schema import RunConfig
 from jp_train.data.collate import Collator
 from jp_train.data.encode import Encoder
 from jp_train.data.index import SourceIndex, index_sources
@@ -66,8 +67,9 @@ def build_plan(cfg: RunConfig, indexes: Sequence[SourceIndex], batch_plan: Batch
     for kind, share in zip(KINDS, shares, strict=True):
         if share > 0 and encoder.min_tokens(kind) >= data.seq_len:
             raise ConfigError(
-                f"data.seq_len {data.seq_len} leaves no room for text beside the image and template of a {kind.value} document "
-                f"({encoder.min_tokens(kind)} tokens); raise data.seq_len, shorten data.system_prompt, or use a smaller image"
+                f"data.seq_len {data.seq_len} leaves no room for text beside the image and template of a {kind.value} "
+                f"document ({encoder.min_tokens(kind)} tokens); raise data.seq_len, shorten data.system_prompt, or "
+                "use a smaller image"
             )
     return Plan(
         [_plan_source(cfg, index, encoder) for index in indexes],
@@ -129,8 +131,9 @@ class StepLoader:
         rows, rest = divmod(batch_plan.rows_per_step, dp_world_size)
         if rest or rows % batch_plan.micro_batch_rows or not 0 <= dp_rank < dp_world_size:
             raise ConfigError(
-                f"rank {dp_rank} of {dp_world_size} cannot take its share of {batch_plan.rows_per_step} rows a step in "
-                f"micro-batches of {batch_plan.micro_batch_rows}: the world size times engine.micro_batch_rows must divide the rows"
+                f"rank {dp_rank} of {dp_world_size} cannot take its share of {batch_plan.rows_per_step} rows a step "
+                f"in micro-batches of {batch_plan.micro_batch_rows}: the world size times engine.micro_batch_rows "
+                "must divide the rows"
             )
         self._rows, self._micro = rows, batch_plan.micro_batch_rows
         self._workers, self._prefetch = cfg.data.workers, cfg.data.prefetch_rows
@@ -249,8 +252,9 @@ def _fits_shared_memory(bytes_needed: int) -> bool:
     free = found.f_bavail * found.f_frsize
     if bytes_needed > free:
         print(
-            f"loader: /dev/shm has {free / 2**20:.0f} MiB free, the rows ahead may take {bytes_needed / 2**20:.0f} MiB: pictures go through "
-            "pipes, which is slower. Enlarge it (docker: --shm-size), or lower data.workers or data.prefetch_rows",
+            f"loader: /dev/shm has {free / 2**20:.0f} MiB free, the rows ahead may take {bytes_needed / 2**20:.0f} "
+            "MiB: pictures go through pipes, which is slower. Enlarge it (docker: --shm-size), or lower data.workers "
+            "or data.prefetch_rows",
             file=sys.stderr,
         )
     return bytes_needed <= free
@@ -296,8 +300,8 @@ class _Rows(Dataset):
         except Exception:  # reported with its place, and it stops the run
             first = self._builder.describe(spec.documents[0]) if spec.documents else "none"
             return _Failure(
-                f"row {spec.row} of step {spec.step} (first document: {first}) failed in the loader; this is a fault of "
-                f"jp_train:\n{traceback.format_exc()}"
+                f"row {spec.row} of step {spec.step} (first document: {first}) failed in the loader; this is a fault "
+                f"of jp_train:\n{traceback.format_exc()}"
             )
 
 

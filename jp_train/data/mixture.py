@@ -144,9 +144,10 @@ class Mixture:
                     if s.kind == kind and s.weight > 0
                 ]
                 raise ConfigError(
-                    f"stage.mixture gives {kind} a share of {share}/{sum(self.shares)}, but no source of that kind is active at step "
-                    f"{phase.from_step}; sources of kind {kind}: {', '.join(others) or 'none'}. Add a source with `kind: {kind}` to "
-                    f"data.sources, widen from_step/to_step of one, or set stage.mixture.{kind}=0"
+                    f"stage.mixture gives {kind} a share of {share}/{sum(self.shares)}, but no source of that kind is "
+                    f"active at step {phase.from_step}; sources of kind {kind}: {', '.join(others) or 'none'}. Add a "
+                    f"source with `kind: {kind}` to data.sources, widen from_step/to_step of one, or set "
+                    f"stage.mixture.{kind}=0"
                 )
 
     def phase_index(self, step: int) -> int:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jp_train.config.schema import Mix, OverLong, RatioUnit
+from jp_train.config.choices import Mix, OverLong, RatioUnit
 from jp_train.data.mixture import CarrySchedule, Mixture, SampledSchedule
 from jp_train.data.packing import Layout, pack_samples, pack_tokens
 from jp_train.data.sequence import LENGTH, NUMBER, SOURCE, START, DocumentRules, PlanSource, SourceSequence, row_specs
@@ -125,9 +125,9 @@ class Plan:
             limit -= (self.samples_per_row - 1) * short
             if limit < short:
                 raise ConfigError(
-                    f"stage.samples_per_row is {self.samples_per_row}, but a row of data.seq_len {self.seq_len} tokens cannot hold that many "
-                    f"documents: three quarters of them have {short} tokens or more. "
-                    f"Set samples_per_row <= {max(1, self.seq_len // short)} or seq_len >= {self.samples_per_row * short}"
+                    f"stage.samples_per_row is {self.samples_per_row}, but a row of data.seq_len {self.seq_len} "
+                    f"tokens cannot hold that many documents: three quarters of them have {short} tokens or more. Set "
+                    f"samples_per_row <= {max(1, self.seq_len // short)} or seq_len >= {self.samples_per_row * short}"
                 )
         return DocumentRules(
             seed=self.seed,
@@ -292,8 +292,9 @@ class Plan:
             for source in self.sources:
                 if source.name not in self.unused:
                     settings[f"sources.{source.name}"] = (
-                        f"{source.kind.value}, weight {float(source.weight)!r}, steps {source.from_step} to {source.to_step}, "
-                        f"{'cuttable, ' if source.cuttable else ''}{len(source.tokens)} samples, lengths {source.fingerprint()}"
+                        f"{source.kind.value}, weight {float(source.weight)!r}, steps {source.from_step} to "
+                        f"{source.to_step}, {'cuttable, ' if source.cuttable else ''}{len(source.tokens)} samples, "
+                        f"lengths {source.fingerprint()}"
                     )
             self._recipe = settings
         return dict(self._recipe)
@@ -431,9 +432,9 @@ class _Fold:
         layout = pack_samples(self._lengths, plan.seq_len, plan.samples_per_row)
         if layout is None:
             raise ConfigError(
-                f"step {self.step}: no {plan.samples_per_row} of the {len(self._lengths)} pending documents fit a row of data.seq_len "
-                f"{plan.seq_len} tokens; their lengths: {sorted(self._lengths)}. "
-                "Lower stage.samples_per_row, raise data.seq_len, or raise data.pool_size"
+                f"step {self.step}: no {plan.samples_per_row} of the {len(self._lengths)} pending documents fit a row "
+                f"of data.seq_len {plan.seq_len} tokens; their lengths: {sorted(self._lengths)}. Lower "
+                "stage.samples_per_row, raise data.seq_len, or raise data.pool_size"
             )
         return layout
 

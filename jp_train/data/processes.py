@@ -104,8 +104,8 @@ def ordered_results(
     are. `waiting` is called twice a second while the next result is not there. However the block is left, no process
     stays: an exception in it (Ctrl-C) kills them at once; what they write must be complete or absent.
 
-    Raises DeadWorkerError when a process dies; an exception of `work` arrives unchanged, with the item as a note (Python
-    3.11).
+    Raises DeadWorkerError when a process dies; an exception of `work` arrives unchanged, with the item as a note
+    (from Python 3.11 on).
     """
     source = iter(items)
     first = list(islice(source, at_least))

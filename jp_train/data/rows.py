@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from jp_train.config.schema import PadDropoutForm, RunConfig
+from jp_train.config.choices import PadDropoutForm
+from jp_train.config.schema import RunConfig
 from jp_train.data.encode import Draft, Encoder, check_length
 from jp_train.data.image_threads import ImageThreads
 from jp_train.data.index import SourceLocator
@@ -152,8 +153,8 @@ class RowBuilder:
         end = ref.start + ref.length
         if document.kind is not Kind.TEXT or ref.truncated or end > expected:
             raise DataError(
-                f"the plan uses tokens {ref.start} to {end} ({ref.truncated} truncated) of {document.sample.info}, which has {expected}: plan and "
-                "index do not belong together; start again"
+                f"the plan uses tokens {ref.start} to {end} ({ref.truncated} truncated) of {document.sample.info}, "
+                f"which has {expected}: plan and index do not belong together; start again"
             )
         # the label at the cut still names the token after it
         document.tokens = self._encoder.written(draft)[:, ref.start : end]

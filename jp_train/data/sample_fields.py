@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from jp_train.config.schema import Crop
+from jp_train.config.choices import Crop
 from jp_train.data.samples import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, VQ_EXTENSION, check_field_size, wanted_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, read_spans
 from jp_train.data.vq_ids import StoredIds

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jp_train.config.schema import Crop
+from jp_train.config.choices import Crop
 from jp_train.data.index import SourceLocator
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
@@ -123,15 +123,17 @@ class SampleReader:
             tokens, token_ids = load_tokens(shard, locator.fingerprint), None
         if members is None or tokens is None or (len(tokens) and int(tokens.sample.max()) >= len(members.keys)):
             raise DataError(
-                f"the index of shard {shard.path} (source {locator.name!r}) is gone, stale or damaged; start again so that it is rebuilt "
-                f"(if that does not help, delete {shard.name}.jp-members.npz and {shard.name}.jp-tokens-*.npz)"
+                f"the index of shard {shard.path} (source {locator.name!r}) is gone, stale or damaged; start again so "
+                f"that it is rebuilt (if that does not help, delete {shard.name}.jp-members.npz and "
+                f"{shard.name}.jp-tokens-*.npz)"
             )
         ids = None
         if number in locator.shards_with_ids:
             ids = open_ids(shard, locator.ids_fingerprint, self._reader)
             if ids is None:
                 raise DataError(
-                    f"the VQ ids of shard {shard.path} (source {locator.name!r}) are gone or stale since the run began; start again"
+                    f"the VQ ids of shard {shard.path} (source {locator.name!r}) are gone or stale since the run "
+                    "began; start again"
                 )
         found = ShardTable(shard, shard.name, members, tokens, ids, token_ids)
         self._tables[source, number] = found

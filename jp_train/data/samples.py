@@ -20,7 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from jp_train.config.schema import ClassPrompt, Crop, SourceConfig
+from jp_train.config.choices import ClassPrompt, Crop
+from jp_train.config.schema import SourceConfig
 from jp_train.errors import DataError, SkipSample
 from jp_train.types import GenerationSample, Kind, RawSample, TextSample, Turn, UnderstandingSample
 
@@ -85,9 +86,9 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
     ids = raw.vq_ids if raw.vq_ids is not None else _vq_ids(raw, image_slots, codebook_size)
     if raw.vq_ids is not None and (len(ids) != image_slots or ids.max() >= codebook_size):
         raise DataError(
-            f"the stored VQ ids of shard {raw.info.shard}, key {raw.info.key!r}, are {len(ids)} ids up to {ids.max()}, this model has "
-            f"{image_slots} slots an image and {codebook_size} codes: their manifest is wrong; delete the shard's .jp-vq-* files and run "
-            "`jp-train data encode-images` again"
+            f"the stored VQ ids of shard {raw.info.shard}, key {raw.info.key!r}, are {len(ids)} ids up to "
+            f"{ids.max()}, this model has {image_slots} slots an image and {codebook_size} codes: their manifest is "
+            "wrong; delete the shard's .jp-vq-* files and run `jp-train data encode-images` again"
         )
     if image is None and ids is None and not raw.picture_fault:
         raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_found(raw)}", "missing_field")
@@ -109,7 +110,8 @@ def apply_class_prompt(caption: str, source: SourceConfig) -> str:
     lemma = caption.split(",", 1)[0].strip()
     if not lemma:
         raise SkipSample(
-            f"the caption {caption[:60]!r} has no text before its first comma (class_prompt: {source.class_prompt.value})",
+            f"the caption {caption[:60]!r} has no text before its first comma (class_prompt: "
+            f"{source.class_prompt.value})",
             "empty_text",
         )
     return lemma if source.class_prompt is ClassPrompt.first_lemma else source.class_template.replace("{}", lemma)
@@ -278,7 +280,8 @@ def _vq_ids(raw: RawSample, image_slots: int, codebook_size: int) -> np.ndarray 
         raise SkipSample(f".{VQ_EXTENSION} cannot be read: {str(error)[:200]}", "bad_vq_ids") from None
     if int(ids.max()) >= codebook_size:
         raise SkipSample(
-            f".{VQ_EXTENSION} holds id {int(ids.max())}, but the codebook has {codebook_size}; it belongs to another VQ model",
+            f".{VQ_EXTENSION} holds id {int(ids.max())}, but the codebook has {codebook_size}; it belongs to another "
+            "VQ model",
             "bad_vq_ids",
         )
     return ids

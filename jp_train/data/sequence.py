@@ -59,16 +59,19 @@ class PlanSource:
         size = len(self.tokens)
         if not size:
             raise DataError(
-                f"source {self.name!r} has no samples. Check its `shards`, run `jp-train data index`, or remove it from data.sources"
+                f"source {self.name!r} has no samples. Check its `shards`, run `jp-train data index`, or remove it "
+                "from data.sources"
             )
         for name, array in self.arrays().items():
             if array.shape not in ((size,), (1,) if name == "min_tokens" else (size,)):
                 raise DataError(
-                    f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the index"
+                    f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the "
+                    "index"
                 )
             if array.min() < (0 if name == "min_tokens" else 1):
                 raise DataError(
-                    f"source {self.name!r}: sample {int(array.argmin())} has {name} {int(array.min())}, expected at least 1. Rebuild the index"
+                    f"source {self.name!r}: sample {int(array.argmin())} has {name} {int(array.min())}, expected at "
+                    "least 1. Rebuild the index"
                 )
 
     def quartile(self) -> int:
@@ -202,9 +205,11 @@ class SourceSequence:
         if not any(self._fit(np.asarray(form), self._source.min_tokens)[0].any() for form in forms):
             shortest = min(int(form.min()) for form in forms)
             raise DataError(
-                f"source {self._source.name!r}: none of its {len(self._source.tokens)} samples can be used: the shortest has {shortest} tokens, "
-                f"a document may have {self._rules.limit} (data.seq_len, stage.samples_per_row), and data.over_long is "
-                f"{'drop' if self._rules.drop else 'truncate, but images cannot be cut'}. Raise data.seq_len or remove the source"
+                f"source {self._source.name!r}: none of its {len(self._source.tokens)} samples can be used: the "
+                f"shortest has {shortest} tokens, a document may have {self._rules.limit} (data.seq_len, "
+                "stage.samples_per_row), and data.over_long is "
+                f"{'drop' if self._rules.drop else 'truncate, but images cannot be cut'}. Raise data.seq_len or "
+                "remove the source"
             )
 
     def mean_length(self) -> tuple[int, int]:

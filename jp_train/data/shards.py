@@ -113,8 +113,8 @@ def _expand_one(part: str, spec: str, root: Path) -> list[str]:
     scheme = part.split(":", 1)[0] if ":" in part and not part.startswith("/") else ""
     if scheme == "pipe" or "://" in part:
         raise ConfigError(
-            f"shards {spec!r}: the scheme {scheme!r} is not supported (it cannot be read by byte range, and pipe: would run a "
-            "command); use a local path or an http(s) URL"
+            f"shards {spec!r}: the scheme {scheme!r} is not supported (it cannot be read by byte range, and pipe: "
+            "would run a command); use a local path or an http(s) URL"
         )
     path = Path(os.path.abspath(root / os.path.expanduser(part)))
     if path.is_dir():
@@ -192,8 +192,9 @@ class ShardReader:
                 if attempt == self._tries or _is_final(error):
                     cause = str(error) or type(error).__name__
                     raise DataError(
-                        f"shard {path}: cannot read {what} after {attempt} tries: {cause}. An I/O error is never skipped: check "
-                        "the disk, mount or server, then start again (it resumes); data.io_retries sets the number of tries"
+                        f"shard {path}: cannot read {what} after {attempt} tries: {cause}. An I/O error is never "
+                        "skipped: check the disk, mount or server, then start again (it resumes); data.io_retries "
+                        "sets the number of tries"
                     ) from error
                 self._sleep(wait)
                 wait *= 2
@@ -215,8 +216,8 @@ class ShardReader:
                 chunk = os.pread(entry.descriptor, size - done, offset + done)
                 if not chunk:
                     raise DataError(
-                        f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} that its index "
-                        "names: it was truncated; restore the file and index it again"
+                        f"shard {shard.path} ends at byte {offset + done}, inside bytes {offset} to {offset + size} "
+                        "that its index names: it was truncated; restore the file and index it again"
                     )
                 chunks.append(chunk)
                 done += len(chunk)
@@ -320,8 +321,8 @@ def _open_checked(shard: Shard) -> int:
         now = os.fstat(descriptor)
         if (now.st_size, str(now.st_mtime_ns)) != (shard.size, shard.stamp):
             raise DataError(
-                f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} ns; now: "
-                f"{now.st_size} bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
+                f"shard {shard.path} changed since it was indexed (indexed: {shard.size} bytes, mtime {shard.stamp} "
+                f"ns; now: {now.st_size} bytes, mtime {now.st_mtime_ns} ns); start again so that it is indexed anew"
             )
     except BaseException:
         os.close(descriptor)
@@ -361,8 +362,9 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
             start.append(len(codes))
     except TarFault as fault:
         raise DataError(
-            f"shard {shard.path} ({fault.fault} at byte {fault.offset} of {shard.size}): {fault.reason}. Download or write the shard "
-            "again, or take it out of the source; `jp-train data verify` says up to which sample it is readable"
+            f"shard {shard.path} ({fault.fault} at byte {fault.offset} of {shard.size}): {fault.reason}. Download or "
+            "write the shard again, or take it out of the source; `jp-train data verify` says up to which sample it "
+            "is readable"
         ) from fault
     return ShardMembers(
         keys=tuple(keys),

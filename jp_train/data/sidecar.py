@@ -238,7 +238,8 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) 
         except OSError as error:
             problems.append(str(error))
     raise DataError(
-        f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable, or make room there"
+        f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable, or make "
+        "room there"
     )
 
 

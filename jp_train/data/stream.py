@@ -160,7 +160,8 @@ class DocumentStream:
             found = self._sequences[index].documents(numbers[owners == index])
             if found.shape[1] != np.count_nonzero(owners == index):
                 raise DataError(
-                    "the plan state is damaged: its pool names documents that are never drawn. Resume from another checkpoint"
+                    "the plan state is damaged: its pool names documents that are never drawn. Resume from another "
+                    "checkpoint"
                 )
             documents[:, owners == index] = found
         self._begin(documents)

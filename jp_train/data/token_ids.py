@@ -150,6 +150,6 @@ _UINT32 = struct.Struct("<I")
 
 def _no_room(error: OSError) -> DataError:
     return DataError(
-        f"the token ids of a shard cannot be kept while it is indexed: {error}; make room in {tempfile.gettempdir()} (or set TMPDIR to "
-        "another folder), or set data.token_ids=off"
+        f"the token ids of a shard cannot be kept while it is indexed: {error}; make room in {tempfile.gettempdir()} "
+        "(or set TMPDIR to another folder), or set data.token_ids=off"
     )

@@ -46,8 +46,9 @@ class Tokenizer(ABC):
             token = self._special_id(string)
             if token is None:
                 raise ConfigError(
-                    f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; add it to "
-                    f"the tokenizer as a special token, or set tokenizer.{name} to the string that this tokenizer uses"
+                    f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; "
+                    f"add it to the tokenizer as a special token, or set tokenizer.{name} to the string that this "
+                    "tokenizer uses"
                 )
             ids[name] = token
         if len(set(ids.values())) != len(ids):
@@ -63,8 +64,9 @@ class Tokenizer(ABC):
                 self._roles[string] = token
             elif string.startswith("<"):
                 raise ConfigError(
-                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its vocabulary; add "
-                    "it, or use a plain word like Janus did (tokenizer.user=User tokenizer.assistant=Assistant)"
+                    f"tokenizer {cfg.path}: the role marker {string!r} (tokenizer.{name}) is not one token of its "
+                    "vocabulary; add it, or use a plain word like Janus did (tokenizer.user=User "
+                    "tokenizer.assistant=Assistant)"
                 )
         reserved = self._reserved()
         reserved.update({string: ids[name] for name, string in strings.items()}, **self._roles)
@@ -172,7 +174,8 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
         return _SentencePiece(cfg, path)
     if not path.is_dir():
         raise ConfigError(
-            f"tokenizer.path {path.absolute()} does not exist: give a Hugging Face tokenizer folder, or a SentencePiece .model file"
+            f"tokenizer.path {path.absolute()} does not exist: give a Hugging Face tokenizer folder, or a "
+            "SentencePiece .model file"
         )
     if (path / "tokenizer.json").exists():
         return _HuggingFace(cfg, path)

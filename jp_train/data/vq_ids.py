@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jp_train.config.schema import ImageDecode
+from jp_train.config.choices import ImageDecode
 from jp_train.data.shards import Shard, ShardReader
 from jp_train.data.sidecar import sidecar_places, write_sidecar
 from jp_train.errors import DataError
@@ -35,7 +35,10 @@ FORMAT = 1
 """Raise it when the layout of the two files changes: older ids are then encoded again."""
 NO_IDS = 65535
 """Fills the row of a sample without ids."""
-REMEDY = "run `jp-train data encode-images` with this configuration, or set data.vq_ids=off to encode the pictures in training"
+REMEDY = (
+    "run `jp-train data encode-images` with this configuration, or set data.vq_ids=off to encode the pictures in "
+    "training"
+)
 
 _MARK = ".jp-vq-"
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
@@ -98,7 +101,8 @@ class StoredIds:
         """
         if not 0 <= number < self.samples:
             raise DataError(
-                f"{self.file.path} has ids of {self.samples} samples, number {number} is asked for: the shard is another one"
+                f"{self.file.path} has ids of {self.samples} samples, number {number} is asked for: the shard is "
+                "another one"
             )
         row = np.frombuffer(
             self.reader.read(self.file, _HEADER_BYTES + number * self.slots * 2, self.slots * 2), np.uint16
@@ -109,7 +113,8 @@ class StoredIds:
         if (row == NO_IDS).all():
             return None
         raise DataError(
-            f"{self.file.path}: sample {number} has id {highest}, the codebook has {self.codebook_size}: damaged; delete it, then {REMEDY}"
+            f"{self.file.path}: sample {number} has id {highest}, the codebook has {self.codebook_size}: damaged; "
+            f"delete it, then {REMEDY}"
         )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jp_train.config.schema import Crop, DataConfig, VqIds
+from jp_train.config.choices import Crop, VqIds
+from jp_train.config.schema import DataConfig
 from jp_train.data.index import SourceIndex
 from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION
 from jp_train.data.shards import Shard, is_url
@@ -49,7 +50,10 @@ def describe_use(index: SourceIndex) -> str:
     locator = index.locator
     stored, shards = len(locator.shards_with_ids), len(locator.shards)
     where = f"stored for {stored} of {shards} shards" if stored else "no stored ids"
-    return f"{index.name}: {where}{'' if stored == shards else ', the other pictures are encoded in training' if stored else ''}"
+    return (
+        f"{index.name}: "
+        f"{where}{'' if stored == shards else ', the other pictures are encoded in training' if stored else ''}"
+    )
 
 
 def ids_summary(index: SourceIndex) -> dict[str, int]:
@@ -80,8 +84,9 @@ def _use(data: DataConfig, index: SourceIndex, recipe: IdsRecipe) -> SourceIndex
         _check_embedded(data.vq_ids, index.name, embedded, recipe)
     if data.vq_ids is VqIds.require and without:
         raise DataError(
-            f"data.vq_ids=require, but {len(without)} of {len(index.shards)} shards of source {index.name!r} have no VQ ids with fingerprint "
-            f"{recipe.fingerprint}: {_names(without)}; run `jp-train data encode-images` with this configuration"
+            f"data.vq_ids=require, but {len(without)} of {len(index.shards)} shards of source {index.name!r} have no "
+            f"VQ ids with fingerprint {recipe.fingerprint}: {_names(without)}; run `jp-train data encode-images` with "
+            "this configuration"
         )
     locator = replace(
         index.locator,
@@ -102,9 +107,10 @@ def _current_manifests(index: SourceIndex, recipe: IdsRecipe) -> dict[int, IdsMa
             others.append(shard)
         elif not manifest.belongs_to(shard):
             raise DataError(
-                f"the VQ ids of shard {shard.path} (source {index.name!r}) were made from a file of {manifest.size} bytes with stamp "
-                f"{manifest.stamp}, it now has {shard.size} bytes and stamp {shard.stamp}; run `jp-train data encode-images` again (pictures "
-                "that are still the same are recognised and not encoded again), or set data.vq_ids=off"
+                f"the VQ ids of shard {shard.path} (source {index.name!r}) were made from a file of {manifest.size} "
+                f"bytes with stamp {manifest.stamp}, it now has {shard.size} bytes and stamp {shard.stamp}; run "
+                "`jp-train data encode-images` again (pictures that are still the same are recognised and not "
+                "encoded again), or set data.vq_ids=off"
             )
         else:
             manifests[number] = manifest
@@ -126,8 +132,9 @@ def _foreign(source: str, shard: Shard, fingerprint: str, recipe: IdsRecipe) -> 
         f"{name} is {getattr(other.recipe, name)}, this run's is {getattr(recipe, name)}" for name in differ
     )
     return (
-        f"shard {shard.path} (source {source!r}) has VQ ids with fingerprint {fingerprint}, this run's VQ and transform have "
-        f"{recipe.fingerprint}{f' ({details})' if details else ''}: its ids mean other pictures; {REMEDY}"
+        f"shard {shard.path} (source {source!r}) has VQ ids with fingerprint {fingerprint}, this run's VQ and "
+        f"transform have {recipe.fingerprint}{f' ({details})' if details else ''}: its ids mean other pictures; "
+        f"{REMEDY}"
     )
 
 
@@ -162,8 +169,8 @@ def _embedded(shard: Shard) -> _Counts:
 def _check_embedded(mode: VqIds, source: str, shards: Sequence[Shard], recipe: IdsRecipe) -> None:
     if mode is VqIds.off:
         raise DataError(
-            f"data.vq_ids=off, but shards of source {source!r} have samples with .{VQ_EXTENSION} and no picture that could be encoded: "
-            f"{_names(shards)}; take the source out, or set data.vq_ids=auto"
+            f"data.vq_ids=off, but shards of source {source!r} have samples with .{VQ_EXTENSION} and no picture that "
+            f"could be encoded: {_names(shards)}; take the source out, or set data.vq_ids=auto"
         )
     known: dict[Path, str] = {}
     unknown: list[Shard] = []
@@ -176,14 +183,16 @@ def _check_embedded(mode: VqIds, source: str, shards: Sequence[Shard], recipe: I
             unknown.append(shard)
         elif fingerprint != recipe.fingerprint:
             raise DataError(
-                f"{folder / 'manifest.json'} says that the .{VQ_EXTENSION} members of {shard.name} (source {source!r}) have fingerprint "
-                f"{fingerprint}, this run's VQ and transform have {recipe.fingerprint}: the ids mean other pictures; {REMEDY}"
+                f"{folder / 'manifest.json'} says that the .{VQ_EXTENSION} members of {shard.name} (source "
+                f"{source!r}) have fingerprint {fingerprint}, this run's VQ and transform have {recipe.fingerprint}: "
+                f"the ids mean other pictures; {REMEDY}"
             )
     if unknown and mode is not VqIds.trust:
         raise DataError(
-            f"shards of source {source!r} have .{VQ_EXTENSION} members of unknown origin: {_names(unknown)}. This run's VQ and transform have "
-            f'fingerprint {recipe.fingerprint}: if the ids were made with them, write {{"vq": {{"fingerprint": "{recipe.fingerprint}"}}}} into '
-            f"the manifest.json of their folder, or set data.vq_ids=trust; otherwise {REMEDY}"
+            f"shards of source {source!r} have .{VQ_EXTENSION} members of unknown origin: {_names(unknown)}. This "
+            f"run's VQ and transform have fingerprint {recipe.fingerprint}: if the ids were made with them, write "
+            f'{{"vq": {{"fingerprint": "{recipe.fingerprint}"}}}} into the manifest.json of their folder, or set '
+            f"data.vq_ids=trust; otherwise {REMEDY}"
         )
 
 

@@ -129,8 +129,8 @@ class ShardWriter:
 
     def _failure(self, error: OSError) -> DataError:
         return DataError(
-            f"cannot write shard {self._folder / SHARD_NAME.format(self.number)}: {error}; finished shards are kept: free space or mend "
-            "the folder, then run the same command again"
+            f"cannot write shard {self._folder / SHARD_NAME.format(self.number)}: {error}; finished shards are kept: "
+            "free space or mend the folder, then run the same command again"
         )
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-_REWRITE = "copy or write the shard again, or take it out of the source's `shards`; training does not start with it"
+_REFUSED = "; training does not start with it"
+_LEFT_OUT = "; the index leaves the sample out"
+_REWRITE = "copy or write the shard again, or take it out of the source's `shards`" + _REFUSED
 _FIX_SAMPLE = "the index leaves it out; correct the sample and write the shard again if it is needed"
-_FIX_PICTURE = "run `data verify --exclude` so that the index leaves it out, or replace the picture; otherwise it costs skip budget in training"
+_FIX_PICTURE = (
+    "run `data verify --exclude` so that the index leaves it out, or replace the picture; otherwise it costs skip "
+    "budget in training"
+)
 
 REMEDIES: dict[str, str] = {
     "truncated_tar": _REWRITE,
     "corrupt_tar": _REWRITE,
-    "data_after_end": "write the shards again as one tar (`tar --concatenate`, not cat); training does not start with it",
-    "compressed_tar": "decompress it to a plain .tar; pictures hardly shrink, and byte ranges of a compressed tar cannot be read",
-    "link_or_device": "write the shard again with plain files only (tar --dereference); training does not start with it",
-    "duplicate_key": "give every sample of a shard its own key and write the shard again; training does not start with it",
-    "interleaved_key": "write the files of a sample next to each other (tar --sort=name); training does not start with it",
-    "duplicate_field": "keep one file of each extension per key and write the shard again; training does not start with it",
+    "data_after_end": "write the shards again as one tar (`tar --concatenate`, not cat)" + _REFUSED,
+    "compressed_tar": "decompress it to a plain .tar; images hardly shrink, and byte ranges need plain tars",
+    "link_or_device": "write the shard again with plain files only (tar --dereference)" + _REFUSED,
+    "duplicate_key": "give every sample of a shard its own key and write the shard again" + _REFUSED,
+    "interleaved_key": "write the files of a sample next to each other (tar --sort=name)" + _REFUSED,
+    "duplicate_field": "keep one file of each extension per key and write the shard again" + _REFUSED,
     "unreadable": "check the path, the disk, the mount or the server, then verify again",
-    "process_died": "verify this shard alone with --processes 1 and watch the memory; lower data.max_image_pixels if pictures are huge",
+    "process_died": (
+        "verify this shard alone with --processes 1 and watch the memory; lower data.max_image_pixels if pictures "
+        "are huge"
+    ),
     "internal_error": "a fault of jp_train: training would stop at this sample; report it with the sample",
     "stray_file": "name files KEY.EXTENSION; the index leaves this one out",
     "missing_field": _FIX_SAMPLE,
@@ -24,11 +32,11 @@ REMEDIES: dict[str, str] = {
     "bad_type": _FIX_SAMPLE,
     "bad_json": _FIX_SAMPLE,
     "bad_dialogue": _FIX_SAMPLE,
-    "not_utf8": "write text and JSON as UTF-8; the index leaves the sample out",
-    "lone_surrogate": "write text as valid Unicode (an escaped half of a pair is none); the index leaves the sample out",
+    "not_utf8": "write text and JSON as UTF-8" + _LEFT_OUT,
+    "lone_surrogate": "write text as valid Unicode (an escaped half of a pair is none)" + _LEFT_OUT,
     "empty_text": _FIX_SAMPLE,
-    "field_too_large": "split the text or shrink the picture; the index leaves the sample out",
-    "bad_vq_ids": "encode the pictures again (`data encode-images`); the index leaves the sample out",
+    "field_too_large": "split the text or shrink the picture" + _LEFT_OUT,
+    "bad_vq_ids": "encode the pictures again (`data encode-images`)" + _LEFT_OUT,
     "picture_undecodable": _FIX_PICTURE,
     "picture_truncated": _FIX_PICTURE,
     "picture_format": "convert it to JPEG, PNG or WebP, or run `data verify --exclude`",

@@ -135,14 +135,16 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
     if report.decode is not None:
         decoded = sum(shard.decoded for shard in report.shards)
         lines.append(
-            f"only {decoded:,} pictures were decoded: of the others only the header was read, so damage may have been missed"
+            f"only {decoded:,} pictures were decoded: of the others only the header was read, so damage may have been "
+            "missed"
         )
     if report.exclusion_files:
         lines += [
-            f"excluded {len(report.newly_excluded):,} samples that only decoding shows to be bad ({len(report.exclusion_files)} files, e.g. "
-            f"{report.exclusion_files[0]}); the next index leaves them out and ledger.jsonl names them",
-            "this changes the plan: a run that was started before goes on as it is, but will be refused when it resumes; delete the "
-            ".jp-excluded.json files to resume it",
+            f"excluded {len(report.newly_excluded):,} samples that only decoding shows to be bad "
+            f"({len(report.exclusion_files)} files, e.g. {report.exclusion_files[0]}); the next index leaves them out "
+            "and ledger.jsonl names them",
+            "this changes the plan: a run that was started before goes on as it is, but will be refused when it "
+            "resumes; delete the .jp-excluded.json files to resume it",
         ]
     broken = [shard for shard in report.shards if not shard.whole]
     if broken or report.unreachable:
@@ -151,8 +153,8 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
         )
     state = "clean" if report.clean else "faults found"
     lines.append(
-        f"{state}: {document['samples']:,} samples in {len(report.shards):,} shards, {document['bytes'] / 2**20:,.1f} MiB in "
-        f"{report.seconds:.1f} s; {document['files']['report']}, {document['files']['histogram']}"
+        f"{state}: {document['samples']:,} samples in {len(report.shards):,} shards, {document['bytes'] / 2**20:,.1f} "
+        f"MiB in {report.seconds:.1f} s; {document['files']['report']}, {document['files']['histogram']}"
     )
     return lines
 

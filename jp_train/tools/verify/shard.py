@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jp_train.config.schema import BatchUnit, OverLong, RunConfig, SourceConfig, Template, VqIds
+from jp_train.config.choices import BatchUnit, OverLong, Template, VqIds
+from jp_train.config.schema import RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.image import check_header
 from jp_train.data.sample_fields import read_located

@@ -209,7 +209,10 @@ def _verify(
 
 def _died(task: VerifyTask) -> ShardReport:
     report = ShardReport(source=task.source, kind=task.config.kind.value, shard=task.shard, whole=False)
-    reason = "the process that read it died twice (killed for memory, or a decoder crashed): a loader worker of training would die here too"
+    reason = (
+        "the process that read it died twice (killed for memory, or a decoder crashed): a loader worker of training "
+        "would die here too"
+    )
     report.faults.append(
         Fault(fault=DIED, source=task.source, shard=task.shard.path, key=None, offset=None, reason=reason)
     )
