@@ -26,7 +26,7 @@ LOGS = "JP_TRAIN_LOGS"
 
 
 def ranks_command(target: Sequence[str], options: LaunchOptions, passed: PassedEnvironment | None = None) -> list[str]:
-    """The argv that starts `jp_train TARGET...` on every rank. `passed`: for mpirun, which wants the names of the
+    """The argv that starts `jp_train TARGET...` on every rank. `passed`: for mpirun, which takes the names of the
     variables.
 
     Raises LaunchError (hostfile, an argument that no quoting can save) or ConfigError (filter, or slots that the
@@ -45,13 +45,13 @@ def ranks_command(target: Sequence[str], options: LaunchOptions, passed: PassedE
 def rank_variables(options: LaunchOptions, logs: str) -> dict[str, str]:
     """What `jp_train.cluster.rank` needs in its environment, whatever starts it."""
     selection = options.selection()
-    found = {WORLD: filter_text(selection)} | ({LOGS: logs} if logs else {})
+    variables = {WORLD: filter_text(selection)} | ({LOGS: logs} if logs else {})
     if options.launcher != "pdsh" and not runs_locally(selection):
-        found |= {
+        variables |= {
             "JP_TRAIN_MASTER_ADDR": options.master_addr or next(iter(selection)),
             "JP_TRAIN_MASTER_PORT": str(options.master_port),
         }
-    return found
+    return variables
 
 
 def remote_argument(argument: str) -> str:
@@ -62,10 +62,10 @@ def remote_argument(argument: str) -> str:
     """
     spaced = " " in argument
     forbidden = set("\n\r%") | (set("$`\\") if spaced else set())
-    found = sorted(forbidden & set(argument))
-    if found:
+    changed = sorted(forbidden & set(argument))
+    if changed:
         raise LaunchError(
-            f"argument {argument!r} cannot be passed to remote hosts: {found[0]!r} would be changed on the way"
+            f"argument {argument!r} cannot be passed to remote hosts: {changed[0]!r} would be changed on the way"
             f"{' (beside a space)' if spaced else ''}; write the value into the configuration file"
         )
     return argument if spaced else shlex.quote(argument)
@@ -96,14 +96,8 @@ def _runner_command(target: Sequence[str], options: LaunchOptions, *, local: boo
 def _mpirun(selection: Mapping[str, Sequence[int]], passed: PassedEnvironment | None) -> list[str]:
     world = world_size(selection)
     argv = ["mpirun", "-n", str(world), "--host", ",".join(f"{host}:{len(slots)}" for host, slots in selection.items())]
-    argv += [
-        "--map-by",
-        "slot",
-        "--bind-to",
-        "none",
-        "--wdir",
-        os.getcwd(),
-    ]  # a rank's threads and loader workers use the cores that are free
+    # not bound to cores: a rank's threads and loader workers use those that are free
+    argv += ["--map-by", "slot", "--bind-to", "none", "--wdir", os.getcwd()]
     argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     for line in passed.lines if passed else ():
         # the values come from mpirun's own environment, not from its command line
@@ -116,30 +110,14 @@ def _srun(selection: Mapping[str, Sequence[int]]) -> list[str]:
     if len(counts) > 1:
         listed = ", ".join(f"{host} {len(slots)}" for host, slots in selection.items())
         raise ConfigError(
-            f"srun starts the same number of ranks on every host, found {listed}; choose slots alike, or use --launcher pdsh"
+            f"srun starts the same number of ranks on every host, found {listed}; choose slots alike, or use "
+            "--launcher pdsh"
         )
     hosts, each = len(selection), counts.pop()
-    argv = [
-        "srun",
-        "--nodes",
-        str(hosts),
-        "--ntasks",
-        str(hosts * each),
-        "--ntasks-per-node",
-        str(each),
-        "--nodelist",
-        ",".join(selection),
-    ]
     # block: ranks in the order of the hosts, as everywhere else; one rank that fails ends the step; lines appear as
     # they are written
     return [
-        *argv,
-        "--distribution",
-        "block",
-        "--kill-on-bad-exit=1",
-        "--unbuffered",
-        "--export",
-        "ALL",
-        "--chdir",
-        os.getcwd(),
-    ]
+        "srun", "--nodes", str(hosts), "--ntasks", str(hosts * each), "--ntasks-per-node", str(each),
+        "--nodelist", ",".join(selection), "--distribution", "block", "--kill-on-bad-exit=1", "--unbuffered",
+        "--export", "ALL", "--chdir", os.getcwd(),
+    ]  # fmt: skip

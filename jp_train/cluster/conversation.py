@@ -1,7 +1,7 @@
-"""Questions to one program on each of many hosts, asked and answered as lines of JSON over the pipes of one ssh a host.
+"""Questions to one program on each of many hosts and its answers, as lines of JSON over the pipes of one ssh per host.
 
-Starting Python and importing torch costs seconds, so a host gets one process that answers everything. Lines without
-MARK are what shell start-up files print, and are left out. A host that stops answering is lost for the rest of the
+Starting Python and importing torch costs seconds, so each host gets one process that answers everything. Lines without
+MARK come from shell start-up files and are left out. A host that stops answering is lost for the rest of the
 conversation, with the cause.
 """
 
@@ -21,14 +21,13 @@ from jp_train.cluster.remote import CONNECT_TIMEOUT_S, Answer, Cause, classify, 
 MARK = "@jp_train "
 """In front of every line that belongs to the conversation."""
 MAX_LINE = 16 << 20
-"""Characters of one line that are read; a longer one is no answer of ours."""
+"""Characters of one line that are read; a longer line is no answer of a probe."""
 KEPT_STDERR = 20_000
 LEAVE_S = 3.0
 
 
 class Conversation:
-    """`argv` running on every host, and its answers. A context: at its end every program has been told to leave, or
-    is killed."""
+    """`argv` running on every host, and its answers. A context: at its end every program has ended, or is killed."""
 
     def __init__(
         self,
@@ -83,9 +82,9 @@ class Conversation:
         """Ask each host its own question, all at once; answers of those that gave one within `timeout_s` seconds. The
         others are in `lost`.
 
-        `what` says in words what they were asked, for the cause of a host that falls silent. An answer is an object
-        with `answer`, or with `error`, the reason why the host could not give one; `came` is when it arrived here, in
-        seconds since the epoch.
+        `what` describes the question in the error of a host that falls silent. An answer is an object with `answer`, or
+        with `error`, the reason why the host could not give one; `came` is when it arrived here, in seconds since the
+        epoch.
         """
         self._number += 1
         waiting = set()
@@ -106,9 +105,9 @@ class Conversation:
                 if line is None:
                     waiting.discard(host)
                     self._note_end(host)
-                elif (said := _understood(line)) is not None and said.get("id") == self._number and host in waiting:
+                elif (reply := _parsed(line)) is not None and reply.get("id") == self._number and host in waiting:
                     waiting.discard(host)
-                    answers[host] = {**said, "came": came}
+                    answers[host] = {**reply, "came": came}
         for host in waiting:
             self.lost[host] = self._answer(
                 host, None, Cause.TIMEOUT, f"no answer within {timeout_s:g} s when asked for {what}"
@@ -117,7 +116,7 @@ class Conversation:
         return answers
 
     def close(self) -> None:
-        """Close every pipe, which tells the programs to leave, and kill what does not."""
+        """Close every pipe, on which the programs end, and kill those that do not."""
         for process in self._processes.values():
             if process.stdin is not None:
                 with contextlib.suppress(OSError, ValueError):
@@ -161,7 +160,7 @@ class Conversation:
             process.stderr.close()
 
     def _note_end(self, host: str) -> None:
-        """The program's output has ended: wait for its exit code, which tells why."""
+        """The program's output has ended: wait for its exit code, which shows why."""
         if host in self.lost:
             return
         process = self._processes[host]
@@ -186,9 +185,9 @@ class Conversation:
                 process.stdin.close()
 
 
-def _understood(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        said = json.loads(line)
+        reply = json.loads(line)
     except ValueError:
         return None
-    return said if isinstance(said, dict) else None
+    return reply if isinstance(reply, dict) else None

@@ -75,28 +75,28 @@ def index_digests(shards: Sequence[Shard]) -> dict[str, str]:
     """{which tokenizer and settings: digest of the token tables}, for those that all of `shards` have (beside them, or
     in the cache of this host).
 
-    Of the tables' own check sums, so that nothing is read.
+    The digest is made of the check sums that the tables store, so that nothing is read.
     """
     tables: dict[str, list[str]] = {}
     for shard in shards:
         for which, table in _tables(shard).items():
             tables.setdefault(which, []).append(f"{shard.name} {table}")
-    return {which: _digest(*found) for which, found in tables.items() if len(found) == len(shards)}
+    return {which: _digest(*sums) for which, sums in tables.items() if len(sums) == len(shards)}
 
 
 def _tables(shard: Shard) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for place in reversed(sidecar_places(shard, TABLE)):  # what lies beside the shard is read first
-        for path in sorted(place.parent.glob(f"{glob.escape(place.name)}*.npz")) if place.parent.is_dir() else ():
+    tables: dict[str, str] = {}
+    for prefix in reversed(sidecar_places(shard, TABLE)):  # what lies beside the shard is read first
+        for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}*.npz")) if prefix.parent.is_dir() else ():
             try:
                 with zipfile.ZipFile(path) as file:
-                    sums = [
-                        f"{part.filename} {part.CRC:08x}" for part in file.infolist() if part.filename != "meta.npy"
-                    ]  # it has the shard's time
+                    # not of meta.npy, which has the shard's time
+                    parts = [part for part in file.infolist() if part.filename != "meta.npy"]
             except (OSError, zipfile.BadZipFile):
                 continue  # a damaged index is built again
-            found[path.name.removeprefix(place.name).removesuffix(".npz")] = " ".join(sums)
-    return found
+            which = path.name.removeprefix(prefix.name).removesuffix(".npz")
+            tables[which] = " ".join(f"{part.filename} {part.CRC:08x}" for part in parts)
+    return tables
 
 
 def read_sample(shard: Shard, reader: ShardReader) -> int:
@@ -123,14 +123,14 @@ def tree_facts(path: str, read_up_to: int) -> dict[str, Any]:
     """Digest of a file or folder: names and sizes, and the contents of files of at most `read_up_to` bytes. Raises
     OSError."""
     root = Path(path)
-    files = [root] if root.is_file() else sorted(found for found in root.rglob("*") if found.is_file())
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
     if not files:
         raise FileNotFoundError(2, "does not exist" if not root.exists() else "holds no file", path)
     parts = []
-    for found in files:
-        size = found.stat().st_size
-        inside = hashlib.sha256(found.read_bytes()).hexdigest() if size <= read_up_to else ""
-        parts.append(f"{found.relative_to(root)} {size} {inside}")
+    for file in files:
+        size = file.stat().st_size
+        inside = hashlib.sha256(file.read_bytes()).hexdigest() if size <= read_up_to else ""
+        parts.append(f"{file.relative_to(root)} {size} {inside}")
     return {"path": path, "files": len(files), "digest": _digest(*parts)}
 
 

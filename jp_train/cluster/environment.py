@@ -1,5 +1,5 @@
-"""What the ranks of a launch get of this shell's environment: settings by name, never a secret, nothing that a
-remote shell would change."""
+"""What the ranks of a launch get of this shell's environment: settings by name, never a secret, nothing that a remote
+shell would change."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PASSED_PREFIXES = (
 PASSED_NAMES = ("LD_LIBRARY_PATH", "XDG_CACHE_HOME")
 NOT_PASSED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 """Set per host by the launcher, or meant for the runner alone."""
-OWN = ("JP_TRAIN_LAUNCH_ID", "JP_TRAIN_WORLD", "JP_TRAIN_LOGS", "JP_TRAIN_MASTER_")
-"""What the launch itself tells its ranks: long, and of no interest on a terminal."""
+SET_BY_LAUNCH = ("JP_TRAIN_LAUNCH_ID", "JP_TRAIN_WORLD", "JP_TRAIN_LOGS", "JP_TRAIN_MASTER_")
+"""What the launch sets for its ranks: long, and of no interest on a terminal."""
 EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH", re.IGNORECASE)
 SECRET_LOOKALIKES = ("TOKENIZERS_",)
@@ -54,10 +54,12 @@ class PassedEnvironment:
 
     def describe(self) -> list[str]:
         """Lines for the terminal: what is passed on, and what is not and why."""
-        own = [line for line in self.lines if not line.startswith(OWN)]
-        told = [f"environment of the ranks: {' '.join(own) or 'nothing of this shell'}"]
-        told += [f"not passed on: {name} (it looks secret; log in on the hosts instead)" for name in self.secrets]
-        return told + [f"not passed on: {name} (a remote shell would change it)" for name in self.unsafe]
+        inherited = [line for line in self.lines if not line.startswith(SET_BY_LAUNCH)]
+        return [
+            f"environment of the ranks: {' '.join(inherited) or 'nothing of this shell'}",
+            *(f"not passed on: {name} (it looks secret; log in on the hosts instead)" for name in self.secrets),
+            *(f"not passed on: {name} (a remote shell would change it)" for name in self.unsafe),
+        ]
 
 
 def passed_environment(environ: Mapping[str, str]) -> PassedEnvironment:
@@ -87,8 +89,8 @@ def runner_environment(
     """The environment of the runner (and, locally, of the ranks): this one, the launch's mark, and CPU settings where
     there is no GPU.
 
-    For remote hosts, what the launcher would pass on of its own accord is taken out where it is secret (srun passes
-    everything), and with pdsh also where a shell would change it.
+    For remote hosts, secrets that the launcher would pass on by itself are taken out (srun passes everything), and with
+    pdsh also values that a shell would change.
     """
     env = {**environ, LAUNCH_ID: launch_id}
     if local and not has_gpu():
@@ -105,7 +107,7 @@ def runner_environment(
 
 
 def has_gpu() -> bool:
-    """By the driver's device files (NVIDIA, AMD): importing torch to ask it takes seconds, and the ranks ask it
+    """By the driver's device files (NVIDIA, AMD): importing torch for it takes seconds, and the ranks do that
     anyway."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 

@@ -54,7 +54,8 @@ def parse_hostfile(path: str | os.PathLike[str]) -> list[Host]:
         name, slots = match[1], int(match[2])
         if not HOST_NAME.fullmatch(name):
             raise LaunchError(
-                f"{where}: host name {name!r} has characters other than letters, digits, dot, dash and underscore; write the plain name or address"
+                f"{where}: host name {name!r} has characters other than letters, digits, dot, dash and underscore; "
+                "write the plain name or address"
             )
         if slots == 0:
             raise LaunchError(f"{where}: 0 slots; give the number of GPUs, or comment the line out")
@@ -92,7 +93,8 @@ def select_slots(hosts: Sequence[Host], *, include: str = "", exclude: str = "")
         unknown = sorted(slots - set(everything[name]))
         if unknown:
             raise ConfigError(
-                f"{option} {include or exclude!r}: host {name} has no slot {unknown[0]}; its slots are 0 to {len(everything[name]) - 1}"
+                f"{option} {include or exclude!r}: host {name} has no slot {unknown[0]}; its slots are 0 to "
+                f"{len(everything[name]) - 1}"
             )
         named.setdefault(name, set()).update(slots)
     chosen = {

@@ -63,6 +63,7 @@ PROGRAMS = {
     "slurm": ("srun", "slurm-client"),
 }
 """What each launcher needs on this host, and Debian's packages with it."""
+PDSH_SSH_ARGS = "-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=8"
 UNRELIABLE_KILLS = 2
 """A host on which ranks were killed so often is left out of a restart if the run can do without it."""
 SETTLE_S = 15.0
@@ -125,9 +126,7 @@ def _start(
         return Outcome(0)
     _check_ready(selection, options, local=local)
     if not local:
-        env["PDSH_SSH_ARGS_APPEND"] = (
-            f"{env.get('PDSH_SSH_ARGS_APPEND', '')} -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=8".strip()
-        )
+        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {PDSH_SSH_ARGS}".strip()
     placed = [host for host, slots in selection.items() for _ in slots]
     remote = () if local else tuple(selection)
     slurm = options.launcher == "slurm" and not local
@@ -138,18 +137,19 @@ def _start(
     progress = Progress(run_dir, restart, began) if run_dir is not None and restart is not None else None
     with environment_file(passed) as path:
         run = Run(
-            command, env | {"DS_ENV_FILE": str(path)}, launch_id, remote, stop, grace_s=options.grace_s, supervision=watch, signal_launcher=slurm,
-            notice=lambda: _report_progress(progress, run_dir), output=logs and logs / LAUNCHER_LOG,
+            command, env | {"DS_ENV_FILE": str(path)}, launch_id, remote, stop, grace_s=options.grace_s,
+            supervision=watch, signal_launcher=slurm, notice=lambda: _report_progress(progress, run_dir),
+            output=logs and logs / LAUNCHER_LOG,
         )  # fmt: skip
         ending = run.wait()
     records = read_records(logs)
     outcome = judge(ending, records, stop.number, _failure(run_dir, since=began))
     if outcome.code and stop.number is None:
-        told = explain(records, len(placed))
-        # nobody else says it: the cause of a "yes" becomes the error's message
-        if not told and outcome.again == "if_advanced":
-            told = [outcome.cause]
-        for line in told:
+        lines = explain(records, len(placed))
+        # the cause of a "yes" becomes the error's message instead
+        if not lines and outcome.again == "if_advanced":
+            lines = [outcome.cause]
+        for line in lines:
             say(line)
     return outcome
 
@@ -219,7 +219,7 @@ class _Attempts:
         used, KeyboardInterrupt for a stop signal."""
         selection = self._options.selection()
         self._kills.update(outcome.killed_on)
-        # idle, or lost before: they may be well by now
+        # idle, or lost before: they may have recovered
         idle = [host for host in self._all_hosts if host not in selection]
         unswept = sweep(idle, *self._launch_ids, lost=idle)
         silent = dict(outcome.lost) | {host: answer.summary for host, answer in unswept.items()}
@@ -269,7 +269,7 @@ def _stopped_before_start(stop: StopSignals) -> int:
 
 
 def _final_code(outcome: Outcome, restarts: int) -> int:
-    """The code of a launch that ends here. Raises LaunchError for what no rank has told the terminal."""
+    """The code of a launch that ends here. Raises LaunchError for what no rank has printed."""
     if outcome.code == LaunchError.exit_code and outcome.again == "yes":
         after = f" (after {restarts} restarts)" if restarts else ""
         raise LaunchError(f"{outcome.cause}{after}. Run the same command again to resume from the newest checkpoint")
@@ -291,20 +291,22 @@ class _Preflight:
         print(report.table(), file=sys.stderr, flush=True)
         if report.faults:
             raise LaunchError(
-                f"preflight found {len(report.faults)} faults (above), the first: {report.faults[0].host}: {report.faults[0].message}. Nothing was started; "
-                "mend them, leave hosts out with --exclude, or pass --skip-preflight"
+                f"preflight found {len(report.faults)} faults (above), the first: {report.faults[0].host}: "
+                f"{report.faults[0].message}. Nothing was started; mend them, leave hosts out with --exclude, or pass "
+                "--skip-preflight"
             )
 
     def faulty(self, options: LaunchOptions, selection: Selection) -> dict[str, str]:
         """Hosts with a fault and what it is, before a restart: printed only where there is one."""
         if options.skip_preflight or runs_locally(selection):
             return {}
-        skip = ("data", "bandwidth")  # they were well a while ago, and take long
+        skip = ("data", "bandwidth")  # they had no fault a while ago, and take long
         report = self._ask(options.restricted(selection), skip)
         if report.faults:
             first = report.faults[0]
             say(
-                f"{len(report.faults)} faults before the restart, the first on {first.host}: {first.message}; looked at again in {SETTLE_S:g} s"
+                f"{len(report.faults)} faults before the restart, the first on {first.host}: {first.message}; looked "
+                f"at again in {SETTLE_S:g} s"
             )
             time.sleep(SETTLE_S)
             report = self._ask(options.restricted(selection), skip)
@@ -332,12 +334,13 @@ def _reject_second_job(run_dir: Path, options: LaunchOptions) -> None:
 
 
 def _report_progress(progress: Progress | None, run_dir: Path | None) -> None:
-    found = progress.look() if progress is not None else None
-    if found is not None and run_dir is not None:
+    cost = progress.look() if progress is not None else None
+    if cost is not None and run_dir is not None:
         say(
-            f"training again: step {found['step']} done {found['start_s']:.1f} s after the restart; time lost in all {found['lost_s']:.1f} s"
+            f"training again: step {cost['step']} done {cost['start_s']:.1f} s after the restart; time lost in all "
+            f"{cost['lost_s']:.1f} s"
         )
-        _event(run_dir, "restarted", **found)
+        _event(run_dir, "restarted", **cost)
 
 
 def _event(run_dir: Path, name: str, step: int, **details: object) -> None:
@@ -362,7 +365,8 @@ def _check_ready(selection: Selection, options: LaunchOptions, *, local: bool) -
         program, packages = PROGRAMS[options.launcher]
         if shutil.which(program) is None:
             raise LaunchError(
-                f"{program} is not installed on this host, and the hostfile names remote hosts; install it (Debian: apt-get install {packages})"
+                f"{program} is not installed on this host, and the hostfile names remote hosts; install it (Debian: "
+                f"apt-get install {packages})"
             )
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -371,14 +375,15 @@ def _check_ready(selection: Selection, options: LaunchOptions, *, local: bool) -
             probe.bind(("127.0.0.1", options.master_port))
         except OSError:
             raise LaunchError(
-                f"port {options.master_port} is in use on this host, perhaps by another run; give another one with --master-port"
+                f"port {options.master_port} is in use on this host, perhaps by another run; give another one with "
+                "--master-port"
             ) from None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     slots = ",".join(map(str, next(iter(selection.values()))))
     if visible and visible != slots and has_gpu():
         raise LaunchError(
-            f"CUDA_VISIBLE_DEVICES={visible} is set, but the launcher would use devices {slots} of the hostfile; unset it and choose with --include, "
-            "or give the hostfile as many slots as there are devices"
+            f"CUDA_VISIBLE_DEVICES={visible} is set, but the launcher would use devices {slots} of the hostfile; unset "
+            "it and choose with --include, or give the hostfile as many slots as there are devices"
         )
 
 

@@ -22,7 +22,8 @@ fallen back to 100 Mbit/s does."""
 def check_port(
     first: str, address: str, port: int, listening: Mapping[str, Any] | None, unreached: Mapping[str, str]
 ) -> Iterator[Fault]:
-    """`master` as the first host's `listen` told it, and the hosts that did not reach it, with the reason."""
+    """`listening`: {} where the master port could be opened, else `error` and `holder`. `unreached`: why a host did not
+    reach it."""
     if listening and listening.get("error"):
         holder = f" by {listening['holder']}" if listening.get("holder") else ""
         yield Fault(
@@ -33,14 +34,15 @@ def check_port(
     for host, why in unreached.items():
         yield Fault(
             host, "port", f"does not reach the rendezvous on {first}: {why}",
-            f"open port {port} of {first} for {host} (firewall), and see that {address}, the first of `hostname -I` on {first}, is its cluster address (else --master-addr)",
+            f"open port {port} of {first} for {host} (firewall), and see that {address}, the first of `hostname -I` on "
+            f"{first}, is its cluster address (else --master-addr)",
         )  # fmt: skip
 
 
 def check_reach(
     listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], *, alone: bool
 ) -> Iterator[Fault]:
-    """`fabric` of each host, and {host: {other: why not reached}}. One fault a pair, or one a host that nobody
+    """`fabric` of each host, and {host: {other: why not reached}}. One fault per pair, or one per host that nobody
     reaches."""
     unusable = set()
     for host, opened in listening.items():
@@ -57,8 +59,10 @@ def check_reach(
         elif not alone and fabric["address"].startswith("127."):
             unusable.add(host)
             yield Fault(
-                host, "reach", f"ranks would use {fabric['address']}, which no other host reaches: {fabric['chosen_by']}",
-                f"export GLOO_SOCKET_IFNAME=NAME of the interface that the hosts share, or correct /etc/hosts on {host}",
+                host, "reach",
+                f"ranks would use {fabric['address']}, which no other host reaches: {fabric['chosen_by']}",
+                "export GLOO_SOCKET_IFNAME=NAME of the interface that the hosts share, or correct /etc/hosts on "
+                f"{host}",
             )  # fmt: skip
     pairs = {(host, other): why for host, others in failed.items() for other, why in others.items()}
     hosts = [host for host in listening if host not in unusable]
@@ -67,15 +71,17 @@ def check_reach(
     ]
     for host in nobody:
         why = next(why for (_, other), why in pairs.items() if other == host)
-        yield Fault(host, "reach", f"no other host reaches it: {why}", f"open the fabric of {host} for all ports from the other hosts (firewall, cable, switch port)")  # fmt: skip
+        remedy = f"open the fabric of {host} for all ports from the other hosts (firewall, cable, switch port)"
+        yield Fault(host, "reach", f"no other host reaches it: {why}", remedy)
     reported: set[tuple[str, str]] = set()
     for (host, other), why in pairs.items():
         if {host, other} & {*nobody, *unusable} or (other, host) in reported:
             continue
         reported.add((host, other))
         both = (other, host) in pairs
+        what = f"{host} and {other} do not reach each other" if both else f"{host} does not reach {other}"
         yield Fault(
-            host, "reach", f"{host} {'and' if both else 'does not reach'} {other}{' do not reach each other' if both else ''}: {why}",
+            host, "reach", f"{what}: {why}",
             f"open all ports between {host} and {other} (firewall rules of both, routes, switch)",
         )  # fmt: skip
 
@@ -103,8 +109,10 @@ def check_bandwidth(rates: Mapping[str, Mapping[str, float]], backend: str) -> I
             continue
         sure = slowest < SLOW_ALL or backend == "nccl" or slowest < SLOW_GLOO
         measured = ", ".join(f"{name} at {rate_text(rate)}" for name, rate in ways.items())
+        either = f" (or {next(iter(rates))} is: of two hosts nobody can tell)" if pair else ""
         yield Fault(
-            host, "bandwidth", f"slow: {measured}; the median is {rate_text(median)}{f' (or {next(iter(rates))} is: of two hosts nobody can tell)' if pair else ''}",
-            f"look at the link of {host} (`ethtool` its interface: speed, errors; cable, switch port), and that {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME "
-            f"names the fast network; or leave it out with --exclude {host}", warning=not sure,
+            host, "bandwidth", f"slow: {measured}; the median is {rate_text(median)}{either}",
+            f"look at the link of {host} (`ethtool` its interface: speed, errors; cable, switch port), and that "
+            f"{backend.upper()}_SOCKET_IFNAME names the fast network; or leave it out with --exclude {host}",
+            warning=not sure,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a person may ask of a launch, in one object that everything below `jp_train.cluster.launch` is given."""
+"""The options of a launch, in one object that is passed to everything below `jp_train.cluster.launch`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LaunchOptions:
     max_restarts: int = 0
     """Times that a run which a host or a rank has ended is started again."""
     patience_s: float = DEFAULT_PATIENCE_S
-    """Seconds that a host may give no sign of life before it is asked, and that ranks may outlive one that failed
+    """Seconds that a host may give no sign of life before it is queried, and that ranks may outlive one that failed
     before they are ended."""
 
     def __post_init__(self) -> None:
@@ -57,7 +57,8 @@ class LaunchOptions:
                 raise ConfigError(f"{option} {seconds:g} is not a number of seconds above 0")
         if self.launcher_args and self.launcher == "pdsh":
             raise ConfigError(
-                f"--launcher-args {self.launcher_args!r} is for mpirun and srun, and pdsh takes none; add --launcher openmpi or slurm"
+                f"--launcher-args {self.launcher_args!r} is for mpirun and srun, and pdsh takes none; add --launcher "
+                "openmpi or slurm"
             )
         try:
             shlex.split(self.launcher_args)

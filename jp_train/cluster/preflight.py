@@ -139,7 +139,7 @@ class _Examination:
             self._ask_shared(self._present())
         with self._progress("who reaches whom", 3 * self._timeout_s + CONNECT_S * self._rounds()):
             can_meet = self._ask_reach()
-        if self._cfg is not None and self._wanted("data"):
+        if self._cfg is not None and self._needed("data"):
             with self._progress("the data", 2 * self._timeout_s):
                 self._ask_data()
         # CPU hosts load torch for the all-reduce only
@@ -155,7 +155,7 @@ class _Examination:
     def _ask_facts(self) -> None:
         question = {
             "ask": "facts", **self._question, "run_dir": self._run_dir, "expected_launches": [self._id],
-            "load_torch": self._wanted("bandwidth") and len(self._selection) > 1,
+            "load_torch": self._needed("bandwidth") and len(self._selection) > 1,
         }  # fmt: skip
         sent = self._ask(
             dict.fromkeys(self._selection, question),
@@ -181,7 +181,7 @@ class _Examination:
             self._notes.append("no GPU on any host: slots are CPU processes, and were not compared with devices")
 
     def _ask_clocks(self) -> None:
-        if not self._wanted("clocks"):
+        if not self._needed("clocks"):
             return
         best = self._answers.clocks
         for _ in range(PINGS):
@@ -199,7 +199,7 @@ class _Examination:
         self._judge("clocks")
 
     def _ask_shared(self, hosts: Sequence[str]) -> None:
-        if self._cfg is None or not self._wanted("shared") or len(hosts) < 2:
+        if self._cfg is None or not self._needed("shared") or len(hosts) < 2:
             return
         first, *others = hosts
         file = {"folder": self._run_dir, "name": f".jp_train_{self._id}", "text": uuid.uuid4().hex}
@@ -224,7 +224,7 @@ class _Examination:
     def _ask_reach(self) -> bool:
         """Ports and pairs. Returns whether all hosts that answer can meet for an all-reduce."""
         hosts, answers = self._present(), self._answers
-        if not hosts or not (self._wanted("reach") or self._wanted("bandwidth")):
+        if not hosts or not (self._needed("reach") or self._needed("bandwidth")):
             return False
         first = hosts[0]
         answers.listening = listening = self._ask(
@@ -257,7 +257,7 @@ class _Examination:
         self._judge("reach")
         for host, opened in listening.items():
             self._hosts[host]["address"] = opened["fabric"].get("address", "-")
-        if answers.alone or not self._wanted("bandwidth"):
+        if answers.alone or not self._needed("bandwidth"):
             return False
         cut_off = master.get("error") or answers.unreached_port or any(answers.unreached.values())
         if cut_off or len(listeners) < len(hosts) or set(answers.unreached) != set(hosts):
@@ -379,7 +379,7 @@ class _Examination:
         """Hosts whose facts are known, and that still answer."""
         return [host for host in self._talk.hosts if host in self._answers.facts]
 
-    def _wanted(self, phase: str) -> bool:
+    def _needed(self, phase: str) -> bool:
         """Whether a check that is not skipped looks at the answers of this phase."""
         return any(phase in check.after and check.name not in self._skip for check in CHECKS)
 
@@ -406,7 +406,7 @@ class _Examination:
     @contextmanager
     def _progress(self, what: str, limit_s: float) -> Iterator[None]:
         self._phase += 1
-        phases = 6 if self._cfg is not None and self._wanted("data") else 5
+        phases = 6 if self._cfg is not None and self._needed("data") else 5
         print(
             f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, "
             f"{time.monotonic() - self._began:.1f} s, at most {limit_s:g} s for this)",

@@ -1,11 +1,11 @@
-"""One rank of a launch: `python -m jp_train.cluster.rank TARGET...` starts `jp_train TARGET...`, keeps what it prints,
-and says how it ended.
+"""One rank of a launch: `python -m jp_train.cluster.rank TARGET...` starts `jp_train TARGET...`, logs what it prints
+and records how it ended.
 
 Whatever started this process (DeepSpeed's launcher, mpirun, srun), the rank gets RANK, LOCAL_RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT. Its output goes to RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal gets that of rank 0,
 and never makes a rank wait. How it ended goes to a record beside the log (`records.py`), from which the launch names
 the host, the rank and the cause. When the process that started this one dies, nobody would stop the rank any
-more: it is asked to save and exit. Standard library only: it starts in a moment, on every host.
+more: it gets SIGTERM, to save and exit. Standard library only: it starts in a moment, on every host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUMBERINGS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
-"""Names under which DeepSpeed's launcher, Open MPI and Slurm tell a process which one it is, in this order of trust."""
+"""Names under which DeepSpeed's launcher, Open MPI and Slurm number their processes, in this order of preference."""
 PR_SET_PDEATHSIG = 1
 LOOK_S = 0.5
 DRAIN_S = 5.0
@@ -60,7 +60,8 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     names = next((names for names in NUMBERINGS if all(name in env for name in names)), None)
     if names is None:
         raise LaunchError(
-            f"this is no process of a launch: none of {', '.join(names[0] for names in NUMBERINGS)} is set; use `jp-train launch`"
+            f"this is no process of a launch: none of {', '.join(names[0] for names in NUMBERINGS)} is set; "
+            "use `jp-train launch`"
         )
     for ours, theirs in zip(NUMBERINGS[0], names, strict=True):
         env[ours] = env[theirs]
@@ -69,14 +70,15 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     rank, world = int(env["RANK"]), ranks_of(env[WORLD])
     if int(env["WORLD_SIZE"]) != len(world):
         raise LaunchError(
-            f"{names[2]} is {env['WORLD_SIZE']}, but the hostfile has {len(world)} slots; let `jp-train launch` choose the numbers"
+            f"{names[2]} is {env['WORLD_SIZE']}, but the hostfile has {len(world)} slots; let `jp-train launch` choose "
+            "the numbers"
         )
     host = world[rank][0]
     placed = env.get("SLURMD_NODENAME", host)
     if placed != host:
         raise LaunchError(
-            f"rank {rank} runs on {placed}, the hostfile has it on {host}: Slurm numbers hosts in its own order; write the hostfile in that order "
-            '(`scontrol show hostnames "$SLURM_JOB_NODELIST"`)'
+            f"rank {rank} runs on {placed}, the hostfile has it on {host}: Slurm numbers hosts in its own order; write "
+            'the hostfile in that order (`scontrol show hostnames "$SLURM_JOB_NODELIST"`)'
         )
     env["MASTER_ADDR"], env["MASTER_PORT"] = env["JP_TRAIN_MASTER_ADDR"], env["JP_TRAIN_MASTER_PORT"]
     # all local ranks see all devices that the run uses on the host, as under DeepSpeed's launcher; Slurm may have
@@ -86,7 +88,8 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class Log:
-    """A rank's log: at most 2 x LOG_BYTES, the newest. A disk that refuses it costs lines, never the rank."""
+    """A rank's log: the newest lines, at most 2 x LOG_BYTES. A disk that cannot be written costs lines, never the
+    rank."""
 
     def __init__(self, path: Path, *, limit: int = LOG_BYTES) -> None:
         self._path, self._limit = path, limit
@@ -124,8 +127,8 @@ class Log:
 
 
 class Terminal:
-    """Copies lines to this process's own stdout and stderr from a thread, so that a terminal or network that stands
-    still stops no rank."""
+    """Copies lines to stdout and stderr from a thread, so that a terminal or network that stands still stops no
+    rank."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
@@ -189,12 +192,12 @@ class Supervisor:
             self._command, env=self._env, stdout=pipe, stderr=pipe, preexec_fn=lambda: _end_with_parent(me)
         )
         record = RankRecord(self._rank, self._host, self._slot, child.pid, time.time())
-        self._tell(record)
+        self._store(record)
         terminal = Terminal() if self._rank == 0 and self._log else None
         self._follow(child, parent, terminal)
         code = child.wait()
         tail = [line.decode(errors="replace").rstrip() for line in self._tail] if code else []
-        self._tell(record.over(code, reason=self._reason, tail=tail))
+        self._store(record.over(code, reason=self._reason, tail=tail))
         if terminal is not None:
             terminal.close()
         if self._log:
@@ -260,7 +263,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 self._child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def _tell(self, record: RankRecord) -> None:
+    def _store(self, record: RankRecord) -> None:
         if self._logs is not None:
             try:
                 record.write(self._logs)

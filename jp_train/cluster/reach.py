@@ -27,49 +27,53 @@ SIOCGIFADDR = 0x8915
 CONNECTS_AT_ONCE = 8
 """Connections that one host opens side by side: 31 others at 32 hosts, so that nobody's accept queue overflows."""
 GREETING = 16
-"""Bytes that a listener sends: they prove that the host that answers is the one that was meant."""
+"""Bytes that a listener sends: they prove that the intended host answers."""
 
 
 def interfaces() -> dict[str, str]:
     """{interface: its IPv4 address} of those that have one."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                answer = fcntl.ioctl(query, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
                 continue
-            found[name] = socket.inet_ntoa(answer[20:24])
-    return found
+            addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
 
 
 def fabric_address(present: Mapping[str, str], environ: Mapping[str, str], *, gpu: bool) -> dict[str, str]:
     """`interface` and `address` that the ranks' collectives use on this host, by the rules of NCCL (`gpu`) or gloo;
     else `error`, and why."""
     variable = "NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME"
-    wanted = environ.get(variable, "")
+    named = environ.get(variable, "")
     listed = ", ".join(f"{name} ({address})" for name, address in present.items()) or "none"
-    if wanted:
+    if named:
         chosen = (
-            _named_for_nccl(wanted, list(present)) if gpu else [name for name in wanted.split(",") if name in present]
+            _named_for_nccl(named, list(present)) if gpu else [name for name in named.split(",") if name in present]
         )
         if not chosen:
             return {
-                "error": f"{variable}={wanted} fits no interface with an IPv4 address; there are {listed}",
+                "error": f"{variable}={named} fits no interface with an IPv4 address; there are {listed}",
                 "variable": variable,
             }
-        return {"interface": chosen[0], "address": present[chosen[0]], "chosen_by": f"{variable}={wanted}"}
+        return {"interface": chosen[0], "address": present[chosen[0]], "chosen_by": f"{variable}={named}"}
     if gpu:
-        usual = [name for name in present if not name.startswith(("lo", "docker"))]
-        if not usual:
+        candidates = [name for name in present if not name.startswith(("lo", "docker"))]
+        if not candidates:
             return {"error": f"no interface that NCCL would take; there are {listed}", "variable": variable}
-        first = min(usual, key=lambda name: not name.startswith("ib"))  # NCCL prefers InfiniBand's
+        first = min(candidates, key=lambda name: not name.startswith("ib"))  # NCCL prefers InfiniBand's
         return {"interface": first, "address": present[first], "chosen_by": "NCCL's default"}
     name = socket.gethostname()
     try:
         address = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
-        return {"error": f"the host's own name {name!r} does not resolve ({error}), and gloo would then take the loopback address", "variable": variable}  # fmt: skip
+        return {
+            "error": f"the host's own name {name!r} does not resolve ({error}), and gloo would then take the loopback "
+            "address",
+            "variable": variable,
+        }
     interface = next((known for known, its in present.items() if its == address), "")
     return {
         "interface": interface,
@@ -78,11 +82,11 @@ def fabric_address(present: Mapping[str, str], environ: Mapping[str, str], *, gp
     }
 
 
-def _named_for_nccl(wanted: str, names: Sequence[str]) -> list[str]:
+def _named_for_nccl(named: str, names: Sequence[str]) -> list[str]:
     """Interfaces that NCCL_SOCKET_IFNAME allows: prefixes, `=` in front for whole names, `^` for all but these."""
-    without = wanted.startswith("^")
-    exact = wanted.lstrip("^").startswith("=")
-    patterns = wanted.lstrip("^=").split(",")
+    without = named.startswith("^")
+    exact = named.lstrip("^").startswith("=")
+    patterns = named.lstrip("^=").split(",")
     fits = {name for name in names for pattern in patterns if (name == pattern if exact else name.startswith(pattern))}
     return [name for name in names if (name not in fits if without else name in fits)]
 
@@ -132,7 +136,7 @@ class Listeners:
 def listen(listeners: Listeners, *, gpu: bool, master_port: int | None) -> dict[str, Any]:
     """Open this host's listeners. `fabric` with the address and `port`; `master`: {"error", "holder"} when the port
     cannot be had (None elsewhere)."""
-    found: dict[str, Any] = {"greeting": listeners.greeting, "master": None}
+    opened: dict[str, Any] = {"greeting": listeners.greeting, "master": None}
     fabric: dict[str, Any] = dict(fabric_address(interfaces(), os.environ, gpu=gpu))
     if "error" not in fabric:
         try:
@@ -141,14 +145,14 @@ def listen(listeners: Listeners, *, gpu: bool, master_port: int | None) -> dict[
             fabric["error"] = (
                 f"{fabric['address']} ({fabric['chosen_by']}) is no address of this host: {error.strerror}"
             )
-    found["fabric"] = fabric
+    opened["fabric"] = fabric
     if master_port is not None:
         try:
             listeners.open("", master_port)
-            found["master"] = {}
+            opened["master"] = {}
         except OSError as error:
-            found["master"] = {"error": error.strerror, "holder": port_holder(master_port)}
-    return found
+            opened["master"] = {"error": error.strerror, "holder": port_holder(master_port)}
+    return opened
 
 
 def reach(targets: Mapping[str, Sequence[Any]], *, timeout_s: float) -> dict[str, str]:
@@ -167,18 +171,22 @@ def _connect(target: Sequence[Any], timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     try:
         with socket.create_connection((address, port), timeout_s) as made:
-            heard = b""
-            while len(heard) < GREETING and (left := deadline - time.monotonic()) > 0:
+            received = b""
+            while len(received) < GREETING and (left := deadline - time.monotonic()) > 0:
                 made.settimeout(left)
-                part = made.recv(GREETING - len(heard))
+                part = made.recv(GREETING - len(received))
                 if not part:
                     break
-                heard += part
+                received += part
     except TimeoutError:
         return f"no answer from {address}:{port} within {timeout_s:g} s"
     except OSError as error:
         return f"{address}:{port}: {error.strerror or error}"
-    if heard.decode(errors="replace") == greeting:
+    text = received.decode(errors="replace")
+    if text == greeting:
         return ""
-    said = re.sub(r"[^\x20-\x7e]", "?", heard.decode(errors="replace"))
-    return f"{address}:{port} is answered by something else ({said!r}): the address is in use twice, or a proxy stands between"
+    shown = re.sub(r"[^\x20-\x7e]", "?", text)
+    return (
+        f"{address}:{port} is answered by something else ({shown!r}): the address is in use twice, or a proxy stands "
+        "between"
+    )

@@ -1,4 +1,4 @@
-"""The logs of a launch and what they tell about its end.
+"""The logs of a launch, and the records of how its ranks ended.
 
     RUN_DIR/logs/20261122-101500-5ac1f00d/node2_rank9.log    all that rank 9 printed; `.log.1`: what came before the
                                                              newest LOG_BYTES
@@ -7,7 +7,7 @@
                                                              print on stdout
 
 Every start (a restart too) has a folder of its own; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are
-bounded, and a rank's usual output is a few lines.
+bounded, and a rank normally prints a few lines only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAUNCHER_LOG = "launcher.log"
 KEPT_LAUNCHES = 20
 LOG_BYTES = 32 << 20
 OVER = ".over_rank"
-"""Empty files that say, by their names alone, which ranks have ended."""
+"""Empty files whose names show which ranks have ended."""
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 """Exit codes of a rank that has obeyed a stop signal."""
 TAIL_LINES = 15
@@ -92,7 +92,8 @@ class RankRecord:
 
     def describe(self) -> str:
         """`rank 9 on node2 (process 4711): killed by SIGKILL`."""
-        return f"rank {self.rank} on {self.host} (process {self.pid}): {how_it_ended(self.code)}{f'; {self.reason}' if self.reason else ''}"
+        reason = f"; {self.reason}" if self.reason else ""
+        return f"rank {self.rank} on {self.host} (process {self.pid}): {how_it_ended(self.code)}{reason}"
 
 
 def ranks_over(folder: Path) -> int:
@@ -128,34 +129,27 @@ def how_it_ended(code: int | None) -> str:
 
 def read_records(folder: Path | None) -> list[RankRecord]:
     """The records of a launch, by rank; torn or foreign files are left out."""
-    found = []
+    records = []
     for path in folder.glob("*_rank*.json") if folder is not None else ():
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            found.append(RankRecord(**{item.name: values[item.name] for item in fields(RankRecord)}))
+            records.append(RankRecord(**{item.name: values[item.name] for item in fields(RankRecord)}))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return sorted(found, key=lambda record: record.rank)
+    return sorted(records, key=lambda record: record.rank)
 
 
 def culprits(records: Iterable[RankRecord]) -> list[RankRecord]:
-    """The ranks that ended in failure, the likely cause first: one that a signal killed, then one with a code that says
-    what it was, then the first to end.
+    """The ranks that ended in failure, the likely cause first: one that a signal killed, then one with a code that
+    names the kind of failure, then the first to end.
 
     When one rank dies the others fail because it is gone, with exit code 1 or 5.
     """
 
     def order(record: RankRecord) -> tuple[int, float]:
         assert record.code is not None
-        kind = (
-            0
-            if record.code < 0 and record.code != -signal.SIGTERM
-            else 1
-            if record.reason
-            else 2
-            if record.code in (2, 3, 4)
-            else 3
-        )
+        killed = record.code < 0 and record.code != -signal.SIGTERM
+        kind = 0 if killed else 1 if record.reason else 2 if record.code in (2, 3, 4) else 3
         return kind, record.ended or 0.0
 
     return sorted(

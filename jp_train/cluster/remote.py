@@ -1,4 +1,4 @@
-"""One command on many hosts at a time, over ssh: what each answered, or in one word why it did not.
+"""One command on many hosts at a time, over ssh: what each answered, or the cause why it did not.
 
 No shell text is ever built from anything but quoted words: the remote shell gets `shlex.quote` of every one, and the
 host's name has passed `hostfile.HOST_NAME`, so that it can be no option. ssh never asks for a password or for trust in
@@ -57,15 +57,19 @@ class Cause(str, Enum):
 REMEDIES = {
     Cause.UNKNOWN_HOST: "correct the name in the hostfile, or add {host} to DNS or /etc/hosts of this host",
     Cause.NO_ANSWER: "power {host} on or open its ssh port; or leave it out with --exclude {host}",
-    Cause.NO_ROUTE: "power {host} on, or bring its network up (its address answers nobody); or leave it out with --exclude {host}",
-    Cause.REFUSED: "start the ssh server on {host} (`systemctl start ssh`), and see that it listens on the address that the name resolves to",
-    Cause.HUNG: "look at {host} on its console (out of memory, dead file server, stopped sshd) and restart its ssh server",
-    Cause.KEY_CHANGED: (
-        "if {host} was installed anew: `ssh-keygen -R {host}` here and log in once by hand; if it was not, another machine answers under that name"
-    ),
+    Cause.NO_ROUTE: "power {host} on, or bring its network up (its address answers nobody); or leave it out with "
+    "--exclude {host}",
+    Cause.REFUSED: "start the ssh server on {host} (`systemctl start ssh`), and see that it listens on the address "
+    "that the name resolves to",
+    Cause.HUNG: "look at {host} on its console (out of memory, dead file server, stopped sshd) and restart its ssh "
+    "server",
+    Cause.KEY_CHANGED: "if {host} was installed anew: `ssh-keygen -R {host}` here and log in once by hand; if it was "
+    "not, another machine answers under that name",
     Cause.KEY_UNKNOWN: "log in once by hand (`ssh {host} true`) and confirm the key, or add it to known_hosts",
-    Cause.LOGIN: "let this user log in by key: `ssh-copy-id {host}`, until `ssh -o BatchMode=yes {host} true` asks for nothing",
-    Cause.LOST: "the connection ended, or the program was killed: look at {host} for its out-of-memory killer (`dmesg`) and into its ssh server's log",
+    Cause.LOGIN: "let this user log in by key: `ssh-copy-id {host}`, until `ssh -o BatchMode=yes {host} true` asks for "
+    "nothing",
+    Cause.LOST: "the connection ended, or the program was killed: look at {host} for its out-of-memory killer "
+    "(`dmesg`) and into its ssh server's log",
     Cause.TIMEOUT: "log in to {host} and see what hangs (`ps`, a dead file server), or give more time",
     Cause.NO_SSH: "install the ssh client on this host (Debian: apt-get install openssh-client)",
 }
@@ -198,7 +202,7 @@ def run_on_hosts(
     with ThreadPoolExecutor(min(len(commands), AT_ONCE)) as pool:
         try:
             answers = {
-                host: pool.submit(_one, running, host, command, stdin, timeout_s, host in local)
+                host: pool.submit(_answer_of, running, host, command, stdin, timeout_s, host in local)
                 for host, command in commands.items()
             }
             # in short waits: a signal that comes just as this thread lets go of the interpreter is not noticed before
@@ -218,18 +222,18 @@ def last_line(text: str) -> str:
 
 
 def classify(returncode: int | None, stderr: str) -> Cause | None:
-    """Why ssh failed, from its exit code and its own words; None when the command ran (ssh passes its code on)."""
+    """Why ssh failed, from its exit code and what it printed; None when the command ran (ssh passes its code on)."""
     if returncode != SSH_FAILED:
         return None
     return next((cause for sign, cause in _SIGNS if sign in stderr), Cause.LOST)
 
 
 def spawn(command: Sequence[str]) -> subprocess.Popen[str]:
-    """Start a `command_for`: pipes as text, in a session of its own, so that a terminal's Ctrl-C comes to us alone.
-    Raises FileNotFoundError."""
+    """Start a `command_for` with pipes as text, in a new session, so that a terminal's Ctrl-C reaches this process
+    alone. Raises FileNotFoundError."""
     return subprocess.Popen(
-        list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
-        start_new_session=True,
+        list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
 
 
@@ -240,7 +244,9 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _one(running: _Running, host: str, command: Sequence[str], stdin: str, timeout_s: float, local: bool) -> Answer:
+def _answer_of(
+    running: _Running, host: str, command: Sequence[str], stdin: str, timeout_s: float, local: bool
+) -> Answer:
     began = time.monotonic()
     try:
         process = running.start(command)

@@ -68,12 +68,16 @@ def standing(run_dir: Path) -> Standing:
     ]
     newest = max(steps, default=None)
     try:
-        told = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-        step_s = told.get("step_s")
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+        step_s = status.get("step_s")
         return Standing(
-            str(told["state"]), str(told.get("reason") or ""), int(told.get("step") or 0), None if step_s is None else float(step_s),
-            float(told["updated"]), newest,
-        )  # fmt: skip
+            state=str(status["state"]),
+            reason=str(status.get("reason") or ""),
+            step=int(status.get("step") or 0),
+            step_s=None if step_s is None else float(step_s),
+            updated=float(status["updated"]),
+            checkpoint_step=newest,
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return Standing(checkpoint_step=newest)
 
@@ -105,16 +109,14 @@ class Restart:
     def describe(self) -> str:
         out = f", without {', '.join(self.left_out)}" if self.left_out else ""
         return (
-            f"restart {self.number} of {self.of} on {self.ranks} ranks ({', '.join(self.hosts)}{out}) from step {self.resumes_at_step}: "
-            f"{self.lost_steps} steps since the last checkpoint are trained again ({self.lost_steps_s:.1f} s), "
-            f"{self.down_s:.1f} s since the run last made progress. Cause: {self.cause}"
+            f"restart {self.number} of {self.of} on {self.ranks} ranks ({', '.join(self.hosts)}{out}) from step "
+            f"{self.resumes_at_step}: {self.lost_steps} steps since the last checkpoint are trained again "
+            f"({self.lost_steps_s:.1f} s), {self.down_s:.1f} s since the run last made progress. Cause: {self.cause}"
         )
 
     def event(self) -> dict[str, Any]:
         """The line of events.jsonl."""
-        found = asdict(self)
-        found |= {"lost_steps_s": round(self.lost_steps_s, 3), "down_s": round(self.down_s, 3)}
-        return found
+        return asdict(self) | {"lost_steps_s": round(self.lost_steps_s, 3), "down_s": round(self.down_s, 3)}
 
 
 def plan_restart(
@@ -137,13 +139,23 @@ def plan_restart(
     lost = max(0, last.step - resumes)
     fresh = last.updated >= began  # else the failed start never made progress, and all of its time is lost
     return Restart(
-        number, of, cause, [host for host in everything if host not in after], list(after), world_size(before), world_size(after),
-        last.step, resumes, lost, lost * (last.step_s or 0.0), max(0.0, now - (last.updated if fresh else began)),
-    )  # fmt: skip
+        number=number,
+        of=of,
+        cause=cause,
+        left_out=[host for host in everything if host not in after],
+        hosts=list(after),
+        ranks_before=world_size(before),
+        ranks=world_size(after),
+        failed_at_step=last.step,
+        resumes_at_step=resumes,
+        lost_steps=lost,
+        lost_steps_s=lost * (last.step_s or 0.0),
+        down_s=max(0.0, now - (last.updated if fresh else began)),
+    )
 
 
 class Progress:
-    """Tells once, after a restart, when the run makes progress again."""
+    """Reports once, after a restart, when the run makes progress again."""
 
     def __init__(self, run_dir: Path, restart: Restart, began: float) -> None:
         self._run_dir, self._restart, self._began = run_dir, restart, began

@@ -1,7 +1,7 @@
-"""One start of a run: the launcher's process, the stop signals, and the certainty that nothing outlives it.
+"""One start of a run: the launcher's process, the stop signals, and the end of everything that belongs to it.
 
-A stop signal reaches every rank at once and only once (DeepSpeed's launcher would tell them one after the other, and
-its runner kills by command line whatever DeepSpeed job it finds on the hosts). The processes of a launch are found by
+A stop signal reaches every rank at once and only once (DeepSpeed's launcher would signal one after the other, and its
+runner kills by command line whatever DeepSpeed job it finds on the hosts). The processes of a launch are found by
 its mark (`signals.py`), on this host and over ssh on the others.
 """
 
@@ -22,23 +22,23 @@ from typing import Any
 
 from jp_train.cluster.remote import Answer
 from jp_train.cluster.signals import launched_processes, rank_processes, reached, send
-from jp_train.cluster.supervision import Supervision, Verdict, ask_hosts, told_by
+from jp_train.cluster.supervision import Supervision, Verdict, ask_hosts, failures_text
 
 KILL_WAIT_S = 15.0
 SECOND_SIGNAL_S = 2.0
 """A repeat within this time belongs to the first signal (Ctrl-C may come twice); a later one kills at once."""
 SWEEP_WAIT_S = 30.0
 """Seconds that a host which answers has to get rid of killed processes: one that waits for a disk or a device ends
-late, and its host is well."""
+late, and its host is healthy."""
 UNWATCHED_S = 60.0
-"""Seconds without a finished look at the run folder after which that is said, and between two such lines."""
-TELL_AGAIN_S = 5.0
-"""Seconds between two attempts to tell ranks to stop, where none was there yet to hear it."""
+"""Seconds without a finished look at the run folder after which that is reported, and between two such lines."""
+SIGNAL_AGAIN_S = 5.0
+"""Seconds between two attempts to signal ranks to stop, where none was running yet."""
 
 
 class StopSignals:
-    """The stop signals that this process gets, from `installed` on; the first counts, a later second one means `at
-    once`."""
+    """The stop signals that this process gets, from `installed` on: the first one stops the run, a later second one
+    stops it at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -83,14 +83,14 @@ class StopSignals:
         elif now - self._first_at > SECOND_SIGNAL_S:
             self.at_once = True
         if self._interrupts:
-            self._interrupts = False  # once: what is cleaned up after it is not interrupted again
+            self._interrupts = False  # once: the clean-up after it is not interrupted again
             raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How one start ended. `code`: the launcher's, as Popen's. `silent`: remote hosts on which it is not known
-    whether something is left."""
+    """How one start ended. `code`: the launcher's, as Popen's. `silent`: remote hosts on which something may be
+    left."""
 
     code: int
     verdict: Verdict | None = None
@@ -98,33 +98,43 @@ class Ending:
 
 
 class Run:
-    """The launcher's process in a session of its own (so that a terminal's Ctrl-C comes to us alone). `remote`:
-    hosts other than this one."""
+    """The launcher's process in a new session (so that a terminal's Ctrl-C reaches this process alone). `remote`: hosts
+    other than this one."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals, *,
-        grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False, notice: Callable[[], None] = lambda: None,
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        launch_id: str,
+        remote: Sequence[str],
+        stop: StopSignals,
+        *,
+        grace_s: float,
+        supervision: Supervision | None = None,
+        signal_launcher: bool = False,
+        notice: Callable[[], None] = lambda: None,
         output: Path | None = None,
-    ) -> None:  # fmt: skip
-        """`output`: the file for the launcher's stdout, where DeepSpeed's launcher says what it does; what people are
-        to read comes on stderr. None: this process's own stdout."""
+    ) -> None:
+        """`output`: the file for the launcher's stdout, which has DeepSpeed's messages about itself; what people are to
+        read comes on stderr. None: the stdout of this process. `notice` is called after each look at the run
+        folder."""
         self._launch_id, self._remote, self._stop, self._grace_s = launch_id, tuple(remote), stop, grace_s
         self._supervision, self._notice = supervision, notice
         self._signal_launcher = signal_launcher
         """srun passes SIGUSR1 on to all tasks: no ssh is needed."""
-        self._unheard = False
+        self._nobody_signalled = False
         self._over = threading.Event()
         self._verdict: Verdict | None = None
-        self._looked_at, self._said_at = time.monotonic(), -1e9
+        self._looked_at, self._reported_at = time.monotonic(), -1e9
         with output.open("ab") if output else contextlib.nullcontext() as file:
             self._process = subprocess.Popen(list(command), env=dict(env), start_new_session=True, stdout=file)
 
     def wait(self) -> Ending:
         """Block until nothing of the run is left, here and on every host that answers."""
-        told: set[int] = set()
+        signalled: set[int] = set()
         deadline: float | None = None
         verdict: Verdict | None = None
-        tell_again = 0.0
+        signal_again = 0.0
         watch = threading.Thread(target=self._watch, name="launch-watch", daemon=True)
         watch.start()
         while self._process.poll() is None:
@@ -133,15 +143,15 @@ class Run:
                 self._over.set()
                 name = signal.Signals(self._stop.number).name
                 say(f"{name}: ranks finish their step and save; killed in {self._grace_s:g} s, or by a second signal")
-                told |= self._stop_ranks(told)
-                tell_again = time.monotonic() + TELL_AGAIN_S
-                if not told and not self._remote:
+                signalled |= self._stop_ranks(signalled)
+                signal_again = time.monotonic() + SIGNAL_AGAIN_S
+                if not signalled and not self._remote:
                     os.killpg(self._process.pid, signal.SIGTERM)  # no rank yet, so nothing to save
             if deadline is not None and not self._remote:
-                told |= self._stop_ranks(told)  # a rank that came up after the signal
-            if deadline is not None and self._unheard and time.monotonic() > tell_again:
-                told |= self._stop_ranks(told)
-                tell_again = time.monotonic() + TELL_AGAIN_S
+                signalled |= self._stop_ranks(signalled)  # a rank that came up after the signal
+            if deadline is not None and self._nobody_signalled and time.monotonic() > signal_again:
+                signalled |= self._stop_ranks(signalled)
+                signal_again = time.monotonic() + SIGNAL_AGAIN_S
             if self._stop.at_once or (deadline is not None and time.monotonic() > deadline):
                 say("killing what is left of the run")
                 break
@@ -160,7 +170,7 @@ class Run:
         return Ending(self._process.wait(), verdict, silent)
 
     def _watch(self) -> None:
-        """Look until there is a verdict or the run is over. A thread of its own: a dead file server stops whoever
+        """Look until there is a verdict or the run is over. In a separate thread: a dead file server blocks whoever
         looks, and no stop signal may wait for that.
 
         A run folder that cannot be read for a while, or a host too full to start ssh, ends no run.
@@ -176,13 +186,13 @@ class Run:
             self._looked_at = time.monotonic()
 
     def _unwatched(self, why: str) -> None:
-        if time.monotonic() - self._said_at > UNWATCHED_S:
-            self._said_at = time.monotonic()
+        if time.monotonic() - self._reported_at > UNWATCHED_S:
+            self._reported_at = time.monotonic()
             say(f"the run is not watched at the moment: {why}")
 
-    def _stop_ranks(self, told: set[int]) -> set[int]:
-        """Signal each rank once: a second signal means `exit at once` to it. SIGINT is sent as SIGINT, so that the
-        rank's code tells."""
+    def _stop_ranks(self, signalled: set[int]) -> set[int]:
+        """Signal each rank once, as a second signal makes it exit at once. SIGINT is sent as SIGINT, so that the rank's
+        exit code shows it. Returns the processes that were signalled here."""
         number = self._stop.number
         assert number is not None
         if self._signal_launcher:
@@ -190,13 +200,13 @@ class Run:
             return set()
         if self._remote:
             answers = ask_hosts(self._remote, self._launch_id, number, timeout_s=60.0)
-            if missing := told_by(answers):
+            if missing := failures_text(answers):
                 say(f"not told to stop, its ranks may go on: {missing}")
-            # ranks share the signal at the end of a step: one that has heard it is enough, and a second time would mean
-            # `at once` to it
-            self._unheard = all(answer.ok and reached(answer.stdout) == 0 for answer in answers.values())
+            # ranks share the signal at the end of a step: one that got it is enough, and a second one would make it
+            # exit at once
+            self._nobody_signalled = all(answer.ok and reached(answer.stdout) == 0 for answer in answers.values())
             return set()
-        return set(send([pid for pid in rank_processes(self._launch_id) if pid not in told], number))
+        return set(send([pid for pid in rank_processes(self._launch_id) if pid not in signalled], number))
 
     def _leave_nothing(self, verdict: Verdict | None, *, killed: bool) -> dict[str, Answer]:
         """End what is left, on this host and the others. Returns the hosts that did not answer, with the reason.
@@ -226,25 +236,28 @@ def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) ->
     """Kill every process of these launches on these hosts until there is none. Returns the hosts that did not answer,
     or kept some.
 
-    Hosts that may be `lost` are asked once, others that do not answer twice, and those that answer until nothing is
+    Hosts that may be `lost` are queried once, others that do not answer twice, and those that answer until nothing is
     left, or SWEEP_WAIT_S seconds.
     """
     silent: dict[str, Answer] = {}
     for launch_id in launch_ids:
-        asked = [host for host in hosts if host not in silent]
+        queried = [host for host in hosts if host not in silent]
         until, first = time.monotonic() + SWEEP_WAIT_S, True
-        while asked:
-            answers = ask_hosts(asked, launch_id, signal.SIGKILL)
+        while queried:
+            answers = ask_hosts(queried, launch_id, signal.SIGKILL)
             left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
             over = time.monotonic() > until and not first
-            asked = [host for host, answer in left.items() if not over and (answer.ok or (first and host not in lost))]
-            silent |= {host: answer for host, answer in left.items() if host not in asked}
+            queried = [
+                host for host, answer in left.items() if not over and (answer.ok or (first and host not in lost))
+            ]
+            silent |= {host: answer for host, answer in left.items() if host not in queried}
             first = False
-            if asked:
+            if queried:
                 time.sleep(0.3)
     if silent:
         say(
-            f"not known to be free of this run: {told_by(silent) or ', '.join(silent)}; look there for processes of launch {', '.join(launch_ids)}"
+            f"not known to be free of this run: {failures_text(silent) or ', '.join(silent)}; look there for processes "
+            f"of launch {', '.join(launch_ids)}"
         )
     return silent
 

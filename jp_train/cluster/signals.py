@@ -26,15 +26,8 @@ def launched_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[in
     """Every process of the launch on this host but this one: runner, launcher, ranks with their supervisors and
     loader workers."""
     mark = f"{LAUNCH_ID}={launch_id}".encode()
-    found = []
-    for entry in proc.iterdir():
-        if (
-            entry.name.isdigit()
-            and int(entry.name) != os.getpid()
-            and mark in read_proc(entry / "environ").split(b"\0")
-        ):
-            found.append(int(entry.name))
-    return sorted(found)
+    others = [entry for entry in proc.iterdir() if entry.name.isdigit() and int(entry.name) != os.getpid()]
+    return sorted(int(entry.name) for entry in others if mark in read_proc(entry / "environ").split(b"\0"))
 
 
 def rank_processes(launch_id: str, *, proc: Path = Path("/proc")) -> list[int]:
@@ -73,8 +66,8 @@ def main(arguments: list[str]) -> int:
 def reached(answer: str) -> int | None:
     """How many processes `main` found, from what it printed; None from anything else (a host's shell may print
     greetings)."""
-    found = re.search(rf"^{REACHED} (\d+) processes$", answer, re.MULTILINE)
-    return int(found[1]) if found else None
+    match = re.search(rf"^{REACHED} (\d+) processes$", answer, re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def read_proc(path: Path) -> bytes:

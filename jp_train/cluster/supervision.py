@@ -1,11 +1,11 @@
-"""What a launch sees by itself of a run under way, where its runner sees nothing: DeepSpeed's runner waits for ever for
-a host that stands still.
+"""How a launch watches a run that its runner does not watch: DeepSpeed's runner waits for ever for a host that stands
+still.
 
 Three signs in the run folder are watched: the ranks' records (`records.py`: started, ended), their heartbeats
-(`engine/watch/heartbeat.py`: only whether the file changes, no clock of another host is believed), and the time since.
-A host without a sign of life is asked by ssh, and only the answer decides: it cannot be reached, or nothing of the
-launch runs there any more. A run that merely is slow is left alone, and what stands still on hosts that answer is the
-ranks' own watchdog's business, which ends them with the cause; then nothing may outlive it.
+(`engine/watch/heartbeat.py`: only whether the file changes, as the clocks of hosts differ), and the time since. A host
+without a sign of life is queried by ssh, and only the answer decides: it cannot be reached, or nothing of the launch
+runs there any more. A run that is only slow goes on. Ranks that stand still on hosts that answer are ended by their
+watchdog, with the cause; then no process may outlive them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ REREAD_S = 60.0
 """All records are read at least so often; else only when their folder has changed, as those of 256 ranks are many
 small files on a network file system."""
 START_PATIENCE = 2.0
-"""Ranks import for minutes on a cold file system: hosts without a record are asked after START_PATIENCE times the
+"""Ranks import for minutes on a cold file system: hosts without a record are queried after START_PATIENCE times the
 patience, counted from the first record."""
 ASK_S = 20.0
-"""An ssh question that takes longer has no answer."""
+"""A query by ssh that takes longer has no answer."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -80,13 +80,13 @@ class Supervision:
         self._all_ended: float | None = None
         self._beats: dict[int, tuple[int, float]] = {}
         self._before = self._stamps()
-        self._asked_at: dict[str, float] = {}
+        self._queried_at: dict[str, float] = {}
         self._pending: Future[dict[str, Answer]] | None = None
         self._pool = ThreadPoolExecutor(1)
         self._suspicions: dict[str, int] = {}
 
     def close(self) -> None:
-        """Wait for nothing that is still asked."""
+        """End without waiting for open queries."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def look(self) -> Verdict | None:
@@ -119,11 +119,8 @@ class Supervision:
         self._first_end = self._first_end or now
         if len(ended) == len(self._placed):
             self._all_ended = self._all_ended or now
-            return (
-                Verdict("all ranks have ended, but not their launcher")
-                if now - self._all_ended > self._patience_s
-                else None
-            )
+            over_due = now - self._all_ended > self._patience_s
+            return Verdict("all ranks have ended, but not their launcher") if over_due else None
         failed = culprits(ended)
         if now - self._first_end <= (self._patience_s if failed else self._grace_s):
             return None
@@ -136,7 +133,7 @@ class Supervision:
         return Verdict(f"{first.describe()}; {named} did not end with it within {now - self._first_end:.0f} s")
 
     def _answered(self) -> Verdict | None:
-        """What the hosts that were asked said. A host is lost when two questions in a row had no answer."""
+        """The answers of the hosts that were queried. A host is lost when two queries in a row had no answer."""
         if self._pending is None or not self._pending.done():
             return None
         pending, self._pending = self._pending, None
@@ -154,7 +151,7 @@ class Supervision:
                     f"{host} ({'no process of the run is left there' if left == 0 else answer.summary})"
                 )
             else:
-                self._asked_at.pop(host, None)  # again, at once
+                self._queried_at.pop(host, None)  # again, at once
         if not lost and not empty:
             return None
         causes = [f"cannot be reached any more: {', '.join(lost)}"] if lost else []
@@ -162,7 +159,7 @@ class Supervision:
         return Verdict("; ".join(causes), tuple(text.partition(" ")[0] for text in lost))
 
     def _silent(self, records: Sequence[RankRecord], now: float) -> Verdict | None:
-        """Ask the hosts of ranks that give no sign of life, while others do."""
+        """Query the hosts of ranks that give no sign of life, while others do."""
         if records:
             self._first_record = self._first_record or now
         suspects: set[str] = set()
@@ -174,38 +171,38 @@ class Supervision:
             if stamp != self._before.get(rank) and stamp != self._beats.get(rank, (0, 0.0))[0]:
                 self._beats[rank] = stamp, now
         newest = max((at for _, at in self._beats.values()), default=0.0)
-        # none at all is the file system's standing still, or the watchdog's being off: nothing can be said then
+        # with no sign of any rank, the file system stands still or the watchdog is off: nothing can be concluded
         alive = now - newest < self._patience_s / 2
         if alive:
             quiet = [rank for rank, (_, at) in self._beats.items() if rank not in over and now - at > self._patience_s]
             suspects |= {self._placed[rank] for rank in quiet if rank < len(self._placed)}
         if self._pending is None:
-            for host in (
-                set(self._suspicions) - suspects
-            ):  # it gives signs of life again: a question without an answer days ago counts no more
+            # they give signs of life again: a query without an answer days ago does not count any more
+            for host in set(self._suspicions) - suspects:
                 del self._suspicions[host]
-        due = [host for host in sorted(suspects) if now - self._asked_at.get(host, -1e9) > self._patience_s]
+        due = [host for host in sorted(suspects) if now - self._queried_at.get(host, -1e9) > self._patience_s]
         if due and self._pending is None:
-            self._asked_at.update(dict.fromkeys(due, now))
+            self._queried_at.update(dict.fromkeys(due, now))
             self._pending = self._pool.submit(self._ask, due, self._launch_id, 0)
         return None
 
     def _stamps(self) -> dict[int, int]:
-        """When each rank's heartbeat file was last replaced, as its file system says; empty where it cannot be read."""
-        found: dict[int, int] = {}
+        """When each rank's heartbeat file was last replaced, by its file system's clock; empty where it cannot be
+        read."""
+        stamps: dict[int, int] = {}
         if self._heartbeats is None:
-            return found
+            return stamps
         try:
             with os.scandir(self._heartbeats) as entries:
                 for entry in entries:
                     number = entry.name.removeprefix("rank_").removesuffix(".json")
                     if number.isdecimal():
-                        found[int(number)] = entry.stat().st_mtime_ns
+                        stamps[int(number)] = entry.stat().st_mtime_ns
         except OSError:
             pass
-        return found
+        return stamps
 
 
-def told_by(answers: Mapping[str, Answer]) -> str:
+def failures_text(answers: Mapping[str, Answer]) -> str:
     """`node3: connection refused after 0.1 s`, for the hosts that did not answer."""
     return "; ".join(f"{host}: {answer.summary}" for host, answer in answers.items() if not answer.ok)

@@ -72,7 +72,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_remote_ranks_that_come_up_after_the_stop_signal_still_get_it_and_only_once(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "TELL_AGAIN_S", 0.2)
+    monkeypatch.setattr(running, "SIGNAL_AGAIN_S", 0.2)
     launch_id = f"late-{os.getpid()}"
     env = {**os.environ, LAUNCH_ID: launch_id, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # no rank before the hosts have been asked once, and no second question before it can hear a signal
