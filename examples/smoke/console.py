@@ -14,6 +14,8 @@ from typing import TextIO
 
 from jp_train.terminal import duration, folded, terminal_columns
 
+PROGRESS_S = 20.0
+"""Seconds between two progress lines of pretraining and of writing shards."""
 STEP_INTERVAL_S = 30.0
 """Seconds between two shown lines of training steps."""
 _ROUTINE = re.compile(

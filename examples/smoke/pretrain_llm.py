@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples.smoke.console import PROGRESS_S
 from examples.smoke.precision import autocast
-from examples.smoke.progress import Progress
+from jp_train.terminal import ProgressLine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ def train_llm(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / 20) * max(0.05, 1 - s / training.steps)
     )
-    progress = Progress("language model", training.steps)
+    progress = ProgressLine("language model", sys.stderr, every_s=PROGRESS_S)
     needed = training.batch_rows * (training.row_tokens + 1)
     stream = torch.empty(0, dtype=torch.long)
     for step in range(training.steps):
@@ -61,6 +63,5 @@ def train_llm(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if progress.due(step):
-            progress.show(step, f"loss {loss.item():.3f}")
+        progress.show(step + 1, training.steps, f"loss {loss.item():.3f}")
     return model.eval()

@@ -7,6 +7,7 @@ the pooled vector, so the pooling here is a plain mean over tokens and carries n
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ from torch import nn
 from transformers.models.janus.configuration_janus import JanusVisionConfig
 from transformers.models.janus.modeling_janus import JanusVisionModel
 
+from examples.smoke.console import PROGRESS_S
 from examples.smoke.precision import autocast
 from examples.smoke.pretrain_vq import scale_weights, to_model_range
-from examples.smoke.progress import Progress
+from jp_train.terminal import ProgressLine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,7 @@ def train_vision(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / 50) * max(0.02, 1 - s / training.steps)
     )
-    progress = Progress("vision encoder", training.steps)
+    progress = ProgressLine("vision encoder", sys.stderr, every_s=PROGRESS_S)
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pairs,), generator=generator)
         length = int(real[rows].sum(1).max())
@@ -129,8 +131,7 @@ def train_vision(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        if progress.due(step):
-            with torch.no_grad():
-                hit = same[torch.arange(len(rows)), (image @ text.t()).argmax(1)].float().mean().item()
-            progress.show(step, f"loss {loss.item():.3f}, right text among {len(rows)}: {hit:.0%}")
+        with torch.no_grad():
+            hit = same[torch.arange(len(rows)), (image @ text.t()).argmax(1)].float().mean().item()
+        progress.show(step + 1, training.steps, f"loss {loss.item():.3f}", f"right text among {len(rows)}: {hit:.0%}")
     return vision.eval()

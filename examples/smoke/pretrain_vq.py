@@ -9,6 +9,7 @@ stores unit rows: then transformers' ids, which compare the raw encoder output w
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,9 @@ from torch import nn
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from examples.smoke.console import PROGRESS_S
 from examples.smoke.precision import autocast
-from examples.smoke.progress import Progress
+from jp_train.terminal import ProgressLine
 
 PLAIN_INK = 0.08
 """A patch whose darkest channel value is nearer to white than this (of a range of 2) is plain paper."""
@@ -200,7 +202,7 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / training.steps)
     )
-    progress = Progress("VQ tokenizer", training.steps)
+    progress = ProgressLine("VQ tokenizer", sys.stderr, every_s=PROGRESS_S)
     for step in range(training.steps):
         rows = torch.randint(len(pictures), (training.batch_pictures,), generator=generator)
         pixels = to_model_range(pictures[rows])
@@ -233,9 +235,9 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        if progress.due(step):
-            psnr = 10 * torch.log10(4.0 / error.detach().square().mean()).item()
-            live = int((codebook.counts > training.restart_below).sum())
-            progress.show(step, f"PSNR {psnr:.1f} dB, {live}/{config.num_embeddings} codes in use")
+        psnr = 10 * torch.log10(4.0 / error.detach().square().mean()).item()
+        live = int((codebook.counts > training.restart_below).sum())
+        codes = f"{live}/{config.num_embeddings} codes in use"
+        progress.show(step + 1, training.steps, f"PSNR {psnr:.1f} dB", codes)
     vq.quantize.embedding.weight.data = F.normalize(codebook.weight, dim=-1)
     return vq.eval().requires_grad_(True)

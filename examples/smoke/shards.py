@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,10 +21,11 @@ import webdataset
 from PIL import Image
 
 from examples.smoke import digits, scenes, text
-from examples.smoke.progress import Progress
+from examples.smoke.console import PROGRESS_S
 from examples.smoke.scene_text import scene_caption, scene_detail, scene_prompt, scene_question
 from examples.smoke.seeding import generator
 from jp_train.errors import ConfigError
+from jp_train.terminal import ProgressLine
 
 DETAIL_QUESTION = "Describe the image in detail."
 DETAIL_SHARE = 0.3
@@ -194,11 +196,10 @@ def build_shards(out_dir: Path, seed: int, sizes: ShardSizes | None = None) -> B
     """
     sizes = sizes or ShardSizes()
     counts = source_counts(sizes)
-    progress = Progress("shards", len(counts))
+    progress = ProgressLine("shards", sys.stderr, every_s=PROGRESS_S)
     written = {}
     for step, (source, count) in enumerate(counts.items()):
         samples = source_samples(seed, source, count)
         written[source] = write_source(Path(out_dir) / source, source, samples, sizes.samples_per_shard)
-        if progress.due(step):
-            progress.show(step, f"{sum(written.values())} samples")
+        progress.show(step + 1, len(counts), f"{sum(written.values()):,} samples")
     return BuiltShards(root=Path(out_dir), samples=written)

@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -27,14 +27,13 @@ from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.pretrained import load_vq
 from jp_train.model.vq import PICTURES_AT_ONCE
-from jp_train.terminal import printable
+from jp_train.terminal import ProgressLine, printable
 from jp_train.tools.encode_images.work import (
     READ_AHEAD,
     IdsState,
     Picture,
     PictureReader,
     PicturesDigest,
-    Progress,
     RankShare,
     generation_shards,
     ids_state,
@@ -129,6 +128,7 @@ class ImageEncoder:
             raise ConfigError(f"--batch {batch} must be at least 1")
         self._cfg, self._place, self._batch = cfg, place, batch
         self._log = log or sys.stderr
+        self._name = f"encode-images rank {place.rank}" if place.world_size > 1 else "encode-images"
         self._reader = ShardReader(cfg.data.io_retries)
         self._shards = generation_shards(cfg, self._reader)
         self._shares = shares(self._shards, place.world_size)
@@ -161,7 +161,15 @@ class ImageEncoder:
         tally, began = Tally(), time.monotonic()
         todo = [shard for shard in self.mine if self.state(shard) is not IdsState.done]
         tally.already_done = len(self.mine) - len(todo)
-        progress = Progress(self.say, todo, OTHER_RANKS_PROGRESS_S if self._place.rank else PROGRESS_S)
+        line = ProgressLine(self._name, self._log, every_s=OTHER_RANKS_PROGRESS_S if self._place.rank else PROGRESS_S)
+        finished: list[Shard] = []
+
+        def show(bytes_of_shard: float = 0.0) -> None:
+            rate = f"{tally.pictures / max(time.monotonic() - began, 1e-9):,.1f}/s"
+            done, total = (sum(shard.size for shard in shards) for shards in (finished, todo))
+            counts = f"shard {len(finished)}/{len(todo)}", f"{tally.pictures:,} images"
+            line.show(done + bytes_of_shard, total, *counts, rate)
+
         self._vq.to(self._place.device)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
             source = PictureReader(self._cfg, self._reader, pool)
@@ -170,9 +178,10 @@ class ImageEncoder:
                 if self._recognised(shard, members, source):
                     tally.recognised += 1
                 else:
-                    self._encode_shard(shard, members, source, tally, progress)
+                    self._encode_shard(shard, members, source, tally, show)
                     tally.encoded += 1
-                progress.shard_done(shard, tally.pictures)
+                finished.append(shard)
+                show()
         tally.seconds = time.monotonic() - began
         return tally
 
@@ -251,7 +260,12 @@ class ImageEncoder:
         return True
 
     def _encode_shard(
-        self, shard: Shard, members: ShardMembers, source: PictureReader, tally: Tally, progress: Progress
+        self,
+        shard: Shard,
+        members: ShardMembers,
+        source: PictureReader,
+        tally: Tally,
+        progress: Callable[[float], None],
     ) -> IdsManifest:
         samples, slots = len(members.keys), self._vq.grid**2
         ids = np.full((samples, slots), NO_IDS, np.uint16)
@@ -265,7 +279,7 @@ class ImageEncoder:
             else:
                 ids[picture.number] = row
                 tally.pictures += 1
-            progress.within(shard, (picture.number + 1) / samples, tally.pictures)
+            progress(shard.size * (picture.number + 1) / samples)
         return store_ids(
             shard,
             self.recipe,
@@ -300,8 +314,4 @@ class ImageEncoder:
 
     def say(self, text: str) -> None:
         """A line for people, with the rank where there are several."""
-        print(
-            f"encode-images{f' rank {self._place.rank}' if self._place.world_size > 1 else ''}: {text}",
-            file=self._log,
-            flush=True,
-        )
+        print(f"{self._name}: {text}", file=self._log, flush=True)

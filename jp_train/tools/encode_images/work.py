@@ -4,7 +4,6 @@ ready to encode."""
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -188,36 +187,3 @@ def format_ranks(lines: Sequence[RankShare]) -> str:
         (f"{one.rank}", f"{one.shards:,}", f"{one.done:,}", f"{one.mib:,.1f}", f"{one.mib_left:,.1f}") for one in lines
     ]
     return "\n".join(aligned(rows, left=()))
-
-
-class Progress:
-    """A line every `every_s` seconds: shards, pictures, pictures a second, and the time left, estimated from the
-    bytes of the shards."""
-
-    def __init__(self, say: Callable[[str], None], todo: Sequence[Shard], every_s: float) -> None:
-        self._say, self._every_s = say, every_s
-        self._shards, self._bytes = len(todo), sum(shard.size for shard in todo)
-        self._done = self._done_bytes = 0
-        self._began = self._last = time.monotonic()
-
-    def within(self, shard: Shard, part: float, pictures: int) -> None:
-        """`part` of a shard is encoded, `pictures` in all."""
-        now = time.monotonic()
-        if now - self._last >= self._every_s:
-            self._tell(now, self._done_bytes + part * shard.size, pictures)
-
-    def shard_done(self, shard: Shard, pictures: int) -> None:
-        """A shard is stored."""
-        self._done += 1
-        self._done_bytes += shard.size
-        now = time.monotonic()
-        if self._done == self._shards or now - self._last >= self._every_s:
-            self._tell(now, self._done_bytes, pictures)
-
-    def _tell(self, now: float, done: float, pictures: int) -> None:
-        self._last = now
-        elapsed = max(now - self._began, 1e-9)
-        left = elapsed * (self._bytes - done) / max(done, 1)
-        self._say(
-            f"shard {self._done}/{self._shards}, {pictures:,} pictures, {pictures / elapsed:.1f}/s, {elapsed:.0f} s, {left:.0f} s left"
-        )

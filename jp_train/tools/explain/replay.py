@@ -8,7 +8,6 @@ without them the plan is folded from step 0.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from jp_train.data.tokenizer import load_tokenizer
 from jp_train.data.vq_ids import IdsRecipe
 from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import ConfigError
+from jp_train.terminal import ProgressLine
 from jp_train.tools.index import IndexProgressLine
 from jp_train.types import PackedBatch, Row, RowSpec
 
@@ -106,14 +106,10 @@ class Replay:
         target = step - 1
         self._use_snapshots(target)
         start = max(start for start in self._starts if start <= target)
-        began = shown = time.monotonic()
+        line = ProgressLine("replay", self._progress, every_s=1, done=start)
         for reached in range(start + FOLD_AT_ONCE, target, FOLD_AT_ONCE):
             self.plan.rows_at(reached)
-            now = time.monotonic()
-            if now - shown > 1:
-                shown = now
-                left = (now - began) / (reached - start) * (target - reached)
-                self._say(f"planning: step {reached:,} of {target:,}, {now - began:.0f} s, {left:.0f} s left")
+            line.show(reached, target, f"planning: step {reached:,} of {target:,}")
         specs = self.plan.rows_at(target)
         self._starts.append(target)
         return specs
@@ -130,25 +126,21 @@ class Replay:
             )
         specs = self.specs(step)
         size = self.micro_batch_rows
-        wanted = sorted({row // size for row in rows})
-        began = shown = time.monotonic()
-        for done, number in enumerate(wanted):
-            own = specs[number * size : (number + 1) * size]
-            built = [self._builder.build(spec) for spec in own]
-            yield MicroBatch(number * size, self._collator(built), tuple(built), tuple(own))
-            now = time.monotonic()
-            if now - shown > 1 and done + 1 < len(wanted):
-                shown = now
-                left = (now - began) / (done + 1) * (len(wanted) - done - 1)
-                self._say(
-                    f"rebuilding: micro-batch {done + 1} of {len(wanted)}, {now - began:.0f} s, {left:.0f} s left"
-                )
+        numbers = sorted({row // size for row in rows})
+        line = ProgressLine("replay", self._progress, every_s=1)
+        for done, number in enumerate(numbers, 1):
+            part = specs[number * size : (number + 1) * size]
+            built = [self._builder.build(spec) for spec in part]
+            yield MicroBatch(number * size, self._collator(built), tuple(built), tuple(part))
+            if done < len(numbers):
+                line.show(done, len(numbers), f"rebuilding: micro-batch {done} of {len(numbers)}")
 
     def with_pictures(self, spec: RowSpec) -> Row:
         """The row of `spec` with every picture read, also where training takes stored VQ ids instead; samples
         without a picture are skipped."""
         locators = [
-            replace(one, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False) for one in self._locators
+            replace(locator, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False)
+            for locator in self._locators
         ]
         builder = RowBuilder(self.cfg, locators, self.tokenizer)
         try:
@@ -160,7 +152,7 @@ class Replay:
         if self._run_dir is None:
             return
         state = next(nearest_snapshots(self._run_dir, target), None)
-        if state is None:  # one of a later step still proves that the data are the same
+        if state is None:  # the state of a later step still proves that the data are the same
             state = next(nearest_snapshots(self._run_dir, sys.maxsize), None)
         if state is None:
             note = f"{self._run_dir} holds no plan state yet: it cannot be checked that the data are those it is trained on"

@@ -7,23 +7,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from jp_train.errors import ConfigError
-from jp_train.terminal import printable
-from jp_train.tools.importers.entries import Reader, Skip
+from jp_train.terminal import ProgressLine, printable
+from jp_train.tools.importers.entries import Entry, Reader, Skip
 from jp_train.tools.importers.manifest import SKIPPED
 from jp_train.tools.importers.pictures import read_inside, refuse_outside
-from jp_train.tools.importers.run import ImportProgress, ImportSettings, checked_listing, import_source
-from jp_train.tools.importers.summary import (
-    ProgressLine,
-    format_summary,
-    recipe_lines,
-    skipped_examples,
-    skipped_lines,
-    summarise,
-)
+from jp_train.tools.importers.run import ImportSettings, checked_listing, import_source
+from jp_train.tools.importers.summary import format_summary, recipe_lines, skipped_examples, skipped_lines, summarise
 from jp_train.tools.importers.tars import find_tars
 from jp_train.tools.importers.tars_run import import_tars, usable_samples
 from jp_train.types import Kind
@@ -46,12 +40,8 @@ def import_command(
     if dry_run:
         return _dry_run(reader, settings, stream)
 
-    def say(text: str) -> None:
-        print(f"import: {text}", file=stream, flush=True)
-
-    say(f"reading the listing of {reader.source}")
     with _interruptible(stream):
-        manifest = import_source(reader, settings, ProgressLine(stream), say=say)
+        manifest = import_source(reader, settings, stream)
     summary = summarise(manifest, reader.kind.value, reader.source_keys(), settings.out, time.monotonic() - started)
     return summary, format_summary(summary, skipped_examples(settings.out / SKIPPED))
 
@@ -71,21 +61,20 @@ def import_tars_command(
     started = time.monotonic()
     if processes < 1:
         raise ConfigError(f"--processes must be positive, got {processes}")
-    found = find_tars(source, allow_pipe=allow_pipe)
-    where = f"copied into {out.absolute()} as plain shards" if found.copies else "validated and indexed where they are"
+    tars = find_tars(source, allow_pipe=allow_pipe)
+    where = f"copied into {out.absolute()} as plain shards" if tars.copies else "validated and indexed where they are"
     if dry_run:
-        text = f"import webdataset: {len(found.names):,} tars would be {where}; nothing was written\n" + "\n".join(
-            f"  {name}" for name in found.names[:5]
+        text = f"import webdataset: {len(tars.names):,} tars would be {where}; nothing was written\n" + "\n".join(
+            f"  {name}" for name in tars.names[:5]
         )
-        return {"format": "webdataset", "dry_run": True, "tars": len(found.names), "copies": found.copies}, text
-    print(f"import: {len(found.names):,} tars, {where}", file=stream, flush=True)
+        return {"format": "webdataset", "dry_run": True, "tars": len(tars.names), "copies": tars.copies}, text
+    print(f"import: {len(tars.names):,} tars, {where}", file=stream, flush=True)
     with _interruptible(stream):
-        manifest = import_tars(source, found, out, kind, processes, ProgressLine(stream))
+        manifest = import_tars(source, tars, out, kind, processes, stream)
     summary = summarise(manifest, kind.value, {}, out, time.monotonic() - started)
     summary["samples"] = usable_samples(manifest)
-    if not found.copies:
-        one = summary["sources"][0]
-        one |= {"name": out.name, "folder": str(Path(found.names[0]).parent), "spec": found.spec}
+    if not tars.copies:
+        summary["sources"][0] |= {"name": out.name, "folder": str(Path(tars.names[0]).parent), "spec": tars.spec}
         summary["recipe"] = "\n".join(recipe_lines(summary["sources"]))
     return summary, format_summary(summary, skipped_examples(out / SKIPPED))
 
@@ -101,86 +90,102 @@ def _interruptible(stream: TextIO) -> Iterator[None]:
         raise
 
 
+@dataclass(kw_only=True)
+class _Survey:
+    """What a listing holds, and what a few of its pictures show. `sizes`: bytes of the pictures that were read."""
+
+    entries: int = 0
+    text_only: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    pictures_read: int = 0
+    pictures_bad: int = 0
+    sizes: list[int] = field(default_factory=list)
+
+    def add(self, entry: Entry, images: Path | None, *, look: bool) -> bool:
+        """Count an entry and, with `look`, read its picture; whether it had one to read."""
+        self.entries += 1
+        skip = entry.skip
+        path = entry.image if images is not None and isinstance(entry.image, str) else None
+        try:
+            if skip is None and path is not None and images is not None:
+                refuse_outside(images, path)
+        except Skip as outside:
+            skip = outside
+        if skip is not None:
+            self.skipped[skip.fault] += 1
+            self._example(skip.fault, entry, skip)
+            return False
+        self.text_only += entry.text_only
+        if not look or path is None or images is None:
+            return False
+        self.pictures_read += 1
+        try:
+            self.sizes.append(len(read_inside(images, path)))
+        except Skip as bad:
+            self.pictures_bad += 1
+            self._example("pictures", entry, bad)
+        return True
+
+    def _example(self, reason: str, entry: Entry, skip: Skip) -> None:
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < 2:
+            examples.append(f"{entry.name}: {skip}")
+
+
 def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[dict[str, Any], str]:
     """Reads the whole listing and a few pictures; writes nothing."""
     listing = checked_listing(reader, settings)
-    progress = ProgressLine(stream)
-    counts: Counter[str] = Counter()
-    skips: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    sizes: list[int] = []
-    looked_at = 0
-
-    def skipped(name: str, skip: Skip) -> None:
-        skips[skip.fault] += 1
-        if len(found := examples.setdefault(skip.fault, [])) < 2:
-            found.append(f"{name}: {skip}")
-
+    survey, line = _Survey(), ProgressLine("import", stream)
     for chunk in listing.chunks():
-        # The first entry of every so many chunks: spread over the listing, the same every time.
-        look = looked_at < SAMPLED_PICTURES and chunk.done * SAMPLED_PICTURES >= looked_at * listing.total
-        for entry in reader.entries(chunk, pictures=False):
-            counts["entries"] += 1
-            if entry.skip is not None:
-                skipped(entry.name, entry.skip)
-            elif entry.text_only:
-                counts["text_only"] += 1
-            elif isinstance(entry.image, str) and reader.images is not None:
-                try:
-                    refuse_outside(reader.images, entry.image)
-                except Skip as skip:
-                    skipped(entry.name, skip)
-                    continue
-                if not look:
-                    continue
-                look, looked_at = False, looked_at + 1
-                try:
-                    sizes.append(len(read_inside(reader.images, entry.image)))
-                except Skip as skip:
-                    counts["pictures_missing"] += 1
-                    if len(missing := examples.setdefault("pictures", [])) < 2:
-                        missing.append(f"{entry.name}: {skip}")
-        progress(
-            ImportProgress(
-                done=chunk.done,
-                total=listing.total,
-                resumed=0,
-                entries=counts["entries"],
-                skipped=skips.total(),
-                shards=0,
-            )
+        # The first picture of every so many chunks: spread over the listing, the same every time.
+        look = (
+            survey.pictures_read < SAMPLED_PICTURES
+            and chunk.done * SAMPLED_PICTURES >= survey.pictures_read * listing.total
         )
-    samples = counts["entries"] - skips.total() - counts["text_only"]
-    mib = samples * sum(sizes) / len(sizes) / 2**20 if sizes else None
+        for entry in reader.entries(chunk, pictures=False):
+            look = not survey.add(entry, reader.images, look=look) and look
+        line.show(
+            chunk.done,
+            listing.total,
+            f"{survey.entries:,} entries",
+            f"{survey.skipped.total():,} skipped by the listing",
+        )
+    samples = survey.entries - survey.skipped.total() - survey.text_only
+    mib = samples * sum(survey.sizes) / len(survey.sizes) / 2**20 if survey.sizes else None
     shards = max(-(-samples // settings.shard_samples), 0 if mib is None else int(-(-mib // settings.shard_mib)))
-    result = {
+    summary = {
         "format": reader.format,
         "dry_run": True,
-        "entries": counts["entries"],
+        "entries": survey.entries,
         "samples": samples,
-        "text_only": counts["text_only"],
-        "skipped": dict(skips),
-        "pictures_read": looked_at,
-        "pictures_bad": counts["pictures_missing"],
+        "text_only": survey.text_only,
+        "skipped": dict(survey.skipped),
+        "pictures_read": survey.pictures_read,
+        "pictures_bad": survey.pictures_bad,
         "estimated_mib": None if mib is None else round(mib, 1),
         "estimated_shards": shards,
     }
     good = "" if reader.kind is Kind.TEXT else " if every picture is good"
     lines = [
-        f"import {reader.format}, dry run: {counts['entries']:,} entries, {samples:,} {reader.kind.value} samples{good}, "
-        f"{skips.total():,} skipped by the listing alone; nothing was written",
+        f"import {reader.format}, dry run: {survey.entries:,} entries, {samples:,} {reader.kind.value} samples{good}, "
+        f"{survey.skipped.total():,} skipped by the listing alone; nothing was written",
         *(f"  {remark}" for remark in listing.remarks),
+        *_survey_lines(survey, settings),
+        f"  would write about {shards:,} shards{'' if mib is None else f', about {mib:,.0f} MiB'} to {settings.out}",
+        *skipped_lines(survey.skipped, survey.examples),
     ]
-    if counts["text_only"]:
+    return summary, "\n".join(lines)
+
+
+def _survey_lines(survey: _Survey, settings: ImportSettings) -> Iterator[str]:
+    if survey.text_only:
         kept = (
             f"would go to {settings.text_out}"
             if settings.text_out
             else "would be skipped: give --text-out FOLDER to keep them"
         )
-        lines.append(f"  {counts['text_only']:,} dialogues without a picture {kept}")
-    if looked_at:
-        lines.append(f"  {looked_at:,} pictures looked at, {counts['pictures_missing']:,} of them missing or refused")
-        lines += [f"             e.g. {printable(example)}" for example in examples.get("pictures", [])]
-    size = "" if mib is None else f", about {mib:,.0f} MiB"
-    lines.append(f"  would write about {shards:,} shards{size} to {settings.out}")
-    return result, "\n".join([*lines, *skipped_lines(skips, examples)])
+        yield f"  {survey.text_only:,} dialogues without a picture {kept}"
+    if survey.pictures_read:
+        yield f"  {survey.pictures_read:,} pictures looked at, {survey.pictures_bad:,} of them missing or refused"
+        yield from (f"             e.g. {printable(example)}" for example in survey.examples.get("pictures", []))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jp_train.data.processes import ordered_results
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
-from jp_train.terminal import printable
+from jp_train.terminal import ProgressLine, printable
 from jp_train.tools.importers.entries import Listing, Reader
 from jp_train.tools.importers.files import refuse_own_output
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
@@ -42,37 +42,23 @@ class ImportSettings:
     max_image_pixels: int = 100_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportProgress:
-    """What a progress callback gets after each chunk: place in the listing (units of its total), entries, skipped
-    entries and shards so far; `resumed` is the place in the listing where this process began to work."""
-
-    done: int
-    total: int
-    resumed: int
-    entries: int
-    skipped: int
-    shards: int
-
-
-def import_source(
-    reader: Reader,
-    settings: ImportSettings,
-    progress: Callable[[ImportProgress], None] | None = None,
-    *,
-    say: Callable[[str], None] = lambda _: None,
-) -> Manifest:
+def import_source(reader: Reader, settings: ImportSettings, stream: TextIO | None = None) -> Manifest:
     """Write every entry of `reader` into shards under `settings.out`, or go on with an import that was interrupted
-    there.
+    there; returns the complete manifest.
 
-    `say` gets remarks for a person: how the source was understood, and what the import goes on from. Returns the
-    complete manifest.
+    `stream` gets progress and remarks: how the source was understood, and what the import goes on from.
 
     Raises:
         ConfigError: for a source that is not the reader's layout, or a folder that holds another import.
         DataError: for I/O errors, a damaged listing, or a source without a usable entry. Shards written so far stay;
             the same command goes on from them.
     """
+
+    def say(text: str) -> None:
+        if stream is not None:
+            print(f"import: {text}", file=stream, flush=True)
+
+    say(f"reading the listing of {reader.source}")
     listing = checked_listing(reader, settings)
     for remark in listing.remarks:
         say(remark)
@@ -91,42 +77,45 @@ def import_source(
         if manifest.log_end:
             state = "complete already" if manifest.complete else "going on"
             say(f"{state}: {_shards(manifest):,} shards are there, with the first {manifest.log_end:,} entries")
-        if manifest.complete:
-            return manifest
-        manifest.store(settings.out)
-        rules = SampleRules(
-            reader=reader,
-            decode=settings.decode,
-            max_image_pixels=settings.max_image_pixels,
-            keep_text_only=settings.text_out is not None,
-        )
-        start = min(one.end for one in manifest.outputs.values())
-        chunks = (chunk for chunk in listing.chunks() if chunk.first + chunk.count > start)
-        work = ordered_results(
-            chunks,
-            partial(make_chunk, rules=rules),
-            settings.processes,
-            describe=lambda chunk: f"entry {chunk.first:,}",
-            at_least=_FEW,
-        )
-        with _Sink(manifest, settings) as sink, work as results:
-            first = None
-            for chunk, made in results:
-                sink.take(made)
-                first = chunk.done if first is None else first
-                if progress is not None:
-                    progress(
-                        ImportProgress(
-                            done=chunk.done,
-                            total=listing.total,
-                            resumed=first if start else 0,
-                            entries=manifest.counts["entries"],
-                            skipped=sink.skipped,
-                            shards=_shards(manifest),
-                        )
-                    )
-            sink.finish()
+        if not manifest.complete:
+            manifest.store(settings.out)
+            _write(manifest, listing, reader, settings, stream)
     return manifest
+
+
+def _write(
+    manifest: Manifest, listing: Listing, reader: Reader, settings: ImportSettings, stream: TextIO | None
+) -> None:
+    """The entries that `manifest` does not have yet, into its shards."""
+    rules = SampleRules(
+        reader=reader,
+        decode=settings.decode,
+        max_image_pixels=settings.max_image_pixels,
+        keep_text_only=settings.text_out is not None,
+    )
+    start = min(output.end for output in manifest.outputs.values())
+    chunks = (chunk for chunk in listing.chunks() if chunk.first + chunk.count > start)
+    work = ordered_results(
+        chunks,
+        partial(make_chunk, rules=rules),
+        settings.processes,
+        describe=lambda chunk: f"entry {chunk.first:,}",
+        at_least=_FEW,
+    )
+    line: ProgressLine | None = None
+    with _Sink(manifest, settings) as sink, work as results:
+        for chunk, made in results:
+            sink.take(made)
+            # the first chunk waits for the processes to start, and for what an earlier run did already
+            line = line or ProgressLine("import", stream, done=chunk.done)
+            line.show(
+                chunk.done,
+                listing.total,
+                f"{manifest.counts['entries']:,} entries",
+                f"{sink.skipped:,} skipped",
+                f"{_shards(manifest):,} shards",
+            )
+        sink.finish()
 
 
 def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jp_train.files import read_json_lines
 from jp_train.terminal import aligned, printable
 from jp_train.tools.importers.entries import REASONS, REFUSED
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState
-from jp_train.tools.importers.run import ImportProgress
 from jp_train.tools.importers.samples import MAIN
 
 _EXAMPLES = 2
 _WIDTH = 160
-_EVERY_S = 0.5
-
-
-class ProgressLine:
-    """A line at most every half second, with the time left estimated from the place in the listing."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._started = stream, time.monotonic()
-        self._last = self._started
-
-    def __call__(self, at: ImportProgress) -> None:
-        now = time.monotonic()
-        if now - self._last < _EVERY_S:
-            return
-        self._last = now
-        elapsed = now - self._started
-        left = elapsed * (at.total - at.done) / max(at.done - at.resumed, 1)
-        print(
-            f"import: {100 * at.done / max(at.total, 1):.1f}% of the listing, {at.entries:,} entries, {at.skipped:,} skipped, {at.shards:,} shards, "
-            f"{elapsed:.0f} s, {left:.0f} s left",
-            file=self._stream,
-            flush=True,
-        )
 
 
 def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: Path, seconds: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards
 from jp_train.data.sidecar import load_members, store_members
 from jp_train.data.writer import SHARD_NAME, WrittenShard
 from jp_train.errors import ConfigError, DataError, SkipSample
-from jp_train.files import fsync
+from jp_train.files import replacing
 from jp_train.tools.importers.files import file_identity
 from jp_train.tools.importers.samples import check_sample
 from jp_train.types import Kind
@@ -157,24 +157,22 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
         DataError: for a truncated or corrupt tar, a command that fails, or a disk that refuses; no shard is left then.
     """
     path = folder / SHARD_NAME.format(number)
-    temporary = folder / f".{path.name}.tmp"
     try:
-        with _stream(name) as stream:
-            digest = _copy(name, stream, temporary)
-        with contextlib.closing(ShardReader()) as reader:
-            try:
-                shard = reader.stat(str(temporary))
-                members = scan_members(shard, reader)
-            except DataError as error:
-                raise DataError(f"{name}: {str(error).replace(str(temporary), 'its content')}") from None
-        os.replace(temporary, path)
-        fsync(folder)
+        with replacing(path) as file:
+            with _stream(name) as stream:
+                digest = _copy(name, stream, file)
+            file.flush()
+            temporary = str(file.name)
+            with contextlib.closing(ShardReader()) as reader:
+                try:
+                    shard = reader.stat(temporary)
+                    members = scan_members(shard, reader)
+                except DataError as error:
+                    raise DataError(f"{name}: {str(error).replace(temporary, 'its content')}") from None
     except OSError as error:
         raise DataError(
             f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     with contextlib.closing(ShardReader()) as reader:
         checked = _check(Shard(path=str(path), size=shard.size, stamp=shard.stamp), kind, reader, members)
     written = WrittenShard(name=path.name, size=shard.size, samples=len(members.keys), sha256=digest)
@@ -221,8 +219,8 @@ def _stream(name: str) -> Iterator[BinaryIO]:
                 raise
         if process.returncode:
             errors.seek(max(0, errors.seek(0, io.SEEK_END) - 500))
-            said = errors.read().decode(errors="replace").strip()
-            raise DataError(f"{name!r} ended with status {process.returncode}: {said or 'it said nothing'}")
+            output = errors.read().decode(errors="replace").strip()
+            raise DataError(f"{name!r} ended with status {process.returncode}: {output or 'it printed nothing'}")
 
 
 class _Ranges(io.RawIOBase):
@@ -261,8 +259,8 @@ def _compression(head: bytes) -> str:
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
 
 
-def _copy(name: str, stream: BinaryIO, path: Path) -> str:
-    """Decompress a stream into a file, synced; returns the SHA-256 of what was written."""
+def _copy(name: str, stream: BinaryIO, file: BinaryIO) -> str:
+    """Decompress a stream into a file; returns the SHA-256 of what was written."""
     head = stream.read(4)
     kind = _compression(head)
     if kind == "zstd":
@@ -272,18 +270,14 @@ def _copy(name: str, stream: BinaryIO, path: Path) -> str:
     whole = io.BufferedReader(_Rejoined(head, stream), _BLOCK)
     plain = _DECOMPRESSORS[kind](whole)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        while True:
-            try:
-                block = plain.read(_BLOCK)
-            except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-                raise DataError(
-                    f"{name}: the {kind or 'tar'} stream is truncated or corrupt: {error}; download it again"
-                ) from None
-            if not block:
-                break
-            file.write(block)
-            digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    while True:
+        try:
+            block = plain.read(_BLOCK)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(
+                f"{name}: the {kind or 'tar'} stream is truncated or corrupt: {error}; download it again"
+            ) from None
+        if not block:
+            return digest.hexdigest()
+        file.write(block)
+        digest.update(block)

@@ -7,13 +7,14 @@ sidecars make it quick.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from jp_train.data.processes import ordered_results
 from jp_train.data.writer import WrittenShard
 from jp_train.errors import ConfigError, DataError
+from jp_train.terminal import ProgressLine
 from jp_train.tools.importers.manifest import (
     NAME,
     SKIPPED,
@@ -24,24 +25,18 @@ from jp_train.tools.importers.manifest import (
     locked,
     resume_or_start,
 )
-from jp_train.tools.importers.run import ImportProgress
 from jp_train.tools.importers.samples import MAIN
 from jp_train.tools.importers.tars import CheckedTar, TarSource, check_tar, copy_tar
 from jp_train.types import Kind
 
 
 def import_tars(
-    source: str,
-    found: TarSource,
-    out: Path,
-    kind: Kind,
-    processes: int,
-    progress: Callable[[ImportProgress], None] | None = None,
+    source: str, tars: TarSource, out: Path, kind: Kind, processes: int, stream: TextIO | None = None
 ) -> Manifest:
-    """Validate (and where `found.copies` says so, copy into `out`) every tar; returns the complete manifest.
+    """Validate (and where `tars.copies` says so, copy into `out`) every tar; returns the complete manifest.
 
     Its shards are the copies, or the tars where they lie (names absolute, SHA-256 empty). Bad samples are named in
-    `skipped.jsonl`; they stay in their tars, and the index leaves them out.
+    `skipped.jsonl`; they stay in their tars, and the index leaves them out. Progress goes to `stream`.
 
     Raises:
         ConfigError: when `out` holds another import.
@@ -50,48 +45,35 @@ def import_tars(
     new = Manifest(
         format="webdataset",
         source=source,
-        identity=found.identity,
-        options={"kind": kind.value, "copies": found.copies},
-        outputs={MAIN: OutputState(folder=str(out.absolute()) if found.copies else "/")},
+        identity=tars.identity,
+        options={"kind": kind.value, "copies": tars.copies},
+        outputs={MAIN: OutputState(folder=str(out.absolute()) if tars.copies else "/")},
     )
     with locked(out):
-        manifest = _resumed(new, found, out)
+        manifest = _resumed(new, tars, out)
         if manifest.complete:
             return manifest
-        state = manifest.outputs[MAIN]
-        start = state.end
-        numbers = range(start, len(found.names))
+        start = manifest.outputs[MAIN].end
+        numbers = range(start, len(tars.names))
         work = ordered_results(
             numbers,
-            partial(_run, found=found, out=out, kind=kind),
+            partial(_run, tars=tars, out=out, kind=kind),
             min(processes, len(numbers)),
-            describe=lambda number: found.names[number],
+            describe=lambda number: tars.names[number],
         )
+        line = ProgressLine("import", stream, done=start)
         with contextlib.closing(SkipLog(out, manifest)) as log, work as results:
             for number, checked in results:
-                name = found.names[number]
-                for key, reason, message in checked.bad:
-                    log.write(shard=name, name=f"{name}: {key}", reason=reason, message=message)
-                    manifest.count_skip(reason)
-                log.sync(number + 1)
-                manifest.counts["entries"] += checked.entries
-                state.shards.append(
-                    checked.written or WrittenShard(name=name, size=checked.size, samples=checked.entries, sha256="")
-                )
-                state.end = number + 1
-                if found.copies:
+                _record(manifest, log, number, tars.names[number], checked)
+                if tars.copies:
                     manifest.store(out)
-                if progress is not None:
-                    progress(
-                        ImportProgress(
-                            done=number + 1,
-                            total=len(found.names),
-                            resumed=start,
-                            entries=manifest.counts["entries"],
-                            skipped=sum(manifest.skipped.values()),
-                            shards=number + 1,
-                        )
-                    )
+                line.show(
+                    number + 1,
+                    len(tars.names),
+                    f"tar {number + 1:,}/{len(tars.names):,}",
+                    f"{manifest.counts['entries']:,} entries",
+                    f"{sum(manifest.skipped.values()):,} skipped",
+                )
         if usable_samples(manifest) <= 0:
             raise DataError(
                 f"{source} has no usable {kind.value} sample: {out / SKIPPED} says why for each; is --kind right?"
@@ -101,7 +83,20 @@ def import_tars(
     return manifest
 
 
-def _resumed(new: Manifest, found: TarSource, out: Path) -> Manifest:
+def _record(manifest: Manifest, log: SkipLog, number: int, name: str, checked: CheckedTar) -> None:
+    for key, reason, message in checked.bad:
+        log.write(shard=name, name=f"{name}: {key}", reason=reason, message=message)
+        manifest.count_skip(reason)
+    log.sync(number + 1)
+    manifest.counts["entries"] += checked.entries
+    output = manifest.outputs[MAIN]
+    output.shards.append(
+        checked.written or WrittenShard(name=name, size=checked.size, samples=checked.entries, sha256="")
+    )
+    output.end = number + 1
+
+
+def _resumed(new: Manifest, tars: TarSource, out: Path) -> Manifest:
     """The manifest to go on from. Tars that are not copied yet may have changed: a damaged one has to be mended to go
     on.
 
@@ -109,7 +104,7 @@ def _resumed(new: Manifest, found: TarSource, out: Path) -> Manifest:
     over.
     """
     before = load_manifest(out)
-    if not found.copies:
+    if not tars.copies:
         if before is not None and (before.format, before.source, before.options.get("copies")) != (
             new.format,
             new.source,
@@ -121,7 +116,7 @@ def _resumed(new: Manifest, found: TarSource, out: Path) -> Manifest:
             )
         return new
     if before is not None and MAIN in before.outputs:
-        pending = found.names[before.outputs[MAIN].end :]
+        pending = tars.names[before.outputs[MAIN].end :]
         now, new.identity = (
             new.identity,
             new.identity | {name: before.identity[name] for name in pending if name in before.identity},
@@ -137,6 +132,6 @@ def usable_samples(manifest: Manifest) -> int:
     return manifest.counts["entries"] - sum(manifest.skipped.values())
 
 
-def _run(number: int, found: TarSource, out: Path, kind: Kind) -> CheckedTar:
-    name = found.names[number]
-    return copy_tar(name, out, number, kind) if found.copies else check_tar(name, kind)
+def _run(number: int, tars: TarSource, out: Path, kind: Kind) -> CheckedTar:
+    name = tars.names[number]
+    return copy_tar(name, out, number, kind) if tars.copies else check_tar(name, kind)

@@ -14,6 +14,7 @@ from jp_train.config.batch import BatchPlan, rows_per_step
 from jp_train.config.schema import ImageEnd, Packing, Template
 from jp_train.data.plan import Plan
 from jp_train.errors import ConfigError, DataError
+from jp_train.terminal import ProgressLine
 from jp_train.tools.simulate.walk import STATISTICS, Situation, SourceReads, simulate
 from jp_train.types import KINDS, Kind
 
@@ -86,7 +87,13 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
         flops_per_second=UTILISATION * cfg.logging.peak_tflops * 1e12 * world,
     )
     sample_steps = question.sample_steps or max(200, -(-SAMPLED_ROWS // rows_per_step(cfg)))
-    found = simulate(plan, situation, sample_steps=sample_steps, progress=_ProgressLine(progress or sys.stderr))
+    line = ProgressLine("simulate", progress or sys.stderr, every_s=2)
+    forecast = simulate(
+        plan,
+        situation,
+        sample_steps=sample_steps,
+        progress=lambda done, total: line.show(done, total, f"{done:,}/{total:,} steps planned"),
+    )
     dialogues = cfg.stage.template is Template.stage3 or cfg.data.mask_question
     return {
         "stage": cfg.stage.name,
@@ -94,7 +101,7 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
         "batch": batch.describe(),
         "supervised_note": " (text: at most, questions are counted too)" if dialogues else "",
         "seconds": time.monotonic() - began,
-        **found,
+        **forecast,
     }
 
 
@@ -165,22 +172,3 @@ def _without_data(
         for name, stated in lengths.items()
     }
     return plan, reads, template_tokens(Kind.UNDERSTANDING, cfg, slots)
-
-
-class _ProgressLine:
-    """A line every two seconds, with the time left."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._began, self._last = stream, time.monotonic(), time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last < 2:
-            return
-        self._last = now
-        elapsed = now - self._began
-        print(
-            f"simulate: {done}/{total} steps planned, {elapsed:.0f} s, {elapsed * (total - done) / done:.0f} s left",
-            file=self._stream,
-            flush=True,
-        )
