@@ -21,6 +21,7 @@ from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot, nearest_snapshots
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import ConfigError, DataError
+from jp_train.terminal import ProgressLine
 from jp_train.tools.explain.replay import Replay
 from jp_train.tools.explain.table import format_row, format_rows, totals
 from jp_train.types import IGNORE_INDEX, PackedBatch, Provenance
@@ -270,7 +271,7 @@ def test_other_data_than_the_runs_are_refused_for_any_step(damaged, tokenizer, t
 
 def test_planning_far_from_a_snapshot_tells_how_long_it_will_take(damaged, monkeypatch, capsys):
     clock = itertools.count()
-    monkeypatch.setattr("jp_train.tools.explain.replay.time.monotonic", lambda: float(2 * next(clock)))
+    monkeypatch.setitem(ProgressLine.__init__.__kwdefaults__, "clock", lambda: float(2 * next(clock)))
     with Replay(damaged) as replay:
         replay.specs(160)
     error = capsys.readouterr().err

@@ -116,24 +116,30 @@ def _ranks(found: dict[str, Any]) -> list[str]:
 
 def _reads(found: dict[str, Any]) -> list[str]:
     reads = found["reads"]
-    origin = (
-        "stated"
-        if reads["step_seconds_stated"]
-        else "what the FLOPs take at 40 % of logging.peak_tflops; state it with --step-seconds"
-    )
-    lines = [f"  reads, with a step in {reads['step_seconds']:.2f} s ({origin}):"]
+    if reads["step_seconds"] is None:
+        lines = [
+            "  reads a step; state its time with --step-seconds for those a second (FLOPs alone do not tell it here):"
+        ]
+    else:
+        origin = (
+            "stated"
+            if reads["step_seconds_stated"]
+            else "what the FLOPs take at 40 % of logging.peak_tflops; state it with --step-seconds"
+        )
+        lines = [f"  reads, with a step in {reads['step_seconds']:.2f} s ({origin}):"]
     names = {
         "samples": "samples",
-        "bytes_with_pictures": "bytes, generation pictures read",
+        "bytes_with_pictures": "bytes, generation images read",
         "bytes_with_ids": "bytes, all VQ ids stored",
         "bytes_as_stored_now": "bytes, ids as they are stored now",
     }
     for key, name in names.items():
-        each, node = reads["per_step"][key], reads["per_node_per_second"][key]
-        shown = (
-            (f"{each:,.0f}", f"{node:,.1f}")
-            if key == "samples"
-            else (f"{each / 2**20:,.1f} MiB", f"{node / 2**20:,.2f} MiB")
-        )
-        lines.append(f"    {name:<34} {shown[0]:>14} a step {shown[1]:>14} a second and node")
+        bytes_read = key != "samples"
+        unit, scale = (" MiB", 2**20) if bytes_read else ("", 1)
+        a_step = f"{reads['per_step'][key] / scale:,.{int(bytes_read)}f}{unit}"
+        line = f"    {name:<34} {a_step:>14} a step"
+        if reads["per_node_per_second"] is not None:
+            a_second = f"{reads['per_node_per_second'][key] / scale:,.{1 + bytes_read}f}{unit}"
+            line += f" {a_second:>14} a second and node"
+        lines.append(line)
     return lines

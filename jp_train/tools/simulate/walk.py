@@ -31,6 +31,8 @@ STATISTICS = (
     "encoded_images",
 )
 """What a row's FLOPs are a weighted sum of: the fields of model.flops.BatchStatistics."""
+LEAST_STEP_SECONDS = 0.05
+"""A step whose FLOPs take less is one of a toy model or a CPU: launches and collectives decide its time, not FLOPs."""
 _NAMED_REPEATS = 3
 
 
@@ -121,7 +123,8 @@ def simulate(
         situation.micro_batch_rows,
     )
     forecast["flops_per_step"] = float(work.sum(1).mean())
-    step_seconds = situation.step_seconds or forecast["flops_per_step"] / situation.flops_per_second
+    arithmetic = forecast["flops_per_step"] / situation.flops_per_second
+    step_seconds = situation.step_seconds or (arithmetic if arithmetic >= LEAST_STEP_SECONDS else None)
     forecast["reads"] = _reads(sample, plan, situation, step_seconds)
     forecast["histograms"] = _histograms(plan, sample, filled)
     return forecast
@@ -297,8 +300,8 @@ def _has(sample: Sample, kind: int) -> np.ndarray:
     return present
 
 
-def _reads(sample: Sample, plan: Plan, situation: Situation, step_seconds: float) -> dict[str, Any]:
-    """Per step and per node: every span reads its sample once."""
+def _reads(sample: Sample, plan: Plan, situation: Situation, step_seconds: float | None) -> dict[str, Any]:
+    """Per step and, where the time of a step is known, per node and second: every span reads its sample once."""
     spans = np.bincount(sample.source, minlength=len(plan.sources)) / sample.steps
     per_step = {"samples": float(spans.sum())}
     for name, choose in (
@@ -309,12 +312,13 @@ def _reads(sample: Sample, plan: Plan, situation: Situation, step_seconds: float
         per_step[name] = float(
             sum(spans[index] * choose(situation.reads[source.name]) for index, source in enumerate(plan.sources))
         )
-    share = 1 / (situation.nodes * step_seconds)
     return {
         "step_seconds": step_seconds,
         "step_seconds_stated": situation.step_seconds is not None,
         "per_step": per_step,
-        "per_node_per_second": {name: value * share for name, value in per_step.items()},
+        "per_node_per_second": None
+        if step_seconds is None
+        else {name: value / (situation.nodes * step_seconds) for name, value in per_step.items()},
     }
 
 

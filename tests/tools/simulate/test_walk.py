@@ -266,6 +266,17 @@ def test_missing_data_is_an_error_that_says_how_to_forecast_without(tiny) -> Non
     assert "default distributions" in found["synthetic"] and "SYNTHETIC" in format_forecast(found)
 
 
+def test_reads_a_second_need_a_stated_time_where_flops_do_not_tell_it(tiny) -> None:
+    forecast = simulate_stage(tiny, Question(synthetic=True, sample_steps=6))
+    text = format_forecast(forecast)
+    assert forecast["reads"]["per_node_per_second"] is None and "a second and node" not in text
+    assert "state its time with --step-seconds" in text and "MiB a step" in text
+    stated = simulate_stage(tiny, Question(synthetic=True, sample_steps=6, step_seconds=2.0))
+    a_step = stated["reads"]["per_step"]["samples"]
+    assert stated["reads"]["per_node_per_second"]["samples"] == pytest.approx(a_step / 2)
+    assert "with a step in 2.00 s (stated)" in format_forecast(stated)
+
+
 def test_the_command_writes_one_json_object_and_a_picture(tmp_path, capsys) -> None:
     stated = tmp_path / "lengths.yaml"
     stated.write_text(
