@@ -59,13 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)  # before torch: a misspelt key is answered at once
 
     from jp_train.tools.simulate.plots import save_forecast
-    from jp_train.tools.simulate.stage import Question, simulate_stage
+    from jp_train.tools.simulate.stage import SimulateOptions, simulate_stage
     from jp_train.tools.simulate.table import format_forecast
 
     names = ("hostfile", "world", "steps", "sample_steps", "lengths", "synthetic", "step_seconds")
-    question = Question(**{name: getattr(arguments, name) for name in names})
-    found = simulate_stage(config, question)
-    print(json.dumps(found) if arguments.json else format_forecast(found))
+    options = SimulateOptions(**{name: getattr(arguments, name) for name in names})
+    forecast = simulate_stage(config, options)
+    print(json.dumps(forecast) if arguments.json else format_forecast(forecast))
     if arguments.out is not None:
-        print(f"written: {save_forecast(found, arguments.out)}", file=sys.stderr)
+        print(f"written: {save_forecast(forecast, arguments.out)}", file=sys.stderr)
     return 0

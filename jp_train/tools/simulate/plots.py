@@ -20,14 +20,14 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 3)),
 INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
 
 
-def save_forecast(found: dict[str, Any], folder: Path) -> str:
+def save_forecast(forecast: dict[str, Any], folder: Path) -> str:
     """Write `simulate.png` and `simulate.json` into `folder`; returns their paths in words. Raises DataError if it
     cannot be written."""
     picture, numbers = folder / "simulate.png", folder / "simulate.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        numbers.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        draw_forecast(found, picture)
+        numbers.write_text(json.dumps(forecast, indent=1), encoding="utf-8")
+        draw_forecast(forecast, picture)
     except OSError as error:
         raise DataError(
             f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written"
@@ -35,15 +35,18 @@ def save_forecast(found: dict[str, Any], folder: Path) -> str:
     return f"{picture}, {numbers}"
 
 
-def draw_forecast(found: dict[str, Any], path: Path) -> None:
+def draw_forecast(forecast: dict[str, Any], path: Path) -> None:
     """The six panels as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 9.8), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    title = f"{found['stage']}: {found['steps']:,} steps x {found['rows_per_step']} rows of {found['seq_len']:,} tokens, {found['world']} ranks"
-    if found["synthetic"]:
+    title = (
+        f"{forecast['stage']}: {forecast['steps']:,} steps x {forecast['rows_per_step']} rows of "
+        f"{forecast['seq_len']:,} tokens, {forecast['world']} ranks"
+    )
+    if forecast["synthetic"]:
         title += "   (synthetic lengths)"
     figure.suptitle(title, fontsize=14, color=INK, x=0.01, ha="left")
     panels = figure.subplots(2, 3)
@@ -55,16 +58,16 @@ def draw_forecast(found: dict[str, Any], path: Path) -> None:
             axes.spines[side].set_visible(False)
         for side in ("left", "bottom"):
             axes.spines[side].set_color(MUTED)
-        draw(axes, found)
+        draw(axes, forecast)
         axes.title.set_color(INK)
     figure.savefig(path)
 
 
-def _styles(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _styles(forecast: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Colour by kind, dashes by place within the kind."""
     styles: dict[str, dict[str, Any]] = {}
     seen = dict.fromkeys(KIND_COLOURS, 0)
-    for source in found["sources"]:
+    for source in forecast["sources"]:
         kind = source["kind"]
         styles[source["name"]] = {
             "color": KIND_COLOURS[kind],
@@ -81,14 +84,14 @@ def _heading(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=9, color=MUTED)
 
 
-def _epochs(axes: Axes, found: dict[str, Any]) -> None:
+def _epochs(axes: Axes, forecast: dict[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    for name, style in _styles(found).items():
-        (source,) = (one for one in found["sources"] if one["name"] == name)
+    for name, style in _styles(forecast).items():
+        (source,) = (source for source in forecast["sources"] if source["name"] == name)
         steps, epochs = np.array(source["epochs_at_steps"]).T
         # straight lines, also on log axes
-        between = np.unique(np.concatenate([steps, np.geomspace(1, max(found["steps"], 2), 400)]))
+        between = np.unique(np.concatenate([steps, np.geomspace(1, max(forecast["steps"], 2), 400)]))
         axes.plot(between, np.interp(between, steps, epochs), label=f"{name} {source['epochs']:.2f}", **style)
         repeats = source["repeats_at_steps"]
         axes.plot(
@@ -100,36 +103,38 @@ def _epochs(axes: Axes, found: dict[str, Any]) -> None:
             markeredgecolor="white",
             zorder=5,
         )
-    if any(source["repeats_at_steps"] for source in found["sources"]):
+    if any(source["repeats_at_steps"] for source in forecast["sources"]):
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     _heading(axes, "Epochs over the stage (dots: the source begins again)", "step", "epochs so far")
-    first = min((step for source in found["sources"] for step in source["repeats_at_steps"]), default=found["steps"])
-    if first < found["steps"] / 20:  # else the first dots would lie in the corner
+    first = min(
+        (step for source in forecast["sources"] for step in source["repeats_at_steps"]), default=forecast["steps"]
+    )
+    if first < forecast["steps"] / 20:  # else the first dots would lie in the corner
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlim(max(1, first / 3), found["steps"])
+        axes.set_xlim(max(1, first / 3), forecast["steps"])
         axes.set_ylim(bottom=0.1)
         axes.legend(fontsize=8, frameon=False, loc="upper left")
         return
-    axes.set_xlim(0, found["steps"])
+    axes.set_xlim(0, forecast["steps"])
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.legend(fontsize=8, frameon=False, loc="upper left")
 
 
-def _lengths(axes: Axes, found: dict[str, Any]) -> None:
+def _lengths(axes: Axes, forecast: dict[str, Any]) -> None:
     end = 0.0
-    for name, style in _styles(found).items():
-        histogram = found["histograms"]["lengths"].get(name)
+    for name, style in _styles(forecast).items():
+        histogram = forecast["histograms"]["lengths"].get(name)
         if histogram is None:
             continue
         counts, edges = np.array(histogram["counts"], float), np.array(histogram["edges"])
         share = 100 * counts / counts.sum()
         axes.stairs(share, edges, label=name, **style)
         end = max(end, edges[1 + np.flatnonzero(share > 0.05).max()])
-    axes.axvline(found["seq_len"], color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, min(end * 1.05, 2 * found["seq_len"]))
+    axes.axvline(forecast["seq_len"], color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xlim(0, min(end * 1.05, 2 * forecast["seq_len"]))
     _heading(
         axes,
         "Lengths of the samples (dotted: data.seq_len)",
@@ -142,34 +147,34 @@ def _lengths(axes: Axes, found: dict[str, Any]) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper right")
 
 
-def _empty(axes: Axes, found: dict[str, Any]) -> None:
-    histogram = found["histograms"]["empty_tokens"]
+def _empty(axes: Axes, forecast: dict[str, Any]) -> None:
+    histogram = forecast["histograms"]["empty_tokens"]
     counts, edges = np.array(histogram["counts"], float), np.array(histogram["edges"])
     axes.stairs(100 * counts / counts.sum(), edges, fill=True, color="#0072B2")
     axes.set_yscale("log")
-    fill = found["fill"]
+    fill = forecast["fill"]
     _heading(
         axes, f"Empty end of a row (fill {100 * fill['mean']:.3f} %)", "tokens of a row without a document", "% of rows"
     )
 
 
-def _balance(axes: Axes, found: dict[str, Any]) -> None:
-    worlds = [entry["world"] for entry in found["ranks"]]
+def _balance(axes: Axes, forecast: dict[str, Any]) -> None:
+    worlds = [entry["world"] for entry in forecast["ranks"]]
     for name, label, colour in (
         ("step", "ranks meet once a step", "#0072B2"),
         ("micro_batch", "once a micro-batch (ZeRO-3)", "#D55E00"),
     ):
-        points = [(entry["world"], entry[name]["lost_percent"]) for entry in found["ranks"] if name in entry]
+        points = [(entry["world"], entry[name]["lost_percent"]) for entry in forecast["ranks"] if name in entry]
         if points:
             axes.plot(*np.array(points).T, "o-", color=colour, markersize=4, linewidth=1.8, label=label)
-    _world_axis(axes, found, worlds)
+    _world_axis(axes, forecast, worlds)
     _heading(axes, "Waiting for the rank with the most FLOPs", "ranks", "% of all arithmetic")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=9, frameon=False, loc="upper left")
 
 
-def _imbalance(axes: Axes, found: dict[str, Any]) -> None:
-    (entry,) = (entry for entry in found["ranks"] if entry["world"] == found["world"])
+def _imbalance(axes: Axes, forecast: dict[str, Any]) -> None:
+    (entry,) = (entry for entry in forecast["ranks"] if entry["world"] == forecast["world"])
     for name, label, colour in (("step", "of a step", "#0072B2"), ("micro_batch", "of a micro-batch", "#D55E00")):
         if name in entry:
             counts, edges = (
@@ -179,7 +184,7 @@ def _imbalance(axes: Axes, found: dict[str, Any]) -> None:
             axes.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, alpha=0.55, color=colour, label=label)
     _heading(
         axes,
-        f"Slowest rank over the average, {found['world']} ranks",
+        f"Slowest rank over the average, {forecast['world']} ranks",
         "max / mean FLOPs",
         "density over the sampled steps or micro-batches",
     )
@@ -187,13 +192,13 @@ def _imbalance(axes: Axes, found: dict[str, Any]) -> None:
     axes.legend(fontsize=9, frameon=False, loc="upper right")
 
 
-def _lacks(axes: Axes, found: dict[str, Any]) -> None:
-    worlds = [entry["world"] for entry in found["ranks"]]
+def _lacks(axes: Axes, forecast: dict[str, Any]) -> None:
+    worlds = [entry["world"] for entry in forecast["ranks"]]
     for kind in map(str, KINDS):
         for name, style in (("step", "-"), ("micro_batch", (0, (4, 2)))):
             points = [
                 (entry["world"], 100 * entry[name]["some_rank_lacks"][kind])
-                for entry in found["ranks"]
+                for entry in forecast["ranks"]
                 if kind in entry.get(name, entry["step"])["some_rank_lacks"] and name in entry
             ]
             if points:
@@ -207,15 +212,15 @@ def _lacks(axes: Axes, found: dict[str, Any]) -> None:
                     color=KIND_COLOURS[kind],
                     label=label,
                 )
-    _world_axis(axes, found, worlds)
+    _world_axis(axes, forecast, worlds)
     axes.set_ylim(-3, 103)
     _heading(axes, "Some rank has no document of a kind", "ranks", "% of steps (solid) or micro-batches (dashed)")
     axes.legend(fontsize=9, frameon=False, loc="center", bbox_to_anchor=(0.55, 0.3))
 
 
-def _world_axis(axes: Axes, found: dict[str, Any], worlds: list[int]) -> None:
+def _world_axis(axes: Axes, forecast: dict[str, Any], worlds: list[int]) -> None:
     axes.set_xscale("log", base=2)
     powers = [world for world in worlds if world & (world - 1) == 0]
     axes.set_xticks(powers, [str(world) for world in powers])
     axes.minorticks_off()
-    axes.axvline(found["world"], color=INK, linewidth=0.8, linestyle=":")
+    axes.axvline(forecast["world"], color=INK, linewidth=0.8, linestyle=":")

@@ -19,32 +19,32 @@ def rank_balance(
     """One entry per world size (powers of two that divide the step, and all others up to 4096 that do).
 
     work: FLOPs of every row, float64 [steps, R]; kinds: whether a row holds a kind, bool [steps, R, len(names)]. `step`
-    and `micro_batch`
-    say between which meetings ranks work alone: ZeRO-3 gathers weights in every micro-batch, so ranks meet at least
-    that often. `max_over_mean` is the mean over meetings of the slowest rank's work over the average; `lost_percent`,
-    of all arithmetic, what the others wait; `some_rank_lacks` the share of meetings in which at least one rank has no
-    document of the kind, `a_rank_lacks` the probability for one rank.
+    and `micro_batch` say how often ranks wait for each other: ZeRO-3 gathers weights in every micro-batch, so ranks
+    synchronise at least that often. `max_over_mean` is the mean over synchronisations of the slowest rank's FLOPs over
+    the average; `lost_percent` the share of all arithmetic during which the other ranks wait; `some_rank_lacks` the
+    share of synchronisations in which at least one rank has no document of the kind, `a_rank_lacks` the probability for
+    a single rank.
     """
     rows = work.shape[1]
-    found = []
+    balance = []
     for world in (size for size in range(1, min(rows, LARGEST_WORLD) + 1) if rows % size == 0):
         entry: dict[str, Any] = {"world": world, "rows_per_rank": rows // world}
-        meetings = {"step": rows // world}
+        rows_between = {"step": rows // world}
         if rows // world % micro_batch_rows == 0:
-            meetings["micro_batch"] = micro_batch_rows
-        for name, size in meetings.items():
-            # [steps, ranks, meetings of a step, rows between two of them] -> what a rank has for one meeting
-            own = work.reshape(len(work), world, -1, size).sum(3)
+            rows_between["micro_batch"] = micro_batch_rows
+        for name, size in rows_between.items():
+            # [steps, ranks, synchronisations of a step, rows between two of them] -> what a rank does between two
+            per_rank = work.reshape(len(work), world, -1, size).sum(3)
             has = kinds.reshape(len(work), world, -1, size, len(names)).any(3)
-            slowest, mean = own.max(1), own.mean(1)
+            slowest, mean = per_rank.max(1), per_rank.mean(1)
             entry[name] = {
                 "max_over_mean": float((slowest / mean).mean()),
                 "worst": float((slowest / mean).max()),
                 "lost_percent": float(100 * (1 - mean.sum() / slowest.sum())),
                 "a_rank_lacks": dict(zip(names, (1 - has.mean((0, 1, 2))).tolist(), strict=True)),
-                "some_rank_lacks": dict(zip(names, (1 - has.all(1).mean((0, 1))).tolist(), strict=True)),
+                "some_rank_lacks": dict(zip(names, (1 - np.all(has, axis=1).mean((0, 1))).tolist(), strict=True)),
             }
             counts, edges = np.histogram(slowest / mean, bins=40)
             entry[name]["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
-        found.append(entry)
-    return found
+        balance.append(entry)
+    return balance

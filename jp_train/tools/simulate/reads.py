@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jp_train.config.schema import DataConfig, VqIds
+from jp_train.config.choices import VqIds
+from jp_train.config.schema import DataConfig
 from jp_train.data.index import SourceIndex
 from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, wanted_fields
 from jp_train.data.sidecar import load_members

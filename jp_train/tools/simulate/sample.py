@@ -8,7 +8,7 @@ the pool fills, are planned and left out. How much the blocks differ among each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +89,7 @@ def source_rates(plan: Plan) -> dict[str, SourceRates]:
 
 
 def documents_per_step(
-    plan: Plan, rates: dict[str, SourceRates], phase: int, tokens_per_step: float
+    plan: Plan, rates: Mapping[str, SourceRates], phase: int, tokens_per_step: float
 ) -> dict[str, float]:
     """Documents that a step of `phase` starts, per source, in the long run: the mixture's shares of what fills
     `tokens_per_step`."""
@@ -122,7 +122,7 @@ def take_sample(
     plan: Plan,
     steps: int,
     sample_steps: int,
-    rates: dict[str, SourceRates],
+    rates: Mapping[str, SourceRates],
     *,
     block_steps: int = 10,
     progress: Callable[[int, int], None] | None = None,
@@ -190,7 +190,7 @@ def _blocks(plan: Plan, steps: int, sample_steps: int, block_steps: int) -> list
     return blocks
 
 
-def _positions(plan: Plan, rates: dict[str, SourceRates], step: int) -> dict[str, int]:
+def _positions(plan: Plan, rates: Mapping[str, SourceRates], step: int) -> dict[str, int]:
     """Where every source will be at `step`, with rows as good as full."""
     positions = dict.fromkeys(rates, 0.0)
     for phase, start, end in phases_of(plan, step):
@@ -202,8 +202,8 @@ def _positions(plan: Plan, rates: dict[str, SourceRates], step: int) -> dict[str
 def _ends(plan: Plan, table: np.ndarray) -> np.ndarray:
     source, sample, start, length = (table[:, _COLUMN[name]] for name in ("source", "sample", "start", "length"))
     last = np.ones(len(table), bool)
-    for index, one in enumerate(plan.sources):
-        if one.cuttable and plan.samples_per_row is None:
-            mine = np.flatnonzero(source == index)
-            last[mine] = start[mine] + length[mine] == np.asarray(one.tokens)[sample[mine]]
+    for index, planned in enumerate(plan.sources):
+        if planned.cuttable and plan.samples_per_row is None:
+            spans = np.flatnonzero(source == index)
+            last[spans] = start[spans] + length[spans] == np.asarray(planned.tokens)[sample[spans]]
     return last

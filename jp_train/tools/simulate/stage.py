@@ -11,11 +11,11 @@ from typing import Any, TextIO
 from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.config import RunConfig, batch_plan
 from jp_train.config.batch import BatchPlan, rows_per_step
-from jp_train.config.schema import ImageEnd, Packing, Template
+from jp_train.config.choices import ImageEnd, Packing, Template
 from jp_train.data.plan import Plan
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine
-from jp_train.tools.simulate.walk import STATISTICS, Situation, SourceReads, simulate
+from jp_train.tools.simulate.walk import STATISTICS, SourceReads, StageSetup, simulate
 from jp_train.types import KINDS, Kind
 
 SLOTS_PER_NODE = 8
@@ -27,10 +27,11 @@ SAMPLED_ROWS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class SimulateOptions:
     """What to forecast. `hostfile` or `world` give the ranks (default: 1); `steps` the stage's length (default: the
     config's, up to its early stop); `sample_steps` how many are planned (default: SAMPLED_ROWS); `lengths` a file of
-    stated distributions, and `synthetic` the default ones, instead of an index; `step_seconds` the time of a step."""
+    stated distributions, and `synthetic` the default ones, instead of an index; `step_seconds` the time of a step.
+    Raises ConfigError for a number that is not positive."""
 
     hostfile: Path | None = None
     world: int | None = None
@@ -40,8 +41,14 @@ class Question:
     synthetic: bool = False
     step_seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("world", "steps", "sample_steps", "step_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
-def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None = None) -> dict[str, Any]:
+
+def simulate_stage(cfg: RunConfig, options: SimulateOptions, progress: TextIO | None = None) -> dict[str, Any]:
     """The forecast as one JSON-able object; `progress` (default: stderr) gets a line with the time left.
 
     Raises:
@@ -50,29 +57,25 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
         LaunchError: for a faulty hostfile.
     """
     began = time.monotonic()
-    for name in ("world", "steps", "sample_steps", "step_seconds"):
-        value = getattr(question, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}")
     if not cfg.data.sources:
         raise ConfigError("data.sources is empty: name a recipe (`recipe: data_recipes/...`) or sources")
-    hosts = parse_hostfile(question.hostfile) if question.hostfile else []
-    world = question.world or sum(host.slots for host in hosts) or 1
-    nodes = len(hosts) if hosts and not question.world else -(-world // SLOTS_PER_NODE)
+    hosts = parse_hostfile(options.hostfile) if options.hostfile else []
+    world = options.world or sum(host.slots for host in hosts) or 1
+    nodes = len(hosts) if hosts and not options.world else -(-world // SLOTS_PER_NODE)
     batch = batch_plan(cfg, world)
-    steps = question.steps or cfg.stage.early_stop.at_step or cfg.stage.training_steps
+    steps = options.steps or cfg.stage.early_stop.at_step or cfg.stage.training_steps
     cfg = replace(
         cfg, stage=replace(cfg.stage, training_steps=steps, early_stop=replace(cfg.stage.early_stop, at_step=None))
     )
     slots = (cfg.model.vision.image_size // cfg.model.vision.patch_size) ** 2
     synthetic = ""
-    if question.synthetic or question.lengths:
-        plan, reads, und_prefix = _without_data(cfg, question, batch, slots)
-        synthetic = str(question.lengths) if question.lengths else "the default distributions of every kind"
+    if options.synthetic or options.lengths:
+        plan, reads, und_prefix = _without_data(cfg, options, batch, slots)
+        synthetic = str(options.lengths) if options.lengths else "the default distributions of every kind"
     else:
         plan, reads, und_prefix = _from_index(cfg, batch, slots, progress or sys.stderr)
     ends = {ImageEnd.eoi_eos: 2, ImageEnd.eoi: 1, ImageEnd.none: 0}[cfg.data.image_end]
-    situation = Situation(
+    setup = StageSetup(
         steps=steps,
         world=world,
         nodes=nodes,
@@ -83,14 +86,14 @@ def simulate_stage(cfg: RunConfig, question: Question, progress: TextIO | None =
         und_prefix=und_prefix,
         gen_text=ends if cfg.data.supervise_eoi else 0,
         causal=cfg.data.packing is Packing.causal,
-        step_seconds=question.step_seconds,
+        step_seconds=options.step_seconds,
         flops_per_second=UTILISATION * cfg.logging.peak_tflops * 1e12 * world,
     )
-    sample_steps = question.sample_steps or max(200, -(-SAMPLED_ROWS // rows_per_step(cfg)))
+    sample_steps = options.sample_steps or max(200, -(-SAMPLED_ROWS // rows_per_step(cfg)))
     line = ProgressLine("simulate", progress or sys.stderr, every_s=2)
     forecast = simulate(
         plan,
-        situation,
+        setup,
         sample_steps=sample_steps,
         progress=lambda done, total: line.show(done, total, f"{done:,}/{total:,} steps planned"),
     )
@@ -141,11 +144,11 @@ def _from_index(
 
 
 def _without_data(
-    cfg: RunConfig, question: Question, batch: BatchPlan, slots: int
+    cfg: RunConfig, options: SimulateOptions, batch: BatchPlan, slots: int
 ) -> tuple[Plan, dict[str, SourceReads], int]:
     from jp_train.tools.simulate.synthetic import read_lengths, synthetic_sources, template_tokens
 
-    lengths = read_lengths(question.lengths, cfg)
+    lengths = read_lengths(options.lengths, cfg)
     plan = Plan(
         synthetic_sources(cfg, lengths, slots),
         seed=cfg.seed,

@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from jp_train.config.schema import ImageEnd, RunConfig
+from jp_train.config.choices import ImageEnd
+from jp_train.config.schema import RunConfig
 from jp_train.data.permute import name_key
 from jp_train.data.plan import PlanSource
 from jp_train.errors import ConfigError
@@ -57,36 +59,39 @@ def read_lengths(path: str | Path | None, cfg: RunConfig) -> dict[str, Lengths]:
         ConfigError: for an unreadable file, a name that is neither a source nor a kind, an unknown or impossible
         number.
     """
-    given: dict[str, dict] = {}
+    stated: dict[object, dict[str, Any]] = {}
     if path is not None:
         try:
-            given = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+            content: object = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"cannot read the lengths in {path}: {error}; expected YAML or JSON with `NAME: {{mean: 200, sigma: 0.6}}`"
+                f"cannot read the lengths in {path}: {error}; "
+                "expected YAML or JSON with `NAME: {mean: 200, sigma: 0.6}`"
             ) from error
-        known = [*cfg.data.sources, *map(str, KINDS)]
-        for name, entry in given.items() if isinstance(given, Mapping) else [("the file", given)]:
-            if name not in known:
+        names = [*cfg.data.sources, *map(str, KINDS)]
+        for name, entry in content.items() if isinstance(content, dict) else [("the file", content)]:
+            if name not in names:
                 raise ConfigError(
-                    f"{path}: {name!r} is neither a source of the configuration nor a kind; expected one of {', '.join(known)}"
+                    f"{path}: {name!r} is neither a source of the configuration nor a kind; "
+                    f"expected one of {', '.join(names)}"
                 )
-            _check(f"{path}: {name}", entry)
-    found = {}
+            stated[name] = _checked(f"{path}: {name}", entry)
+    lengths = {}
     for name, source in cfg.data.sources.items():
         kind = Kind(source.kind.value)
-        found[name] = replace(DEFAULTS[kind], **given.get(str(kind), {}) | given.get(name, {}))
-    return found
+        lengths[name] = replace(DEFAULTS[kind], **stated.get(str(kind), {}) | stated.get(name, {}))
+    return lengths
 
 
-def _check(where: str, entry: object) -> None:
+def _checked(where: str, entry: object) -> dict[str, Any]:
     names = {field.name for field in fields(Lengths)}
-    if not isinstance(entry, Mapping) or set(entry) - names:
+    if not isinstance(entry, dict) or set(entry) - names:
         raise ConfigError(f"{where} is {entry!r}; expected numbers for some of {', '.join(sorted(names))}")
     for key, value in entry.items():
         least = 0 if key == "sigma" else 1
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < 1e12:
             raise ConfigError(f"{where}.{key} is {value!r}; expected a number >= {least}")
+    return entry
 
 
 def synthetic_sources(cfg: RunConfig, lengths: Mapping[str, Lengths], slots: int) -> list[PlanSource]:

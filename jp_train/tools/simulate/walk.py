@@ -1,7 +1,7 @@
 """Forecast of a stage from its plan: fill, mixture, epochs, balance between ranks, reads. No sample is read and no
 picture decoded.
 
-`simulate` plans a sample of the stage's steps (simulate_sample.py) and measures it. What the index tells exactly (mean
+`simulate` plans a sample of the stage's steps (sample.py) and measures it. What the index tells exactly (mean
 lengths, shares) is used exactly, so that the forecast of epochs only has to learn from the sample how full rows are.
 Every measured mean comes with `plus_minus`, two standard errors of the block means (0 where the whole stage was
 planned).
@@ -49,7 +49,7 @@ class SourceReads:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Situation:
+class StageSetup:
     """What a forecast needs besides the plan. `flops`: per unit of each of STATISTICS; `und_prefix`: tokens of an
     understanding document that are never supervised; `gen_text`: supervised text tokens of a generation document;
     `causal`: whether the whole row attends; `step_seconds`: seconds a step takes, or None: as long as its FLOPs take
@@ -71,7 +71,7 @@ class Situation:
 
 def simulate(
     plan: Plan,
-    situation: Situation,
+    setup: StageSetup,
     *,
     sample_steps: int,
     block_steps: int = 10,
@@ -84,27 +84,27 @@ def simulate(
         ConfigError: if rows cannot be planned (see `Plan.next_step`).
     """
     rates = source_rates(plan)
-    sample = take_sample(plan, situation.steps, sample_steps, rates, block_steps=block_steps, progress=progress)
-    rows = row_statistics(sample, situation)
+    sample = take_sample(plan, setup.steps, sample_steps, rates, block_steps=block_steps, progress=progress)
+    rows = row_statistics(sample, setup)
     filled = rows["tokens"].reshape(sample.steps, -1)
     per_step = _per_step(sample, rows)
-    sources = _sources(plan, sample, rates, filled.mean(1) * plan.rows_per_step, situation)
+    sources = _sources(plan, sample, rates, filled.mean(1) * plan.rows_per_step, setup)
     forecast: dict[str, Any] = {
-        "steps": situation.steps,
+        "steps": setup.steps,
         "rows_per_step": plan.rows_per_step,
         "seq_len": plan.seq_len,
-        "world": situation.world,
-        "nodes": situation.nodes,
+        "world": setup.world,
+        "nodes": setup.nodes,
         "sampled": {
             "steps": sample.steps,
             "rows": sample.steps * plan.rows_per_step,
             "blocks": len(sample.blocks),
             "whole_stage": sample.whole,
         },
-        "fill": _mean(sample, filled.mean(1) / plan.seq_len, situation)
+        "fill": _mean(sample, filled.mean(1) / plan.seq_len, setup)
         | {"worst_step": float(filled.mean(1).min() / plan.seq_len)},
-        "documents_per_row": _mean(sample, per_step["spans"] / plan.rows_per_step, situation),
-        "per_step": {name: _mean(sample, values, situation) for name, values in per_step.items()},
+        "documents_per_row": _mean(sample, per_step["spans"] / plan.rows_per_step, setup),
+        "per_step": {name: _mean(sample, values, setup) for name, values in per_step.items()},
         "mixture": _mixture(plan, sample, sources, rates),
         "sources": sources,
         "over_long": {
@@ -113,33 +113,33 @@ def simulate(
         },
         "unused": dict(plan.unused),
     }
-    work = sum(rows[name] * situation.flops[name] for name in STATISTICS).reshape(sample.steps, -1)
+    flops = np.sum([rows[name] * setup.flops[name] for name in STATISTICS], axis=0).reshape(sample.steps, -1)
     kinds = np.stack([_has(sample, kind) for kind in range(len(KINDS))], axis=-1)
     in_use = [bool(share) for share in plan.mixture.shares]
     forecast["ranks"] = rank_balance(
-        work,
+        flops,
         kinds[:, :, in_use],
         [str(k) for k, used in zip(KINDS, in_use, strict=True) if used],
-        situation.micro_batch_rows,
+        setup.micro_batch_rows,
     )
-    forecast["flops_per_step"] = float(work.sum(1).mean())
-    arithmetic = forecast["flops_per_step"] / situation.flops_per_second
-    step_seconds = situation.step_seconds or (arithmetic if arithmetic >= LEAST_STEP_SECONDS else None)
-    forecast["reads"] = _reads(sample, plan, situation, step_seconds)
+    forecast["flops_per_step"] = float(flops.sum(1).mean())
+    arithmetic = forecast["flops_per_step"] / setup.flops_per_second
+    step_seconds = setup.step_seconds or (arithmetic if arithmetic >= LEAST_STEP_SECONDS else None)
+    forecast["reads"] = _reads(sample, plan, setup, step_seconds)
     forecast["histograms"] = _histograms(plan, sample, filled)
     return forecast
 
 
-def row_statistics(sample: Sample, situation: Situation) -> dict[str, np.ndarray]:
+def row_statistics(sample: Sample, setup: StageSetup) -> dict[str, np.ndarray]:
     """STATISTICS of every sampled row, float64 [steps x rows]. Text positions of understanding documents and of
     dialogues count questions too,
     which lengths cannot tell apart: an upper bound where they are not supervised."""
     length = sample.length.astype(np.float64)
     text, und, gen = (sample.kind == KINDS.index(kind) for kind in (Kind.TEXT, Kind.UNDERSTANDING, Kind.GENERATION))
     text_positions = np.where(text, length - sample.last, 0) + np.where(
-        und, np.maximum(length - situation.und_prefix, 0), 0
+        und, np.maximum(length - setup.und_prefix, 0), 0
     )
-    text_positions += gen * situation.gen_text
+    text_positions += gen * setup.gen_text
     row = sample.step * sample.rows_per_step + sample.row
 
     def summed(values: np.ndarray) -> np.ndarray:
@@ -147,14 +147,14 @@ def row_statistics(sample: Sample, situation: Situation) -> dict[str, np.ndarray
 
     tokens = summed(length)
     pictures = summed(gen)
-    on_the_fly = np.array([1 - reads.stored for reads in situation.reads.values()])
+    on_the_fly = np.array([1 - reads.stored for reads in setup.reads.values()])
     return {
         "tokens": tokens,
-        "squared_lengths": tokens**2 if situation.causal else summed(length**2),
+        "squared_lengths": tokens**2 if setup.causal else summed(length**2),
         "und_images": summed(und),
         "gen_images": pictures,
         "text_positions": summed(text_positions),
-        "image_positions": pictures * situation.image_slots,
+        "image_positions": pictures * setup.image_slots,
         "encoded_images": summed(gen * on_the_fly[sample.source]),
     }
 
@@ -181,13 +181,13 @@ def _per_step(sample: Sample, rows: Mapping[str, np.ndarray]) -> dict[str, np.nd
     }
 
 
-def _mean(sample: Sample, values: np.ndarray, situation: Situation) -> dict[str, float]:
+def _mean(sample: Sample, values: np.ndarray, setup: StageSetup) -> dict[str, float]:
     """The mean over the stage of a figure per sampled step: blocks of a phase count alike, phases by their steps."""
     total = variance = 0.0
     means: dict[int, list[float]] = {}
     for block in sample.blocks:
         means.setdefault(block.phase, []).append(float(values[block.first : block.first + block.steps].mean()))
-    weights = _phase_weights(sample, situation.steps)
+    weights = _phase_weights(sample, setup.steps)
     for phase, blocks in means.items():
         total += weights[phase] * float(np.mean(blocks))
         if len(blocks) > 1 and not sample.whole:
@@ -207,7 +207,7 @@ def _mixture(
     """Shares of the kinds in both units: over the stage by what its sources give, or counted where all was planned;
     the errors are those of the sampled steps, in the recipe's unit."""
     shares = np.array(plan.mixture.shares) / sum(plan.mixture.shares)
-    found: dict[str, Any] = {
+    mixture: dict[str, Any] = {
         "unit": plan.ratio_unit.value,
         "shares": dict(zip(map(str, KINDS), shares.tolist(), strict=True)),
     }
@@ -223,54 +223,51 @@ def _mixture(
                 documents = source["epochs"] * source["samples"] / rate.draws_per_document
                 given[source["kind"]] += documents * (rate.mean_tokens if unit == "tokens" else 1)
             overall = {kind: amount / sum(given.values()) for kind, amount in given.items()}
-        found[unit] = {"overall": overall}
+        mixture[unit] = {"overall": overall}
         if unit == plan.ratio_unit.value:
             errors = 100 * np.abs(amounts / np.maximum(amounts.sum(1, keepdims=True), 1) - shares).max(1)
-            found[unit] |= {
+            mixture[unit] |= {
                 "error_points_sampled": float(100 * np.abs(counted - shares).max()),
                 "error_points_worst_step": float(errors.max()),
                 "error_points_median_step": float(np.median(errors)),
             }
-    return found
+    return mixture
 
 
 def _sources(
-    plan: Plan, sample: Sample, rates: Mapping[str, SourceRates], tokens: np.ndarray, situation: Situation
+    plan: Plan, sample: Sample, rates: Mapping[str, SourceRates], tokens: np.ndarray, setup: StageSetup
 ) -> list[dict[str, Any]]:
     """Epochs of every source over the stage, and the steps at which it begins again."""
-    blocks = {phase: [b for b in sample.blocks if b.phase == phase] for phase, _, _ in phases_of(plan, situation.steps)}
+    blocks = {phase: [b for b in sample.blocks if b.phase == phase] for phase, _, _ in phases_of(plan, setup.steps)}
     curves = {name: [(0, 0.0)] for name in rates}
-    for phase, start, end in phases_of(plan, situation.steps):
+    for phase, start, end in phases_of(plan, setup.steps):
         in_phase = float(np.mean([tokens[b.first : b.first + b.steps].mean() for b in blocks[phase]]))
         documents = documents_per_step(plan, rates, phase, in_phase)
         for name, curve in curves.items():
             epochs = (
-                (end - start)
-                * documents.get(name, 0.0)
-                * rates[name].draws_per_document
-                / situation.reads[name].samples
+                (end - start) * documents.get(name, 0.0) * rates[name].draws_per_document / setup.reads[name].samples
             )
             curve.append((end, curve[-1][1] + epochs))
-    error = _mean(sample, tokens, situation)
-    held = np.bincount(sample.source, weights=sample.length, minlength=len(plan.sources)) / sample.length.sum()
+    error = _mean(sample, tokens, setup)
+    share = np.bincount(sample.source, weights=sample.length, minlength=len(plan.sources)) / sample.length.sum()
     of_lengths = sum(
-        (held[index] * rates[one.name].relative_error) ** 2
-        for index, one in enumerate(plan.sources)
-        if one.name in rates
+        (share[index] * rates[source.name].relative_error) ** 2
+        for index, source in enumerate(plan.sources)
+        if source.name in rates
     )
     relative = ((error["plus_minus"] / error["mean"]) ** 2 + 4 * of_lengths) ** 0.5
-    found = []
+    described = []
     for index, source in enumerate(plan.sources):
         if source.name not in rates:
             continue
         rate, curve = rates[source.name], curves[source.name]
         mine = sample.source == index
         epochs = curve[-1][1]
-        found.append(
+        described.append(
             {
                 "name": source.name,
                 "kind": str(source.kind),
-                "samples": situation.reads[source.name].samples,
+                "samples": setup.reads[source.name].samples,
                 "mean_tokens": rate.mean_tokens,
                 "epochs": epochs,
                 "epochs_plus_minus": epochs * relative if plan.samples_per_row is None else 0.0,
@@ -282,7 +279,7 @@ def _sources(
                 "epochs_at_steps": [list(point) for point in curve],
             }
         )
-    return found
+    return described
 
 
 def step_at(curve: list[tuple[int, float]], epochs: float) -> int:
@@ -300,7 +297,7 @@ def _has(sample: Sample, kind: int) -> np.ndarray:
     return present
 
 
-def _reads(sample: Sample, plan: Plan, situation: Situation, step_seconds: float | None) -> dict[str, Any]:
+def _reads(sample: Sample, plan: Plan, setup: StageSetup, step_seconds: float | None) -> dict[str, Any]:
     """Per step and, where the time of a step is known, per node and second: every span reads its sample once."""
     spans = np.bincount(sample.source, minlength=len(plan.sources)) / sample.steps
     per_step = {"samples": float(spans.sum())}
@@ -310,15 +307,15 @@ def _reads(sample: Sample, plan: Plan, situation: Situation, step_seconds: float
         ("bytes_as_stored_now", lambda reads: reads.stored * reads.with_ids + (1 - reads.stored) * reads.with_pictures),
     ):
         per_step[name] = float(
-            sum(spans[index] * choose(situation.reads[source.name]) for index, source in enumerate(plan.sources))
+            sum(spans[index] * choose(setup.reads[source.name]) for index, source in enumerate(plan.sources))
         )
     return {
         "step_seconds": step_seconds,
-        "step_seconds_stated": situation.step_seconds is not None,
+        "step_seconds_stated": setup.step_seconds is not None,
         "per_step": per_step,
         "per_node_per_second": None
         if step_seconds is None
-        else {name: value / (situation.nodes * step_seconds) for name, value in per_step.items()},
+        else {name: value / (setup.nodes * step_seconds) for name, value in per_step.items()},
     }
 
 

@@ -10,7 +10,7 @@ from jp_train.config import load_config
 from jp_train.tools.forecast.shapes import shapes_of
 from jp_train.tools.forecast.timing import arithmetic
 from jp_train.tools.forecast.workload import average_row
-from jp_train.tools.simulate.stage import Question, simulate_stage
+from jp_train.tools.simulate.stage import SimulateOptions, simulate_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_average_row_agrees_with_rows_that_the_planner_packs(stage):
     cfg = load_config(ROOT / "launch" / f"janus_pro_1b_stage{stage}.yaml")
-    planned = simulate_stage(cfg, Question(synthetic=True, world=128, sample_steps=12), io.StringIO())
+    planned = simulate_stage(cfg, SimulateOptions(synthetic=True, world=128, sample_steps=12), io.StringIO())
     shapes = shapes_of(cfg)
     row = average_row(cfg, shapes.slots)
     rows = planned["rows_per_step"]

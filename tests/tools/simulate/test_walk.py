@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jp_train.cli.main import main
+from jp_train.config import load_config
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import TokenIds
 from jp_train.data.index import index_sources
@@ -20,9 +21,9 @@ from jp_train.errors import ConfigError, DataError
 from jp_train.model.flops import BatchStatistics, step_flops
 from jp_train.tools.simulate.ranks import rank_balance
 from jp_train.tools.simulate.sample import source_rates, take_sample
-from jp_train.tools.simulate.stage import Question, simulate_stage, unit_flops
+from jp_train.tools.simulate.stage import SimulateOptions, simulate_stage, unit_flops
 from jp_train.tools.simulate.table import format_forecast
-from jp_train.tools.simulate.walk import STATISTICS, Situation, SourceReads, simulate, step_at
+from jp_train.tools.simulate.walk import STATISTICS, SourceReads, StageSetup, simulate, step_at
 from jp_train.types import KINDS, Kind
 from tests.data.data_samples import generation_samples, text_samples, understanding_samples
 
@@ -50,8 +51,8 @@ def make_plan(**settings: object) -> Plan:
     return Plan(sources, **{**defaults, **settings})
 
 
-def situation(plan: Plan, steps: int) -> Situation:
-    return Situation(
+def setup(plan: Plan, steps: int) -> StageSetup:
+    return StageSetup(
         steps=steps,
         world=4,
         nodes=2,
@@ -90,16 +91,16 @@ def test_a_forecast_from_a_fifth_of_the_steps_agrees_with_the_run_of_2400_rows_w
                 amounts["samples"][str(source.kind)] += d.start == 0
                 amounts["tokens"][str(source.kind)] += d.length
     plan = make_plan(**settings)
-    found = simulate(plan, situation(plan, steps), sample_steps=steps // 5, block_steps=3)
-    assert found["sampled"]["steps"] <= steps // 4 and not found["sampled"]["whole_stage"]
-    assert found["fill"]["mean"] == pytest.approx(tokens / (steps * 16 * 4096), rel=0.01)
+    forecast = simulate(plan, setup(plan, steps), sample_steps=steps // 5, block_steps=3)
+    assert forecast["sampled"]["steps"] <= steps // 4 and not forecast["sampled"]["whole_stage"]
+    assert forecast["fill"]["mean"] == pytest.approx(tokens / (steps * 16 * 4096), rel=0.01)
     # independent draws: the run itself is that far from its mixture
     tolerance = 0.03 if settings.get("mix") == "sampled" else 0.01
     for unit in amounts:  # both: the one that the recipe counts, and the other by the mean lengths
         total = sum(amounts[unit].values())
-        for kind, share in found["mixture"][unit]["overall"].items():
+        for kind, share in forecast["mixture"][unit]["overall"].items():
             assert share == pytest.approx(amounts[unit][kind] / total, abs=tolerance)
-    for source in found["sources"]:
+    for source in forecast["sources"]:
         relative = 2 * tolerance if settings.get("mix") == "sampled" else tolerance
         # A source that joins waits until the documents pooled before it are placed: up to 64 of 1200 here, of billions
         # in a real stage.
@@ -109,16 +110,16 @@ def test_a_forecast_from_a_fifth_of_the_steps_agrees_with_the_run_of_2400_rows_w
 
 def test_a_stage_that_is_planned_whole_is_exact_and_repeats_where_the_plan_does() -> None:
     plan, run = make_plan(), make_plan()
-    found = simulate(plan, situation(plan, 80), sample_steps=100)
-    assert found["sampled"]["whole_stage"] and found["fill"]["plus_minus"] == 0
+    forecast = simulate(plan, setup(plan, 80), sample_steps=100)
+    assert forecast["sampled"]["whole_stage"] and forecast["fill"]["plus_minus"] == 0
     rows = [row for _ in range(80) for row in run.next_step()]
     per_row = [sum(d.length for d in row.documents) for row in rows]
-    assert found["fill"]["mean"] == pytest.approx(np.mean(per_row) / 4096, rel=1e-12)
-    assert found["per_step"]["tokens"]["mean"] * 80 == pytest.approx(sum(per_row))
+    assert forecast["fill"]["mean"] == pytest.approx(np.mean(per_row) / 4096, rel=1e-12)
+    assert forecast["per_step"]["tokens"]["mean"] * 80 == pytest.approx(sum(per_row))
     cuts = sum(d.start + d.length < int(run.sources[d.source].tokens[d.sample]) for row in rows for d in row.documents)
-    assert found["per_step"]["cuts"]["mean"] * 80 == pytest.approx(cuts) and cuts > 10
+    assert forecast["per_step"]["cuts"]["mean"] * 80 == pytest.approx(cuts) and cuts > 10
     text_epoch_1 = next(row.step for row in rows for d in row.documents if d.source == 1 and d.epoch == 1)
-    (text,) = (source for source in found["sources"] if source["name"] == "text")
+    (text,) = (source for source in forecast["sources"] if source["name"] == "text")
     assert text["repeats_at_steps"][0] == pytest.approx(text_epoch_1, abs=3)
 
 
@@ -141,7 +142,7 @@ def test_truncated_and_passed_over_documents_are_forecast() -> None:
             [PlanSource(name="u", kind=Kind.UNDERSTANDING, tokens=tokens)],
             seed=0, rows_per_step=8, seq_len=4096, pool_size=16, mixture=(1, 0, 0), over_long=over_long,
         )  # fmt: skip
-        (source,) = simulate(plan, situation(plan, 400), sample_steps=60)["sources"]
+        (source,) = simulate(plan, setup(plan, 400), sample_steps=60)["sources"]
         assert source["passed_over_percent"] == pytest.approx(passed)
         assert source["truncated_tokens_per_step"] == pytest.approx(truncated * source["documents_per_step"], rel=0.05)
 
@@ -164,10 +165,10 @@ def test_balance_between_ranks_equals_counting_it_out() -> None:
                 mean.append(sum(sums) / world)
                 lacking += any(not any(kinds[step, row, 1] for row in rows) for rows in ranks)
                 meetings += 1
-        found = entries[world][name]
-        assert found["lost_percent"] == pytest.approx(100 * (1 - sum(mean) / sum(slowest)))
-        assert found["max_over_mean"] == pytest.approx(np.mean(np.array(slowest) / mean))
-        assert found["some_rank_lacks"]["b"] == pytest.approx(lacking / meetings)
+        figures = entries[world][name]
+        assert figures["lost_percent"] == pytest.approx(100 * (1 - sum(mean) / sum(slowest)))
+        assert figures["max_over_mean"] == pytest.approx(np.mean(np.array(slowest) / mean))
+        assert figures["some_rank_lacks"]["b"] == pytest.approx(lacking / meetings)
 
 
 def test_a_curve_is_crossed_where_it_is() -> None:
@@ -187,11 +188,11 @@ def tiny(mixed):
 
 
 def test_tokens_images_and_supervised_positions_are_those_of_the_rows_that_the_loader_builds(tiny, tokenizer) -> None:
-    found = simulate_stage(tiny, Question(world=2))
+    forecast = simulate_stage(tiny, SimulateOptions(world=2))
     indexes, batch = index_sources(tiny, tokenizer), batch_plan(tiny, 1)
     plan = build_plan(tiny, indexes, batch, tokenizer)
     with StepLoader(tiny, plan, indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch) as loader:
-        batches = [batch for _ in range(6) for batch in next(loader).micro_batches]
+        batches = [micro_batch for _ in range(6) for micro_batch in next(loader).micro_batches]
     counted = {
         "tokens": sum(len(batch.input_ids) for batch in batches),
         "supervised_text_tokens": sum(batch.supervised_text_tokens for batch in batches),
@@ -201,11 +202,11 @@ def test_tokens_images_and_supervised_positions_are_those_of_the_rows_that_the_l
         "truncated_tokens": sum(batch.truncated_tokens for batch in batches),
         "spans": sum(len(row) for batch in batches for row in batch.provenance),
     }
-    assert {name: round(6 * found["per_step"][name]["mean"]) for name in counted} == counted
-    assert found["sampled"]["whole_stage"] and found["world"] == 2 and found["synthetic"] == ""
+    assert {name: round(6 * forecast["per_step"][name]["mean"]) for name in counted} == counted
+    assert forecast["sampled"]["whole_stage"] and forecast["world"] == 2 and forecast["synthetic"] == ""
     units = unit_flops(tiny)
-    for one in batches:
-        statistics = BatchStatistics.of(one)
+    for batch in batches:
+        statistics = BatchStatistics.of(batch)
         exact = step_flops(tiny.model, statistics, tiny.stage.trainable).total
         assert sum(
             units[name] * getattr(statistics, name) for name in STATISTICS if name != "encoded_images"
@@ -215,7 +216,7 @@ def test_tokens_images_and_supervised_positions_are_those_of_the_rows_that_the_l
 @pytest.mark.parametrize("token_ids", list(TokenIds))
 def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
     tiny.data.token_ids = token_ids
-    found = simulate_stage(tiny, Question(world=1, step_seconds=0.5))
+    forecast = simulate_stage(tiny, SimulateOptions(world=1, step_seconds=0.5))
     per_sample = {
         "real": [
             len(fields["png"]) + len(fields["json"])
@@ -238,14 +239,14 @@ def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
     for _ in range(6):
         for row in plan.next_step():
             spans.update(plan.sources[d.source].name for d in row.documents)
-    stored = found["reads"]["per_step"]["bytes_with_pictures"] * 6 - sum(
+    stored = forecast["reads"]["per_step"]["bytes_with_pictures"] * 6 - sum(
         spans[name] * np.mean(sizes) for name, sizes in per_sample.items()
     )
     ids = 2 * 16 + 128  # of samples without a picture: the ids and their .npy header, and a short JSON or its token ids
     assert ids < stored / spans["stored"] < ids + 120
-    assert found["reads"]["per_node_per_second"]["samples"] == pytest.approx(2 * sum(spans.values()) / 6)
+    assert forecast["reads"]["per_node_per_second"]["samples"] == pytest.approx(2 * sum(spans.values()) / 6)
     pictures = np.mean([len(fields["png"]) for _, fields in generation_samples(13) + generation_samples(12, 13)])
-    saved = found["reads"]["per_step"]["bytes_with_pictures"] - found["reads"]["per_step"]["bytes_with_ids"]
+    saved = forecast["reads"]["per_step"]["bytes_with_pictures"] - forecast["reads"]["per_step"]["bytes_with_ids"]
     assert saved == pytest.approx(spans["real"] / 6 * (pictures - 2 * 16))
 
 
@@ -261,17 +262,18 @@ def _tokenizer(cfg):
 def test_missing_data_is_an_error_that_says_how_to_forecast_without(tiny) -> None:
     tiny.data.sources["text"] = replace(tiny.data.sources["text"], shards="absent-{0..3}.tar")
     with pytest.raises(DataError, match=r"absent.*--lengths FILE or --synthetic"):
-        simulate_stage(tiny, Question())
-    found = simulate_stage(tiny, Question(synthetic=True, sample_steps=6))
-    assert "default distributions" in found["synthetic"] and "SYNTHETIC" in format_forecast(found)
+        simulate_stage(tiny, SimulateOptions())
+    forecast = simulate_stage(tiny, SimulateOptions(synthetic=True, sample_steps=6))
+    assert "default distributions" in forecast["synthetic"] and "SYNTHETIC" in format_forecast(forecast)
 
 
-def test_reads_a_second_need_a_stated_time_where_flops_do_not_tell_it(tiny) -> None:
-    forecast = simulate_stage(tiny, Question(synthetic=True, sample_steps=6))
+def test_reads_a_second_need_a_stated_time_where_flops_do_not_tell_it() -> None:
+    toy = load_config(SMOKE / "stage2.yaml")
+    forecast = simulate_stage(toy, SimulateOptions(synthetic=True, steps=6))
     text = format_forecast(forecast)
     assert forecast["reads"]["per_node_per_second"] is None and "a second and node" not in text
     assert "state its time with --step-seconds" in text and "MiB a step" in text
-    stated = simulate_stage(tiny, Question(synthetic=True, sample_steps=6, step_seconds=2.0))
+    stated = simulate_stage(toy, SimulateOptions(synthetic=True, steps=6, step_seconds=2.0))
     a_step = stated["reads"]["per_step"]["samples"]
     assert stated["reads"]["per_node_per_second"]["samples"] == pytest.approx(a_step / 2)
     assert "with a step in 2.00 s (stated)" in format_forecast(stated)
@@ -296,13 +298,17 @@ def test_the_command_writes_one_json_object_and_a_picture(tmp_path, capsys) -> N
         "--json",
     ]
     assert main(["data", "simulate", str(SMOKE / "stage2.yaml"), *arguments]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["steps"] == 2000 and found["world"] == 2 and {entry["world"] for entry in found["ranks"]} >= {1, 2}
-    generation = [source for source in found["sources"] if source["kind"] == "generation"]
+    forecast = json.loads(capsys.readouterr().out)
+    assert (
+        forecast["steps"] == 2000
+        and forecast["world"] == 2
+        and {entry["world"] for entry in forecast["ranks"]} >= {1, 2}
+    )
+    generation = [source for source in forecast["sources"] if source["kind"] == "generation"]
     assert generation and all(source["samples"] == 1234 and source["repeats_at_steps"] for source in generation)
-    assert json.loads((tmp_path / "out" / "simulate.json").read_text()) == found
+    assert json.loads((tmp_path / "out" / "simulate.json").read_text()) == forecast
     assert (tmp_path / "out" / "simulate.png").read_bytes().startswith(b"\x89PNG")
-    assert "% +-" in format_forecast(found)
+    assert "% +-" in format_forecast(forecast)
 
 
 @pytest.mark.parametrize(
@@ -317,11 +323,11 @@ def test_the_command_writes_one_json_object_and_a_picture(tmp_path, capsys) -> N
 def test_faulty_lengths_are_named(tiny, tmp_path, text: str, message: str) -> None:
     (tmp_path / "lengths.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        simulate_stage(tiny, Question(lengths=tmp_path / "lengths.yaml"))
+        simulate_stage(tiny, SimulateOptions(lengths=tmp_path / "lengths.yaml"))
 
 
 def test_impossible_questions_are_refused(tiny) -> None:
     with pytest.raises(ConfigError, match="--steps must be positive"):
-        simulate_stage(tiny, Question(steps=0))
+        simulate_stage(tiny, SimulateOptions(steps=0))
     with pytest.raises(ConfigError, match="8 rows a step cannot be split over 3 ranks"):
-        simulate_stage(tiny, Question(world=3))
+        simulate_stage(tiny, SimulateOptions(world=3))
