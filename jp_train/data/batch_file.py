@@ -57,6 +57,7 @@ from jp_train.types import (
     SourceInfo,
 )
 
+_NUMBERS = ("step", "rows", "seq_len", "max_seqlen", "truncated_tokens")
 BATCH_FORMAT = 1
 HEADS = {"text": "labels", "image": "gen_labels"}
 
@@ -207,7 +208,7 @@ def save_batch(batch: PackedBatch, path: str | Path) -> Path:
     sidecar = {
         "format": BATCH_FORMAT,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
-        **{name: getattr(batch, name) for name in ("step", "rows", "seq_len", "max_seqlen", "truncated_tokens")},
+        **{name: getattr(batch, name) for name in _NUMBERS},
         "provenance": [
             [asdict(document) | {"kind": str(document.kind)} for document in row] for row in batch.provenance
         ],
@@ -238,9 +239,10 @@ def load_batch(path: str | Path) -> PackedBatch:
         if hashlib.sha256(data).hexdigest() != sidecar["tensors_sha256"]:
             raise DataError(f"{path} is not the file that {sidecar_of(path)} was written with: save the batch again")
         tensors = load(data)
+        fields: dict[str, Any] = {name: tensors[name] for name in _tensor_fields()}
+        fields |= {name: int(sidecar[name]) for name in _NUMBERS}
         return PackedBatch(
-            **{name: tensors[name] for name in _tensor_fields()},
-            **{name: int(sidecar[name]) for name in ("step", "rows", "seq_len", "max_seqlen", "truncated_tokens")},
+            **fields,
             provenance=tuple(tuple(_provenance(document) for document in row) for row in sidecar["provenance"]),
             skipped=tuple(
                 SkippedDocument(info=SourceInfo(**skip["info"]), ref=DocumentRef(**skip["ref"]), reason=skip["reason"])

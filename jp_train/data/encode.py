@@ -66,9 +66,9 @@ class Draft:
         self.sample, self.pieces = sample, pieces
         self.length, self.image_start = 0, -1
         for piece, _ in pieces:
-            if type(piece) is int:
+            if isinstance(piece, int):
                 self.length += 1
-            elif type(piece) is ImageBlock:
+            elif isinstance(piece, ImageBlock):
                 self.image_start = self.length + 1
                 self.length += len(piece.ids)
             else:
@@ -128,10 +128,10 @@ class Encoder:
             return condition_runs(ids, ids if short == whole else self._ids(self._layouts.condition(short)))
         runs: list[Run] = []
         for piece, role in self.draft(sample).pieces:
-            if type(piece) is ImageBlock:
+            if isinstance(piece, ImageBlock):
                 runs.append(((), IMAGE))
                 continue
-            ids = [piece] if type(piece) is int else piece
+            ids = [piece] if isinstance(piece, int) else list(piece)
             if runs and runs[-1][1] == role:
                 ids = [*runs.pop()[0], *ids]
             runs.append((ids, role))
@@ -193,12 +193,10 @@ class Encoder:
     def draft_many(self, samples: Sequence[tuple[Sample, bool, bool]]) -> list[Draft]:
         """Documents of (sample, short_caption, drop_condition), their texts tokenised in one call."""
         laid_out = [(sample, self._parts(sample, short, drop)) for sample, short, drop in samples]
-        texts = [piece for _, parts in laid_out for piece, _ in parts if type(piece) is str]
-        if not texts:
-            return [Draft(sample, parts) for sample, parts in laid_out]
-        ids = iter(self.tokenizer.encode_many(texts))
+        texts = [piece for _, parts in laid_out for piece, _ in parts if isinstance(piece, str)]
+        ids = iter(self.tokenizer.encode_many(texts) if texts else ())
         return [
-            Draft(sample, [(next(ids) if type(piece) is str else piece, role) for piece, role in parts])
+            Draft(sample, [(next(ids) if isinstance(piece, str) else piece, role) for piece, role in parts])
             for sample, parts in laid_out
         ]
 
@@ -245,11 +243,11 @@ class Encoder:
         ids, labels, gen_labels = tokens
         pad, at = self.tokenizer.special.pad, 0
         for piece, role in draft.pieces:
-            if type(piece) is int:
+            if isinstance(piece, int):
                 end = at + 1
                 ids[at] = pad if role == PAD else piece
             else:
-                values = piece.ids if type(piece) is ImageBlock else piece
+                values = piece.ids if isinstance(piece, ImageBlock) else piece
                 end = at + len(values)
                 ids[at:end] = pad if role == PAD else values
             if role in self._learnt:
@@ -257,8 +255,8 @@ class Encoder:
             at = end
         if isinstance(draft.sample, GenerationSample):
             # boi predicts the first id, slot i predicts id i + 1
-            boi, found = draft.image_start - 1, draft.sample.vq_ids
-            gen_labels[boi : boi + self.image_slots] = PENDING_VQ_ID if found is None else found
+            boi, vq_ids = draft.image_start - 1, draft.sample.vq_ids
+            gen_labels[boi : boi + self.image_slots] = PENDING_VQ_ID if vq_ids is None else vq_ids
 
     def written(self, draft: Draft) -> np.ndarray:
         """A document's own int64 [3, draft.length]; see `write`."""
@@ -310,10 +308,11 @@ class Encoder:
         data = self._data
         if isinstance(sample, UnderstandingSample):
             return load_understanding_image(sample.image, self.image_size, data.max_image_pixels, data.image_decode)
-        if not self.has_picture(sample):
+        if not isinstance(sample, GenerationSample) or sample.vq_ids is not None:
             return None
         if sample.picture_fault:
             raise SkipSample(sample.picture_fault)
+        assert sample.image is not None
         crop, uniform = Crop.centre, 0.5
         if data.crop is Crop.random and not held_out:
             crop, uniform = Crop.random, document_uniform(self._seed, source, epoch, sample_index, "crop")
@@ -393,14 +392,13 @@ class Encoder:
     def _ids(self, parts: Sequence[Part]) -> list[int]:
         ids: list[int] = []
         for piece, role in parts:
-            found = (
-                self.tokenizer.encode(piece)
-                if isinstance(piece, str)
-                else [piece]
-                if isinstance(piece, int)
-                else piece.ids.tolist()
-            )
-            ids += [self.tokenizer.special.pad] * len(found) if role == PAD else found
+            if isinstance(piece, str):
+                piece_ids = self.tokenizer.encode(piece)
+            elif isinstance(piece, int):
+                piece_ids = [piece]
+            else:
+                piece_ids = (piece.ids if isinstance(piece, ImageBlock) else piece).tolist()
+            ids += [self.tokenizer.special.pad] * len(piece_ids) if role == PAD else piece_ids
         return ids
 
     def _length(self, parts: Sequence[Part]) -> int:

@@ -41,7 +41,7 @@ _SPARE = 2
 """What scaled decoding leaves of a side is at least this many times what the resize makes of it: the bicubic filter
 then decides the pixels."""
 _ORIENTATION = 0x0112
-_UPRIGHT = {
+_UPRIGHT: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

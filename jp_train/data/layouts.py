@@ -119,8 +119,8 @@ class Layouts:
         """Question-answer documents; with `prompt` it stops where the last answer would start."""
         special, data = self._special, self._data
         chat = template is Template.stage3
-        picture = [self.understanding_block] if image else []
-        parts: list[Part] = [] if chat else _texts([special.bos, *picture], READ)
+        block: list[str | int | ImageBlock] = [self.understanding_block] if image else []
+        parts: list[Part] = [] if chat else _texts([special.bos, *block], READ)
         for number, turn in enumerate(turns):
             last = number == len(turns) - 1
             question = turn.question
@@ -130,7 +130,7 @@ class Layouts:
                 lead: list[str | int] = []
                 if number == 0:
                     lead = [special.bos, f"{data.system_prompt}\n\n"] if image and data.system_prompt else [special.bos]
-                middle = [*picture, "\n"] if number == 0 and image else []
+                middle = [*block, "\n"] if number == 0 and image else []
                 parts += _texts([*lead, self._user, ": ", *middle, question, "\n\n", self._assistant, ":"], READ)
                 gap = " "
             else:

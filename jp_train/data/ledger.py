@@ -151,7 +151,7 @@ class Ledger:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             append_lines(self._path, lines)
 
-    def _named_at_index(self) -> set[tuple[str, str, str]]:
+    def _named_at_index(self) -> set[tuple[str | None, str | None, str | None]]:
         if not self._path.exists():
             return set()
         with self._path.open(encoding="utf-8", errors="replace") as lines:

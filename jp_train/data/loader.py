@@ -15,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +34,8 @@ from jp_train.data.vq_ids import IdsRecipe
 from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import KINDS, DocumentRef, Kind, PackedBatch, Provenance, Row, RowSpec
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,8 +307,8 @@ class _Rows(Dataset):
             )
 
 
-def _unchanged(row: Row | _Failure) -> Row | _Failure:
-    return row
+def _unchanged(item: _Item) -> _Item:
+    return item
 
 
 def rows_hash(rows: Iterable[PackedBatch | Row | Sequence[Provenance]]) -> str:

@@ -21,25 +21,16 @@ from fractions import Fraction
 from itertools import accumulate
 from math import gcd, lcm
 from operator import add
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from jp_train.data.permute import document_uniform_many
+from jp_train.data.sequence import PlanSource
 from jp_train.errors import ConfigError
 from jp_train.types import KINDS, Kind, RowSpec
 
 Deficits = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
-
-
-class MixtureSource(Protocol):
-    """What the schedule needs to know of a source."""
-
-    name: str
-    kind: Kind
-    weight: float
-    from_step: int
-    to_step: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,7 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Sequence[MixtureSource], shares: Sequence[float], training_steps: int | None = None
+        self, sources: Sequence[PlanSource], shares: Sequence[float], training_steps: int | None = None
     ) -> None:
         try:
             self.shares = integer_proportions(shares)
@@ -114,7 +105,7 @@ class Mixture:
             if training_steps is None or phase.from_step < training_steps:
                 self.check_phase(number)
 
-    def _make_phases(self, sources: Sequence[MixtureSource]) -> tuple[Phase, ...]:
+    def _make_phases(self, sources: Sequence[PlanSource]) -> tuple[Phase, ...]:
         drawable = [(index, source) for index, source in enumerate(sources) if source.name not in self.unused]
         edges = {0}
         for _, source in drawable:
@@ -155,7 +146,7 @@ class Mixture:
         return bisect_right(self._starts, step) - 1
 
 
-def _active(source: MixtureSource, step: int) -> bool:
+def _active(source: PlanSource, step: int) -> bool:
     return source.from_step <= step and (source.to_step is None or step < source.to_step)
 
 
@@ -205,9 +196,9 @@ class CarrySchedule:
             while len(dealt) < count:
                 if self._taken == len(self._block):
                     self._next_block()
-                turns = self._block[self._taken : self._taken + count - len(dealt)]
-                self._taken += len(turns)
-                dealt += turns
+                block = self._block[self._taken : self._taken + count - len(dealt)]
+                self._taken += len(block)
+                dealt += block
             return dealt
         turns = _Turns(self._mixture.shares, self._phase, *self._now())
         for _ in range(count):
@@ -327,7 +318,8 @@ class SampledSchedule:
     def __init__(self, mixture: Mixture, seed: int, mean_costs: Mapping[int, Fraction]) -> None:
         self._mixture, self._seed, self._mean_costs = mixture, seed, mean_costs
         self._dealt = 0
-        self._block_start, self._uniforms = -1, []
+        self._block_start = -1
+        self._uniforms: list[float] = []
         self.enter(0)
 
     def enter(self, phase: int) -> None:
@@ -374,7 +366,7 @@ class SampledSchedule:
         (self._dealt,) = state
 
 
-def realised_shares(rows: Iterable[RowSpec], sources: Sequence[MixtureSource], *, tokens: bool) -> dict[Kind, float]:
+def realised_shares(rows: Iterable[RowSpec], sources: Sequence[PlanSource], *, tokens: bool) -> dict[Kind, float]:
     """The share of each kind in `rows`: of tokens, or of documents (one cut into spans counts once, in the row where
     it starts)."""
     amounts = dict.fromkeys(KINDS, 0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -116,21 +116,15 @@ def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.nda
     if max(rows, columns) > _MOST_TABLED or len(epochs) > _MOST_EPOCHS:
         of_number, indices = np.divmod(numbers, size)
         keys = _absorb_many(_fold_prefix(key, len(key) + 1), of_number)
-        _walk(
-            result, indices, size, lambda values, pending: _feistel(values, keys[pending], rows, columns, _rounds(size))
-        )
+        rounds = _rounds(size)
+        _walk(result, indices, size, lambda values, pending: _feistel(values, keys[pending], rows, columns, rounds))
         return result
     for epoch in epochs:
         indices, tables = numbers - epoch * size, _round_tables(fold_key((*key, epoch)), size)
         here = slice(None) if len(epochs) == 1 else (indices >= 0) & (indices < size)
-        found = np.empty(len(indices[here]), np.int64)
-        _walk(
-            found,
-            indices[here],
-            size,
-            lambda values, _, tables=tables: _feistel_by_tables(values, tables, rows, columns),
-        )
-        result[here] = found
+        permuted = np.empty(len(indices[here]), np.int64)
+        _walk(permuted, indices[here], size, partial(_feistel_by_tables, tables=tables, rows=rows, columns=columns))
+        result[here] = permuted
     return result
 
 
@@ -162,7 +156,9 @@ def _feistel(values: np.ndarray, keys: np.ndarray, rows: int, columns: int, roun
     return (row * _U64(columns) + column).astype(np.int64)
 
 
-def _feistel_by_tables(values: np.ndarray, tables: tuple[np.ndarray, ...], rows: int, columns: int) -> np.ndarray:
+def _feistel_by_tables(
+    values: np.ndarray, _: np.ndarray, *, tables: tuple[np.ndarray, ...], rows: int, columns: int
+) -> np.ndarray:
     """`_feistel` for one key, whose rounds were tabled."""
     row = values // columns
     column = values - row * columns

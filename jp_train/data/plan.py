@@ -429,6 +429,7 @@ class _Fold:
 
     def _samples_layout(self) -> Layout:
         plan = self._plan
+        assert plan.samples_per_row is not None
         layout = pack_samples(self._lengths, plan.seq_len, plan.samples_per_row)
         if layout is None:
             raise ConfigError(

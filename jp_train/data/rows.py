@@ -69,10 +69,11 @@ class RowBuilder:
         at = 0
         for document in documents:
             end = at + document.ref.length
-            if document.tokens is None:
-                self._encoder.write(document.draft, tokens[:, at:end])
-            else:
+            if document.tokens is not None:
                 tokens[:, at:end] = document.tokens
+            else:
+                assert document.draft is not None
+                self._encoder.write(document.draft, tokens[:, at:end])
             at = end
         return Row(
             step=spec.step,

@@ -83,8 +83,10 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             )
         turns = _understanding_turns(_json(raw)) if raw.token_ids is None else ()
         return UnderstandingSample(info=raw.info, image=image, turns=turns, token_ids=raw.token_ids)
-    ids = raw.vq_ids if raw.vq_ids is not None else _vq_ids(raw, image_slots, codebook_size)
-    if raw.vq_ids is not None and (len(ids) != image_slots or ids.max() >= codebook_size):
+    ids = raw.vq_ids
+    if ids is None:
+        ids = _vq_ids(raw, image_slots, codebook_size)
+    elif len(ids) != image_slots or ids.max() >= codebook_size:
         raise DataError(
             f"the stored VQ ids of shard {raw.info.shard}, key {raw.info.key!r}, are {len(ids)} ids up to "
             f"{ids.max()}, this model has {image_slots} slots an image and {codebook_size} codes: their manifest is "

@@ -121,8 +121,8 @@ class SourceSequence:
     def __init__(self, source: PlanSource, index: int, rules: DocumentRules) -> None:
         self._source, self._index, self._rules = source, index, rules
         self._key = (rules.seed, name_key(source.name))
-        self._short = source.short_tokens is not None and rules.first_sentence > 0
-        self._dropout = source.dropped_tokens is not None and rules.pad_dropout > 0
+        self._short_tokens = source.short_tokens if rules.first_sentence > 0 else None
+        self._dropped_tokens = source.dropped_tokens if rules.pad_dropout > 0 else None
         self._uncut = rules.cut_texts and source.cuttable
         self.restore(0)
 
@@ -174,18 +174,19 @@ class SourceSequence:
         epochs = numbers // size
         lengths = np.asarray(source.tokens[samples], np.int64)
         short = np.zeros(len(numbers), bool)
-        if self._short:
+        if self._short_tokens is not None:
             short = (
                 document_uniform_many(rules.seed, source.name, epochs, samples, "first_sentence") < rules.first_sentence
             )
-            lengths = np.where(short, source.short_tokens[samples], lengths)
-        if self._dropout:
+            lengths = np.where(short, self._short_tokens[samples], lengths)
+        if self._dropped_tokens is not None:
             dropout = document_uniform_many(rules.seed, source.name, epochs, samples, "pad_dropout") < rules.pad_dropout
-            lengths = np.where(dropout, source.dropped_tokens[samples], lengths)
-        minimum = source.min_tokens if np.ndim(source.min_tokens) == 0 else source.min_tokens[samples]
+            lengths = np.where(dropout, self._dropped_tokens[samples], lengths)
+        minimum = np.asarray(source.min_tokens)
+        minimum = minimum[samples] if minimum.ndim else minimum
         usable, lengths, truncated = self._fit(lengths, minimum)
-        found = (lengths, numbers, epochs, samples, short, truncated)
-        return found if usable.all() else tuple(array[usable] for array in found)
+        columns = (lengths, numbers, epochs, samples, short, truncated)
+        return columns if usable.all() else tuple(column[usable] for column in columns)
 
     def _fit(self, lengths: np.ndarray, minimum: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which documents can be used, their lengths in rows, and how many tokens each loses for it."""
@@ -199,9 +200,8 @@ class SourceSequence:
 
     def check_usable(self) -> None:
         """Raises DataError if every sample is too long in every form that can be drawn: the sequence would be empty."""
-        forms = [self._source.tokens]
-        forms += [self._source.short_tokens] if self._short else []
-        forms += [self._source.dropped_tokens] if self._dropout else []
+        drawn = (self._source.tokens, self._short_tokens, self._dropped_tokens)
+        forms = [form for form in drawn if form is not None]
         if not any(self._fit(np.asarray(form), self._source.min_tokens)[0].any() for form in forms):
             shortest = min(int(form.min()) for form in forms)
             raise DataError(

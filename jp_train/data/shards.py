@@ -96,7 +96,7 @@ def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
     """
     try:
         parts = list(braceexpand.braceexpand(spec))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise ConfigError(f"shards {spec!r}: {error}; write ranges as {{000..127}} and lists as {{a,b}}") from None
     paths = [path for part in parts for path in _expand_one(part, spec, Path(root))]
     seen: set[str] = set()
@@ -155,9 +155,11 @@ class ShardReader:
         """Exactly `size` bytes from `offset`. Raises DataError when the shard changed, is too short, or cannot be
         read."""
         if is_url(shard.path):
-            known = {"file_size": shard.size, "stamp": shard.stamp}
-            what = f"bytes {offset} to {offset + size}"
-            return self._retry(shard.path, what, lambda: self._http.read(shard.path, offset, size, **known))
+            return self._retry(
+                shard.path,
+                f"bytes {offset} to {offset + size}",
+                lambda: self._http.read(shard.path, offset, size, file_size=shard.size, stamp=shard.stamp),
+            )
         try:
             return self._read_local(shard, offset, size)
         except OSError as error:

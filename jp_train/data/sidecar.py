@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -109,21 +109,24 @@ def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[Sh
 
     def made(meta: dict, arrays: NpzFile) -> tuple[ShardTokens, StoredTokenIds]:
         tokens = _tokens(meta, arrays)
-        assert arrays.zip.fp is not None and arrays.zip.filename is not None
-        starts, part, file = arrays["record_start"], arrays.zip.getinfo("records.npy"), arrays.zip.fp
-        with arrays.zip.open(part) as content:  # its header says where the bytes begin
+        archive, size = arrays.zip, tokens.ids_bytes
+        assert archive is not None and archive.fp is not None and archive.filename is not None
+        if size is None:
+            raise KeyError("token ids")
+        starts, part, file = arrays["record_start"], archive.getinfo("records.npy"), archive.fp
+        with archive.open(part) as content:  # its header says where the bytes begin
             _require(np.lib.format.read_magic(content) == (1, 0))
             shape, _, dtype = np.lib.format.read_array_header_1_0(content)
             header = content.tell()
         _require(starts.dtype == np.int64 and starts.shape == (len(tokens) + 1,))
-        _require(starts[0] == 0 and (starts[1:] >= starts[:-1]).all() and starts[-1] == tokens.ids_bytes)
-        _require(dtype == np.uint8 and shape == (tokens.ids_bytes,) and part.file_size == header + tokens.ids_bytes)
+        _require(starts[0] == 0 and (starts[1:] >= starts[:-1]).all() and starts[-1] == size)
+        _require(dtype == np.uint8 and shape == (size,) and part.file_size == header + size)
         file.seek(part.header_offset + _NAME_LENGTH_AT)
         name, extra = struct.unpack("<HH", file.read(4))
-        found = os.fstat(file.fileno())
-        here = Shard(path=arrays.zip.filename, size=found.st_size, stamp=str(found.st_mtime_ns))
+        status = os.fstat(file.fileno())
+        here = Shard(path=archive.filename, size=status.st_size, stamp=str(status.st_mtime_ns))
         first = part.header_offset + _NAME_LENGTH_AT + 4 + name + extra + header
-        _require(first + tokens.ids_bytes <= here.size)  # else a read would ask for memory that the file never fills
+        _require(first + size <= here.size)  # else a read would ask for memory that the file never fills
         return tokens, StoredTokenIds(here, first, starts, reader)
 
     return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
@@ -219,7 +222,7 @@ def sidecar_places(shard: Shard, suffix: str) -> list[Path]:
     return [cached] if is_url(shard.path) else [Path(shard.path + suffix), cached]
 
 
-def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], None]) -> Path:
+def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], object]) -> Path:
     """Let `write` fill a sidecar in the first place that can be written: temporary file, fsync, rename. Returns its
     path.
 
@@ -257,7 +260,8 @@ def _remove_left_behind(folder: Path) -> None:
 
 def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarray]) -> None:
     blob = np.frombuffer(json.dumps(meta, ensure_ascii=True).encode(), np.uint8)
-    write_sidecar(shard, suffix, lambda file: np.savez(file, meta=blob, **arrays))
+    contents: dict[str, Any] = {"meta": blob, **arrays}
+    write_sidecar(shard, suffix, lambda file: np.savez(file, **contents))
 
 
 def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, NpzFile], _Made]) -> _Made | None:
@@ -281,17 +285,17 @@ def _require(holds: bool | np.bool_) -> None:
         raise ValueError("the sidecar contradicts the shard or itself")
 
 
-def _texts(values: object) -> tuple[str, ...]:
-    _require(isinstance(values, list) and all(isinstance(one, str) for one in values))
+def _texts(values: Any) -> tuple[str, ...]:
+    _require(isinstance(values, list) and all(isinstance(value, str) for value in values))
     return tuple(values)
 
 
-def _size(value: object) -> int:
+def _size(value: Any) -> int:
     _require(type(value) is int and value >= 0)
     return value
 
 
-def _pairs(values: object) -> tuple[tuple[str, str], ...]:
+def _pairs(values: Any) -> tuple[tuple[str, str], ...]:
     return tuple((name, reason) for name, reason in map(_texts, values))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ def nearest_snapshots(run_dir: str | Path, step: int) -> Iterator[dict[str, Any]
     """The plan states that a run folder holds for `step` completed steps or fewer, nearest first: of
     `plan_snapshots.jsonl` and of the checkpoints, at most `MOST_CANDIDATES` of each. What cannot be read is passed
     over; the states themselves are not checked."""
-    places = [(state["step"], lambda state=state: state) for state in _lines(Path(run_dir) / SNAPSHOTS_FILE, step)]
-    places += _checkpoints(Path(run_dir) / "checkpoints", step)
-    for _, read in sorted(places, key=lambda place: -place[0]):
+    candidates: list[tuple[int, dict[str, Any] | Path]] = []
+    candidates += [(state["step"], state) for state in _lines(Path(run_dir) / SNAPSHOTS_FILE, step)]
+    candidates += _checkpoints(Path(run_dir) / "checkpoints", step)
+    for _, candidate in sorted(candidates, key=lambda candidate: -candidate[0]):
+        state: Any = candidate
         try:
-            state = read()
+            if isinstance(candidate, Path):
+                state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))["plan"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if _step(state) is not None and state["step"] <= step:
@@ -49,9 +52,9 @@ def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     kept: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8", errors="replace") as file:
         for state in read_json_lines(file):
-            found = _step(state)
-            if found is not None and found <= step:
-                kept[found] = state
+            state_step = _step(state)
+            if state is not None and state_step is not None and state_step <= step:
+                kept[state_step] = state
                 if len(kept) > MOST_CANDIDATES:
                     del kept[min(kept)]
     return list(kept.values())
@@ -62,12 +65,8 @@ def _step(state: Any) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _checkpoints(folder: Path, step: int) -> list[tuple[int, Callable[[], Any]]]:
+def _checkpoints(folder: Path, step: int) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.match(path.name))}
-    return [
-        (found, lambda path=steps[found]: json.loads((path / "state.json").read_text(encoding="utf-8"))["plan"])
-        for found in sorted(steps)
-        if found <= step
-    ][-MOST_CANDIDATES:]
+    return sorted(item for item in steps.items() if item[0] <= step)[-MOST_CANDIDATES:]

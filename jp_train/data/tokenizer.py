@@ -289,15 +289,16 @@ class _HuggingFace(Tokenizer):
         return self._backend.to_str().encode()
 
     def _save(self, folder: Path) -> None:
+        assert self.cfg.path is not None
         _pretrained(Path(self.cfg.path).expanduser()).save_pretrained(str(folder))
 
 
 def _pretrained(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        assert found.backend_tokenizer is not None
-        return found
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        assert isinstance(tokenizer, PreTrainedTokenizerFast), "it is a slow one"
+        return tokenizer
     except Exception as error:  # transformers raises many kinds for a folder it cannot read
         raise ConfigError(f"tokenizer.path {folder} is not a fast Hugging Face tokenizer: {error}") from error

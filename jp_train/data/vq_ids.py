@@ -70,7 +70,7 @@ class IdsRecipe:
     @property
     def fingerprint(self) -> str:
         """Hex digest of it all, for the centre crop."""
-        parts = (
+        parts: tuple[str, ...] = (
             "janus-ids/1",
             self.vq,
             str(self.transform),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,13 +123,9 @@ def _current_manifests(index: SourceIndex, recipe: IdsRecipe) -> dict[int, IdsMa
 
 def _foreign(source: str, shard: Shard, fingerprint: str, recipe: IdsRecipe) -> str:
     other = load_manifest(shard, fingerprint)
-    differ = (
-        []
-        if other is None
-        else [f.name for f in fields(IdsRecipe) if getattr(other.recipe, f.name) != getattr(recipe, f.name)]
-    )
+    stored, ours = asdict(other.recipe) if other is not None else {}, asdict(recipe)
     details = "; ".join(
-        f"{name} is {getattr(other.recipe, name)}, this run's is {getattr(recipe, name)}" for name in differ
+        f"{name} is {value}, this run's is {ours[name]}" for name, value in stored.items() if value != ours[name]
     )
     return (
         f"shard {shard.path} (source {source!r}) has VQ ids with fingerprint {fingerprint}, this run's VQ and "

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from jp_train.errors import ConfigError, DataError
 from jp_train.files import fsync
@@ -55,7 +56,7 @@ class ShardWriter:
         self.number = number
         """Number of the shard that is being written, or is written next."""
         self._folder, self._max_bytes, self._max_samples = folder, max_bytes, max_samples
-        self._file = None
+        self._file: BinaryIO | None = None
         self._samples = self._size = 0
         self._hash = hashlib.sha256()
 
@@ -123,6 +124,7 @@ class ShardWriter:
         return self._folder / f".{SHARD_NAME.format(self.number)}.tmp"
 
     def _put(self, data: bytes) -> None:
+        assert self._file is not None
         self._file.write(data)
         self._hash.update(data)
         self._size += len(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -61,7 +62,9 @@ def plot_lengths(
     figure.savefig(path)
 
 
-def _row(axis, name: str, kind: str, counts: np.ndarray, edges: np.ndarray, ends: np.ndarray, seq_len: int) -> None:
+def _row(
+    axis: Axes, name: str, kind: str, counts: np.ndarray, edges: np.ndarray, ends: np.ndarray, seq_len: int
+) -> None:
     colour = _COLOURS[kind]
     widths = ends - edges
     axis.bar(np.maximum(edges, 1), counts, width=widths, align="edge", color=colour, linewidth=0)

@@ -116,8 +116,8 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
         ]
     )
     groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in report.findings:
-        groups.setdefault((fault.source, fault.fault), []).append(fault)
+    for finding in report.findings:
+        groups.setdefault((finding.source, finding.fault), []).append(finding)
     if groups:
         counts = [(source, fault, f"{len(all_of):,}") for (source, fault), all_of in groups.items()]
         lines += ["", *aligned([("source", "fault", "count"), *counts])]
