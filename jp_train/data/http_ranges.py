@@ -20,12 +20,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jp_train.errors import DataError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 HTTP_TIMEOUT_S = 60.0
 """Longest silence of a server."""
@@ -222,7 +219,7 @@ class _BoundedReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:  # any writable buffer, which has no public type before 3.12
         self._plain.settimeout(_left(self._connection.deadline))
         return self._raw.readinto(buffer)
 
