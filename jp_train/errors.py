@@ -39,10 +39,10 @@ class LaunchError(JpTrainError):
 
 
 class SkipSample(JpTrainError):  # noqa: N818 - it is a decision about one sample, not an error of the run
-    """One sample cannot be used. Its place in the row stays empty, and the ledger names it.
+    """One sample cannot be used. Its part of the row stays empty, and the ledger names it.
 
-    `fault` is its class, a short stable name (`jp-train data verify` counts by it). Never raised for I/O errors: those
-    are retried and then stop the run.
+    `fault` is the class of the fault, a short stable name (`jp-train data verify` counts by it). Never raised for I/O
+    errors: those are retried and then stop the run.
     """
 
     def __init__(self, reason: str, fault: str = "bad_sample") -> None:

@@ -23,7 +23,7 @@ IGNORE_INDEX = -100
 """Label of a position that no head is trained on."""
 
 PENDING_VQ_ID = -1
-"""`gen_labels` of a supervised image slot whose VQ id is not known yet: the trainer encodes the picture on the fly."""
+"""`gen_labels` of a supervised image slot whose VQ id is not known yet: the trainer encodes the image on the fly."""
 
 
 class Kind(str, Enum):
@@ -74,7 +74,8 @@ class DocumentRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowSpec:
-    """The plan's answer for one row: `row` counts from 0 within `step`; `documents` in the order they are laid out."""
+    """The content of one row as planned: `row` counts from 0 within `step`; `documents` in the order in which they are
+    laid out."""
 
     step: int
     row: int
@@ -85,15 +86,15 @@ class RowSpec:
 class RawSample:
     """The tar members of one sample: `fields` maps an extension without its dot ("jpg", "json", "vq.npy") to its bytes.
 
-    `vq_ids` uint16 [S] are those stored beside the shard, `picture_fault` is why there are none: what decoding the
-    picture would say. With either, the picture's bytes are left empty. `token_ids` is the stored record of its texts
-    (data/token_ids.py): with it the bytes of the texts are left empty.
+    `vq_ids` uint16 [S] are those stored beside the shard; `image_fault` is why there are none: the reason for which
+    decoding the image would fail. With either, the image's bytes are left empty. `token_ids` is the stored record of
+    its texts (data/token_ids.py): with it the bytes of the texts are left empty.
     """
 
     info: SourceInfo
     fields: dict[str, bytes]
     vq_ids: np.ndarray | None = None
-    picture_fault: str = ""
+    image_fault: str = ""
     token_ids: bytes | None = None
 
 
@@ -107,8 +108,8 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnderstandingSample:
-    """Pictures and a dialogue about them. `image` is the undecoded picture file; the first question refers to it.
-    With the stored record `token_ids` there are no turns."""
+    """An image and a conversation about it. `image` is the undecoded file; the first question refers to it. With the
+    stored record `token_ids` there are no turns."""
 
     info: SourceInfo
     image: bytes
@@ -118,7 +119,7 @@ class UnderstandingSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSample:
-    """Pure text: a plain document (`text`), a dialogue (`turns`), or the stored record of either (`token_ids`);
+    """Pure text: a plain document (`text`), a conversation (`turns`), or the stored record of either (`token_ids`);
     exactly one is set."""
 
     info: SourceInfo
@@ -129,14 +130,14 @@ class TextSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSample:
-    """A caption and the picture to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or
-    `picture_fault`, why it cannot be used. With the stored record `token_ids` the caption is empty."""
+    """A caption and the image to generate: the undecoded file, or its stored VQ ids `vq_ids` uint16 [S], or
+    `image_fault`, why it cannot be used. With the stored record `token_ids` the caption is empty."""
 
     info: SourceInfo
     caption: str
     image: bytes | None = None
     vq_ids: np.ndarray | None = None
-    picture_fault: str = ""
+    image_fault: str = ""
     token_ids: bytes | None = None
 
 
@@ -146,7 +147,7 @@ class EncodedDocument:
 
     All arrays have length T. `labels` are the text head's targets, `gen_labels` the image head's (VQ ids, or
     PENDING_VQ_ID); IGNORE_INDEX elsewhere; never both set at one position. `und_slots` / `gen_slots` int64 [S] are the
-    positions filled by image features / by VQ embeddings (empty when the document has no such image). Pictures are
+    positions filled by image features / by VQ embeddings (empty when the document has no such image). Images are
     uint8 [3, H, W], already at model size.
     """
 
@@ -176,7 +177,7 @@ class SkippedDocument:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """What the row hash and `data explain` are made of: one packed document and its token span."""
+    """One packed document and its token span; the row hash and `data explain` are made of these."""
 
     source: str
     shard: str
@@ -191,12 +192,11 @@ class Row:
     """One packed sequence of at most `seq_len` tokens: whole documents, save a text cut at the row's end.
 
     Its D documents lie end to end in a few arrays, so that a row crosses processes as one small message, with the
-    pictures in shared
-    memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_starts` [D] the first image slot of each
-    document within the document (-1 without an image), of `image_slots` each; `und_images` uint8 [U, 3, H, W] and
-    `gen_images` uint8 [P, 3, H, W] the pictures of the understanding documents, and of the generation documents whose
-    ids are pending, in order. `provenance` and `source_indices` are parallel to the documents; provenance holds their
-    lengths.
+    images in shared memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_starts` [D] the first
+    image slot of each document within the document (-1 without an image), of `image_slots` each; `und_images` uint8
+    [U, 3, H, W] and `gen_images` uint8 [P, 3, H, W] the images of the understanding documents, and of the generation
+    documents whose ids are pending, in order. `provenance` and `source_indices` are parallel to the documents;
+    provenance holds their lengths.
     """
 
     step: int
@@ -214,19 +214,19 @@ class Row:
     @property
     def documents(self) -> tuple[EncodedDocument, ...]:
         """The documents one by one, as views; `info` names the shard by its file name alone."""
-        found: list[EncodedDocument] = []
+        documents: list[EncodedDocument] = []
         und, gen, at, none = iter(self.und_images), iter(self.gen_images), 0, np.zeros(0, np.int64)
-        for one, image_start in zip(self.provenance, self.image_starts, strict=True):
-            input_ids, labels, gen_labels = self.tokens[:, at : at + one.length]
-            at += one.length
-            understanding, generation = one.kind is Kind.UNDERSTANDING, one.kind is Kind.GENERATION
+        for origin, image_start in zip(self.provenance, self.image_starts, strict=True):
+            input_ids, labels, gen_labels = self.tokens[:, at : at + origin.length]
+            at += origin.length
+            understanding, generation = origin.kind is Kind.UNDERSTANDING, origin.kind is Kind.GENERATION
             slots = np.arange(image_start, image_start + self.image_slots) if image_start >= 0 else none
             ids = gen_labels[slots - 1] if generation else none
             pending = generation and ids[0] == PENDING_VQ_ID
-            found.append(
+            documents.append(
                 EncodedDocument(
-                    info=SourceInfo(source=one.source, shard=one.shard, key=one.key),
-                    kind=one.kind,
+                    info=SourceInfo(source=origin.source, shard=origin.shard, key=origin.key),
+                    kind=origin.kind,
                     input_ids=input_ids,
                     labels=labels,
                     gen_labels=gen_labels,
@@ -237,7 +237,7 @@ class Row:
                     vq_ids=ids if generation and not pending else None,
                 )
             )
-        return tuple(found)
+        return tuple(documents)
 
     def __reduce__(self) -> tuple:
         """As plain tuples: pickling thousands of small dataclasses costs more than making their rows."""
@@ -287,10 +287,9 @@ class PackedBatch:
     """One micro-batch of rows, laid end to end without a padding token.
 
     input_ids, position_ids, labels, gen_labels: int64 [T]; `position_ids` restart per document (per row with `packing:
-    causal`);
-    cu_seqlens: int32 [segments + 1], the attention segments; `max_seqlen` a plain int;
+    causal`); cu_seqlens: int32 [segments + 1], the attention segments; `max_seqlen` a plain int;
     und_images uint8 [U, 3, H, W] and und_slots int64 [U * S]; gen_slots int64 [G * S], gen_ids int64 [G, S]
-    (PENDING_VQ_ID rows where `gen_pending` int64 [P] points: those pictures are in gen_images uint8 [P, 3, H, W], and
+    (PENDING_VQ_ID rows where `gen_pending` int64 [P] points: those images are in gen_images uint8 [P, 3, H, W], and
     VQ encoding fills them in); document_lengths, document_kinds (index into KINDS) and document_sources: int64 [D]. All
     zero-size where absent, never None.
     """

@@ -24,8 +24,9 @@ class BatchPlan:
     def describe(self) -> str:
         """One sentence for the log, like `512 rows = 1 rows x 4 accumulation x 128 ranks, at most 2,097,152 tokens`."""
         text = (
-            f"{self.rows_per_step} rows a step = {self.micro_batch_rows} micro-batch rows x {self.gradient_accumulation_steps} "
-            f"accumulation x {self.dp_world_size} ranks, at most {self.rows_per_step * self.seq_len:,} tokens"
+            f"{self.rows_per_step} rows a step = {self.micro_batch_rows} micro-batch rows x "
+            f"{self.gradient_accumulation_steps} accumulation x {self.dp_world_size} ranks, at most "
+            f"{self.rows_per_step * self.seq_len:,} tokens"
         )
         if self.samples_per_row is not None:
             text += f" ({self.rows_per_step * self.samples_per_row} samples, {self.samples_per_row} a row)"
@@ -40,8 +41,8 @@ def rows_per_step(config: RunConfig) -> int:
     rows, rest = divmod(stage.batch_size, stage.samples_per_row)
     if rest or rows == 0:
         raise ConfigError(
-            f"stage.batch_size {stage.batch_size} samples is not a multiple of stage.samples_per_row {stage.samples_per_row}; "
-            f"valid samples_per_row: {_divisors(stage.batch_size)}"
+            f"stage.batch_size {stage.batch_size} samples is not a multiple of stage.samples_per_row "
+            f"{stage.samples_per_row}; valid samples_per_row: {_divisors(stage.batch_size)}"
         )
     return rows
 

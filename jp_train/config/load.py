@@ -100,8 +100,8 @@ def check_keys(layer: DictConfig, origin: str) -> None:
     plain = OmegaConf.to_container(layer, resolve=False)
     if "${oc." in str(plain):
         raise ConfigError(
-            f"{origin}: `${{oc.env:...}}` is not allowed: the resolved configuration is stored and logged, and would carry the value with it; "
-            "write the value, or leave it to the library that reads the environment itself"
+            f"{origin}: `${{oc.env:...}}` is not allowed: the resolved configuration is stored and logged, and would "
+            "carry the value with it; write the value, or leave it to the library that reads the environment itself"
         )
     for key in _unknown_keys(plain, RunConfig, ""):
         valid = list(_all_keys(RunConfig, ""))

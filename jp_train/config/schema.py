@@ -1,9 +1,8 @@
 """The structure of a run's configuration: every key, its default, unit and meaning.
 
-OmegaConf structured configs (the subset that versions 2.3 and 2.4 both accept). Numbers in brackets [n] refer to the
-open points of the
-specification, section 8 of JANUS_PRO_SPEC: where the paper is silent there is a key with a default. Presets override
-the defaults, a launch YAML overrides the preset, `key=value` overrides all.
+OmegaConf structured configs (the subset that versions 2.3 and 2.4 both accept). Numbers in brackets [n] refer to
+docs/open_points.md: where the paper is silent there is a key with a default. Presets override the defaults, a launch
+YAML overrides the preset, `key=value` overrides all.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class VisionConfig:
     heads: int = 16
     mlp_ratio: float = 4.0
     image_size: int = 384
-    """Side of the square input, in pixels; also the side of generated pictures."""
+    """Side of the square input, in pixels; also the side of generated images."""
     patch_size: int = 16
 
 
@@ -209,18 +208,18 @@ class DataConfig:
     space_before_boi: bool = False
     """[15] stage 3 generation: a space between `<|Assistant|>:` and the image."""
     crop: Crop = Crop.centre
-    """[13] where the long side of a generation picture is cropped."""
+    """[13] where the long side of a generation image is cropped."""
     image_decode: ImageDecode = ImageDecode.exact
-    """`fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size (scaled DCT) while twice the side that is wanted is left,
-    and then resizes as `exact` does; it pays for pictures of two megapixels and more and leaves smaller ones, PNG,
+    """`fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size (scaled DCT) as long as twice the target side is left, and
+    then resizes as `exact` does; it pays for images of two megapixels and more and leaves smaller ones, PNG,
     WebP, and sides that the divisor does not divide, exact. At 384 (measured on one core): 2048 x 1536 in 28 ms
     rather than 59, 4032 x 3024 in 88-109 rather than 252-333. Against exact, photographs differ by at most 5 of 255
     grey levels (mean 0.2-0.4, PSNR over 51 dB), drawn pages of coloured text and lines by up to 45 (mean 0.6-1.8,
-    PSNR over 36 dB). Stored VQ ids of one are refused by the other; inference decodes exactly."""
+    PSNR over 36 dB). Stored VQ ids of one are rejected by the other; inference decodes exactly."""
     vq_ids: VqIds = VqIds.auto
-    """VQ ids of generation pictures stored beside the shards (`jp-train data encode-images`). `auto`: used where
-    they are, and refused when they were made with another VQ or transform; `require`: every generation shard must
-    have them; `off`: pictures are read and encoded in training; `trust`: like auto, and `.vq.npy` members of unknown
+    """VQ ids of generation images stored beside the shards (`jp-train data encode-images`). `auto`: used where
+    they are, and rejected when they were made with another VQ or transform; `require`: every generation shard must
+    have them; `off`: images are read and encoded in training; `trust`: like auto, and `.vq.npy` members of unknown
     origin are taken as they are."""
     token_ids: TokenIds = TokenIds.auto
     """Token ids of texts in the index beside the shards. `auto`: the index holds them (about 2.1 bytes a token with
@@ -229,20 +228,20 @@ class DataConfig:
     over_long: OverLong = OverLong.truncate
     """[22] a document longer than `seq_len`: cut its text, never its image; or drop it."""
     system_prompt: str = (
-        "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language."
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language."
     )
     """Stage 3 understanding only; empty string for none."""
     caption_question: str = "Describe the image in detail."
-    """Stage 2: asked of captions that come without a question."""
+    """Stage 2: the question of captions that come without one."""
     max_image_pixels: int = 100_000_000
-    """A larger picture is refused before it is decoded (decompression bombs)."""
+    """A larger image is rejected before it is decoded (decompression bombs)."""
     workers: int = 2
     """Loader processes per rank; rows do not depend on it."""
     image_threads: int = 1
-    """Threads of each loader process (of the trainer, with no workers) that decode and resize the pictures of a row;
+    """Threads of each loader process (of the trainer, with no workers) that decode and resize the images of a row;
     rows do not depend on it. Two threads do about the work of two workers with one each, for the memory of one; each
-    holds one decoded picture."""
+    holds one decoded image."""
     prefetch_rows: int = 2
     """Rows each worker prepares ahead."""
     skip_budget: float = 0.001
@@ -320,7 +319,7 @@ class EngineConfig:
     take longer together."""
     deepspeed: Dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys, merged last, for experts. A key that jp_train owns (batch sizes, clip, dtype, optimizer)
-    is refused."""
+    is rejected."""
 
 
 @dataclass
@@ -335,7 +334,7 @@ class GuardConfig:
     """`record`: the update is made, and the step dumped; `skip` and `stop` as above; `off`: outliers are not looked
     for."""
     outlier_window: int = 128
-    """Steps before this one that say what is usual: their median, and their spread (1.4826 x the median distance
+    """Steps before this one that define what is normal: their median, and their spread (1.4826 x the median distance
     from the median)."""
     outlier_factor: float = 20.0
     """A loss or gradient norm is an outlier when it lies this many spreads above the median. A spread counts as at
@@ -349,7 +348,7 @@ class GuardConfig:
     max_dumps: int = 20
     """Dumps under RUN_DIR/forensics that a run makes at most; later bad steps are only named in events.jsonl."""
     dump_tensors: bool = False
-    """Also store the step's exact input tensors of every rank (up to megabytes a picture). The rows can be rebuilt
+    """Also store the step's exact input tensors of every rank (up to megabytes an image). The rows can be rebuilt
     without: `jp-train data explain`."""
 
 

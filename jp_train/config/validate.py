@@ -1,4 +1,5 @@
-"""Checks across fields: what types cannot say. Every message names the keys, the values found, and what to change."""
+"""Checks across fields, beyond what types can express. Every message names the keys, the values found and what to
+change."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def _fractions(config: RunConfig) -> None:
 def _guard(config: RunConfig) -> None:
     if config.guard.outlier_window < 8:
         raise ConfigError(
-            f"guard.outlier_window {config.guard.outlier_window} is too short to say what is usual; use at least 8 steps"
+            f"guard.outlier_window {config.guard.outlier_window} is too short to say what is normal; use at least 8 "
+            "steps"
         )
     if not 0 <= config.guard.max_skip_share <= 1:
         raise ConfigError(f"guard.max_skip_share is a share between 0 and 1, found {config.guard.max_skip_share}")
@@ -98,13 +100,15 @@ def _model(config: RunConfig) -> None:
     model = config.model
     if model.vision.image_size % model.vision.patch_size:
         raise ConfigError(
-            f"model.vision.image_size {model.vision.image_size} is not a multiple of model.vision.patch_size {model.vision.patch_size}"
+            f"model.vision.image_size {model.vision.image_size} is not a multiple of model.vision.patch_size "
+            f"{model.vision.patch_size}"
         )
     stride = 2 ** (len(model.vq.channel_multiplier) - 1)
     if stride != model.vision.patch_size:
         raise ConfigError(
-            f"an image must take as many slots in both directions: model.vision.patch_size is {model.vision.patch_size}, but the VQ stride is "
-            f"{stride} (2 ** (len(model.vq.channel_multiplier) - 1)); make them equal"
+            f"an image must take as many slots in both directions: model.vision.patch_size is "
+            f"{model.vision.patch_size}, but the VQ stride is {stride} (2 ** (len(model.vq.channel_multiplier) - 1)); "
+            "make them equal"
         )
     if model.vq.base_channels % 32:
         raise ConfigError(
@@ -119,12 +123,13 @@ def _model(config: RunConfig) -> None:
     slots = (model.vision.image_size // model.vision.patch_size) ** 2
     if config.data.seq_len < slots + 4:
         raise ConfigError(
-            f"data.seq_len {config.data.seq_len} cannot hold one image: {slots} slots and at least 4 tokens around them; "
-            f"use at least {slots + 4}"
+            f"data.seq_len {config.data.seq_len} cannot hold one image: {slots} slots and at least 4 tokens around "
+            f"them; use at least {slots + 4}"
         )
     if config.data.seq_len > model.language.max_position_embeddings:
         raise ConfigError(
-            f"data.seq_len {config.data.seq_len} exceeds model.language.max_position_embeddings {model.language.max_position_embeddings}"
+            f"data.seq_len {config.data.seq_len} exceeds model.language.max_position_embeddings "
+            f"{model.language.max_position_embeddings}"
         )
 
 
@@ -143,8 +148,8 @@ def _stage(config: RunConfig) -> None:
         )
     if stage.early_stop.patience is not None and (stage.early_stop.patience < 1 or not config.validation.every_steps):
         raise ConfigError(
-            f"stage.early_stop.patience {stage.early_stop.patience} needs a value of at least 1 and validation.every_steps > 0 "
-            f"(found {config.validation.every_steps})"
+            f"stage.early_stop.patience {stage.early_stop.patience} needs a value of at least 1 and "
+            f"validation.every_steps > 0 (found {config.validation.every_steps})"
         )
     shares = (stage.mixture.understanding, stage.mixture.text, stage.mixture.generation)
     if min(shares) < 0 or sum(shares) <= 0 or not all(map(math.isfinite, shares)):
@@ -157,15 +162,16 @@ def _checkpoint(config: RunConfig) -> None:
     every, validated = config.checkpoint.every_steps, config.validation.every_steps
     if config.checkpoint.keep_best and (not config.validation.sources or not validated or every % validated):
         raise ConfigError(
-            f"checkpoint.keep_best needs a held-out loss for every checkpoint: set validation.sources, and checkpoint.every_steps ({every}) to a "
-            f"multiple of validation.every_steps ({validated})"
+            f"checkpoint.keep_best needs a held-out loss for every checkpoint: set validation.sources, and "
+            f"checkpoint.every_steps ({every}) to a multiple of validation.every_steps ({validated})"
         )
 
 
 def _sources(config: RunConfig) -> None:
     if config.data.vq_ids is VqIds.require and config.data.crop is Crop.random:
         raise ConfigError(
-            "data.vq_ids=require cannot be met with data.crop=random: stored ids are of the centre crop; use data.crop=centre or data.vq_ids=auto"
+            "data.vq_ids=require cannot be met with data.crop=random: stored ids are of the centre crop; use "
+            "data.crop=centre or data.vq_ids=auto"
         )
     known = {"training": config.data.sources, "validation": config.validation.sources}
     for where, sources in known.items():
@@ -176,7 +182,8 @@ def _sources(config: RunConfig) -> None:
         mine = [source for source in config.data.sources.values() if source.kind.value == kind and source.weight > 0]
         if config.data.sources and share > 0 and not mine:
             raise ConfigError(
-                f"stage.mixture.{kind} is {share:g} but no source in data.sources has kind {kind}; add one, or set the share to 0"
+                f"stage.mixture.{kind} is {share:g} but no source in data.sources has kind {kind}; add one, or set the "
+                "share to 0"
             )
     if (
         config.stage.template is Template.stage1
@@ -184,7 +191,8 @@ def _sources(config: RunConfig) -> None:
         and "language_model" not in config.stage.trainable
     ):
         raise ConfigError(
-            "stage.mixture.text is above 0 while language_model is frozen: pure text would train nothing; set the share to 0"
+            "stage.mixture.text is above 0 while language_model is frozen: pure text would train nothing; set the "
+            "share to 0"
         )
 
 

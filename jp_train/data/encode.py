@@ -310,8 +310,8 @@ class Encoder:
             return load_understanding_image(sample.image, self.image_size, data.max_image_pixels, data.image_decode)
         if not isinstance(sample, GenerationSample) or sample.vq_ids is not None:
             return None
-        if sample.picture_fault:
-            raise SkipSample(sample.picture_fault)
+        if sample.image_fault:
+            raise SkipSample(sample.image_fault)
         assert sample.image is not None
         crop, uniform = Crop.centre, 0.5
         if data.crop is Crop.random and not held_out:

@@ -81,7 +81,7 @@ def read_located(
     found = read_spans(reader, shard, [located[extension] for extension in read])
     fields = dict.fromkeys(wanted, b"")
     fields |= zip(read, found, strict=True)
-    return RawSample(info=info, fields=fields, vq_ids=ids, picture_fault=fault, token_ids=token_ids)
+    return RawSample(info=info, fields=fields, vq_ids=ids, image_fault=fault, token_ids=token_ids)
 
 
 @lru_cache(maxsize=1024)

@@ -92,7 +92,7 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             f"{ids.max()}, this model has {image_slots} slots an image and {codebook_size} codes: their manifest is "
             "wrong; delete the shard's .jp-vq-* files and run `jp-train data encode-images` again"
         )
-    if image is None and ids is None and not raw.picture_fault:
+    if image is None and ids is None and not raw.image_fault:
         raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_found(raw)}", "missing_field")
     caption = apply_class_prompt(_string(_json(raw), "caption"), source) if raw.token_ids is None else ""
     return GenerationSample(
@@ -100,7 +100,7 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
         caption=caption,
         image=image if ids is None else None,
         vq_ids=ids,
-        picture_fault=raw.picture_fault,
+        image_fault=raw.image_fault,
         token_ids=raw.token_ids,
     )
 
