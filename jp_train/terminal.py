@@ -60,6 +60,13 @@ def short_number(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def measured(value: float) -> str:
+    """A loss, norm or score with the same decimals whatever its size: 0.367, 2.400, 11.52, and short beyond."""
+    if value and not 0.01 <= abs(value) < 100:
+        return short_number(value)
+    return f"{value:.2f}" if abs(value) >= 9.9995 else f"{value:.3f}"
+
+
 STEP_LINE = re.compile(r"step +\d+/\d+(?=  )")
 
 

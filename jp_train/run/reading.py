@@ -28,8 +28,7 @@ LEDGER_ROWS = 50
 """Ledger lines kept for the table; all lines are counted."""
 MAX_SAMPLE_IMAGES = 48
 MAX_SAMPLE_BYTES = 24 * 2**20
-"""Pictures embedded into the page, together at most this many bytes; the others are named as left out."""
-"""How the lines of a run folder's files start; an object inside a line starts otherwise."""
+"""Images of samples/ that are read, together at most this many bytes; the others are named as left out."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -299,7 +298,7 @@ def _read_ledger(path: Path, missing: dict[str, str], unreadable: Counter[str]) 
 def _read_samples(folder: Path, missing: dict[str, str]) -> tuple[tuple[SampleImage, ...], tuple[str, ...]]:
     files = sorted(folder.glob("*.png")) if folder.is_dir() else []
     if not files:
-        missing["samples"] = "samples/ holds no PNG: nothing was generated during or after this run."
+        missing["samples"] = "samples/ holds no PNG image."
         return (), ()
     images, left_out, used = [], [], 0
     for file in files:

@@ -24,7 +24,7 @@ from jp_train.config.schema import RunConfig, WandbConfig, WandbMode
 from jp_train.engine.checkpoint.identity import plain
 from jp_train.errors import ConfigError
 from jp_train.files import Appender, json_safe, lines_until, write_atomically
-from jp_train.terminal import duration, folded, short_number, terminal_columns
+from jp_train.terminal import duration, folded, measured, short_number, terminal_columns
 from jp_train.types import KINDS, Kind
 
 SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
@@ -209,11 +209,11 @@ class Console:
         means = {key: total / weight for key, (total, weight) in self._sums.items() if weight}
         wait_share = means["time/data_wait_s"] / means["time/step_s"]
         skipped = self._sums["data/skipped"][0] if "data/skipped" in self._sums else 0
-        kinds = _named(_by_kind("loss", means), _five_characters)
+        kinds = _named(_by_kind("loss", means), measured)
         eta = self._progress.eta_s(step)
         fields = {
             "head": self._head(step),
-            "loss": f"loss {_five_characters(means['loss/total'])}" + (f" ({kinds})" if kinds else ""),
+            "loss": f"loss {measured(means['loss/total'])}" + (f" ({kinds})" if kinds else ""),
             "lr": f"lr {lr:.1e}",
             "norm": f"norm {means['optim/grad_norm']:.2f}",
             "speed": f"{short_number(means['perf/tokens_per_s'])} tok/s",
@@ -235,11 +235,6 @@ def _by_kind(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 def _named(values: Mapping[str, float], text: Callable[[float], str]) -> str:
     return " ".join(f"{name} {text(value)}" for name, value in values.items())
-
-
-def _five_characters(loss: float) -> str:
-    """0.367, 11.52."""
-    return f"{loss:.2f}" if loss >= 10 else f"{loss:.3f}"
 
 
 class TensorBoard:

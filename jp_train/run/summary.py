@@ -1,10 +1,12 @@
-"""Derives the figures of the summary table from what `data.py` read: plain numbers, no drawing, no HTML."""
+"""Derives the figures of the summary table from what `reading.py` read: plain numbers, no drawing, no HTML."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,19 @@ SUMMARY_MAX_STEPS = 50
 
 ENDINGS = ("stop", "stopped_early", "failed")
 """Events that end a run."""
+STATE_WORDS = {
+    "stopped_early": "stopped early",
+    "stopped": "stopped before its last step",
+    "stopped_by_signal": "stopped by a signal, saved",
+    "running": "running, or killed while running",
+    "unknown": "unknown (no status.json)",
+}
+"""States that are not words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossChange:
-    """Loss in nats a supervised token: mean of the first and last training steps; held-out loss before and after.
+    """Loss per supervised token (nats): mean of the first and last training steps; held-out loss before and after.
     None: not measured."""
 
     name: str
@@ -69,11 +79,17 @@ class Summary:
     skipped: int | None
     non_finite_steps: int
     resumes: int
+    failures: int
     spikes: int
     world_size: int | None
     checkpoints: tuple[str, ...]
     trainable: tuple[str, ...]
     elapsed_s: float | None
+
+    @property
+    def state_words(self) -> str:
+        """The state in words."""
+        return STATE_WORDS.get(self.state, self.state)
 
 
 def summarize(run: RunData) -> Summary:
@@ -97,14 +113,15 @@ def summarize(run: RunData) -> Summary:
         fill=_mean(run.series.get("packing/fill")),
         truncated_tokens=_total(run.series.get("packing/truncated_tokens")),
         tokens_total=_total(run.series.get("tokens/total")),
-        tokens_per_s=_median_after_first(run.series.get("perf/tokens_per_s")),
-        step_s=_median_after_first(run.series.get("time/step_s")),
+        tokens_per_s=_median(run, "perf/tokens_per_s"),
+        step_s=_median(run, "time/step_s"),
         data_wait_share=_wait_share(run),
-        mfu=_median_after_first(run.series.get("perf/mfu")),
+        mfu=_median(run, "perf/mfu"),
         peak_gib=_maximum(run.series.get("memory/peak_gib")),
         skipped=run.ledger.total if "ledger" not in run.missing else _total(run.series.get("data/skipped")),
         non_finite_steps=int(np.isnan(run.series["loss/total"].values).sum()) if "loss/total" in run.series else 0,
         resumes=sum(event["event"] == "resume" for event in run.events),
+        failures=sum(is_failure(event) for event in run.events),
         spikes=sum(event["event"] == "spike" for event in run.events),
         world_size=world_size(run.status, run.events),
         checkpoints=run.checkpoints,
@@ -197,6 +214,44 @@ def held_out(run: RunData, name: str) -> Series | None:
     return Series(steps=steps[complete], values=table[:, complete].mean(axis=0)) if complete.any() else None
 
 
+def settled(run: RunData, key: str) -> Series | None:
+    """A metric without the first step after a start or a resume, which compiles, allocates and waits for the first
+    data; the whole series where nothing else is left."""
+    series = run.series.get(key)
+    if series is None or not len(series):
+        return series
+    first = {int(series.steps[0])}
+    first |= {
+        step + 1
+        for event in run.events
+        if event["event"] == "resume" and (step := as_int(event.get("step"))) is not None
+    }
+    keep = ~np.isin(series.steps, list(first))
+    return Series(steps=series.steps[keep], values=series.values[keep]) if keep.any() else series
+
+
+def is_failure(event: Mapping[str, Any]) -> bool:
+    """Whether an event is the end of an attempt that had trained: one that was refused before its first step is
+    none."""
+    return event["event"] == "failed" and bool(as_int(event.get("step")))
+
+
+CHAT_TEMPLATE = "stage3"
+"""The `stage.template` that wraps questions and prompts in a conversation (data/layouts.py)."""
+
+
+def template_changes(runs: Sequence[RunData]) -> dict[str, str]:
+    """For stages that follow each other, {label: sentence} where a stage asks in another form than the one before."""
+    return {
+        run.label: f"{run.label} asks in another template than {before.label} (stage.template: {old} -> {new}): its "
+        f"first held-out losses are not comparable with the last ones of {before.label}."
+        for before, run in pairwise(runs)
+        if (old := before.configured("stage.template")) != (new := run.configured("stage.template"))
+        and CHAT_TEMPLATE in (old, new)
+        and old
+    }
+
+
 def smooth(series: Series, window: int) -> Series:
     """Exponential moving average with a memory of `window` points, corrected for its start; non-finite points are
     left out."""
@@ -268,21 +323,16 @@ def _total(series: Series | None) -> int | None:
     return round(float(np.sum(values))) if len(values) else None
 
 
-def _median_after_first(series: Series | None) -> float | None:
-    """The first step compiles, allocates and waits for the first data: it is left out where there are others."""
+def _median(run: RunData, key: str) -> float | None:
+    series = settled(run, key)
     values = series.finite().values if series is not None else ()
-    if not len(values):
-        return None
-    return float(np.median(values[1:] if len(values) > 1 else values))
+    return float(np.median(values)) if len(values) else None
 
 
 def _wait_share(run: RunData) -> float | None:
-    step, wait = run.series.get("time/step_s"), run.series.get("time/data_wait_s")
-    if step is None or wait is None:
-        return None
-    total = float(np.nansum(step.values[1:])) or float(np.nansum(step.values))
-    waited = float(np.nansum(wait.values[1:])) if len(wait) > 1 else float(np.nansum(wait.values))
-    return waited / total if total > 0 else None
+    step, wait = settled(run, "time/step_s"), settled(run, "time/data_wait_s")
+    total = float(np.nansum(step.values)) if step is not None else 0.0
+    return float(np.nansum(wait.values)) / total if wait is not None and total > 0 else None
 
 
 def _elapsed(run: RunData) -> float | None:

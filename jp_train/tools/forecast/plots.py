@@ -44,15 +44,16 @@ def save_forecast(found: dict[str, Any], folder: Path) -> str:
 
     Raises ConfigError where the folder cannot be written.
     """
-    from jp_train.tools.forecast.page import page
+    from jp_train.tools.html import write_page
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "forecast.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         draw_memory(found, folder / "memory.png")
         draw_time(found, folder / "time.png")
-        pictures = [(folder / name).read_bytes() for name in ("memory.png", "time.png")]
-        (folder / "forecast.html").write_text(page(_title(found), format_forecast(found), pictures), encoding="utf-8")
+        images = [(folder / name).read_bytes() for name in ("memory.png", "time.png")]
+        write_page(folder / "forecast.html", "forecast/forecast.html",
+                   title=f"Forecast: {_title(found)}", text=format_forecast(found), images=images)  # fmt: skip
     except OSError as error:
         raise ConfigError(
             f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written"

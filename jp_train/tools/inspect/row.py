@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from jp_train.data.batch_text import Piece, Shown, pieces, printable
 from jp_train.data.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def source_class(source: str, sources: Sequence[str]) -> str:
     return f"s{list(sources).index(source) % len(PALETTE)}" if source in sources else "s0"
 
 
-def row_section(row: InspectedRow, sources: Sequence[str], tokenizer: Tokenizer, *, opened: bool) -> str:
+def row_section(row: InspectedRow, sources: Sequence[str], tokenizer: Tokenizer, *, opened: bool) -> Markup:
     """The row's section. `sources`: all of the configuration, in order, for their colours."""
     described = row.described
     number = described["row"]
@@ -63,9 +64,9 @@ def row_section(row: InspectedRow, sources: Sequence[str], tokenizer: Tokenizer,
     articles = "".join(_document(row, place, sources, tokenizer) for place in range(len(documents)))
     skipped = "".join(_skipped(skip) for skip in described["skipped"])
     unfolded = " open" if opened else ""
-    return (
-        f'<section id="r{number}">{title}<div class="card">{_lanes(row, sources)}{skipped}<details{unfolded}><summary>{_documents(documents)} '
-        f"of row {number}</summary>{articles}</details></div></section>"
+    return Markup(
+        f'<section id="r{number}">{title}<div class="card">{_lanes(row, sources)}{skipped}<details{unfolded}>'
+        f"<summary>{_documents(documents)} of row {number}</summary>{articles}</details></div></section>"
     )
 
 

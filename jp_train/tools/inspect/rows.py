@@ -27,7 +27,6 @@ from jp_train.tools.explain.replay import MicroBatch, Replay
 from jp_train.tools.inspect.page import inspect_page
 from jp_train.tools.inspect.pictures import ShownPicture
 from jp_train.tools.inspect.row import InspectedRow
-from jp_train.tools.report.style import CSS
 from jp_train.types import EncodedDocument, Row, RowSpec
 
 
@@ -74,7 +73,6 @@ def inspect_rows(
         about=f"{where} · rows 0 to {wanted[-1]} of {replay.rows_per_step}, {cfg.data.seq_len:,} tokens each · plan step {step - 1:,}, seed {cfg.seed}",
         sources={name: source.kind.value for name, source in cfg.data.sources.items()},
         tokenizer=replay.tokenizer,
-        base_style=CSS,
         notes=notes,
     )
     data = page.encode("utf-8")

@@ -3,37 +3,24 @@ it."""
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jp_train.errors import ConfigError, DataError
-from jp_train.run.reading import RunData, SampleImage, read_run
-from jp_train.run.summary import Summary, summarize
+from jp_train.run.reading import EvaluationRow, RunData, read_run
+from jp_train.run.summary import Summary, parse_time, summarize, template_changes
 from jp_train.terminal import duration
+from jp_train.tools.html import large, percent, write_page
 from jp_train.tools.report import curves
-from jp_train.tools.report.curves import DARK, LIGHT, Panel, PanelGroup
+from jp_train.tools.report.curves import LIGHT, Panel, PanelGroup
 from jp_train.tools.report.panels import Layout, is_sequence_of_stages, panel_groups, stage_number
-from jp_train.tools.report.style import CSS
-from jp_train.tools.report.tables import (
-    STATE_WORDS,
-    esc,
-    evaluation_table,
-    events_table,
-    large,
-    ledger_tables,
-    percent,
-    summary_table,
-)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Content security policy of the page: even a caption that got past the escaping could load and run nothing."""
 
 
 def build_report(
@@ -58,34 +45,38 @@ def build_report(
         runs.sort(key=lambda run: stage_number(run.path.resolve().name) or 0)
     groups = panel_groups(runs, layout)
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, str] = {}
+    charts: dict[str, list[Chart]] = {}
     for group in groups:
-        pictures = [curves.draw_panel(panel, LIGHT) for panel in group.panels]
-        columns = _columns(group, runs, layout)
-        curves.write_sheet(pictures, columns, target.parent / f"curves_{group.key}.png")
-        drawn[group.key] = _curves(group, columns, pictures)
-    page = _page(runs, groups, drawn, layout, title or _default_title(paths, layout))
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+        images = [curves.draw_panel(panel, LIGHT) for panel in group.panels]
+        curves.write_sheet(images, _columns(group, runs, layout), target.parent / f"curves_{group.key}.png")
+        charts[group.key] = [_chart(panel, image) for panel, image in zip(group.panels, images, strict=True)]
+    values = _values(runs, groups, layout)
+    write_page(
+        target,
+        "report/report.html",
+        title=title or _default_title(paths, layout),
+        charts=charts,
+        several=len(runs) > 1,
+        **values,
+    )
     return target
 
 
 def _expand(paths: list[Path]) -> list[Path]:
-    found: list[Path] = []
+    expanded: list[Path] = []
     for path in paths:
         if not (path / "metrics.jsonl").is_file() and path.is_dir():
             children = [
                 c for c in path.iterdir() if stage_number(c.name) is not None and (c / "metrics.jsonl").is_file()
             ]
             if children:
-                found += sorted(children, key=lambda c: stage_number(c.name) or 0)
+                expanded += sorted(children, key=lambda c: stage_number(c.name) or 0)
                 continue
-        found.append(path)
-    twice = [str(path) for path, n in Counter(p.resolve() for p in found).items() if n > 1]
+        expanded.append(path)
+    twice = [str(path) for path, n in Counter(p.resolve() for p in expanded).items() if n > 1]
     if twice:
         raise ConfigError(f"run folder {twice[0]} is given twice; name every run once")
-    return found
+    return expanded
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -124,170 +115,132 @@ def _default_title(paths: Sequence[Path], layout: Layout) -> str:
 def _columns(group: PanelGroup, runs: Sequence[RunData], layout: Layout) -> int:
     if layout is Layout.stages and len(runs) > 1:
         return len(runs)
-    return min(2, len(group.panels))
+    return 3 if len(group.panels) == 3 else min(2, len(group.panels))
 
 
-def _page(
-    runs: Sequence[RunData], groups: Sequence[PanelGroup], drawn: dict[str, str], layout: Layout, title: str
-) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """One panel as PNG files for the two colour schemes, their size in pixels, and in words what they show."""
+
+    light: bytes
+    dark: bytes
+    width: int
+    height: int
+    alt: str
+
+
+def _chart(panel: Panel, image: Image) -> Chart:
+    light, dark = curves.to_pngs(image)
+    width, height = image.size
+    return Chart(light=light, dark=dark, width=width, height=height, alt=panel.describe())
+
+
+def _values(runs: Sequence[RunData], groups: Sequence[PanelGroup], layout: Layout) -> dict[str, Any]:
+    """What the template shows, but for title and charts."""
     summaries = [summarize(run) for run in runs]
-    sections: list[tuple[str, str, str]] = [
-        ("summary", "Summary", f'<div class="card">{summary_table(summaries)}</div>{_reading_notes(runs)}')
-    ]
-    sections += [(key, name, html) for key, name, html in (_evaluation(runs), _pictures(runs)) if html]
-    sections += [(group.key, group.title, drawn[group.key]) for group in groups]
-    sections += [_events(runs), _ledger(runs), _config(runs)]
-    nav = "".join(f'<a href="#{key}">{esc(name)}</a>' for key, name, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{esc(name)}</h2>{html}</section>' for key, name, html in sections)
-    where = " · ".join(esc(run.path) for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
-    now = datetime.now().astimezone()
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{esc(title)}</title><style>{CSS}</style></head><body><main><header><h1>{esc(title)}</h1>"
-        f'<p>Written {now:%Y-%m-%d %H:%M %Z} from {where}</p></header>{_tiles(summaries, layout)}<nav aria-label="Sections">{nav}</nav>{body}'
-        f"<footer>jp_train report. Loss in nats a supervised token; first and last are means over 5% of the steps (at most 50).</footer>"
-        f"</main></body></html>\n"
-    )
+    changes = template_changes(runs) if layout is Layout.stages else {}
+    shown = {
+        "evaluated": [run for run in runs if run.evaluation],
+        "sampled": [run for run in runs if run.samples],
+        "with_bad_samples": [run for run in runs if run.ledger.total],
+    }
+    sections = [("summary", "Summary")]
+    sections += [("evaluation", "Evaluation")] if shown["evaluated"] else []
+    sections += [("samples", "Samples")] if shown["sampled"] else []
+    sections += [(group.key, group.title) for group in groups] + [("events", "Events")]
+    sections += [("ledger", "Bad samples")] if shown["with_bad_samples"] else []
+    sections += [("config", "Configuration")]
+    return {
+        **shown,
+        "runs": runs,
+        "summaries": summaries,
+        "template_changes": changes,
+        "sections": sections,
+        "tiles": _tiles(summaries, layout),
+        "notes": [*changes.values(), *_notes(runs)],
+        "group_rows": _group_rows(groups),
+        "columns": {group.key: _columns(group, runs, layout) for group in groups},
+        "bar_scale": bar_scale,
+        "details": details,
+        "parse_time": parse_time,
+        "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+    }
 
 
-def _tiles(summaries: Sequence[Summary], layout: Layout) -> str:
+def _group_rows(groups: Sequence[PanelGroup]) -> list[list[PanelGroup]]:
+    """Groups of one panel that follow each other share a row of the page."""
+    rows: list[list[PanelGroup]] = []
+    for group in groups:
+        if rows and len(group.panels) == len(rows[-1][-1].panels) == 1:
+            rows[-1].append(group)
+        else:
+            rows.append([group])
+    return rows
+
+
+def _tiles(summaries: Sequence[Summary], layout: Layout) -> list[tuple[str, str]]:
     """The few figures that a reader looks for first; of one run or one training, not of runs that compete."""
     if layout is Layout.overlay and len(summaries) > 1:
-        return ""
+        return []
     last = summaries[-1]
     steps = sum(s.steps_done for s in summaries)
     planned = sum(s.steps_planned or 0 for s in summaries)
     tokens = sum(s.tokens_total or 0 for s in summaries)
     seconds = [s.elapsed_s for s in summaries if s.elapsed_s is not None]
     fills = [s.fill for s in summaries if s.fill is not None]
-    of_last = f" in {esc(last.label)}" if len(summaries) > 1 else ""
-    tiles = [
-        (
-            esc(STATE_WORDS.get(last.state, last.state)),
-            f"state{f' of {esc(last.label)}' if len(summaries) > 1 else ''}",
-        ),
+    several = len(summaries) > 1
+    return [
+        (last.state_words, f"state of {last.label}" if several else "state"),
         (f"{steps:,}", f"of {planned:,} steps" if planned else "steps"),
-        (large(last.tokens_per_s), f"tokens/s{of_last}"),
-        (percent(min(fills), 2) if fills else "–", "least mean packing fill" if len(summaries) > 1 else "packing fill"),
+        (large(last.tokens_per_s), f"tokens/s in {last.label}" if several else "tokens/s"),
+        (percent(min(fills), 2) if fills else "–", "least mean packing fill" if several else "packing fill"),
         (large(float(tokens)), "tokens trained on"),
         (duration(sum(seconds)) if seconds else "–", "in training steps"),
     ]
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in tiles)
-        + "</div>"
-    )
 
 
-def _reading_notes(runs: Sequence[RunData]) -> str:
+def _notes(runs: Sequence[RunData]) -> list[str]:
+    """What a reader should know about the files that the page was made from."""
     notes = []
     for run in runs:
         prefix = f"{run.label}: " if len(runs) > 1 else ""
-        for key in ("config", "status"):
-            if key in run.missing:
-                notes.append(prefix + run.missing[key])
+        absent = {key: text for key, text in run.missing.items() if key not in ("config", "events")}
+        if len(runs) > 1 and any(other.evaluation or other.samples for other in runs):
+            absent = {key: text for key, text in absent.items() if key not in ("evaluation", "samples")}
+        notes += [prefix + text for text in absent.values()]
         for name, number in run.unreadable_lines.items():
             notes.append(
-                f"{prefix}{number} line{'s' if number > 1 else ''} of {name} could not be read (a run that is killed leaves half a line)."
+                f"{prefix}{number} line{'s' if number > 1 else ''} of {name} could not be read "
+                "(a run that is killed leaves half a line)."
             )
         if run.repeated_steps:
             notes.append(
-                f"{prefix}{run.repeated_steps} steps were lost to an interruption and trained again; the curves show the second time."
+                f"{prefix}{run.repeated_steps} steps were lost to an interruption and trained again; the curves show "
+                "the second time."
             )
-    return "".join(f'<p class="note">{esc(note)}</p>' for note in notes)
+    return notes
 
 
-def _curves(group: PanelGroup, columns: int, pictures: Sequence[Image]) -> str:
-    figures = "".join(
-        f"<figure>{_picture(panel, picture)}</figure>" for panel, picture in zip(group.panels, pictures, strict=True)
-    )
-    wide = " c3" if columns > 2 else ""
-    return (
-        f'<p class="note">{esc(group.note)} Also as <code>curves_{group.key}.png</code>.</p>'
-        f'<div class="panels{wide}" style="--columns:{max(2, columns)}">{figures}</div>'
+def details(event: Mapping[str, Any]) -> str:
+    """Everything of an event but its time, name and step."""
+    return ", ".join(
+        f"{key} {_plain(value)}"
+        for key, value in event.items()
+        if key not in ("time", "event", "step") and value not in ("", None)
     )
 
 
-def _picture(panel: Panel, light_picture: Image) -> str:
-    light, dark = (_data_uri(curves.to_png(picture)) for picture in (light_picture, curves.draw_panel(panel, DARK)))
-    width, height = light_picture.size
-    return (
-        f'<picture><source media="(prefers-color-scheme:dark)" srcset="{dark}">'
-        f'<img src="{light}" width="{width}" height="{height}" alt="{esc(panel.describe())}"></picture>'
-    )
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    return str(value)
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _each(runs: Sequence[RunData], parts: Sequence[str]) -> str:
-    """One part a run, headed by the run's name where there are several."""
-    if len(runs) == 1:
-        return parts[0]
-    return "".join(f"<h3>{esc(run.label)}</h3>{part}" for run, part in zip(runs, parts, strict=True))
-
-
-def _missing(text: str) -> str:
-    return f'<p class="note">{esc(text)}</p>'
-
-
-def _evaluation(runs: Sequence[RunData]) -> tuple[str, str, str]:
-    shown = [run for run in runs if run.evaluation] or list(runs[-1:])
-    parts = []
-    for run in shown:
-        note = _missing(run.missing["evaluation"]) if "evaluation" in run.missing else ""
-        parts.append((f'<div class="card">{evaluation_table(run.evaluation)}</div>' if run.evaluation else "") + note)
-    return "evaluation", "Evaluation", _each(shown, parts)
-
-
-def _pictures(runs: Sequence[RunData]) -> tuple[str, str, str]:
-    shown = [run for run in runs if run.samples] or list(runs[-1:])
-    parts = []
-    for run in shown:
-        figures = "".join(_sample(image) for image in run.samples)
-        left_out = _missing("Left out: " + ", ".join(run.samples_left_out)) if run.samples_left_out else ""
-        parts.append(
-            (f'<div class="pictures">{figures}</div>' if figures else _missing(run.missing["samples"])) + left_out
-        )
-    return "samples", "Samples", _each(shown, parts)
-
-
-def _sample(image: SampleImage) -> str:
-    tiny = ' class="tiny"' if image.width <= 192 else ""
-    text = f"<span>{esc(image.text)}</span>" if image.text else ""
-    return (
-        f'<figure><img{tiny} src="{_data_uri(image.png)}" width="{image.width}" height="{image.height}" alt="{esc(image.title)}">'
-        f"<figcaption><b>{esc(image.title)}</b>{text}</figcaption></figure>"
-    )
-
-
-def _events(runs: Sequence[RunData]) -> tuple[str, str, str]:
-    parts = [
-        f'<div class="card">{events_table(run)}</div>'
-        if run.events
-        else _missing(run.missing.get("events", "events.jsonl is empty."))
-        for run in runs
-    ]
-    return "events", "Events", _each(runs, parts)
-
-
-def _ledger(runs: Sequence[RunData]) -> tuple[str, str, str]:
-    parts = []
-    for run in runs:
-        if run.ledger.total:
-            parts.append(f'<div class="card">{ledger_tables(run)}</div>')
-        else:
-            parts.append(_missing(run.missing.get("ledger", "No sample was skipped.")))
-    return "ledger", "Bad samples", _each(runs, parts)
-
-
-def _config(runs: Sequence[RunData]) -> tuple[str, str, str]:
-    parts = [
-        f"<details><summary>config.yaml, as resolved</summary><pre>{esc(run.config_text)}</pre></details>"
-        if run.config_text
-        else _missing(run.missing["config"])
-        for run in runs
-    ]
-    return "config", "Configuration", _each(runs, parts)
+def bar_scale(row: EvaluationRow) -> float:
+    """The value at the right end of a figure's bar: 1 where everything lies between 0 and 1."""
+    known = [v for v in (row.value, row.chance, row.ceiling, row.target) if v is not None]
+    return 1.0 if all(0 <= v <= 1 for v in known) else 1.05 * max(map(abs, known)) or 1.0

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 
+import numpy as np
+
 from jp_train.run.reading import RunData, Series
-from jp_train.run.summary import KIND_NAMES, as_int, configured_shares, held_out
+from jp_train.run.summary import KIND_NAMES, as_int, configured_shares, held_out, is_failure, settled
 from jp_train.tools.report.curves import INK, Line, Mark, Panel, PanelGroup, shared_limits
 
-MARKED_EVENTS = ("resume", "save", "stop", "stopped_early", "spike")
+MARKED_EVENTS = ("resume", "save", "stop", "stopped_early", "spike", "failed")
 MAX_SOURCES = 7
 
 
@@ -29,7 +31,8 @@ def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, .
         PanelGroup(
             key="loss",
             title="Loss",
-            note="Line: moving average. Faint: every step. Rings: held-out documents, the same ones every time.",
+            note="Line: moving average. Faint: every step. Rings: held-out documents, the same ones every time. "
+            "Triangles on the step axis, here and below: saved checkpoints; crosses: spikes.",
             panels=_loss(runs, layout),
         ),
         PanelGroup(
@@ -49,7 +52,7 @@ def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, .
         PanelGroup(
             key="speed",
             title="Speed",
-            note="Tokens of all ranks, and the time a step waited for data. The first step, which compiles and allocates, is left out.",
+            note="Tokens of all ranks, and the time a step waited for data. The first step after a start or a resume, which compiles, allocates and waits for the first data, is left out.",
             panels=(
                 *_simple(runs, layout, "perf/tokens_per_s", "Throughput", "tokens a second, all ranks", derive=_throughput),
                 *_simple(runs, layout, "data_wait_share", "Data wait", "share of the step's time", percent=True, derive=_wait_share),
@@ -91,7 +94,7 @@ def marks_of(run: RunData) -> tuple[Mark, ...]:
     marks = []
     for event in run.events:
         step = as_int(event.get("step"))
-        if step is not None and event["event"] in MARKED_EVENTS:
+        if step is not None and event["event"] in MARKED_EVENTS and (event["event"] != "failed" or is_failure(event)):
             marks.append(
                 Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"]))
             )
@@ -139,7 +142,7 @@ def _same_scale(panels: Sequence[Panel]) -> tuple[Panel, ...]:
 
 
 def _loss(runs: Sequence[RunData], layout: Layout) -> tuple[Panel, ...]:
-    unit = "nats a supervised token"
+    unit = "loss per supervised token (nats)"
     if layout is Layout.stages and len(runs) > 1:
 
         def of_stage(run: RunData, among: Sequence[RunData]) -> Panel:
@@ -171,7 +174,7 @@ def _source_panel(run: RunData, runs: Sequence[RunData]) -> Panel:
     more = f", {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
     return Panel(
         title=_title(run, "loss by source", runs),
-        unit=f"nats a supervised token{more}",
+        unit=f"loss per supervised token (nats){more}",
         lines=quiet,
         marks=marks_of(run),
     )
@@ -261,35 +264,17 @@ def _simple(
 
 
 def _throughput(run: RunData) -> Series | None:
-    return _without_first(run.series.get("perf/tokens_per_s"))
-
-
-def _without_first(series: Series | None) -> Series | None:
-    if series is None or len(series) < 3:
-        return series
-    return Series(steps=series.steps[1:], values=series.values[1:])
+    return settled(run, "perf/tokens_per_s")
 
 
 def _wait_share(run: RunData) -> Series | None:
-    step, wait = run.series.get("time/step_s"), run.series.get("time/data_wait_s")
+    step, wait = settled(run, "time/step_s"), settled(run, "time/data_wait_s")
     if step is None or wait is None:
         return None
-    waits = dict(zip(wait.steps.tolist(), wait.values.tolist(), strict=True))
-    points = [
-        (s, waits[s] / t)
-        for s, t in zip(step.steps.tolist(), step.values.tolist(), strict=True)
-        if s in waits and t > 0
-    ]
-    return _without_first(_series(points)) if points else None
-
-
-def _series(points: Sequence[tuple[int, float]]) -> Series:
-    import numpy as np
-
-    return Series(
-        steps=np.array([p[0] for p in points], dtype=np.int64),
-        values=np.array([p[1] for p in points], dtype=np.float64),
-    )
+    steps, of_step, of_wait = np.intersect1d(step.steps, wait.steps, return_indices=True)
+    positive = step.values[of_step] > 0
+    of_step, of_wait = of_step[positive], of_wait[positive]
+    return Series(steps=steps[positive], values=wait.values[of_wait] / step.values[of_step])
 
 
 def _clip(run: RunData) -> tuple[str, float] | None:
