@@ -73,9 +73,11 @@ def test_the_wheel_holds_the_package_its_presets_the_run_files_and_the_licence_a
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "jp_train").rglob("*.py")}
     presets = {str(path.relative_to(ROOT)) for path in (ROOT / "jp_train" / "presets").rglob("*.yaml")}
+    tools = ROOT / "jp_train" / "tools"
+    pages = {str(path.relative_to(ROOT)) for ending in ("html", "css") for path in tools.rglob(f"*.{ending}")}
     metadata = {name for name in names if ".dist-info/" in name}
     shared = {name for name in names if ".data/data/share/jp_train/" in name}
-    assert names == code | presets | metadata | shared
+    assert names == code | presets | pages | metadata | shared
     folders = ("launch", "data_recipes", "hostfiles")
     run_files = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).iterdir()}
     assert {name.partition("share/jp_train/")[2] for name in shared} == run_files
@@ -127,9 +129,10 @@ def test_check_and_forecast_of_the_shipped_run_files_work_outside_the_checkout(i
     assert checked.returncode == 0, checked.stderr
     assert "360,000, stopped early at 270,000" in checked.stdout
     assert "2 : 3 : 5" in checked.stdout
-    forecast = installed.run("forecast", config, "--hostfile", hosts)
+    forecast = installed.run("forecast", config, "--hostfile", hosts, "--out", installed.folder / "forecast")
     assert forecast.returncode == 0, forecast.stderr
     assert "128 ranks on 16 node(s)" in forecast.stdout
+    assert (installed.folder / "forecast" / "forecast.html").read_text().startswith("<!doctype html>")
     assert not (installed.folder / "runs").exists()
 
 
