@@ -124,19 +124,19 @@ def _described(
     refs = [ref for ref in spec.documents if all(ref != skip.ref for skip in skipped)] if spec is not None else []
     documents = []
     start = 0
-    for number, one in enumerate(provenance):
-        end = start + one.length
+    for number, document in enumerate(provenance):
+        end = start + document.length
         loss = {head: _loss(mask[start:end], start) for head, mask in supervised.items()}
-        document = {
-            "source": one.source,
-            "shard": one.shard,
-            "key": one.key,
-            "kind": str(one.kind),
-            "document_span": [one.start, one.start + one.length],
+        entry = {
+            "source": document.source,
+            "shard": document.shard,
+            "key": document.key,
+            "kind": str(document.kind),
+            "document_span": [document.start, document.start + document.length],
             "row_span": [start, end],
-            "begun_before": one.start > 0,
+            "begun_before": document.start > 0,
             # Only a cut text has a label at its last token: that of the token after the cut.
-            "goes_on": bool(one.kind is Kind.TEXT and supervised["text"][end - 1]),
+            "goes_on": bool(document.kind is Kind.TEXT and supervised["text"][end - 1]),
             "truncated": refs[number].truncated if refs else None,
             "image_slots": {
                 kind: _spans(slots[(slots >= start) & (slots < end)])
@@ -145,8 +145,8 @@ def _described(
             "loss": loss,
         }
         if tokenizer is not None:
-            document["snippet"] = snippet(arrays["input_ids"][start:end].tolist(), tokenizer)
-        documents.append(document)
+            entry["snippet"] = snippet(arrays["input_ids"][start:end].tolist(), tokenizer)
+        documents.append(entry)
         start = end
     return {
         "step": step,

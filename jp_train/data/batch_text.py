@@ -46,7 +46,7 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer, *, short: bool = False) -> 
     names = special_names(tokenizer, short=short)
     slot = tokenizer.special.image_placeholder
     names |= {token: f"<id {token}>" for token in set(map(int, ids)) - names.keys() if _vanishes(token, tokenizer)}
-    found: list[Piece] = []
+    result: list[Piece] = []
     at = 0
     while at < len(ids):
         end = at + 1
@@ -54,15 +54,15 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer, *, short: bool = False) -> 
         if token == slot:
             while end < len(ids) and int(ids[end]) == slot:
                 end += 1
-            found.append(Piece(at, end, Shown.slots, ""))
+            result.append(Piece(at, end, Shown.slots, ""))
         elif token in names:
-            found.append(Piece(at, end, Shown.special, names[token]))
+            result.append(Piece(at, end, Shown.special, names[token]))
         else:
             while end < len(ids) and int(ids[end]) not in names:
                 end += 1
-            found += _text_pieces([int(token) for token in ids[at:end]], at, tokenizer)
+            result += _text_pieces([int(token) for token in ids[at:end]], at, tokenizer)
         at = end
-    return found
+    return result
 
 
 def special_names(tokenizer: Tokenizer, *, short: bool = False) -> dict[int, str]:
@@ -128,7 +128,7 @@ def _vanishes(token: int, tokenizer: Tokenizer) -> bool:
 def _text_pieces(ids: list[int], offset: int, tokenizer: Tokenizer) -> list[Piece]:
     """Pieces of a run without special tokens. Each is decoded behind the last piece that is more than spaces, on
     which a decoder's treatment of spaces may depend."""
-    found: list[Piece] = []
+    result: list[Piece] = []
     before, start = 0, 0  # ids[before:start] are decoded already
     for end in range(1, len(ids) + 1):
         known = tokenizer.decode(ids[before:start]) if start else ""
@@ -136,8 +136,8 @@ def _text_pieces(ids: list[int], offset: int, tokenizer: Tokenizer) -> list[Piec
         whole = not text.endswith("\ufffd") and text.startswith(known)
         if not whole and end < len(ids) and end - start < MOST_TOKENS:
             continue
-        found.append(Piece(offset + start, offset + end, Shown.text, text[len(known) :]))
-        if found[-1].text.strip():
+        result.append(Piece(offset + start, offset + end, Shown.text, text[len(known) :]))
+        if result[-1].text.strip():
             before = start
         start = end
-    return found
+    return result

@@ -33,8 +33,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> PackedBatch:
         """The micro-batch of `rows`, in order. See PackedBatch for shapes. At least one row is required."""
-        lengths = [one.length for row in rows for one in row.provenance]
-        kinds = [_NUMBER[one.kind] for row in rows for one in row.provenance]
+        lengths = [document.length for row in rows for document in row.provenance]
+        kinds = [_NUMBER[document.kind] for row in rows for document in row.provenance]
         if lengths:
             sources = [source for row in rows for source in row.source_indices]
             tokens = np.concatenate([row.tokens for row in rows], axis=1, dtype=np.int64)

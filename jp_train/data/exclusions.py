@@ -41,8 +41,8 @@ class Excluded:
 
 def with_exclusions(shard: Shard) -> Shard:
     """The shard with the digest of what is taken out of it. Raises DataError for a damaged file of exclusions."""
-    found = _load(shard)
-    return shard if found is None else replace(shard, excluded=_digest(found))
+    exclusions = _load(shard)
+    return shard if exclusions is None else replace(shard, excluded=_digest(exclusions))
 
 
 def excluded_samples(shard: Shard, kind: Kind) -> dict[str, Excluded]:
@@ -50,10 +50,10 @@ def excluded_samples(shard: Shard, kind: Kind) -> dict[str, Excluded]:
 
     Raises DataError when that changed since the digest was made.
     """
-    found = _load(shard) if shard.excluded else None
-    if shard.excluded != ("" if found is None else _digest(found)):
+    exclusions = _load(shard) if shard.excluded else None
+    if shard.excluded != ("" if exclusions is None else _digest(exclusions)):
         raise DataError(f"the exclusions of shard {shard.path} changed while it was indexed; start again")
-    return {} if found is None else found.get(kind, {})
+    return {} if exclusions is None else exclusions.get(kind, {})
 
 
 def known_exclusions(shard: Shard, kind: Kind) -> dict[str, Excluded]:
@@ -67,15 +67,15 @@ def store_exclusions(shard: Shard, kind: Kind, excluded: Mapping[str, Excluded])
 
     Raises DataError when no place can be written.
     """
-    told = (_load(shard) or {}) | {kind: dict(excluded)}
+    exclusions = (_load(shard) or {}) | {kind: dict(excluded)}
     document = {
         "format": FORMAT,
         "size": shard.size,
         "stamp": shard.stamp,
         "excluded": {
-            str(one): [[key, why.fault, why.reason] for key, why in sorted(told[one].items())]
-            for one in told
-            if told[one]
+            str(of_kind): [[key, why.fault, why.reason] for key, why in sorted(exclusions[of_kind].items())]
+            for of_kind in exclusions
+            if exclusions[of_kind]
         },
     }
     blob = json.dumps(document, indent=1).encode()
@@ -89,7 +89,7 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
             document = json.loads(path.read_bytes())
             if document["format"] != FORMAT or (document["size"], document["stamp"]) != (shard.size, shard.stamp):
                 continue
-            told = {
+            exclusions = {
                 kind: {
                     _text(key): Excluded(str(fault), str(reason))
                     for key, fault, reason in document["excluded"].get(str(kind), ())
@@ -103,8 +103,8 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
                 f"{path} cannot be read ({type(error).__name__}: {error}): it names samples to leave out, so it is "
                 "not ignored; run `jp-train data verify --exclude` again after deleting it"
             ) from error
-        told = {kind: samples for kind, samples in told.items() if samples}
-        return told or None
+        exclusions = {kind: samples for kind, samples in exclusions.items() if samples}
+        return exclusions or None
     return None
 
 
@@ -114,7 +114,7 @@ def _text(key: object) -> str:
     return key
 
 
-def _digest(found: Mapping[Kind, Mapping[str, Excluded]]) -> str:
+def _digest(exclusions: Mapping[Kind, Mapping[str, Excluded]]) -> str:
     """Over kinds and keys only: a reason that is worded anew excludes nothing else."""
-    parts = [[str(kind), sorted(found[kind])] for kind in KINDS if kind in found]
+    parts = [[str(kind), sorted(exclusions[kind])] for kind in KINDS if kind in exclusions]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -270,18 +270,18 @@ def _target(url: str, absolute: bool) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}" if absolute else path
 
 
-def _redirected(asked: str, here: str, target: str) -> str:
+def _redirected(url: str, here: str, target: str) -> str:
     try:
-        found = urllib.parse.urljoin(here, target)
-        scheme = urllib.parse.urlsplit(found).scheme
+        location = urllib.parse.urljoin(here, target)
+        scheme = urllib.parse.urlsplit(location).scheme
     except ValueError as error:
-        raise DataError(f"shard {asked}: the server redirects to {target[:200]!r}, which is no URL: {error}") from None
+        raise DataError(f"shard {url}: the server redirects to {target[:200]!r}, which is no URL: {error}") from None
     if scheme not in ("http", "https") or (scheme == "http" and here.startswith("https:")):
         raise DataError(
-            f"shard {asked}: the server redirects to {found[:200]!r}; only http and https are followed, and never "
+            f"shard {url}: the server redirects to {location[:200]!r}; only http and https are followed, and never "
             "from https to http"
         )
-    return found
+    return location
 
 
 def _stamp(answer: http.client.HTTPResponse) -> str:

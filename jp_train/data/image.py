@@ -101,10 +101,14 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
             f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable"
         ) from None
     except Exception as error:  # decoders raise many kinds on broken bytes: OSError, SyntaxError, struct.error, ...
-        said = f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {_ADDRESS.sub('', str(error)[:200])}"
+        message = (
+            f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {_ADDRESS.sub('', str(error)[:200])}"
+        )
         if isinstance(error, UnidentifiedImageError) and not data.startswith(_MAGICS):
-            raise SkipSample(f"{said}; JPEG, PNG and WebP are read", "picture_format") from None
-        raise SkipSample(said, "picture_truncated" if "truncat" in said.lower() else "picture_undecodable") from None
+            raise SkipSample(f"{message}; JPEG, PNG and WebP are read", "picture_format") from None
+        raise SkipSample(
+            message, "picture_truncated" if "truncat" in message.lower() else "picture_undecodable"
+        ) from None
 
 
 def _scale(image: Image.Image, enough: Callable[[tuple[int, int]], bool]) -> None:

@@ -355,8 +355,8 @@ def _assemble(
     lengths = [len(part) for part in parts]
     if not sum(lengths):
         examples = "; ".join(f"{sample.info.key}: {sample.reason}" for sample in bad[:_NAMED_BAD])
-        found = f"all {len(bad)} are bad, e.g. {examples}" if bad else "the shards are empty"
-        raise DataError(f"source {name!r} ({source.shards}) has no usable {source.kind.value} sample: {found}")
+        problem = f"all {len(bad)} are bad, e.g. {examples}" if bad else "the shards are empty"
+        raise DataError(f"source {name!r} ({source.shards}) has no usable {source.kind.value} sample: {problem}")
 
     def joined(field: str) -> np.ndarray:
         return np.concatenate([getattr(part, field) for part in parts]).astype(np.int32)

@@ -101,15 +101,15 @@ class Ledger:
 
         They take nothing from training, so they count against no budget.
         """
-        entries = [(sample.info, sample.reason) for index in indexes for sample in index.bad]
-        entries += [(bad.info, bad.reason) for bad in skipped]
-        if entries and self._write:
+        bad_samples = [(sample.info, sample.reason) for index in indexes for sample in index.bad]
+        bad_samples += [(bad.info, bad.reason) for bad in skipped]
+        if bad_samples and self._write:
             known = self._named_at_index()
-            told = [
+            entries = [
                 {"step": None, "source": f"validation/{i.source}", "shard": i.shard, "key": i.key, "reason": r}
-                for i, r in entries
+                for i, r in bad_samples
             ]
-            self._append(one for one in told if (one["source"], one["shard"], one["key"]) not in known)
+            self._append(entry for entry in entries if (entry["source"], entry["shard"], entry["key"]) not in known)
         return len(skipped)
 
     @property

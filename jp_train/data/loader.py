@@ -201,14 +201,14 @@ class StepLoader:
         """The row that is waited for, for somebody who looks from another thread: {"row", "step" (from 1),
         "document" (its first), "workers": [{"pid", "state"}]}. Finding the document's name may read an index file."""
         workers = [process.pid for process in getattr(self._iterator, "_workers", ())]
-        found: dict[str, Any] = {
+        state: dict[str, Any] = {
             "workers": [{"pid": pid, "state": process_state(pid)} for pid in workers if pid is not None]
         }
         spec = next(iter(self._sampler.handed_out), None)
         if spec is not None:
             first = self._builder.describe(spec.documents[0]) if spec.documents else "none"
-            found |= {"row": spec.row, "step": spec.step + 1, "document": first}
-        return found
+            state |= {"row": spec.row, "step": spec.step + 1, "document": first}
+        return state
 
     def _row(self) -> Row:
         assert self._iterator is not None
@@ -248,10 +248,10 @@ def _fits_shared_memory(bytes_needed: int) -> bool:
     """Whether /dev/shm has room. Writing past it would kill the process with SIGBUS, so the pictures of rows go
     through pipes then."""
     try:
-        found = os.statvfs("/dev/shm")
+        file_system = os.statvfs("/dev/shm")
     except OSError:
         return True  # no such file system: the platform keeps shared memory elsewhere
-    free = found.f_bavail * found.f_frsize
+    free = file_system.f_bavail * file_system.f_frsize
     if bytes_needed > free:
         print(
             f"loader: /dev/shm has {free / 2**20:.0f} MiB free, the rows ahead may take {bytes_needed / 2**20:.0f} "

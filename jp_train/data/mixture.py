@@ -230,12 +230,12 @@ class CarrySchedule:
     def _charged(self, before: Deficits, amounts: Mapping[int, int]) -> Deficits:
         """The deficits after documents that count `amounts`, in whatever order they came."""
         kinds, sources = before
-        had, within = [], []
+        counts, within = [], []
         for members, weights, deficits in zip(self._phase.members, self._phase.weights, sources, strict=True):
-            own = [amounts.get(source, 0) for source in members]
-            within.append(_owed(deficits, weights, own))
-            had.append(sum(own))
-        return _owed(kinds, self._mixture.shares, had), tuple(within)
+            of_sources = [amounts.get(source, 0) for source in members]
+            within.append(_owed(deficits, weights, of_sources))
+            counts.append(sum(of_sources))
+        return _owed(kinds, self._mixture.shares, counts), tuple(within)
 
     def refund(self, kind: int, amount: int) -> None:
         """Take back the charge of a document that was dealt and will never be placed."""
@@ -255,11 +255,12 @@ class CarrySchedule:
         self._set(*state)
 
 
-def _owed(deficits: Sequence[int], weights: Sequence[int], had: Sequence[int]) -> tuple[int, ...]:
+def _owed(deficits: Sequence[int], weights: Sequence[int], dealt: Sequence[int]) -> tuple[int, ...]:
     """The deficits of those who share by `weights`, after each has had that much more."""
-    total, given = sum(weights), sum(had)
+    total, given = sum(weights), sum(dealt)
     return tuple(
-        deficit + weight * given - total * own for deficit, weight, own in zip(deficits, weights, had, strict=True)
+        deficit + weight * given - total * count
+        for deficit, weight, count in zip(deficits, weights, dealt, strict=True)
     )
 
 

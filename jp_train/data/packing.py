@@ -58,8 +58,8 @@ def best_subset(lengths: Sequence[int], capacity: int, first: int = 0) -> tuple[
     # Backwards: the document that brought a gap is the last one before which it was not there. A bit of a long number
     # is tested in the way that makes the shorter number: half of all planning is spent in this function.
     while gap < half:
-        wanted = 1 << gap
-        while history[position] & wanted:
+        bit = 1 << gap
+        while history[position] & bit:
             position -= 1
         subset.append(position)
         gap += lengths[position]

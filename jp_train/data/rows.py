@@ -164,19 +164,19 @@ class RowBuilder:
         self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]
     ) -> torch.Tensor:
         """uint8 [N, 3, H, W]: the pictures of the documents of one kind, in order; undecodable ones go to `skipped`."""
-        wanted = [
+        pictured = [
             document
             for document in documents
             if document.kind is kind and document.place not in skipped and self._encoder.has_picture(document.sample)
         ]
         size = self._encoder.image_size
-        if not wanted:
+        if not pictured:
             return self._no_pictures
-        pictures = _uint8((len(wanted), 3, size, size), shared=self._shared)
+        pictures = _uint8((len(pictured), 3, size, size), shared=self._shared)
         pixels = pictures.numpy()
 
         def decode(place: int) -> SkipSample | None:
-            document, ref = wanted[place], wanted[place].ref
+            document, ref = pictured[place], pictured[place].ref
             try:
                 pixels[place] = self._encoder.picture(
                     document.sample,
@@ -190,9 +190,9 @@ class RowBuilder:
             return None
 
         done = 0
-        for place, fault in enumerate(self._threads.map(decode, range(len(wanted)))):
+        for place, fault in enumerate(self._threads.map(decode, range(len(pictured)))):
             if fault is not None:
-                skipped[wanted[place].place] = wanted[place].skip(fault)
+                skipped[pictured[place].place] = pictured[place].skip(fault)
                 continue
             if done < place:  # close the gap that an undecodable one left; those before `place` are finished
                 pixels[done] = pixels[place]

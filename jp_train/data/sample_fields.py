@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from jp_train.config.choices import Crop
-from jp_train.data.samples import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, VQ_EXTENSION, check_field_size, wanted_fields
+from jp_train.data.samples import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, VQ_EXTENSION, check_field_size, needed_fields
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, read_spans
 from jp_train.data.vq_ids import StoredIds
 from jp_train.types import Kind, RawSample, SourceInfo
@@ -75,12 +75,12 @@ def read_located(
     ids = None if stored is None else stored.row(number)
     fault = "" if stored is None or ids is not None else stored.unusable.get(info.key, "")
     known, texts = ids is not None or bool(fault), token_ids is None
-    wanted, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, pictures, texts)
+    of_kind, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, pictures, texts)
     for extension in needed:
         check_field_size(extension, located[extension][1])
-    found = read_spans(reader, shard, [located[extension] for extension in read])
-    fields = dict.fromkeys(wanted, b"")
-    fields |= zip(read, found, strict=True)
+    values = read_spans(reader, shard, [located[extension] for extension in read])
+    fields = dict.fromkeys(of_kind, b"")
+    fields |= zip(read, values, strict=True)
     return RawSample(info=info, fields=fields, vq_ids=ids, image_fault=fault, token_ids=token_ids)
 
 
@@ -97,7 +97,7 @@ def _fields_to_read(
     where = list(present)
     if known or (not embedded_ids and any(extension in where for extension in IMAGE_EXTENSIONS)):
         where = [extension for extension in where if extension != VQ_EXTENSION]
-    wanted = tuple(wanted_fields(kind, where, crop))
-    needed = tuple(extension for extension in wanted if not (known and extension in IMAGE_EXTENSIONS))
+    of_kind = tuple(needed_fields(kind, where, crop))
+    needed = tuple(extension for extension in of_kind if not (known and extension in IMAGE_EXTENSIONS))
     unread = (*(() if pictures else IMAGE_EXTENSIONS), *(() if texts else TEXT_EXTENSIONS))
-    return wanted, needed, tuple(extension for extension in needed if extension not in unread)
+    return of_kind, needed, tuple(extension for extension in needed if extension not in unread)

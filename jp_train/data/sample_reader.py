@@ -76,12 +76,12 @@ class SampleReader:
         if not 0 <= ref.sample < before[-1]:
             self._locators[ref.source].locate(ref.sample)
         shard = bisect_right(before, ref.sample) - 1
-        found = self._tables.get((ref.source, shard))
-        if found is None:
-            found = self._load(ref.source, shard)
+        table = self._tables.get((ref.source, shard))
+        if table is None:
+            table = self._load(ref.source, shard)
         else:
             self._tables.move_to_end((ref.source, shard))
-        return found, ref.sample - before[shard]
+        return table, ref.sample - before[shard]
 
     def info(self, ref: DocumentRef, table: ShardTable, entry: int) -> SourceInfo:
         """Where a document comes from."""
@@ -135,10 +135,10 @@ class SampleReader:
                     f"the VQ ids of shard {shard.path} (source {locator.name!r}) are gone or stale since the run "
                     "began; start again"
                 )
-        found = ShardTable(shard, shard.name, members, tokens, ids, token_ids)
-        self._tables[source, number] = found
+        table = ShardTable(shard, shard.name, members, tokens, ids, token_ids)
+        self._tables[source, number] = table
         self._cached += len(members.keys)
         while self._cached > CACHED_SAMPLES and len(self._tables) > 1:
             _, old = self._tables.popitem(last=False)
             self._cached -= len(old.members.keys)
-        return found
+        return table

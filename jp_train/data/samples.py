@@ -40,7 +40,7 @@ _HUMAN, _MODEL = ("human", "user"), ("gpt", "assistant")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
 
 
-def wanted_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.centre) -> list[str]:
+def needed_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.centre) -> list[str]:
     """Which of a sample's fields must be read to make it.
 
     Stored VQ ids replace the picture, except with a random crop: the ids are those of the centre crop.
@@ -78,7 +78,8 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
     if kind is Kind.UNDERSTANDING:
         if image is None:
             raise SkipSample(
-                f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found {_found(raw)}",
+                f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found "
+                f"{_extensions_of(raw)}",
                 "missing_field",
             )
         turns = _understanding_turns(_json(raw)) if raw.token_ids is None else ()
@@ -93,7 +94,7 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             "wrong; delete the shard's .jp-vq-* files and run `jp-train data encode-images` again"
         )
     if image is None and ids is None and not raw.image_fault:
-        raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_found(raw)}", "missing_field")
+        raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_extensions_of(raw)}", "missing_field")
     caption = apply_class_prompt(_string(_json(raw), "caption"), source) if raw.token_ids is None else ""
     return GenerationSample(
         info=raw.info,
@@ -127,7 +128,7 @@ def first_sentence(caption: str) -> str:
     return caption[: end.end()] if end else caption
 
 
-def _found(raw: RawSample) -> str:
+def _extensions_of(raw: RawSample) -> str:
     return ", ".join(f".{extension}" for extension in raw.fields) or "no usable field"
 
 
@@ -143,7 +144,7 @@ def _image(raw: RawSample) -> bytes | None:
 
 def _json(raw: RawSample) -> dict:
     if "json" not in raw.fields:
-        raise SkipSample(f"no .json: found {_found(raw)}", "missing_field")
+        raise SkipSample(f"no .json: found {_extensions_of(raw)}", "missing_field")
     try:
         value = json.loads(raw.fields["json"].decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -225,7 +226,7 @@ def _text(raw: RawSample) -> TextSample:
         )
     if ("txt" in raw.fields) == ("json" in raw.fields):
         fault = "extra_field" if "txt" in raw.fields else "missing_field"
-        raise SkipSample(f"a text sample needs either .txt or .json, found {_found(raw)}", fault)
+        raise SkipSample(f"a text sample needs either .txt or .json, found {_extensions_of(raw)}", fault)
     if "txt" in raw.fields:
         try:
             return TextSample(info=raw.info, text=_checked(raw.fields["txt"].decode("utf-8"), ".txt"))

@@ -98,7 +98,7 @@ def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
         parts = list(braceexpand.braceexpand(spec))
     except ValueError as error:
         raise ConfigError(f"shards {spec!r}: {error}; write ranges as {{000..127}} and lists as {{a,b}}") from None
-    paths = [path for part in parts for path in _expand_one(part, spec, Path(root))]
+    paths = [path for part in parts for path in _expand_part(part, spec, Path(root))]
     seen: set[str] = set()
     for path in paths:
         if path in seen:
@@ -107,7 +107,7 @@ def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
     return paths
 
 
-def _expand_one(part: str, spec: str, root: Path) -> list[str]:
+def _expand_part(part: str, spec: str, root: Path) -> list[str]:
     if is_url(part):
         return [part]
     scheme = part.split(":", 1)[0] if ":" in part and not part.startswith("/") else ""
@@ -118,17 +118,17 @@ def _expand_one(part: str, spec: str, root: Path) -> list[str]:
         )
     path = Path(os.path.abspath(root / os.path.expanduser(part)))
     if path.is_dir():
-        found = sorted(str(child) for child in path.iterdir() if child.suffix == ".tar")
-        if not found:
+        matches = sorted(str(child) for child in path.iterdir() if child.suffix == ".tar")
+        if not matches:
             raise DataError(f"shards {spec!r}: folder {path} holds no *.tar file")
-        return found
+        return matches
     if path.exists():
         return [str(path)]
     if glob.has_magic(part):
-        found = sorted(glob.glob(str(path)))
-        if not found:
+        matches = sorted(glob.glob(str(path)))
+        if not matches:
             raise DataError(f"shards {spec!r}: no file matches {path}")
-        return found
+        return matches
     raise DataError(
         f"shards {spec!r}: {path} does not exist (relative paths start at data.root, here {root.absolute()})"
     )
@@ -203,8 +203,8 @@ class ShardReader:
         raise AssertionError("unreachable")
 
     def _stat_url(self, url: str) -> Shard:
-        found = self._http.stat(url)
-        return Shard(path=url, size=found.size, stamp=found.stamp)
+        status = self._http.stat(url)
+        return Shard(path=url, size=status.size, stamp=status.stamp)
 
     def _read_local(self, shard: Shard, offset: int, size: int) -> bytes:
         entry = self._acquire(shard)
@@ -311,10 +311,10 @@ def _is_final(error: Exception) -> bool:
 
 
 def _stat_local(path: str) -> Shard:
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(f"shard {path} is not a regular file; give tar files, or a folder that holds them")
-    return Shard(path=path, size=found.st_size, stamp=str(found.st_mtime_ns))
+    return Shard(path=path, size=status.st_size, stamp=str(status.st_mtime_ns))
 
 
 def _open_checked(shard: Shard) -> int:

@@ -96,9 +96,9 @@ def load_tokens(shard: Shard, fingerprint: str, *, with_ids: bool = False) -> Sh
     holds token ids."""
 
     def made(meta: dict, arrays: NpzFile) -> ShardTokens:
-        found = _tokens(meta, arrays)
-        _require(not with_ids or found.ids_bytes is not None)
-        return found
+        tokens = _tokens(meta, arrays)
+        _require(not with_ids or tokens.ids_bytes is not None)
+        return tokens
 
     return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
 

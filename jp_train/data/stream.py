@@ -157,11 +157,11 @@ class DocumentStream:
         owners, numbers = np.array(pool, np.int64).reshape(-1, 2).T
         documents = np.empty((len(COLUMNS), len(owners)), np.int64)
         for index in np.unique(owners).tolist():
-            found = self._sequences[index].documents(numbers[owners == index])
-            if found.shape[1] != np.count_nonzero(owners == index):
+            documents_of_source = self._sequences[index].documents(numbers[owners == index])
+            if documents_of_source.shape[1] != np.count_nonzero(owners == index):
                 raise DataError(
                     "the plan state is damaged: its pool names documents that are never drawn. Resume from another "
                     "checkpoint"
                 )
-            documents[:, owners == index] = found
+            documents[:, owners == index] = documents_of_source
         self._begin(documents)

@@ -95,11 +95,11 @@ class Tokenizer(ABC):
         search = self._reserved_pattern.search
         if not all(texts) or any(map(search, texts)):
             return [self.encode(text) for text in texts]
-        found = self._encode_many(texts)
-        for number, ids in enumerate(found):
+        encoded = self._encode_many(texts)
+        for number, ids in enumerate(encoded):
             if not self._reserved_ids.isdisjoint(ids):
-                found[number] = self.encode(texts[number])
-        return found
+                encoded[number] = self.encode(texts[number])
+        return encoded
 
     def role(self, marker: str) -> int | str:
         """The id of a role marker, or the marker itself where it is ordinary text (the predecessor's `User`)."""
@@ -280,7 +280,7 @@ class _HuggingFace(Tokenizer):
         return self._encode_many([text])[0]
 
     def _encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)

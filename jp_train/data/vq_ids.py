@@ -149,25 +149,25 @@ class IdsManifest:
 def load_manifest(shard: Shard, fingerprint: str) -> IdsManifest | None:
     """The manifest with this fingerprint, preferably one that belongs to the shard's present content; None without a
     readable one."""
-    found: list[IdsManifest] = []
+    manifests: list[IdsManifest] = []
     for path in sidecar_places(shard, _suffix(fingerprint, "json")):
         try:
-            told = json.loads(path.read_bytes())
-            if told["format"] != FORMAT or told["fingerprint"] != fingerprint:
+            stored = json.loads(path.read_bytes())
+            if stored["format"] != FORMAT or stored["fingerprint"] != fingerprint:
                 continue
-            fields = {name: told[name] for name in _PLAIN_FIELDS}
-            recipe = IdsRecipe(**told["recipe"])
-            unusable = tuple((str(key), str(reason)) for key, reason in told["unusable"])
+            fields = {name: stored[name] for name in _PLAIN_FIELDS}
+            recipe = IdsRecipe(**stored["recipe"])
+            unusable = tuple((str(key), str(reason)) for key, reason in stored["unusable"])
             if (
                 not _has_types(IdsManifest, fields)
-                or not _has_types(IdsRecipe, told["recipe"])
+                or not _has_types(IdsRecipe, stored["recipe"])
                 or recipe.fingerprint != fingerprint
             ):
                 continue
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # absent or damaged: encoded again
-        found.append(IdsManifest(recipe=recipe, unusable=unusable, ids_path=path.with_suffix(".npy"), **fields))
-    return next((one for one in found if one.belongs_to(shard)), found[0] if found else None)
+        manifests.append(IdsManifest(recipe=recipe, unusable=unusable, ids_path=path.with_suffix(".npy"), **fields))
+    return next((manifest for manifest in manifests if manifest.belongs_to(shard)), manifests[0] if manifests else None)
 
 
 def open_ids(shard: Shard, fingerprint: str, reader: ShardReader) -> StoredIds | None:
@@ -252,7 +252,7 @@ def restamp_ids(shard: Shard, manifest: IdsManifest) -> None:
 def stored_fingerprints(shards: Iterable[Shard]) -> dict[str, list[str]]:
     """For each shard path the fingerprints of all stored ids, whatever VQ they belong to; folders are listed once."""
     listings: dict[Path, dict[str, list[Path]]] = {}
-    found: dict[str, list[str]] = {}
+    fingerprints: dict[str, list[str]] = {}
     for shard in shards:
         prints: list[str] = []
         for place in sidecar_places(shard, ""):
@@ -263,33 +263,33 @@ def stored_fingerprints(shards: Iterable[Shard]) -> dict[str, list[str]]:
                     fingerprint = json.loads(path.read_bytes())["fingerprint"]
                     if _FINGERPRINT.fullmatch(fingerprint):  # part of a file's name
                         prints.append(fingerprint)
-        found[shard.path] = list(dict.fromkeys(prints))
-    return found
+        fingerprints[shard.path] = list(dict.fromkeys(prints))
+    return fingerprints
 
 
 def _has_types(cls: type, values: Mapping[str, object]) -> bool:
     """Whether the whole numbers and texts among the fields of `cls` are that in a foreign file."""
-    wanted = {"int": int, "str": str}
-    return all(type(value) is wanted[str(cls.__annotations__[name])] for name, value in values.items())
+    types = {"int": int, "str": str}
+    return all(type(value) is types[str(cls.__annotations__[name])] for name, value in values.items())
 
 
 def _manifests(folder: Path) -> dict[str, list[Path]]:
     """The manifests of a folder by the name of their shard."""
-    found: dict[str, list[Path]] = {}
+    manifests: dict[str, list[Path]] = {}
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError:
-        return found
+        return manifests
     for name in names:
         shard, mark, _ = name.rpartition(_MARK)
         if mark and name.endswith(".json") and not name.startswith("."):
-            found.setdefault(shard, []).append(folder / name)
-    return found
+            manifests.setdefault(shard, []).append(folder / name)
+    return manifests
 
 
 def _store_manifest(shard: Shard, manifest: IdsManifest) -> None:
     fields = {name: getattr(manifest, name) for name in _PLAIN_FIELDS}
-    told = {
+    document = {
         "format": FORMAT,
         "fingerprint": manifest.recipe.fingerprint,
         "recipe": asdict(manifest.recipe),
@@ -297,7 +297,7 @@ def _store_manifest(shard: Shard, manifest: IdsManifest) -> None:
         **fields,
         "unusable": manifest.unusable,
     }
-    text = json.dumps(told, indent=1).encode()
+    text = json.dumps(document, indent=1).encode()
     write_sidecar(shard, _suffix(manifest.recipe.fingerprint, "json"), lambda file: file.write(text))
 
 

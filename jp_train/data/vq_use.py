@@ -35,14 +35,14 @@ def use_stored_ids(data: DataConfig, indexes: Sequence[SourceIndex], recipe: Ids
         DataError: for ids of another VQ or transform, of a shard that has changed, or of unknown origin, and with
             `require` for shards without ids; it names shard, what was found and expected, and the remedy.
     """
-    found = []
+    used = []
     for index in indexes:
         if index.kind is not Kind.GENERATION:
-            found.append(index)
+            used.append(index)
             continue
         assert recipe is not None, "generation sources need the fingerprint of the run's VQ"
-        found.append(_use(data, index, recipe))
-    return found
+        used.append(_use(data, index, recipe))
+    return used
 
 
 def describe_use(index: SourceIndex) -> str:
@@ -154,12 +154,12 @@ def _embedded(shard: Shard) -> _Counts:
         raise DataError(f"the index of shard {shard.path} is gone or stale; start again so that it is rebuilt")
     sample = np.repeat(np.arange(len(members.keys)), np.diff(members.member_start))
     has = {}
-    for what, wanted in (("ids", (VQ_EXTENSION,)), ("picture", IMAGE_EXTENSIONS)):
-        codes = [code for code, extension in enumerate(members.extensions) if extension in wanted]
+    for what, extensions in (("ids", (VQ_EXTENSION,)), ("image", IMAGE_EXTENSIONS)):
+        codes = [code for code, extension in enumerate(members.extensions) if extension in extensions]
         has[what] = np.zeros(len(members.keys), bool)
         has[what][sample[np.isin(members.extension, codes)]] = True
-    ids, picture = has["ids"], has["picture"]
-    return _Counts(int(ids.sum()), int((ids & ~picture).sum()), int((picture & ~ids).sum()))
+    ids, image = has["ids"], has["image"]
+    return _Counts(int(ids.sum()), int((ids & ~image).sum()), int((image & ~ids).sum()))
 
 
 def _check_embedded(mode: VqIds, source: str, shards: Sequence[Shard], recipe: IdsRecipe) -> None:
@@ -196,14 +196,14 @@ def _folder_fingerprint(path: Path) -> str:
     """The fingerprint that a folder's manifest.json states, empty without one. Raises DataError for a manifest that
     cannot be read."""
     try:
-        told = json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f'{path} cannot be read: {error}; it should hold {{}} or {{"vq": {{"fingerprint": "..."}}}}'
         ) from None
-    vq = told.get("vq") if isinstance(told, dict) else None
+    vq = manifest.get("vq") if isinstance(manifest, dict) else None
     return str(vq.get("fingerprint") or "") if isinstance(vq, dict) else ""
 
 

@@ -62,24 +62,24 @@ def format_table(summaries: list[SourceSummary]) -> str:
     head = ("source", "kind", "samples", "tokens", "tokens/sample", "bad", "shards", "MiB", "id bytes/sample")
     lines = [head] + [
         (
-            one.name,
-            one.kind,
-            f"{one.samples:,}",
-            f"{one.tokens:,}",
-            f"{one.tokens / max(one.samples, 1):,.1f}",
-            f"{one.bad:,}",
-            f"{one.shards:,}",
-            f"{one.mib:,.1f}",
-            f"{one.id_bytes_per_sample:,.0f}",
+            summary.name,
+            summary.kind,
+            f"{summary.samples:,}",
+            f"{summary.tokens:,}",
+            f"{summary.tokens / max(summary.samples, 1):,.1f}",
+            f"{summary.bad:,}",
+            f"{summary.shards:,}",
+            f"{summary.mib:,.1f}",
+            f"{summary.id_bytes_per_sample:,.0f}",
         )
-        for one in summaries
+        for summary in summaries
     ]
     text = aligned(lines)
-    for one in summaries:
-        text += [f"bad in {one.name}: {example}" for example in one.bad_examples]
-        if one.bad > len(one.bad_examples):
+    for summary in summaries:
+        text += [f"bad in {summary.name}: {example}" for example in summary.bad_examples]
+        if summary.bad > len(summary.bad_examples):
             text.append(
-                f"bad in {one.name}: … and {one.bad - len(one.bad_examples)} more (the ledger of a run names all)"
+                f"bad in {summary.name}: … and {summary.bad - len(summary.bad_examples)} more (the ledger of a run names all)"
             )
     return "\n".join(map(printable, text))
 

@@ -12,8 +12,8 @@ from jp_train.data.samples import (
     MAX_TEXT_BYTES,
     check_field_size,
     first_sentence,
+    needed_fields,
     parse_sample,
-    wanted_fields,
 )
 from jp_train.errors import SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, Turn
@@ -122,11 +122,11 @@ def test_text_comes_as_txt_json_or_dialogue():
 
 def test_only_the_fields_a_kind_needs_are_read():
     present = ["png", "json", "vq.npy", "txt", "cls"]
-    assert wanted_fields(Kind.UNDERSTANDING, present) == ["json", "png"]
-    assert wanted_fields(Kind.GENERATION, present) == ["json", "vq.npy"]
-    assert wanted_fields(Kind.GENERATION, present, Crop.random) == ["json", "png"]  # stored ids are of the centre crop
-    assert wanted_fields(Kind.GENERATION, ["json", "vq.npy"], Crop.random) == ["json", "vq.npy"]
-    assert set(wanted_fields(Kind.TEXT, ["txt", "cls"])) == {"txt"}
+    assert needed_fields(Kind.UNDERSTANDING, present) == ["json", "png"]
+    assert needed_fields(Kind.GENERATION, present) == ["json", "vq.npy"]
+    assert needed_fields(Kind.GENERATION, present, Crop.random) == ["json", "png"]  # stored ids are of the centre crop
+    assert needed_fields(Kind.GENERATION, ["json", "vq.npy"], Crop.random) == ["json", "vq.npy"]
+    assert set(needed_fields(Kind.TEXT, ["txt", "cls"])) == {"txt"}
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_pickles_and_object_arrays_are_never_decoded(tmp_path):
     owned = tmp_path / "owned"
     bomb = b"cposix\nsystem\n(S'touch " + str(owned).encode() + b"'\ntR."
     for extension in ("pkl", "pyd", "pickle", "pth", "pt", "ten", "tb", "npz", "dill"):
-        assert wanted_fields(Kind.GENERATION, ["png", "json", extension]) == ["json", "png"]
-        assert wanted_fields(Kind.TEXT, ["txt", extension]) == ["txt"]
+        assert needed_fields(Kind.GENERATION, ["png", "json", extension]) == ["json", "png"]
+        assert needed_fields(Kind.TEXT, ["txt", extension]) == ["txt"]
     array = np.empty(16, object)
     array[:] = [b"x"] * 16
     buffer = io.BytesIO()

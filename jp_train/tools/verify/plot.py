@@ -83,8 +83,8 @@ def _row(
         color=_INK,
         parse_math=False,
     )
-    said = f"{total:,} documents, median about {middle:,} tokens"
-    axis.text(1, 1.03, said, transform=axis.transAxes, va="bottom", ha="right", fontsize=8, color=_MUTED)
+    summary = f"{total:,} documents, median about {middle:,} tokens"
+    axis.text(1, 1.03, summary, transform=axis.transAxes, va="bottom", ha="right", fontsize=8, color=_MUTED)
     axis.set_ylim(0, counts.max() * 1.05)
     axis.set_yticks([])
     axis.tick_params(axis="x", colors=_MUTED, labelsize=8, length=3)

@@ -75,10 +75,10 @@ def write_report(report: Report, cfg: RunConfig, folder: Path) -> dict[str, Any]
 
 def lengths_by_source(report: Report) -> dict[str, np.ndarray]:
     """Histogram of tokens per document over EDGES, by source."""
-    found = {name: np.zeros(len(EDGES), np.int64) for name in report.sources}
+    histograms = {name: np.zeros(len(EDGES), np.int64) for name in report.sources}
     for shard in report.shards:
-        found[shard.source] += shard.lengths
-    return found
+        histograms[shard.source] += shard.lengths
+    return histograms
 
 
 def format_report(report: Report, document: dict[str, Any]) -> str:
@@ -100,19 +100,19 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
         [head]
         + [
             (
-                one["name"],
-                one["kind"],
-                f"{one['shards']:,}" + (f" ({one['broken_shards']} broken)" if one["broken_shards"] else ""),
-                f"{one['samples']:,}",
-                f"{one['usable']:,}",
-                f"{sum(one['faults'].values()):,}",
-                f"{sum(one['warnings'].values()):,}",
-                f"{one['excluded']:,}",
-                f"{one['tokens'] / max(one['usable'], 1):,.1f}",
-                f"{one['longest']:,}",
-                f"{one['over_seq_len']:,}",
+                source["name"],
+                source["kind"],
+                f"{source['shards']:,}" + (f" ({source['broken_shards']} broken)" if source["broken_shards"] else ""),
+                f"{source['samples']:,}",
+                f"{source['usable']:,}",
+                f"{sum(source['faults'].values()):,}",
+                f"{sum(source['warnings'].values()):,}",
+                f"{source['excluded']:,}",
+                f"{source['tokens'] / max(source['usable'], 1):,.1f}",
+                f"{source['longest']:,}",
+                f"{source['over_seq_len']:,}",
             )
-            for one in document["sources"]
+            for source in document["sources"]
         ]
     )
     groups: dict[tuple[str, str], list[Fault]] = {}
@@ -123,7 +123,7 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
         lines += ["", *aligned([("source", "fault", "count"), *counts])]
     for (source, fault), all_of in groups.items():
         lines += ["", f"{'warning' if all_of[0].warning else 'fault'} {fault} in {source}:"]
-        lines += [f"  {_where(one)}: {one.reason}" for one in all_of[:EXAMPLES]]
+        lines += [f"  {_where(finding)}: {finding.reason}" for finding in all_of[:EXAMPLES]]
         if len(all_of) > EXAMPLES:
             lines.append(f"  … and {len(all_of) - EXAMPLES:,} more, all in {document['files']['report']}")
         lines.append(f"  remedy: {REMEDIES[fault]}")
@@ -175,30 +175,30 @@ def _document(report: Report, cfg: RunConfig) -> dict[str, Any]:
         "sources": [_source(report, name, kind, findings) for name, kind in report.sources.items()],
         "shards": [
             {
-                "source": one.source,
-                "shard": one.shard.path,
-                "size": one.shard.size,
-                "stamp": one.shard.stamp,
-                "samples": one.samples,
-                "usable": one.good,
-                "whole": one.whole,
-                "last_readable_key": one.last_key,
+                "source": shard.source,
+                "shard": shard.shard.path,
+                "size": shard.shard.size,
+                "stamp": shard.shard.stamp,
+                "samples": shard.samples,
+                "usable": shard.good,
+                "whole": shard.whole,
+                "last_readable_key": shard.last_key,
             }
-            for one in report.shards
+            for shard in report.shards
         ],
         "findings": [
             {
-                "fault": one.fault,
-                "source": one.source,
-                "shard": one.shard,
-                "key": one.key,
-                "offset": one.offset,
-                "reason": one.reason,
-                "remedy": REMEDIES[one.fault],
-                "warning": one.warning,
-                "excluded": report.is_excluded(one),
+                "fault": fault.fault,
+                "source": fault.source,
+                "shard": fault.shard,
+                "key": fault.key,
+                "offset": fault.offset,
+                "reason": fault.reason,
+                "remedy": REMEDIES[fault.fault],
+                "warning": fault.warning,
+                "excluded": report.is_excluded(fault),
             }
-            for one in findings
+            for fault in findings
         ],
         "exclusions": [str(path) for path in report.exclusion_files],
         "lengths": {

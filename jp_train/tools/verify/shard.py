@@ -156,10 +156,10 @@ class _Pass:
             )
         )
 
-    def _sample(self, number: int, found: TarSample, offset: int) -> None:
+    def _sample(self, number: int, files: TarSample, offset: int) -> None:
         task, cfg, report = self._task, self._cfg, self._report
-        info = SourceInfo(source=task.source, shard=task.shard.path, key=found.key)
-        located = {extension: (member.offset, member.size) for extension, member in found.members.items()}
+        info = SourceInfo(source=task.source, shard=task.shard.path, key=files.key)
+        located = {extension: (member.offset, member.size) for extension, member in files.members.items()}
         picture = False
         try:
             raw = read_located(
@@ -184,12 +184,12 @@ class _Pass:
         except SkipSample as reason:
             blame = next((located[e][0] for e in IMAGE_EXTENSIONS if e in located), offset) if picture else offset
             self._add(
-                reason.fault, found.key, blame, str(reason), picture=picture and reason.fault.startswith("picture")
+                reason.fault, files.key, blame, str(reason), picture=picture and reason.fault.startswith("picture")
             )
             return
         except Exception as error:
             # training would stop here: a fault of jp_train, and no reason to look at the rest no more
-            self._add(INTERNAL, found.key, offset, f"{type(error).__name__}: {str(error)[:300]}")
+            self._add(INTERNAL, files.key, offset, f"{type(error).__name__}: {str(error)[:300]}")
             return
         report.good += 1
         report.tokens += tokens
@@ -198,7 +198,7 @@ class _Pass:
         if tokens > cfg.data.seq_len:
             report.over_seq_len += 1
             if not self._cuttable(sample):
-                self._add(OVER_LONG, found.key, offset, self._policy(sample, tokens), warning=True)
+                self._add(OVER_LONG, files.key, offset, self._policy(sample, tokens), warning=True)
 
     def _decode(self, sample: Sample, tokens: int, offset: int) -> None:
         """What a loader worker does with the sample. Raises SkipSample as it would."""
@@ -225,17 +225,17 @@ class _Pass:
     def _is_drawn(self, offset: int) -> bool:
         """Whether this picture is one of the `decode` evenly spread ones: the first at or after each of as many byte
         positions."""
-        wanted = self._task.decode
-        if wanted is None:
+        decode = self._task.decode
+        if decode is None:
             return True
         done = self._report.decoded
-        return done < wanted and offset >= done * self._task.shard.size // wanted
+        return done < decode and offset >= done * self._task.shard.size // decode
 
     def _policy(self, sample: Sample, tokens: int) -> str:
         cfg = self._cfg
-        said = f"{tokens} tokens, data.seq_len is {cfg.data.seq_len}: "
+        lengths = f"{tokens} tokens, data.seq_len is {cfg.data.seq_len}: "
         if cfg.data.over_long is OverLong.drop:
-            return said + "dropped (data.over_long=drop)"
+            return lengths + "dropped (data.over_long=drop)"
         if self._encoder.min_tokens(self._kind) > cfg.data.seq_len:
-            return said + "never used, because its image cannot be cut"
-        return said + f"{tokens - cfg.data.seq_len} tokens are cut off (data.over_long=truncate)"
+            return lengths + "never used, because its image cannot be cut"
+        return lengths + f"{tokens - cfg.data.seq_len} tokens are cut off (data.over_long=truncate)"

@@ -82,8 +82,8 @@ def verify_sources(
     tasks: list[VerifyTask] = []
     unreachable: list[Fault] = []
     for name, source in sources.items():
-        found, faults = _tasks(cfg, name, source, options.decode)
-        tasks += found
+        reachable, faults = _tasks(cfg, name, source, options.decode)
+        tasks += reachable
         unreachable += faults
     excluded = {
         (task.source, task.shard.path, key)
@@ -138,7 +138,7 @@ def _exclude(
 ) -> tuple[set[tuple[str, str, str]], list[Path]]:
     """Write what only decoding shows; a pass that decoded everything replaces what earlier passes wrote. (new
     samples, written files)."""
-    found: dict[tuple[str, Kind], dict[str, Excluded]] = {}
+    bad_samples: dict[tuple[str, Kind], dict[str, Excluded]] = {}
     shards: dict[str, Shard] = {}
     new: set[tuple[str, str, str]] = set()
     for task, report in zip(tasks, reports, strict=True):
@@ -146,7 +146,7 @@ def _exclude(
             continue  # its later samples were not seen, and the index refuses it anyway
         kind = Kind(task.config.kind.value)
         shards[task.shard.path] = task.shard
-        bad = found.setdefault((task.shard.path, kind), {})
+        bad = bad_samples.setdefault((task.shard.path, kind), {})
         bad |= {
             fault.key: Excluded(fault.fault, fault.reason)
             for fault in report.faults
@@ -155,11 +155,11 @@ def _exclude(
         known = known_exclusions(task.shard, kind)
         new |= {(task.source, task.shard.path, key) for key in bad.keys() - known.keys()}
     files = []
-    for (path, kind), bad in found.items():
+    for (path, kind), bad in bad_samples.items():
         known = known_exclusions(shards[path], kind)
-        wanted = {**known, **bad} if partial else bad
-        if wanted.keys() != known.keys():
-            files.append(store_exclusions(shards[path], kind, wanted))
+        excluded = {**known, **bad} if partial else bad
+        if excluded.keys() != known.keys():
+            files.append(store_exclusions(shards[path], kind, excluded))
     return new, files
 
 
