@@ -24,6 +24,7 @@ from examples.smoke import evaluate
 from examples.smoke.judgement import TEMPERATURE
 from examples.smoke.reading import note_of, picture_of, read_source
 from examples.smoke.seeding import generator
+from jp_train.model.sampling import Sampling, write_sampling
 from jp_train.tools.inference import InferenceModel, answer_questions, generate_images, load_for_inference
 
 CFG_SCALES = (1.0, 1.5, 2.0, 3.0)
@@ -115,6 +116,7 @@ def judge_showcase(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict
     samples = run / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     scale, note = _sweep(model, nearest, asked["trained"], seed, 2 if tiny else SWEPT)
+    write_sampling(run / "export", Sampling(cfg_scale=scale, temperature=TEMPERATURE))
     rows = []
     for number, (name, group) in enumerate(asked.items(), start=1):
         rows += _drawn(

@@ -2,7 +2,8 @@
 transformers' own load.
 
 Writes `stage3/evaluation.json` (rows of name, value, chance, ceiling, target, note) and `stage3/samples/*.png`. The
-guidance scale is swept on one seed and the figures are taken on another, so the choice does not flatter them.
+guidance scale is swept on one seed and the figures are taken on another, so the choice does not flatter them. The
+scale that is best for digits and scenes together becomes the default of the export.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from examples.smoke.scenes import CATEGORIES, Scene, draw_scene
 from examples.smoke.shards import held_out_scene
 from examples.smoke.targets import SPREADS, TARGETS
 from jp_train.errors import CheckpointError
+from jp_train.model.sampling import Sampling, write_sampling
 from jp_train.tools.inference import InferenceModel, answer_questions, generate_images, load_for_inference
 
 CFG_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
@@ -58,6 +60,8 @@ class Bench:
     seed: int
     digits_each: int
     scenes_each: int
+    sweeps: list[dict[float, float]] = field(default_factory=list)
+    """Share right at every guidance scale, of digits and of scenes."""
 
     def round_trip(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, 3] through VQ ids and back."""
@@ -85,6 +89,8 @@ def judge(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict]:
         *_digits_named(bench, samples),
         *_scenes_described(bench, samples),
     ]
+    best = max(CFG_SCALES, key=lambda scale: sum(sweep[scale] for sweep in bench.sweeps))
+    write_sampling(run / "export", Sampling(cfg_scale=best, temperature=TEMPERATURE))
     (run / "evaluation.json").write_text(json.dumps(rows, indent=1))
     return rows
 
@@ -117,6 +123,7 @@ def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
     for scale in CFG_SCALES:
         pictures, labels = ask(max(bench.digits_each // 4, 1), scale, bench.seed + 1)
         sweep[scale] = evaluate.score_digit_pictures(pictures, labels, bench.judge).accuracy
+    bench.sweeps.append(sweep)
     best = max(sweep, key=sweep.__getitem__)
     pictures, labels = ask(bench.digits_each, best, bench.seed + 2)
     score = evaluate.score_digit_pictures(pictures, labels, bench.judge)
@@ -165,6 +172,7 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
             bench.generate([scene_prompt(s) for s in easy], scale, bench.seed + 1), easy
         )
         sweep[scale] = float(np.mean([scores[category].accuracy for category in SHOWN_CATEGORIES]))
+    bench.sweeps.append(sweep)
     best = max(sweep, key=sweep.__getitem__)
     pictures = bench.generate([scene_prompt(scene) for scene in scenes], best, bench.seed + 2)
     scores = evaluate.score_scene_pictures(pictures, scenes)

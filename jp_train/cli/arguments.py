@@ -63,6 +63,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser, default: str) -> None:
+    """--cfg-scale and --temperature of image generation, None where not given; `default`: where they come from then."""
+    parser.add_argument(
+        "--cfg-scale",
+        type=float,
+        default=None,
+        help=f"logits = uncond + scale x (cond - uncond); 1 turns guidance off (default: {default}, else the paper's 5)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=None,
+        help=f"of the softmax over image codes (default: {default}, else the paper's 1)",
+    )
+
+
 def add_command(
     commands: argparse._SubParsersAction, name: str, summary: str, details: str = ""
 ) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""`jp-train ask`: a question about a picture."""
+"""`jp-train ask`: a question about an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jp_train.errors import DataError
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = add_command(commands, "ask", "answer a question about a picture")
+    parser = add_command(commands, "ask", "answer a question about an image")
     add_model(parser)
     parser.add_argument("--image", type=Path, required=True, help="JPEG, PNG or WebP")
     parser.add_argument("--question", required=True)
@@ -22,13 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
     from jp_train.tools.inference import answer_questions, load_for_inference
 
     try:
-        picture = arguments.image.read_bytes()
+        image = arguments.image.read_bytes()
     except OSError as error:
         raise DataError(f"--image {arguments.image}: {error.strerror or error}") from None
     model = load_for_inference(arguments.model)
-    print(
-        *answer_questions(
-            model, [picture], [arguments.question], template=arguments.template, max_new_tokens=arguments.max_new_tokens
-        )
+    (answer,) = answer_questions(
+        model, [image], [arguments.question], template=arguments.template, max_new_tokens=arguments.max_new_tokens
     )
+    print(answer or "(the model answered nothing)")
     return 0

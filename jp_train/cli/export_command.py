@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command
+from jp_train.cli.arguments import add_command, add_sampling
+from jp_train.terminal import duration
 
 DETAILS = """\
 SOURCE: a finished run folder, its export/, a checkpoint folder (checkpoints/step_...), or any folder in transformers' or the released layout.
@@ -26,11 +29,19 @@ def register(commands: argparse._SubParsersAction) -> None:
         default="bf16",
         help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)",
     )
+    add_sampling(parser, "SOURCE's generation_config.json")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.tools.export import convert
+    from jp_train.tools.export import convert, describe
 
-    print(convert(arguments.source, arguments.out, layout=arguments.layout, dtype=arguments.dtype))
+    began = time.monotonic()
+    options = {name: getattr(arguments, name) for name in ("layout", "dtype", "cfg_scale", "temperature")}
+    print(convert(arguments.source, arguments.out, **options))
+    print(
+        f"written: {describe(arguments.out)}; layout {arguments.layout}, {arguments.dtype} (VQ tokenizer fp32), "
+        f"{duration(time.monotonic() - began)}",
+        file=sys.stderr,
+    )
     return 0

@@ -294,10 +294,16 @@ class _HuggingFace(Tokenizer):
 
 
 def _pretrained(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError):  # no model beside it, or the released Janus-Pro, which transformers warns about
+            config = PreTrainedConfig()
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, local_files_only=True, trust_remote_code=False
+        )
         assert isinstance(tokenizer, PreTrainedTokenizerFast), "it is a slow one"
         return tokenizer
     except Exception as error:  # transformers raises many kinds for a folder it cannot read

@@ -16,8 +16,11 @@ from jp_train.errors import CheckpointError
 from jp_train.files import fsync
 from jp_train.model import layouts
 from jp_train.model.partition_files import StreamedShard
+from jp_train.model.sampling import GENERATION_FILE, Sampling
 from jp_train.model.vq import unit_rows
 from jp_train.types import SpecialTokens
+
+Layout = Literal["hf", "deepseek"]
 
 RUN_CONFIG = "jp_train.yaml"
 """The resolved configuration of the run that made an export: templates, system prompt and token strings for
@@ -40,10 +43,11 @@ def write_export(
     named_tensors: Iterable[tuple[str, torch.Tensor]],
     tokenizer: SavedTokenizer | None,
     *,
-    layout: Literal["hf", "deepseek"] = "hf",
+    layout: Layout = "hf",
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5 * 2**30,
     run_config: str | None = None,
+    sampling: Sampling | None = None,
     is_writer: bool = True,
 ) -> None:
     """Write a whole model (trained module and VQ tokenizer) to folder ``path``; replaces an earlier export.
@@ -52,17 +56,16 @@ def write_export(
 
     Args:
         named_tensors: canonical names with tensors, each whole when it is yielded.  Under ZeRO-3 every rank iterates
-            (the iterator gathers),
-            and only the writer keeps anything.
+            (the iterator gathers), and only the writer keeps anything.
         tokenizer: its files are saved along, and its special ids go into config.json and generation_config.json; None
-        leaves them out.
+            leaves them out.
         layout: ``hf`` for ``JanusForConditionalGeneration.from_pretrained``; ``deepseek`` for the released code (which
             needs a non-strict load, because the unused attention pooling of SigLIP is not stored).
         dtype: of the trained weights.  VQ tensors keep float32: they are never trained, and every id depends on their
-            last bits.  In the hf
-            layout the codebook rows are stored with unit length, since transformers' ``encode`` does not normalise
-            them; the deepseek layout keeps them as they are.
+            last bits.  In the hf layout the codebook rows are stored with unit length, since transformers' ``encode``
+            does not normalise them; the deepseek layout keeps them as they are.
         run_config: the run's configuration as YAML, stored for ``inference.load_for_inference``.
+        sampling: defaults of image generation (None: the paper's).
 
     Raises:
         CheckpointError: if tensors are missing or unknown; no folder appears then.
@@ -78,19 +81,9 @@ def write_export(
     seen: set[str] = set()
     try:
         tensors = _converted(named_tensors, seen, layout, dtype)
-        if layout == "deepseek":
-            tensors = _released(tensors)
-        _write_shards(beside, tensors, max_shard_bytes)
+        _write_shards(beside, _released(tensors) if layout == "deepseek" else tensors, max_shard_bytes)
         _check_complete(janus_config, seen)
-        special = tokenizer.special if tokenizer is not None else None
-        config = _hf_config(janus_config, special, dtype) if layout == "hf" else _released_config(janus_config, dtype)
-        _write_json(beside / "config.json", config)
-        if layout == "hf":
-            _write_json(beside / "preprocessor_config.json", _image_processor(janus_config))
-            if special is not None:
-                _write_json(beside / "generation_config.json", _generation_config(special))
-        if tokenizer is not None:
-            tokenizer.save(beside)
+        _write_configs(beside, janus_config, tokenizer, layout, dtype, sampling or Sampling())
         if run_config is not None:
             (beside / RUN_CONFIG).write_text(run_config, encoding="utf-8")
         for item in (*beside.rglob("*"), beside):
@@ -99,6 +92,25 @@ def write_export(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     _replace(beside, path)
+
+
+def _write_configs(
+    folder: Path,
+    janus_config: JanusConfig,
+    tokenizer: SavedTokenizer | None,
+    layout: Layout,
+    dtype: torch.dtype,
+    sampling: Sampling,
+) -> None:
+    special = tokenizer.special if tokenizer is not None else None
+    config = _hf_config(janus_config, special, dtype) if layout == "hf" else _released_config(janus_config, dtype)
+    _write_json(folder / "config.json", config)
+    if layout == "hf":
+        _write_json(folder / "preprocessor_config.json", _image_processor(janus_config))
+    if special is not None:
+        _write_json(folder / GENERATION_FILE, _generation_config(special, sampling))
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def _converted(
@@ -196,14 +208,13 @@ def _hf_config(janus_config: JanusConfig, special: SpecialTokens | None, dtype: 
     return config
 
 
-def _generation_config(special: SpecialTokens) -> dict[str, Any]:
-    """What transformers' own ``generate`` reads: ids, and the guidance of the paper."""
+def _generation_config(special: SpecialTokens, sampling: Sampling) -> dict[str, Any]:
+    """What transformers' ``generate`` reads: ids and guidance; the temperature of images is for `jp-train generate`."""
     return {
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
-        "guidance_scale": 5,
-        "generation_kwargs": {"boi_token_id": special.boi},
+        **sampling.keys({"boi_token_id": special.boi}),
     }
 
 

@@ -217,7 +217,9 @@ def _open(path: Path) -> WeightSource:
             for file in files:
                 entries.update(_open_file(file))
             return WeightSource(path, entries)
-    raise CheckpointError(f"{path} holds no *.safetensors and no *.bin file")
+    runs = sorted(folder.parent for folder in path.glob("*/export"))
+    hint = f"; did you mean {runs[-1]}?" if runs else ""
+    raise CheckpointError(f"{path} holds no *.safetensors and no *.bin file{hint}")
 
 
 def _open_file(path: Path) -> dict[str, _Entry]:

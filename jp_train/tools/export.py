@@ -5,30 +5,41 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from jp_train.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from jp_train.model.weight_files import WeightSource
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def convert(
-    source: Path, out: Path, *, layout: Literal["hf", "deepseek"] = "hf", dtype: Literal["bf16", "fp32"] = "bf16"
+    source: Path,
+    out: Path,
+    *,
+    layout: Literal["hf", "deepseek"] = "hf",
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    cfg_scale: float | None = None,
+    temperature: float | None = None,
 ) -> Path:
     """Write the weights of `source` to the folder `out` (complete or absent) and return it.
 
     `source`: a run folder (its export/ is taken), an exported folder, a released deepseek-ai folder, or a training
     checkpoint (`checkpoints/step_...` of a run that may be running): its fp32 master weights, in bf16 equal to what the
-    run itself would export there. Tensors are read one at a time. Raises CheckpointError: nothing readable there, names
-    or shapes that do not fit, or an `out` that exists.
+    run itself would export there. Tensors are read one at a time. `cfg_scale` and `temperature`: how images of this
+    export are sampled by default; None takes what `source` says, or the paper's. Raises CheckpointError: nothing
+    readable there, names or shapes that do not fit, or an `out` that exists.
     """
     from jp_train.data.tokenizer import load_saved_tokenizer, load_tokenizer
     from jp_train.model.configuration import build_config, read_model_config
     from jp_train.model.export import RUN_CONFIG, write_export
     from jp_train.model.partition_files import INDEX_FILE
-    from jp_train.model.pretrained import open_weights
+    from jp_train.model.sampling import read_sampling
+    from jp_train.model.weight_files import open_weights
 
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; name a new folder, or remove it first")
@@ -53,11 +64,23 @@ def convert(
         layout=layout,
         dtype=DTYPES[dtype],
         run_config=run_config.read_text(encoding="utf-8") if run_config.is_file() else None,
+        sampling=read_sampling(folder).override(cfg_scale, temperature),
     )
     return out
 
 
-def _checked(folder: Path, weights: Any, run_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def describe(folder: Path) -> str:
+    """What an exported folder holds: `320 tensors, 24.1 MiB; images at cfg scale 5, temperature 1`."""
+    from jp_train.model.sampling import read_sampling
+    from jp_train.model.weight_files import open_weights
+
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+    return (
+        f"{len(open_weights(folder).keys()):,} tensors, {size:,.1f} MiB; images at {read_sampling(folder).describe()}"
+    )
+
+
+def _checked(folder: Path, weights: WeightSource, run_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a checkpoint; at the end, what was frozen must have the checksum that the run had (it may lie
     in another folder)."""
     from jp_train.engine.proof import checksums, combined

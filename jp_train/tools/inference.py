@@ -11,7 +11,7 @@ Shapes: B prompts, L padded prompt length, d hidden width, S ids a picture, H = 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,10 @@ from jp_train.errors import CheckpointError
 from jp_train.model.configuration import read_model_config
 from jp_train.model.export import RUN_CONFIG
 from jp_train.model.janus_pro import JanusPro
-from jp_train.model.pretrained import load_weights, open_weights
+from jp_train.model.pretrained import load_weights
+from jp_train.model.sampling import Sampling, read_sampling
 from jp_train.model.vq import VQTokenizer
+from jp_train.model.weight_files import open_weights
 from jp_train.types import KINDS
 
 Picture = bytes | Image.Image | np.ndarray | torch.Tensor
@@ -44,6 +46,8 @@ class InferenceModel:
     janus: JanusPro
     vq: VQTokenizer
     encoder: Encoder
+    sampling: Sampling = field(default_factory=Sampling)
+    """How images are sampled where a call says nothing else."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -89,7 +93,7 @@ def load_for_inference(
     load_weights(janus, vq, source)
     janus.requires_grad_(False).eval()
     encoder = Encoder(cfg, known)
-    return InferenceModel(janus=janus, vq=vq, encoder=encoder)
+    return InferenceModel(janus=janus, vq=vq, encoder=encoder, sampling=read_sampling(folder))
 
 
 def _run_config(folder: Path) -> RunConfig:
@@ -110,19 +114,19 @@ def generate_images(
     model: InferenceModel,
     prompts: Sequence[str],
     *,
-    cfg_scale: float = 5.0,
-    temperature: float = 1.0,
+    cfg_scale: float | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     template: Template | str | None = None,
     batch_size: int = 16,
 ) -> np.ndarray:
     """Pictures of prompts, uint8 ``[n, H, W, 3]``.
 
-    Sampling as in the paper (specification, section 3): logits = uncond + cfg_scale x (cond - uncond), softmax at
-    ``temperature``,
-    multinomial over all codes, exactly S steps.  At temperature 0 the likeliest code is taken.
+    Sampling as in the paper: logits = uncond + cfg_scale x (cond - uncond), softmax at ``temperature``, multinomial
+    over all codes, exactly S steps.  At temperature 0 the likeliest code is taken.
 
     Args:
+        cfg_scale, temperature: None takes ``model.sampling``.
         template: layout of the prompt; default the stage the model was trained in.
         seed: picture i of the call depends on (seed, i) alone, not on ``batch_size``.
     """
@@ -143,14 +147,16 @@ def generate_image_ids(
     model: InferenceModel,
     prompts: Sequence[str],
     *,
-    cfg_scale: float = 5.0,
-    temperature: float = 1.0,
+    cfg_scale: float | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     template: Template | str | None = None,
     batch_size: int = 16,
 ) -> torch.Tensor:
     """VQ ids int64 ``[n, S]`` of ``generate_images``.  At ``cfg_scale`` 1 the unconditional branch cancels out and is
     not run."""
+    sampling = model.sampling.override(cfg_scale, temperature)
+    cfg_scale, temperature = sampling.cfg_scale, sampling.temperature
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or larger")
     janus, encoder, device = model.janus, model.encoder, model.device

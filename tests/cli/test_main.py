@@ -148,6 +148,8 @@ def test_weights_survive_the_way_to_the_released_layout_and_back(small_world, tm
     assert sorted(before.keys()) == sorted(after.keys())
     for name in before.keys():  # noqa: SIM118 - no dict
         assert before.get(name).equal(after.get(name)), name
+    error = capsys.readouterr().err
+    assert f"written: {len(after.keys())} tensors, " in error and "multi_modality" not in error
     assert main(["export", str(tmp_path / "back"), str(tmp_path / "released")]) == 4  # the folder exists
     assert "not empty" in capsys.readouterr().err
 
@@ -157,12 +159,18 @@ def test_generate_writes_pictures_and_ask_reads_one(small_world, tmp_path, capsy
     out = tmp_path / "picture.png"
     prompts = ["--prompt", "the digit seven", "--prompt", "a red circle"]
     assert main(["generate", "--model", model, *prompts, "--out", str(out), "--cfg-scale", "1"]) == 0
-    files = capsys.readouterr().out.split()
+    output = capsys.readouterr()
+    files = output.out.split()
     assert [Path(file).name for file in files] == ["picture-1.png", "picture-2.png"]
+    assert output.err.startswith("2 x 32 x 32 pixels, cfg scale 1, temperature 1, float32 on cpu, ")
     assert Image.open(files[0]).size == (32, 32)
     assert (
         main(["ask", "--model", model, "--image", files[0], "--question", "What is it?", "--max-new-tokens", "4"]) == 0
     )
+    capsys.readouterr()
+    silent = ["--question", "?", "--max-new-tokens", "0"]
+    assert main(["ask", "--model", model, "--image", files[0], *silent]) == 0
+    assert capsys.readouterr().out == "(the model answered nothing)\n"
     assert main(["ask", "--model", model, "--image", str(tmp_path / "absent.png"), "--question", "?"]) == 3
     assert main(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 4
     assert main(["generate", "--model", model, "--prompt", "x", "--out", "picture.bmp"]) == 2

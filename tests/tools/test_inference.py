@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from jp_train.data.image import load_understanding_image
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import CheckpointError
 from jp_train.model.pretrained import init_fresh_vq, write_export
+from jp_train.model.sampling import Sampling
 from jp_train.model.vq import VQTokenizer
 from jp_train.tools.inference import (
     InferenceModel,
@@ -191,11 +193,18 @@ def test_pictures_may_be_files_pil_images_or_arrays(model: InferenceModel) -> No
         answer_questions(model, pictures[:1], ["a", "b"])
 
 
-def exported(model: InferenceModel, folder: Path, layout: str = "hf") -> Path:
+def exported(model: InferenceModel, folder: Path, layout: str = "hf", sampling: Sampling | None = None) -> Path:
     named = [*model.janus.state_dict().items(), *((f"model.{k}", v) for k, v in model.vq.state_dict().items())]
     text = "data: {system_prompt: You are}\nstage: {template: stage3}\n"
     write_export(
-        folder, model.janus.janus_config, named, model.tokenizer, layout=layout, dtype=torch.float32, run_config=text
+        folder,
+        model.janus.janus_config,
+        named,
+        model.tokenizer,
+        layout=layout,
+        dtype=torch.float32,
+        run_config=text,
+        sampling=sampling,
     )
     return folder
 
@@ -210,6 +219,28 @@ def test_an_export_generates_and_answers_as_the_model_did(model: InferenceModel,
     assert answer_questions(loaded, [picture], questions, max_new_tokens=5) == answer_questions(
         model, [picture], questions, max_new_tokens=5
     )
+
+
+@pytest.mark.parametrize("layout", ["hf", "deepseek"])
+def test_an_export_carries_how_its_images_are_sampled(model: InferenceModel, tmp_path: Path, layout: str) -> None:
+    folder = exported(model, tmp_path / "e", layout, Sampling(cfg_scale=1.5, temperature=0.6))
+    loaded = load_for_inference(folder)
+    stated = generate_image_ids(model, PROMPTS, cfg_scale=1.5, temperature=0.6, seed=9)
+    assert torch.equal(generate_image_ids(loaded, PROMPTS, seed=9), stated)
+    assert not torch.equal(generate_image_ids(loaded, PROMPTS, cfg_scale=5.0, temperature=1.0, seed=9), stated)
+
+
+def test_transformers_reads_the_guidance_and_warns_of_nothing(
+    model: InferenceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = exported(model, tmp_path / "e", sampling=Sampling(cfg_scale=1.5, temperature=0.6))
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        loaded = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert loaded.generation_config.guidance_scale == 1.5
+    assert caplog.messages == []
 
 
 def test_transformers_own_generate_makes_the_same_picture_from_an_export(model: InferenceModel, tmp_path: Path) -> None:
