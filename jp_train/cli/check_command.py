@@ -9,9 +9,13 @@ from pathlib import Path
 from jp_train.cli.arguments import add_command, add_config, add_json
 
 DETAILS = """\
-Reads the configuration, the hostfile, the tokenizer, the headers of the starting weights, and the shards' indexes as far as they are
-built, and prints the resolved plan of the stage: batch arithmetic, parameters and what learns, sources with samples, tokens and the epochs the stage
-will make over each. Problems are listed first; exit status 2 when there is one."""
+Reads the configuration, the hostfile, the tokenizer, the headers of the starting weights, and the shards' indexes as
+far as they are built, and prints the resolved plan of the stage: batch arithmetic, parameters and what learns, sources
+with samples, tokens and the epochs that the stage will make over each. Problems are listed first; exit status 2 when
+there is one.
+
+  jp-train check launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8
+  jp-train check launch/janus_pro_1b_stage1.yaml --config-only optimizer.lr=5e-5"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:

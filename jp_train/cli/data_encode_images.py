@@ -1,4 +1,4 @@
-"""`jp-train data encode-images`: VQ ids of the generation pictures beside the shards."""
+"""`jp-train data encode-images`: VQ ids of the generation images beside the shards."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from pathlib import Path
 from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
 DETAILS = """\
-Training then neither reads nor decodes a generation picture. For each shard X.tar of a generation source, training and held-out, it writes
-X.tar.jp-vq-PRINT.npy (ids, 16 bits each) and .json (what they were made with); PRINT is the fingerprint of VQ weights and picture transform.
-data.vq_ids says what training does with them: auto (use them; ids of another VQ are an error), require, off.
+Training then neither reads nor decodes a generation image. For each shard X.tar of a generation source, training and
+held-out, it writes X.tar.jp-vq-PRINT.npy (ids, 16 bits each) and .json (what they were made with); PRINT is the
+fingerprint of VQ weights and image transform. data.vq_ids sets what training does with them: auto (use them; ids of
+another VQ are an error), require, off.
 
 One process:      jp-train data encode-images launch/janus_pro_1b_stage1.yaml
 On a cluster:     jp-train data encode-images launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8
 What is left:     jp-train data encode-images launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8 --dry-run
 Are they right:   jp-train data encode-images launch/janus_pro_1b_stage1.yaml --verify-sample 100
 
-Run it again after an interruption: finished shards are skipped. Shards that were only copied or touched are recognised by their pictures.
-A picture that cannot be decoded is named, and skipped in training as it would be without stored ids. Exit status 3: ids differ."""
+Run it again after an interruption: finished shards are skipped. Shards that were only copied or touched are recognised
+by their images. An image that cannot be decoded is named, and skipped in training as it would be without stored ids.
+Exit status 3: ids differ."""
 
 
 def register(tools: argparse._SubParsersAction) -> None:
     parser = add_command(
-        tools, "encode-images", "compute the VQ ids of all generation pictures once, beside the shards", DETAILS
+        tools, "encode-images", "compute the VQ ids of all generation images once, beside the shards", DETAILS
     )
     add_config(parser)
     parser.add_argument(
@@ -46,7 +48,7 @@ def register(tools: argparse._SubParsersAction) -> None:
         type=int,
         metavar="N",
         default=8,
-        help="pictures that go through the VQ together (default 8, as in training)",
+        help="images that go through the VQ together (default 8, as in training)",
     )
     parser.add_argument(
         "--verify-sample",
@@ -65,7 +67,7 @@ def register(tools: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what each rank has and has left (with --hostfile: and the command), and stop",
+        help="print what each rank has and has left (with --hostfile: and the command), and stop",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -80,15 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
     work = {"batch": arguments.batch, "verify_sample": arguments.verify_sample, "max_mismatch": arguments.max_mismatch}
     if arguments.hostfile is not None:
         options = LaunchOptions(
-            hostfile=arguments.hostfile, include=arguments.include, exclude=arguments.exclude, master_port=arguments.master_port,
+            hostfile=arguments.hostfile,
+            include=arguments.include,
+            exclude=arguments.exclude,
+            master_port=arguments.master_port,
             dry_run=arguments.dry_run,
-        )  # fmt: skip
+        )
         return encode_on_hosts(arguments.config, arguments.overrides, options, as_json=arguments.json, **work)
     config = load_config(arguments.config, arguments.overrides)
     place = Place.of_environment()
-    told, code = encode_images(
+    summary, code = encode_images(
         config, place, table=sys.stderr if arguments.json else sys.stdout, dry_run=arguments.dry_run, **work
     )
     if arguments.json and place.rank == 0:
-        print(json.dumps(told))
+        print(json.dumps(summary))
     return code

@@ -11,16 +11,18 @@ from jp_train.cli.arguments import add_command, add_json
 from jp_train.cli.replay_arguments import add_replay, config_and_overrides
 
 DETAILS = """\
-Rebuilds what an optimizer step was, or will be, made of: for every document of a row its source, shard and key, which of its tokens lie where in
-the row, which positions carry a loss of which head, and what was cut, truncated or skipped. Rows depend on configuration and data alone,
-so no checkpoint and no GPU is needed. With --run the way is short at any step (from the run's plan_snapshots.jsonl), other data than the run's
-are refused, and a whole step is compared with the counts in its metrics.jsonl. Without it, planning starts at step 1.
+Rebuilds what an optimizer step was, or will be, made of: for every document of a row its source, shard and key, which
+of its tokens lie where in the row, which positions carry a loss of which head, and what was cut, truncated or skipped.
+Rows depend on configuration and data alone, so no checkpoint and no GPU is needed. With --run any step is reached
+quickly (from the run's plan_snapshots.jsonl), other data than the run's are rejected, and a whole step is compared with
+the counts in its metrics.jsonl. Without it, planning starts at step 1.
 
   jp-train data explain --run runs/janus_pro_1b/stage1 --step 12345            a line for every row
   jp-train data explain --run runs/janus_pro_1b/stage1 --step 12345 --row 7    its documents
   jp-train data explain launch/janus_pro_1b_stage1.yaml --step 1 --row 0       before there is a run
 
---save writes the micro-batch as it went into the model; in Python jp_train.data.batch_file.load_batch(path) reads it back."""
+--save writes the micro-batch as it went into the model; in Python jp_train.data.batch_file.load_batch(path) reads it
+back."""
 
 
 def register(tools: argparse._SubParsersAction) -> None:
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--rank and --world go together: which rank, of how many")
     config, overrides = config_and_overrides(arguments)
     with open_replay(config, overrides, arguments.run_dir) as replay:
-        found = explain_step(
+        explained = explain_step(
             replay,
             arguments.step,
             row=arguments.row,
@@ -60,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             world=arguments.world or 1,
             save=arguments.save,
         )
-    agrees = compare_with_metrics(found, arguments.run_dir) if arguments.run_dir else None
-    for note in [*found["notes"], *([agrees] if agrees else [])]:
+    agrees = compare_with_metrics(explained, arguments.run_dir) if arguments.run_dir else None
+    for note in [*explained["notes"], *([agrees] if agrees else [])]:
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(found) if arguments.json else format_explained(found))
+    print(json.dumps(explained) if arguments.json else format_explained(explained))
     return 0

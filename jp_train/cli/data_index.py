@@ -9,16 +9,25 @@ import sys
 
 from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
+DETAILS = """\
+Training builds a missing index itself; for large data do it beforehand, in parallel. An index is rebuilt when the
+shard, the tokenizer or the template changed.
+
+It holds the token ids of all texts, so that training neither reads nor tokenises one (the column "id bytes/sample"
+shows their size: about 2.1 bytes a token). data.token_ids=off leaves them out; rows are the same, and the loader needs
+more CPU.
+
+  jp-train data index launch/janus_pro_1b_stage1.yaml
+  jp-train data index launch/janus_pro_1b_stage1.yaml --processes 16 data.token_ids=off"""
+
 
 def register(tools: argparse._SubParsersAction) -> None:
     parser = add_command(
         tools,
         "index",
-        "build the index of every source of a configuration: byte offsets, token counts and token ids, beside the shards",
-        "Training builds a missing index itself; for large data do it beforehand, in parallel. An index is rebuilt when the shard, the tokenizer\n"
-        "or the template changed.\n\n"
-        'It holds the token ids of all texts, so that training neither reads nor tokenises one (the column "id bytes/sample" says what they take:\n'
-        "about 2.1 bytes a token). data.token_ids=off leaves them out; rows are the same, and the loader needs more CPU.",
+        "build the index of every source of a configuration: byte offsets, token counts and token ids, beside the "
+        "shards",
+        DETAILS,
     )
     add_config(parser)
     parser.add_argument(

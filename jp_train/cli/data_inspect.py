@@ -11,9 +11,10 @@ from jp_train.cli.arguments import add_command, add_json
 from jp_train.cli.replay_arguments import add_replay, config_and_overrides
 
 DETAILS = """\
-Writes one HTML file that needs no network: each row as a bar to scale in the colours of its sources, where positions restart, which positions
-train which head, and for every document its text token by token, its pictures as the model sees them and what the VQ makes of them. Look at it
-before a long run: a wrong template, mask or crop is seen here in a minute.
+Writes one HTML file that needs no network: each row as a bar to scale in the colours of its sources, where positions
+restart, which positions train which head, and for every document its text token by token, its images as the model sees
+them and what the VQ makes of them. Look at it before a long run: it shows a wrong template, mask or crop within a
+minute.
 
   jp-train data inspect launch/janus_pro_1b_stage2.yaml --rows 4 --out inspect.html
   jp-train data inspect --run runs/janus_pro_1b/stage2 --step 12345
@@ -23,7 +24,7 @@ VQ ids are decoded with the weights of --model, else with those the configuratio
 
 def register(tools: argparse._SubParsersAction) -> None:
     parser = add_command(
-        tools, "inspect", "packed rows of a step as one HTML page: text, pictures, boundaries, loss masks", DETAILS
+        tools, "inspect", "packed rows of a step as one HTML page: text, images, boundaries, loss masks", DETAILS
     )
     add_replay(parser, step_required=False)
     parser.add_argument(
@@ -54,11 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     config, overrides = config_and_overrides(arguments)
     where = place_of(config, arguments.run_dir)
     with open_replay(config, overrides, arguments.run_dir) as replay:
-        found = inspect_rows(
+        page = inspect_rows(
             replay, arguments.step, rows=arguments.rows, out=arguments.out, model=arguments.model, where=where
         )
         notes = list(replay.notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(as_json(found, notes)) if arguments.json else describe_page(found))
+    print(json.dumps(as_json(page, notes)) if arguments.json else describe_page(page))
     return 0

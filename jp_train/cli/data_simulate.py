@@ -1,4 +1,4 @@
-"""`jp-train data simulate`: what a stage will do with its data, without a GPU and without reading a picture."""
+"""`jp-train data simulate`: what a stage will do with its data, without a GPU and without reading an image."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from jp_train.cli.arguments import add_command, add_config, add_json
 
 DETAILS = """\
-Plans some hundred steps from all over the stage (real rows, from the index alone) and says how full rows are, how exact the mixture is, how often
-each source is seen and from which step on it repeats, what is truncated, how evenly work falls on ranks, how often a rank lacks a kind, and what
-storage must deliver to a node. Figures that are extrapolated come with their error. Without data yet, give --synthetic or --lengths.
+Plans some hundred steps from all over the stage (real rows, from the index alone) and shows how full rows are, how
+exact the mixture is, how often each source is seen and from which step on it repeats, what is truncated, how evenly
+work falls on ranks, how often a rank lacks a kind, and what storage must deliver to a node. Extrapolated figures come
+with their error. Without data yet, give --synthetic or --lengths.
 
-  jp-train data simulate launch/janus_pro_1b_stage2.yaml --hostfile hostfiles/a100_16x8 --step-seconds 4.5 --out forecast/
-  jp-train data simulate launch/janus_pro_1b_stage2.yaml --world 128 --synthetic"""
+  jp-train data simulate launch/janus_pro_1b_stage2.yaml --hostfile hostfiles/a100_16x8 --out forecast/
+  jp-train data simulate launch/janus_pro_1b_stage2.yaml --world 128 --step-seconds 4.5 --synthetic"""
 
 
 def register(tools: argparse._SubParsersAction) -> None:

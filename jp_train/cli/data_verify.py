@@ -10,21 +10,23 @@ from pathlib import Path
 
 from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
+DETAILS = """\
+Finds truncated or damaged tars, links, duplicate or interleaved keys, missing or ill-typed fields, broken JSON, text
+that is not UTF-8, empty and over-long samples, images that cannot be decoded or are decompression bombs, and bad VQ
+ids, with the code that training uses. A broken shard does not stop the pass. Writes verify.json (every finding: class,
+source, shard, key, byte offset, reason, remedy) and lengths.png. exit status: 0 clean, 3 faults (samples that an
+earlier --exclude took out no longer count).
+
+examples:
+  jp-train data verify launch/janus_pro_1b_stage1.yaml                  everything, all images decoded, all cores
+  jp-train data verify launch/janus_pro_1b_stage1.yaml --fast           structure, text and image headers only
+  jp-train data verify launch/janus_pro_1b_stage1.yaml --sample 10000   10,000 images of each source decoded
+  jp-train data verify launch/janus_pro_1b_stage1.yaml --exclude        leave bad images out of the next index"""
+
 
 def register(tools: argparse._SubParsersAction) -> None:
     parser = add_command(
-        tools,
-        "verify",
-        "read every shard of a configuration once and name every fault in it",
-        "Finds truncated or damaged tars, links, duplicate or interleaved keys, missing or ill-typed fields, broken JSON, text that is not UTF-8,\n"
-        "empty and over-long samples, pictures that cannot be decoded or are bombs, and bad VQ ids, with the code that training uses.\n"
-        "A broken shard does not stop the pass. Writes verify.json (every finding: class, source, shard, key, byte offset, reason, remedy)\n"
-        "and lengths.png. exit status: 0 clean, 3 faults (samples that an earlier --exclude took out no longer count).\n\n"
-        "examples:\n"
-        "  jp-train data verify launch/janus_pro_1b_stage1.yaml                  everything, all pictures decoded, all cores\n"
-        "  jp-train data verify launch/janus_pro_1b_stage1.yaml --fast           structure, text and picture headers only\n"
-        "  jp-train data verify launch/janus_pro_1b_stage1.yaml --sample 10000   ... and 10,000 pictures of each source decoded\n"
-        "  jp-train data verify launch/janus_pro_1b_stage1.yaml --exclude        leave bad pictures out of the next index",
+        tools, "verify", "read every shard of a configuration once and name every fault in it", DETAILS
     )
     add_config(parser)
     parser.add_argument(
@@ -40,15 +42,16 @@ def register(tools: argparse._SubParsersAction) -> None:
         type=whole_number(0),
         metavar="N",
         default=None,
-        help="decode N pictures of each source, evenly spread, not all",
+        help="decode N images of each source, evenly spread, not all",
     )
     how_many.add_argument(
-        "--fast", action="store_true", help="decode no picture, read their headers only (the same as --sample 0)"
+        "--fast", action="store_true", help="decode no image, read their headers only (the same as --sample 0)"
     )
     parser.add_argument(
         "--exclude",
         action="store_true",
-        help="write samples whose pictures cannot be used to SHARD.jp-excluded.json, so that the index leaves them out; this changes the plan",
+        help="write samples whose images cannot be used to SHARD.jp-excluded.json, so that the index leaves them out; "
+        "this changes the plan",
     )
     parser.add_argument(
         "--out",

@@ -11,9 +11,13 @@ from jp_train.cli.arguments import add_command, add_sampling
 from jp_train.terminal import duration
 
 DETAILS = """\
-SOURCE: a finished run folder, its export/, a checkpoint folder (checkpoints/step_...), or any folder in transformers' or the released layout.
-`hf` loads with transformers' JanusForConditionalGeneration.from_pretrained; `deepseek` has the tensor names of the released Janus-Pro files
-(load it non-strictly there: the pooling head that nobody uses is left out)."""
+SOURCE: a finished run folder, its export/, a checkpoint folder (checkpoints/step_...), or any folder in transformers'
+or the released layout. `hf` loads with transformers' JanusForConditionalGeneration.from_pretrained; `deepseek` has the
+tensor names of the released Janus-Pro files (load it non-strictly there: the pooling head, which nothing uses, is left
+out).
+
+  jp-train export runs/janus_pro_1b/stage3 exported/janus_pro_1b
+  jp-train export runs/janus_pro_1b/stage3 released/janus_pro_1b --layout deepseek"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
 
 DETAILS = """\
-Needs no GPU and no data. For every micro-batch, with and without activation checkpointing and hpZ: memory of one GPU by what takes it, and whether it
-fits; then communication and FLOPs of a step, its time with and without overlap, days of the stage and of the whole training, and what would make it
-faster, each variant reckoned. Memory agrees within 10 % with measured runs (python bench/forecast.py); time rests on the hardware figures that are
-printed with it: put in your own with --hardware.
+Needs no GPU and no data. For every micro-batch, with and without activation checkpointing and hpZ: memory of one GPU by
+what takes it, and whether it fits; then communication and FLOPs of a step, its time with and without overlap, days of
+the stage and of the whole training, and what would make it faster, with the time of each variant. Memory agrees within
+10 % with measured runs (python bench/forecast.py); time rests on the hardware figures that are printed with it: give
+measured ones with --hardware.
 
   jp-train forecast launch/janus_pro_7b_stage2.yaml --hostfile hostfiles/a100_32x8 --out forecast/
-  jp-train forecast launch/janus_pro_1b_stage2.yaml --world 64 --gpu h100 --hardware inter_gbs=100 engine.micro_batch_rows=2"""
+  jp-train forecast launch/janus_pro_1b_stage2.yaml --world 64 --gpu h100 --hardware inter_gbs=100"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -37,7 +38,8 @@ def register(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another figure than the GPU's: memory_gib, achievable, intra_gbs, inter_gbs, ... (all are printed with the forecast); repeatable",
+        help="another figure than the GPU's: memory_gib, achievable, intra_gbs, inter_gbs, ... (all are printed with "
+        "the forecast); repeatable",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for forecast.html, memory.png, time.png and forecast.json"
@@ -59,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in ("hostfile", "world", "include", "exclude", "gpu")},
         figures=tuple(arguments.hardware),
     )
-    found = forecast_stage(arguments.config, arguments.overrides, question)
-    print(json.dumps(found) if arguments.json else format_forecast(found))
+    forecast = forecast_stage(arguments.config, arguments.overrides, question)
+    print(json.dumps(forecast) if arguments.json else format_forecast(forecast))
     if arguments.out is not None:
-        print(f"written: {save_forecast(found, arguments.out)}", file=sys.stderr)
+        print(f"written: {save_forecast(forecast, arguments.out)}", file=sys.stderr)
     return 0

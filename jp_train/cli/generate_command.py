@@ -11,15 +11,15 @@ from jp_train.cli.arguments import add_command, add_model, add_sampling
 from jp_train.errors import ConfigError
 from jp_train.terminal import duration
 
+DETAILS = """\
+The paper samples with scale 5 at temperature 1; for a small model that memorises, try 1 to 2 at 0.6. An export keeps
+what is best for it: `jp-train export RUN OUT --cfg-scale 2 --temperature 0.6`.
+
+  jp-train generate --model runs/janus_pro_1b/stage3 --prompt 'a red circle' --out circle.png"""
+
 
 def register(commands: argparse._SubParsersAction) -> None:
-    parser = add_command(
-        commands,
-        "generate",
-        "images from prompts, with classifier-free guidance",
-        "The paper samples with scale 5 at temperature 1; for a small model that memorises, try 1 to 2 at 0.6. An export\n"
-        "keeps what is best for it: `jp-train export RUN OUT --cfg-scale 2 --temperature 0.6`.",
-    )
+    parser = add_command(commands, "generate", "images from prompts, with classifier-free guidance", DETAILS)
     add_model(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times; one image each")
     parser.add_argument(

@@ -8,8 +8,10 @@ from pathlib import Path
 from jp_train.cli.arguments import add_command
 
 DETAILS = """\
-Turns a released deepseek-ai Janus-Pro folder (or any layout that `export` writes) into transformers' format, names and shapes checked.
-Optional: `model.init_from` reads a released folder directly too."""
+Turns a released deepseek-ai Janus-Pro folder (or any layout that `export` writes) into transformers' format, and checks
+names and shapes. Optional: `model.init_from` reads a released folder directly too.
+
+  jp-train import Janus-Pro-1B weights/janus_pro_1b"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:

@@ -9,23 +9,25 @@ from jp_train.cli.arguments import add_command, add_config, whole_number
 from jp_train.cluster.options import DEFAULT_GRACE_S, DEFAULT_PATIENCE_S, DEFAULT_PORT, LAUNCHERS, LaunchOptions
 
 DETAILS = """\
-Checks the configuration, the hostfile and the hosts (`jp-train preflight`), prints the batch arithmetic and the exact command, then runs it and
-watches it to its end. `--dry-run` stops after printing. Run the same command again to resume.
+Checks the configuration, the hostfile and the hosts (`jp-train preflight`), prints the batch arithmetic and the exact
+command, then runs it and watches it to its end. `--dry-run` stops after printing. Run the same command again to resume.
 
-Stopping: SIGTERM, SIGUSR1 or Ctrl-C reaches all ranks at once: they finish the step, save and exit; a second signal kills.
-Before the ranks run it ends the launch at once. A terminal that goes away (SIGHUP) stops nothing.
-Faults: a rank that dies, or a host that no longer answers, is named with the cause; nothing of the run is left on any host that answers. With
---max-restarts N the run then goes on by itself from its newest checkpoint, without the hosts that do not answer, on as many of the others as the
-rows of a step divide among; the time lost is printed and kept in RUN_DIR/events.jsonl (`restart`, `restarted`).
-Logs: RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal shows rank 0, and at the end the last words of the rank that failed first.
+Stopping: SIGTERM, SIGUSR1 or Ctrl-C reaches all ranks at once: they finish the step, save and exit; a second signal
+kills. Before the ranks run it ends the launch at once. A terminal that goes away (SIGHUP) stops nothing.
+Faults: a rank that dies, or a host that no longer answers, is named with the cause; nothing of the run is left on any
+host that answers. With --max-restarts N the run then goes on from its newest checkpoint, without the hosts that do not
+answer, on as many of the others as the rows of a step divide among; the time lost is printed and kept in
+RUN_DIR/events.jsonl (`restart`, `restarted`).
+Logs: RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal shows rank 0, and at the end the last lines of the rank that
+failed first.
 
 examples:
   jp-train launch launch/janus_pro_7b_stage2.yaml --hostfile hostfiles/a100_32x8 --max-restarts 5
   jp-train launch launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8 --exclude node07@node03:0,1 --dry-run
-  jp-train launch launch/janus_pro_1b_stage1.yaml --hostfile hosts --launcher openmpi --launcher-args "--mca btl_tcp_if_include ib0"
+  jp-train launch my_run.yaml --hostfile hosts --launcher openmpi --launcher-args "--mca btl_tcp_if_include ib0"
 
-exit status: 0 done, 1 an exception in a rank, 2 configuration, 3 data, 4 checkpoint, 5 hosts, launcher or a killed rank, 130/138/143 stopped by a signal after
-saving"""
+exit status: 0 done, 1 an exception in a rank, 2 configuration, 3 data, 4 checkpoint, 5 hosts, launcher or a killed
+rank, 130/138/143 stopped by a signal after saving"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -58,7 +60,8 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--patience", type=float, default=DEFAULT_PATIENCE_S, metavar="SECONDS",
-        help=f"how long a host may give no sign of life before it is asked, and ranks may outlive one that failed (default {DEFAULT_PATIENCE_S:g})",
+        help="how long a host may give no sign of life before it is queried, and ranks may outlive one that failed "
+        f"(default {DEFAULT_PATIENCE_S:g})",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=float, default=DEFAULT_GRACE_S, metavar="SECONDS",

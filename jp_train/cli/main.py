@@ -27,18 +27,19 @@ COMMANDS = (
 )
 
 EPILOG = """\
-the way through:
-  jp-train check    launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   what would run, and does it fit together
-  jp-train data import conversations llava.json shards/llava --images llava          shards from what you have downloaded
-  jp-train data index launch/janus_pro_1b_stage1.yaml                                token counts beside the shards, once
-  jp-train data verify launch/janus_pro_1b_stage1.yaml                               every sample looked at, every fault named
-  jp-train data simulate launch/janus_pro_1b_stage1.yaml --world 128                 fill, ratio, epochs, balance of the whole stage
-  jp-train preflight launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8  every host looked at, every fault with its remedy
-  jp-train launch   launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   train on the cluster; run again to resume
-  jp-train status   runs/janus_pro_1b/stage1                                         one screen
-  jp-train report   runs/janus_pro_1b/stage1                                         curves and tables as one HTML page
+the steps of a training, in order:
+  jp-train check launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8       what would run, and does it fit
+  jp-train data import conversations llava.json shards/llava --images llava           shards from what was downloaded
+  jp-train data index launch/janus_pro_1b_stage1.yaml                                 token counts, once
+  jp-train data verify launch/janus_pro_1b_stage1.yaml                                every fault of every sample
+  jp-train data simulate launch/janus_pro_1b_stage1.yaml --world 128                  fill, ratio, epochs, balance
+  jp-train preflight launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   every fault of every host
+  jp-train launch launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8      train; run again to resume
+  jp-train status runs/janus_pro_1b/stage1                                            one screen
+  jp-train report runs/janus_pro_1b/stage1                                            curves and tables as one HTML page
 
-exit status: 0 done (an early stop included), 2 configuration or usage, 3 data, 4 checkpoint, 5 launch, 130/138/143 stopped by a signal after saving
+exit status: 0 done (an early stop included), 2 configuration or usage, 3 data, 4 checkpoint, 5 launch,
+130/138/143 stopped by a signal after saving
 """
 
 
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; `key=value` may stand anywhere, also behind options (argparse alone would refuse it there).
+    """The arguments; `key=value` may stand anywhere, also behind options (argparse alone rejects it there).
     Exits with 2 on a usage error."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from jp_train.cli.arguments import add_command, add_json
 from jp_train.cluster.checks import CHECK_NAMES, CHECKS
 
 DETAILS = """\
-Logs in to every host at once (ssh, by key), compares what must be equal, looks at disks, devices, ports and left-over processes, connects
-every host with every other one, and measures an all-reduce. Faults come first, each with host, cause and remedy; then warnings; then a table of the
-hosts. With CONFIG the run folder, the configuration and the data are examined on every host too. `launch` does this before it starts the ranks.
+Logs in to every host at once (ssh, by key), compares what must be equal, looks at disks, devices, ports and left-over
+processes, connects every host with every other one, and measures an all-reduce. Faults come first, each with host,
+cause and remedy; then warnings; then a table of the hosts. With CONFIG the run folder, the configuration and the data
+are examined on every host too. `launch` does this before it starts the ranks.
 
-what is looked at, besides whether the host answers over ssh:
+checks, besides whether the host answers over ssh:
 {checks}
 
-  jp-train preflight --hostfile hostfiles/a100_16x8                                     the cluster alone
-  jp-train preflight launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8     and everything that this run needs
+  jp-train preflight --hostfile hostfiles/a100_16x8                                   the cluster alone
+  jp-train preflight launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8   and all that this run needs
 
-exit status 0 when there is no fault (warnings do not count), 5 when there is one, 2 for a wrong configuration or command line."""
+exit status 0 when there is no fault (warnings do not count), 5 when there is one, 2 for a wrong configuration or
+command line."""
 
 
 def register(commands: argparse._SubParsersAction) -> None:
-    listed = "\n".join(f"  {check.name:<10}{check.question}" for check in CHECKS)
+    listed = "\n".join(
+        textwrap.fill(f"{check.name:<10}{check.question}", 120, initial_indent="  ", subsequent_indent=" " * 12)
+        for check in CHECKS
+    )
     parser = add_command(
         commands, "preflight", "examine every host of a hostfile before a run", DETAILS.format(checks=listed)
     )
@@ -49,8 +55,12 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="the first host's address for the others (default: what its `hostname -I` names first)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=10.0, metavar="S", help="seconds that a host may take for one answer (default 10; more for slow file servers)"
-    )  # fmt: skip
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds that a host may take for one answer (default 10; more for slow file servers)",
+    )
     parser.add_argument("--skip", default="", metavar="CHECK,...", help=f"leave these out: {', '.join(CHECK_NAMES)}")
     add_json(parser)
     parser.set_defaults(run=run)

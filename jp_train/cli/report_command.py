@@ -8,8 +8,11 @@ from pathlib import Path
 from jp_train.cli.arguments import add_command
 
 DETAILS = """\
-Writes report.html (one self-contained file) and PNG curves. Several run folders are overlaid to compare runs; folders that are
-consecutive stages of one training are laid side by side."""
+Writes report.html (one self-contained file) and PNG curves. Several run folders are overlaid to compare runs; folders
+that are consecutive stages of one training are laid side by side.
+
+  jp-train report runs/janus_pro_1b/stage1
+  jp-train report runs/janus_pro_1b/stage1 runs/janus_pro_1b/stage2 --out runs/janus_pro_1b"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:

@@ -9,10 +9,17 @@ from pathlib import Path
 
 from jp_train.cli.arguments import add_command, add_json
 
+DETAILS = """\
+  jp-train status runs/janus_pro_1b/stage1
+  jp-train status runs/janus_pro_1b/stage1 --watch 10"""
+
 
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
-        commands, "status", "one screen about a run: step, losses, ETA, data wait, checkpoint age, skipped samples"
+        commands,
+        "status",
+        "one screen about a run: step, losses, ETA, data wait, checkpoint age, skipped samples",
+        DETAILS,
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     parser.add_argument(
@@ -26,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     from jp_train.run.status import format_status, status
 
     while True:
-        found = status(arguments.run_dir)
-        print(json.dumps(found) if arguments.json else format_status(found), flush=True)
+        state = status(arguments.run_dir)
+        print(json.dumps(state) if arguments.json else format_status(state), flush=True)
         if not arguments.watch:
             return 0
         time.sleep(arguments.watch)

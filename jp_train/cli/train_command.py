@@ -7,9 +7,11 @@ import argparse
 from jp_train.cli.arguments import add_command, add_config
 
 DETAILS = """\
-This is what the deepspeed launcher starts on every rank; started by hand it trains with one process. To train on several devices
-use `jp-train launch`. A run folder that already holds checkpoints is resumed from the newest complete one.
-Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, exit status 130 / 143; a second signal exits at once."""
+The deepspeed launcher starts this on every rank; started by hand it trains with one process. To train on several
+devices use `jp-train launch`. A run folder that already holds checkpoints is resumed from the newest complete one.
+Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, exit status 130 / 143; a second signal exits at once.
+
+  jp-train train examples/smoke/stage1.yaml run_dir=runs/try stage.training_steps=20"""
 
 
 def register(commands: argparse._SubParsersAction) -> None:
