@@ -163,7 +163,7 @@ def _drawn(
         pictures,
         group.prompts,
         right,
-        f"Generated, {title}, CFG {scale:g}: {np.mean(right):.0%} nearest to the drawing asked for",
+        f"Generated, {title}, CFG {scale:g}: {np.mean(right):.1%} nearest to the drawing asked for",
     )
     about = (
         f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; "
@@ -198,7 +198,7 @@ def _named(model: InferenceModel, title: str, group: Drawings, names: int, path:
                 group.pictures,
                 answers,
                 right,
-                f"{title.capitalize()}, and the model's answer to “{question}”: {np.mean(right):.0%} right",
+                f"{title.capitalize()}, and the model's answer to “{question}”: {np.mean(right):.1%} right",
             )
     return rows
 

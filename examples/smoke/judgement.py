@@ -136,7 +136,7 @@ def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
         pictures[:shown],
         [digits.DIGIT_NAMES[label] for label in labels[:shown]],
         [bool(n == label) for n, label in zip(named, labels)][:shown],
-        title=f"Generated digits, CFG {best:g}: {score.accuracy:.0%} named as asked by the judge",
+        title=f"Generated digits, CFG {best:g}: {score.accuracy:.1%} named as asked by the judge",
         columns=10,
     )
     swept = ", ".join(f"{scale:g}: {value:.2f}" for scale, value in sweep.items())
@@ -238,7 +238,7 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
         pictures[:shown],
         answers[:shown],
         right[:shown],
-        title=f"Held-out digits and the model's answer to “{digits.QUESTIONS[0]}”: {np.mean(right):.0%} right",
+        title=f"Held-out digits and the model's answer to “{digits.QUESTIONS[0]}”: {np.mean(right):.1%} right",
         columns=10,
     )
     return [

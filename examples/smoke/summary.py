@@ -9,9 +9,8 @@ from typing import Any
 
 from examples.smoke.targets import SPREADS
 from jp_train.run.reading import read_run
-from jp_train.run.summary import LossChange, Summary, summarize
+from jp_train.run.summary import LossChange, Summary, summarize, template_changes
 
-NEW_TEMPLATE = "stage 3 asks in another template, so its first held-out value is not comparable with stage 2's last"
 MISS = """below target: every step ran to its end (else the exit status would not be 0), but the model learned less than
 in about 19 of 20 runs. Run once more with SMOKE_ARGS="--seed 1"; a second miss points at a fault in data or training:
 compare the held-out losses above with README's, and look at the curves in the report."""
@@ -22,13 +21,12 @@ def format_summary(out: Path, *, seconds: float) -> str:
     """The summary of the smoke run in `out`; `seconds` is what this call of it took. Raises DataError for a stage
     without metrics."""
     lines = ["", f"smoke run in {out}: {seconds / 60:.1f} minutes"]
-    template = None
-    for folder in sorted(out.glob("stage[0-9]")):
-        run = read_run(folder)
+    runs = [read_run(folder) for folder in sorted(out.glob("stage[0-9]"))]
+    changes = template_changes(runs)
+    for run in runs:
         lines += _stage(summarize(run))
-        if template == "stage2" and run.configured("data.template") == "stage3":
-            lines += [f"  {NEW_TEMPLATE}"]
-        template = run.configured("data.template")
+        if run.label in changes:
+            lines += [f"  {changes[run.label]}"]
     evaluation = out / "stage3" / "evaluation.json"
     if evaluation.exists():
         rows = json.loads(evaluation.read_text())

@@ -240,16 +240,24 @@ CHAT_TEMPLATE = "stage3"
 """The `stage.template` that wraps questions and prompts in a conversation (data/layouts.py)."""
 
 
+def template_change(before: object, after: object, name: str) -> str:
+    """A sentence where two values of `stage.template` ask in so different a form that held-out losses cannot be
+    compared; empty otherwise. `name`: the model or stage that asked as `before`."""
+    if not before or before == after or CHAT_TEMPLATE not in (before, after):
+        return ""
+    return (
+        f"stage.template {before} -> {after}: questions are asked in another form than in {name}, so the first held-out "
+        "losses are not comparable with its last ones"
+    )
+
+
 def template_changes(runs: Sequence[RunData]) -> dict[str, str]:
-    """For stages that follow each other, {label: sentence} where a stage asks in another form than the one before."""
-    return {
-        run.label: f"{run.label} asks in another template than {before.label} (stage.template: {old} -> {new}): its "
-        f"first held-out losses are not comparable with the last ones of {before.label}."
+    """For stages that follow each other, {label: sentence} where `template_change` has one."""
+    sentences = {
+        run.label: template_change(before.configured("stage.template"), run.configured("stage.template"), before.label)
         for before, run in pairwise(runs)
-        if (old := before.configured("stage.template")) != (new := run.configured("stage.template"))
-        and CHAT_TEMPLATE in (old, new)
-        and old
     }
+    return {label: f"{label}: {sentence}." for label, sentence in sentences.items() if sentence}
 
 
 def smooth(series: Series, window: int) -> Series:

@@ -129,7 +129,7 @@ def _write_config(folder: Path, stage: str, planned: int, schedule: int) -> None
     early = f"\n    at_step: {planned}" if schedule != planned else " {}"
     (folder / "config.yaml").write_text(
         f"preset: tiny/{stage}\nrun_dir: {folder}\nseed: 0\nprecision: fp32\nmodel:\n  name: "
-        f"janus_pro\nstage:\n  name: {stage}\n"
+        f"janus_pro\nstage:\n  name: {stage}\n  template: {stage}\n"
         f"  trainable: [{', '.join(TRAINABLE[stage])}]\n  training_steps: {schedule}\n  early_stop:{early}\n  "
         "batch_size: 16\n"
         f"  mixture:\n    understanding: {und}\n    text: {text}\n    generation: {gen}\n  ratio_unit: samples\n"
@@ -189,7 +189,7 @@ def _write_pictures(folder: Path, random: np.random.Generator) -> None:
     from PIL import Image, ImageDraw
 
     folder.mkdir()
-    for name, columns, cell in (("digits", 10, 48), ("scenes", 6, 64)):
+    for name, columns, cell in (("digits", 10, 56), ("scenes", 6, 64)):
         grid = Image.new("RGB", (columns * cell, 3 * cell), "white")
         draw = ImageDraw.Draw(grid)
         for i in range(columns * 3):

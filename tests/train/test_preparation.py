@@ -21,11 +21,13 @@ from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
 from jp_train.engine.init import Engine, Ranks, init_process_group
 from jp_train.engine.watch.guard import SequenceGuard
 from jp_train.errors import CheckpointError
+from jp_train.model.export import RUN_CONFIG
 from jp_train.model.freeze import module_of
 from jp_train.run.log import RunLog
 from jp_train.train.preparation import (
     RESUMED_INPUTS,
     OpenData,
+    changed_template,
     check_resumed_inputs,
     describe_inputs,
     open_data,
@@ -107,6 +109,21 @@ def test_open_engine_trains_what_the_stage_names_and_nothing_else(opened, finish
     _, engine = opened
     trained = {module_of(name) for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
     assert trained == set(finished.stage.trainable) and engine.weights.startswith("fresh")
+
+
+@pytest.mark.parametrize(
+    ("before", "stage", "noted"), [("stage2", 3, True), ("stage1", 2, False), ("stage3", 3, False)]
+)
+def test_a_stage_says_at_its_start_when_it_asks_in_another_form_than_the_run_it_starts_from(
+    tmp_path, before, stage, noted
+):
+    cfg = tiny_run(tmp_path, tmp_path / "run", stage=stage, init_from=tmp_path)
+    assert changed_template(cfg) == "", "a released model has no configuration of a run"
+    (tmp_path / RUN_CONFIG).write_text(f"stage:\n  template: {before}\n")
+    sentence = changed_template(cfg)
+    assert bool(sentence) == noted
+    if noted:
+        assert sentence.startswith("stage.template stage2 -> stage3: ") and str(tmp_path) in sentence
 
 
 def test_a_held_out_source_is_measured_and_their_absence_is_none(opened, finished, ranks):

@@ -165,3 +165,23 @@ def test_a_wrong_folder_and_a_repeated_one_are_refused(tmp_path: Path) -> None:
         build_report([tmp_path / "nowhere"])
     with pytest.raises(ConfigError, match="twice"):
         build_report([run, tmp_path / "." / "run"])
+
+
+def test_sections_without_content_are_left_out_and_groups_of_one_panel_share_a_row(tmp_path: Path) -> None:
+    page = build_report([write_run(tmp_path / "run", stage="stage2", steps=25)]).read_text()
+    sections = re.findall(r'<section id="(\w+)">', page)
+    assert "evaluation" not in sections and "samples" not in sections and "summary" in sections
+    assert re.findall(r'<a href="#(\w+)">', page) == sections
+    rows = [re.findall(r'<section id="(\w+)">', row) for row in page.split('<div class="row">')[1:]]
+    assert rows[1] == ["loss_source", "mixture", "packing"]
+
+
+def test_a_stage_that_asks_in_another_template_says_so_beside_its_held_out_loss(stages: Path) -> None:
+    text = outline(stages).text
+    assert "stage3: stage.template stage2 -> stage3: " in text and text.count("(another template)") == 4
+
+
+def test_a_wide_sheet_has_the_whole_row_and_a_click_shows_it_in_full_size(stages: Path) -> None:
+    page = stages.read_text()
+    assert page.count('<a href="#sample1"><img') == 1 and 'href="#samples">back' in page
+    assert '<figure id="sample1" class="wide">' in page and '<figure id="sample2">' in page, "560 and 384 pixels"
