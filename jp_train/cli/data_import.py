@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jp_train.cli.arguments import add_command, add_json
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
     from jp_train.types import Kind
 
 DETAILS = """\
-Reads data as it is published and writes the tar shards that training reads, with a manifest.json and a skipped.jsonl (every entry that was left
-out, and why) beside them. Run the same command again after a kill or a full disk: it goes on, without a duplicate or a hole. The shards depend
+Reads data as it is published and writes the tar shards that training reads,
+with a manifest.json and a skipped.jsonl (every entry that was left
+out, and why) beside them. Run the same command again after a kill or a full disk: it goes on,
+without a duplicate or a hole. The shards depend
 on the source and the options only, not on --processes.
 
   jp-train data import imagenet      ILSVRC/Data/CLS-LOC/train                shards/imagenet
@@ -43,18 +44,26 @@ def register(tools: argparse._SubParsersAction) -> None:
         DETAILS,
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    _imagenet(formats)
-    _coco(formats)
-    _conversations(formats)
-    _pairs(formats)
-    _text(formats)
-    _parquet(formats)
-    _webdataset(formats)
+    for add_layout in LAYOUTS:
+        add_layout(formats)
 
 
+AddLayout = Callable[[argparse._SubParsersAction], None]
+LAYOUTS: list[AddLayout] = []
+"""Every layout in the order of the help: functions below that are marked with @layout."""
+
+
+def layout(add_layout: AddLayout) -> AddLayout:
+    """A function that adds the subparser of a layout; its reader is imported only when it runs, so that help is
+    quick."""
+    LAYOUTS.append(add_layout)
+    return add_layout
+
+
+@layout
 def _imagenet(formats: argparse._SubParsersAction) -> None:
     details = """\
-SOURCE/CLASS/picture: each picture becomes a generation sample whose caption is the name of its class. The recipe's `class_prompt` shapes it in training
+SOURCE/CLASS/image: each image becomes a generation sample whose caption is the name of its class. The recipe's `class_prompt` shapes it in training
 (first_lemma: "tench, Tinca tinca" -> "tench")."""
     parser = _format(
         formats, "imagenet", "a folder with one folder a class -> generation", details, "folder of class folders"
@@ -67,9 +76,16 @@ SOURCE/CLASS/picture: each picture becomes a generation sample whose caption is 
         "without one, the folders' names",
     )
     _pictures(parser)
-    _run(parser, lambda a: _readers().ImageNetReader(source=a.source, class_names=a.class_names))
+
+    def reader(arguments: argparse.Namespace) -> Reader:
+        from jp_train.tools.importers.imagenet import ImageNetReader
+
+        return ImageNetReader(source=arguments.source, class_names=arguments.class_names)
+
+    _run(parser, reader)
 
 
+@layout
 def _coco(formats: argparse._SubParsersAction) -> None:
     details = 'One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 6 times its size in memory.'
     parser = _format(formats, "coco", "COCO captions -> understanding or generation", details, "captions JSON")
@@ -79,21 +95,28 @@ def _coco(formats: argparse._SubParsersAction) -> None:
         "--per",
         choices=("caption", "image"),
         default="caption",
-        help="a sample for every caption (default: nothing is lost, a picture with 5 captions is stored 5 times), or for every image, with its first caption",
+        help="a sample for every caption (default: nothing is lost, an image with 5 captions is stored 5 times), or for every image, with its first caption",
     )
     _pictures(parser)
-    _run(parser, lambda a: _readers().CocoReader(source=a.source, images=a.images, kind=_kind(a), per=a.per))
+
+    def reader(arguments: argparse.Namespace) -> Reader:
+        from jp_train.tools.importers.coco import CocoReader
+
+        return CocoReader(source=arguments.source, images=arguments.images, kind=_kind(arguments), per=arguments.per)
+
+    _run(parser, reader)
 
 
+@layout
 def _conversations(formats: argparse._SubParsersAction) -> None:
     details = """\
 [{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}, ...]
-as a JSON array (read as a stream) or a record a line; "messages" with role and content work too. Entries with several pictures are refused by name. Entries without
-a picture are skipped and counted, or with --text-out written as text shards."""
+as a JSON array (read as a stream) or a record a line; "messages" with role and content work too. Entries with several images are refused by name. Entries without
+an image are skipped and counted, or with --text-out written as text shards."""
     parser = _format(
         formats,
         "conversations",
-        "LLaVA / ShareGPT dialogues with pictures -> understanding",
+        "LLaVA / ShareGPT conversations with images -> understanding",
         details,
         "JSON, JSONL, a folder or glob of them",
     )
@@ -102,16 +125,18 @@ a picture are skipped and counted, or with --text-out written as text shards."""
         "--text-out",
         metavar="FOLDER",
         type=Path,
-        help="write dialogues without a picture there, as shards of kind text",
+        help="write conversations without an image there, as shards of kind text",
     )
     _columns(parser, image="image", conversations="conversations")
     _pictures(parser)
     _run(parser, lambda a: _records(a, "conversations", "understanding"))
 
 
+@layout
 def _pairs(formats: argparse._SubParsersAction) -> None:
     details = """\
-One picture and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column, understanding samples ask that column and
+One image and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column,
+understanding samples ask that column and
 answer with --caption-column."""
     parser = _format(
         formats, "pairs", "image-text JSONL or CSV -> understanding or generation", details, "file, folder or glob"
@@ -123,9 +148,11 @@ answer with --caption-column."""
     _run(parser, lambda a: _records(a, "pairs", a.kind))
 
 
+@layout
 def _text(formats: argparse._SubParsersAction) -> None:
     details = """\
-Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text", or "conversations" of a dialogue. Plain text (.txt, .md, .txt.gz): a file is a document, or --document
+Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text",
+or "conversations" of a conversation. Plain text (.txt, .md, .txt.gz): a file is a document, or --document
 paragraph or line."""
     parser = _format(formats, "text", "text JSONL or plain text files -> text", details, "file, folder or glob")
     parser.add_argument(
@@ -136,26 +163,38 @@ paragraph or line."""
     )
     parser.set_defaults(shard_samples=100_000)
     _columns(parser, text="text", conversations="conversations")
-    _run(parser, lambda a: _readers().text_reader(a.source, a.document, _given_columns(a)))
+
+    def reader(arguments: argparse.Namespace) -> Reader:
+        from jp_train.tools.importers.documents import text_reader
+
+        return text_reader(arguments.source, arguments.document, _named_columns(arguments))
+
+    _run(parser, reader)
 
 
+@layout
 def _parquet(formats: argparse._SubParsersAction) -> None:
     details = """\
-Rows with a picture as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text. Needs pyarrow: pip install 'jp_train[parquet]'.
+Rows with an image as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text. Needs pyarrow: pip install 'jp_train[parquet]'.
 A process reads one row group at a time."""
     parser = _format(
-        formats, "parquet", "Parquet with picture bytes or text -> any kind", details, ".parquet file, folder or glob"
+        formats, "parquet", "Parquet with image bytes or text -> any kind", details, ".parquet file, folder or glob"
     )
     parser.add_argument("--kind", choices=(*KINDS, "text"), required=True)
-    _images(parser, required=False, default="none: pictures come as bytes")
+    _images(parser, required=False, default="none: images come as bytes")
     _columns(parser, image="image", caption="caption", question=None, text="text", conversations="conversations")
     _pictures(parser)
-    _run(
-        parser,
-        lambda a: _readers().ParquetReader(source=a.source, images=a.images, kind=_kind(a), columns=_given_columns(a)),
-    )
+
+    def reader(arguments: argparse.Namespace) -> Reader:
+        from jp_train.tools.importers.parquet import ParquetReader
+
+        columns = _named_columns(arguments)
+        return ParquetReader(source=arguments.source, images=arguments.images, kind=_kind(arguments), columns=columns)
+
+    _run(parser, reader)
 
 
+@layout
 def _webdataset(formats: argparse._SubParsersAction) -> None:
     details = """\
 Shards that already exist are validated and indexed in place; OUT gets the reports. Compressed tars (.gz, .bz2, .xz) are written again as plain ones into OUT. 'pipe:COMMAND'
@@ -203,7 +242,7 @@ def _format(
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="read the listing and some pictures, say what would be written, write nothing",
+        help="read the listing and some images, say what would be written, write nothing",
     )
     add_json(parser)
     return parser
@@ -216,7 +255,7 @@ def _images(parser: argparse.ArgumentParser, *, required: bool, default: str = "
         metavar="FOLDER",
         type=Path,
         required=required,
-        help=f"paths of pictures start here and must stay inside{note}",
+        help=f"paths of images start here and must stay inside{note}",
     )
 
 
@@ -224,14 +263,14 @@ def _pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="decode every picture whole: finds truncated ones, about 10 times slower (default: headers)",
+        help="decode every image whole: finds truncated ones, about 10 times slower (default: headers)",
     )
     parser.add_argument(
         "--max-image-pixels",
         metavar="N",
         type=int,
         default=100_000_000,
-        help="refuse larger pictures (default: 100000000)",
+        help="refuse larger images (default: 100000000)",
     )
 
 
@@ -245,23 +284,21 @@ def _columns(parser: argparse.ArgumentParser, **defaults: str | None) -> None:
         )
 
 
-def _given_columns(arguments: argparse.Namespace) -> Columns:
-    given = {
+def _named_columns(arguments: argparse.Namespace) -> Columns:
+    from jp_train.tools.importers.records import Columns
+
+    named = {
         name.removesuffix("_column"): value
         for name, value in vars(arguments).items()
         if name.endswith("_column") and value is not None
     }
-    return _readers().Columns(**given)
+    return Columns(**named)
 
 
 def _records(arguments: argparse.Namespace, name: str, kind: str) -> Reader:
-    return _readers().record_reader(name, arguments.source, arguments.images, kind, _given_columns(arguments))
+    from jp_train.tools.importers.records import record_reader
 
-
-def _readers() -> ModuleType:
-    from jp_train.tools.importers import readers
-
-    return readers
+    return record_reader(name, arguments.source, arguments.images, kind, _named_columns(arguments))
 
 
 def _kind(arguments: argparse.Namespace) -> Kind:

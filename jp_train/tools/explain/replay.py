@@ -48,7 +48,7 @@ class Replay:
 
     `run_dir`: a run folder whose plan snapshots shorten the way, and prove that the data are still those it was trained
     on. `recipe`: of the run's VQ, so that VQ ids stored beside the shards are used as training uses them (None: they
-    are not, and pictures are read). `notes` collects what a reader of the result should know. Close it, or use it as a
+    are not, and images are read). `notes` collects what a reader of the result should know. Close it, or use it as a
     context.
 
     Raises:
@@ -136,8 +136,8 @@ class Replay:
                 line.show(done, len(numbers), f"rebuilding: micro-batch {done} of {len(numbers)}")
 
     def with_pictures(self, spec: RowSpec) -> Row:
-        """The row of `spec` with every picture read, also where training takes stored VQ ids instead; samples
-        without a picture are skipped."""
+        """The row of `spec` with every image read, also where training takes stored VQ ids instead; samples
+        without an image are skipped."""
         locators = [
             replace(locator, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False)
             for locator in self._locators

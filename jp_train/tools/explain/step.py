@@ -58,7 +58,7 @@ def _recipe(cfg: RunConfig) -> tuple[IdsRecipe | None, str | None]:
         return ids_recipe(cfg), None
     except CheckpointError as error:
         return None, (
-            f"the VQ's weights cannot be read ({error}): VQ ids stored beside the shards are left aside, and the pictures themselves are in their place. Documents, "
+            f"the VQ's weights cannot be read ({error}): VQ ids stored beside the shards are left aside, and the images themselves are in their place. Documents, "
             "spans and losses are as trained"
         )
 

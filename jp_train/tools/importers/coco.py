@@ -16,10 +16,10 @@ from jp_train.types import Kind
 
 @dataclass(frozen=True, kw_only=True)
 class CocoReader(Reader):
-    """Entries in the order of `images`, the captions of one picture in the order of `annotations`.
+    """Entries in the order of `images`, the captions of one image in the order of `annotations`.
 
-    `per` is `caption` (a sample for every caption; a picture with five captions is stored five times) or `image` (a
-    sample for every picture, with its first caption). The file is loaded whole: about 6 times its size in memory.
+    `per` is `caption` (a sample for every caption; an image with five captions is stored five times) or `image` (a
+    sample for every image, with its first caption). The file is loaded whole: about 6 times its size in memory.
     """
 
     format = "coco"
@@ -49,7 +49,8 @@ class CocoReader(Reader):
     def _load(self) -> tuple[list[dict], list[dict]]:
         if not self.source.is_file():
             raise ConfigError(
-                f"SOURCE {self.source} is not a file; expected COCO's captions JSON, for example annotations/captions_train2017.json"
+                f"SOURCE {self.source} is not a file; expected COCO's captions JSON, "
+                "for example annotations/captions_train2017.json"
             )
         try:
             with open(self.source, encoding="utf-8-sig") as file:
@@ -58,7 +59,7 @@ class CocoReader(Reader):
             raise DataError(f"{self.source} cannot be read as JSON: {error}; download it again") from None
         except MemoryError:
             raise DataError(
-                f"{self.source} does not fit into memory: it needs about 6 times its size; split it by pictures"
+                f"{self.source} does not fit into memory: it needs about 6 times its size; split it by images"
             ) from None
         for part in ("images", "annotations"):
             if not isinstance(value, dict) or not isinstance(value.get(part), list):
@@ -80,10 +81,10 @@ def _pairs(images: list[dict], annotations: list[dict], per: str) -> Iterator[tu
             yield f"image at place {place}", None, "", None, ("bad_record", lacks)
             continue
         image_id, path = image["id"], image["file_name"]
-        found = captions.pop(image_id, [])
-        if not found:
-            yield f"image {image_id}", path, "", None, ("no_caption", f"picture {path} has no caption")
-        for caption_id, caption in found[:1] if per == "image" else found:
+        of_image = captions.pop(image_id, [])
+        if not of_image:
+            yield f"image {image_id}", path, "", None, ("no_caption", f"image {path} has no caption")
+        for caption_id, caption in of_image[:1] if per == "image" else of_image:
             wrong = (
                 None
                 if isinstance(path, str)

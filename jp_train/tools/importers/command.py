@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from jp_train.errors import ConfigError
 from jp_train.terminal import ProgressLine, printable
 from jp_train.tools.importers.entries import Entry, Reader, Skip
+from jp_train.tools.importers.images import read_inside, refuse_outside
 from jp_train.tools.importers.manifest import SKIPPED
-from jp_train.tools.importers.pictures import read_inside, refuse_outside
 from jp_train.tools.importers.run import ImportSettings, checked_listing, import_source
 from jp_train.tools.importers.summary import format_summary, recipe_lines, skipped_examples, skipped_lines, summarise
 from jp_train.tools.importers.tars import find_tars
@@ -23,7 +23,7 @@ from jp_train.tools.importers.tars_run import import_tars, usable_samples
 from jp_train.types import Kind
 
 SAMPLED_PICTURES = 200
-"""Pictures that a dry run reads to estimate the size of the shards."""
+"""Images that a dry run reads to estimate the size of the shards."""
 
 
 def import_command(
@@ -92,7 +92,7 @@ def _interruptible(stream: TextIO) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class _Survey:
-    """What a listing holds, and what a few of its pictures show. `sizes`: bytes of the pictures that were read."""
+    """What a listing holds, and what a few of its images show. `sizes`: bytes of the images that were read."""
 
     entries: int = 0
     text_only: int = 0
@@ -103,7 +103,7 @@ class _Survey:
     sizes: list[int] = field(default_factory=list)
 
     def add(self, entry: Entry, images: Path | None, *, look: bool) -> bool:
-        """Count an entry and, with `look`, read its picture; whether it had one to read."""
+        """Count an entry and, with `look`, read its image; whether it had one to read."""
         self.entries += 1
         skip = entry.skip
         path = entry.image if images is not None and isinstance(entry.image, str) else None
@@ -134,11 +134,11 @@ class _Survey:
 
 
 def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[dict[str, Any], str]:
-    """Reads the whole listing and a few pictures; writes nothing."""
+    """Reads the whole listing and a few images; writes nothing."""
     listing = checked_listing(reader, settings)
     survey, line = _Survey(), ProgressLine("import", stream)
     for chunk in listing.chunks():
-        # The first picture of every so many chunks: spread over the listing, the same every time.
+        # The first image of every so many chunks: spread over the listing, the same every time.
         look = (
             survey.pictures_read < SAMPLED_PICTURES
             and chunk.done * SAMPLED_PICTURES >= survey.pictures_read * listing.total
@@ -166,7 +166,7 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
         "estimated_mib": None if mib is None else round(mib, 1),
         "estimated_shards": shards,
     }
-    good = "" if reader.kind is Kind.TEXT else " if every picture is good"
+    good = "" if reader.kind is Kind.TEXT else " if every image is good"
     lines = [
         f"import {reader.format}, dry run: {survey.entries:,} entries, {samples:,} {reader.kind.value} samples{good}, "
         f"{survey.skipped.total():,} skipped by the listing alone; nothing was written",
@@ -185,7 +185,7 @@ def _survey_lines(survey: _Survey, settings: ImportSettings) -> Iterator[str]:
             if settings.text_out
             else "would be skipped: give --text-out FOLDER to keep them"
         )
-        yield f"  {survey.text_only:,} dialogues without a picture {kept}"
+        yield f"  {survey.text_only:,} conversations without an image {kept}"
     if survey.pictures_read:
-        yield f"  {survey.pictures_read:,} pictures looked at, {survey.pictures_bad:,} of them missing or refused"
+        yield f"  {survey.pictures_read:,} images looked at, {survey.pictures_bad:,} of them missing or refused"
         yield from (f"             e.g. {printable(example)}" for example in survey.examples.get("pictures", []))

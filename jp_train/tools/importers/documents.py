@@ -1,4 +1,4 @@
-"""Plain text files -> text: a file, a paragraph or a line is a document."""
+"""Text: plain text files, of which a file, a paragraph or a line is a document, or records (`records.py`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jp_train.data.samples import MAX_TEXT_BYTES
-from jp_train.errors import DataError
+from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.entries import CHUNK_ENTRIES, Chunk, Entry, Listing, Reader, Skip
 from jp_train.tools.importers.files import file_names, identity_of, line_chunks, source_files, total_bytes
+from jp_train.tools.importers.records import RECORD_PATTERNS, Columns, RecordReader
 from jp_train.types import Kind
 
 PATTERNS = ("*.txt", "*.md", "*.txt.gz")
@@ -47,6 +48,21 @@ class DocumentReader(Reader):
                 continue
             if text or self.document == "file":
                 yield Entry(number=number, name=name, note={"text": text, "source_id": name}, slug=slug)
+
+
+def text_reader(source: Path, document: str, columns: Columns) -> Reader:
+    """Records or plain text, by the files' names. Raises ConfigError when a source has both, or nothing."""
+    files = source_files(source, (*RECORD_PATTERNS, *PATTERNS), "records or plain text")
+    records = [path for path in files if any(path.match(pattern) for pattern in RECORD_PATTERNS)]
+    plain = [path for path in files if any(path.match(pattern) for pattern in PATTERNS)]
+    if records and plain:
+        raise ConfigError(
+            f"SOURCE {source} has records ({records[0].name}) and plain text ({plain[0].name}): "
+            "name one sort with a glob"
+        )
+    if records:
+        return RecordReader(format="text", source=source, images=None, kind=Kind.TEXT, columns=columns)
+    return DocumentReader(source=source, document=document)
 
 
 def _named(file: str, start: int, items: list) -> Iterator[tuple[str, str, bytes | Path]]:

@@ -14,25 +14,25 @@ from jp_train.types import Kind
 
 REASONS = {
     "bad_record": "the line, row or record cannot be read",
-    "image_no_file": "the picture is not a regular file",
-    "image_missing": "no such picture in the image folder",
+    "image_no_file": "the image is not a regular file",
+    "image_missing": "no such image in the image folder",
     "image_outside": "the path leaves the image folder (absolute, .., or a link)",
     "image_too_large": "more pixels or bytes than allowed",
-    "image_undecodable": "not a picture that can be decoded",
-    "multi_image": "more than one picture in an entry",
-    "no_caption": "a picture without a caption",
-    "no_image": "an entry without a picture",
+    "image_undecodable": "not an image that can be decoded",
+    "multi_image": "more than one image in an entry",
+    "no_caption": "an image without a caption",
+    "no_image": "an entry without an image",
     "not_unicode": "text that is not valid UTF-8",
-    "text_only": "a dialogue without a picture; --text-out FOLDER keeps them",
+    "text_only": "a conversation without an image; --text-out FOLDER keeps them",
 }
 """Why an entry is skipped, as `skipped.jsonl` and the summary name it. What else they name is the training loader's
 class of fault."""
-REFUSED = "the training loader would refuse the sample"
+REJECTED = "the training loader would reject the sample"
 
 CHUNK_ENTRIES = 64
 CHUNK_LINES = 512
 CHUNK_BYTES = 1 << 20
-"""A unit of work for a process: at most this many pictures, or lines and about this much text."""
+"""A unit of work for a process: at most this many images, or lines and about this much text."""
 
 
 class Skip(SkipSample):
@@ -51,7 +51,7 @@ class Entry:
     """One entry of a listing.
 
     `number` is its place in the listing, from 0; `name` is how people find it in the source ("captions.json annotation
-    17", "a.jsonl:4"); `note` becomes the sample's JSON; `image` is a path inside the image folder, or a picture's
+    17", "a.jsonl:4"); `note` becomes the sample's JSON; `image` is a path inside the image folder, or an image's
     bytes; `skip` is set instead where the listing alone shows that there is no sample.
     """
 
@@ -62,7 +62,7 @@ class Entry:
     slug: str = ""
     """Text that the key repeats for people, after the number."""
     text_only: bool = False
-    """A dialogue without a picture from a source of pictures."""
+    """A conversation without an image from a source of images."""
     skip: Skip | None = None
 
 
@@ -97,7 +97,7 @@ class Reader(ABC):
     kind: Kind
     source: Path
     images: Path | None
-    """The folder that image paths are relative to; None where pictures come as bytes, or not at all."""
+    """The folder that image paths are relative to; None where images come as bytes, or not at all."""
 
     @abstractmethod
     def listing(self) -> Listing:
@@ -105,7 +105,7 @@ class Reader(ABC):
 
     @abstractmethod
     def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
-        """The entries of a chunk, numbered; `pictures=False` lets a reader leave out picture bytes (a dry run)."""
+        """The entries of a chunk, numbered; `pictures=False` lets a reader leave out image bytes (a dry run)."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:

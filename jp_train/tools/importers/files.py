@@ -39,17 +39,17 @@ def source_files(source: Path, patterns: Iterable[str], what: str) -> list[Path]
     if source.is_file():
         return [source]
     if source.is_dir():
-        found = sorted({path for pattern in patterns for path in source.rglob(pattern) if path.is_file()})
-        if not found:
+        files = sorted({path for pattern in patterns for path in source.rglob(pattern) if path.is_file()})
+        if not files:
             raise ConfigError(f"folder {source} holds no {what} ({', '.join(patterns)})")
-        return found
-    found = sorted(Path(path) for path in glob.glob(str(source), recursive=True) if os.path.isfile(path))
-    if not found:
+        return files
+    files = sorted(Path(path) for path in glob.glob(str(source), recursive=True) if os.path.isfile(path))
+    if not files:
         raise ConfigError(f"SOURCE {source} does not exist, and no file matches it; expected {what}")
-    return found
+    return files
 
 
-def refuse_own_output(source: Path, out: Path) -> None:
+def refuse_output_in_source(source: Path, out: Path) -> None:
     """Raises ConfigError when SOURCE takes in the folder `out`: run again, the import would read its own reports as
     data."""
     if source.is_file():
@@ -61,7 +61,8 @@ def refuse_own_output(source: Path, out: Path) -> None:
         inside = any(Path(path).parent.resolve() == out for path in glob.iglob(text))
     if inside:
         raise ConfigError(
-            f"{out} lies within SOURCE {source}: the reports written there would be read as data; choose a folder outside"
+            f"{out} lies within SOURCE {source}: the reports written there would be read as data; "
+            "choose a folder outside"
         )
 
 
@@ -117,7 +118,8 @@ def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
                 while line := stream.readline(MAX_LINE):
                     if len(line) == MAX_LINE:
                         raise DataError(
-                            f"{path}, line {start + len(lines)} is longer than {MAX_LINE >> 20} MiB: expected one record a line"
+                            f"{path}, line {start + len(lines)} is longer than {MAX_LINE >> 20} MiB: "
+                            "expected one record a line"
                         )
                     lines.append(line)
                     size += len(line)
@@ -133,12 +135,6 @@ def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
                 yield Chunk(first=first, count=len(lines), payload=(name, start, lines), done=before + raw.tell())
                 first += len(lines)
         before += path.stat().st_size
-
-
-def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file for csv: bytes that are not UTF-8 become lone surrogates, which the sample check then refuses by
-    name."""
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def parse_json(data: bytes) -> Any:
@@ -163,7 +159,7 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
     """
     # only where an item ends matters here, so no number can be too long
     decoder = json.JSONDecoder(parse_int=len, parse_float=len)
-    with open(path, encoding="utf-8-sig", errors="strict") as file:
+    with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
         text, at, number, ended = "", 0, 0, False
         size = _BUFFER
 
@@ -191,7 +187,8 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
             if number:
                 if mark != ",":
                     raise DataError(
-                        f"{path}: expected ',' or ']' after item {number}, found {text[at : at + 20]!r} (a truncated file?)"
+                        f"{path}: expected ',' or ']' after item {number}, found {text[at : at + 20]!r} (a truncated "
+                        "file?)"
                     )
                 at += 1
                 skip_space()
@@ -211,7 +208,7 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
                 refill()
             item, at = text[at:end].encode(), end
             number += 1
-            yield item, file.buffer.tell()
+            yield item, raw.tell()
         at += 1
         if skip_space():
             raise DataError(f"{path} goes on after the end of its array: {text[at : at + 20]!r}")

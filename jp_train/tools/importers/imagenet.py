@@ -24,7 +24,7 @@ _SYNSET = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetReader(Reader):
-    """`source/CLASS/picture`: every file of every class folder is an entry, classes and files in the order of their
+    """`source/CLASS/image`: every file of every class folder is an entry, classes and files in the order of their
     names."""
 
     format = "imagenet"
@@ -46,16 +46,16 @@ class ImageNetReader(Reader):
         files = _class_files(self.source)
         names, remark = self._names(list(files))
         identity = {
-            f"class folder {folder}": f"{len(found):,} files, names sha256 {_digest(found)}"
-            for folder, found in files.items()
+            f"class folder {folder}": f"{len(members):,} files, names sha256 {_digest(members)}"
+            for folder, members in files.items()
         }
         identity["class names"] = f"{len(names):,} names, sha256 {_digest(sorted(map(str, names.items())))}"
 
         def chunks() -> Iterator[Chunk]:
             first = 0
-            for folder, found in files.items():
-                for start in range(0, len(found), CHUNK_ENTRIES):
-                    part = found[start : start + CHUNK_ENTRIES]
+            for folder, members in files.items():
+                for start in range(0, len(members), CHUNK_ENTRIES):
+                    part = members[start : start + CHUNK_ENTRIES]
                     yield Chunk(
                         first=first, count=len(part), payload=(folder, names[folder], part), done=first + len(part)
                     )
@@ -82,7 +82,8 @@ class ImageNetReader(Reader):
         if path is None:
             if any(_SYNSET.fullmatch(folder) for folder in classes):
                 raise ConfigError(
-                    f"the class folders of {self.source} are WordNet numbers ({classes[0]}), which are no prompts: give --class-names "
+                    f"the class folders of {self.source} are WordNet numbers ({classes[0]}), which are no prompts: "
+                    "give --class-names "
                     f"{MAPPING} (lines 'n01440764 tench, Tinca tinca'), or put that file beside the folders"
                 )
             return {
@@ -92,7 +93,8 @@ class ImageNetReader(Reader):
         missing = [folder for folder in classes if folder not in names]
         if missing:
             raise ConfigError(
-                f"{path} names no class for {len(missing)} of the {len(classes)} folders of {self.source}: {', '.join(missing[:5])}; add them, "
+                f"{path} names no class for {len(missing)} of the {len(classes)} folders of {self.source}: "
+                f"{', '.join(missing[:5])}; add them, "
                 "or import a folder without them"
             )
         return {folder: names[folder] for folder in classes}, f"class names: {path}"
@@ -121,7 +123,8 @@ def read_class_names(path: Path) -> dict[str, str]:
         raise ConfigError(f"--class-names {path}: {error}") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"--class-names {path}: {error}; expected lines 'FOLDER NAME', or a .json of {{'FOLDER': 'NAME'}} or {{'0': ['FOLDER', 'NAME']}}"
+            f"--class-names {path}: {error}; expected lines 'FOLDER NAME', or a .json of {{'FOLDER': "
+            f"'NAME'}} or {{'0': ['FOLDER', 'NAME']}}"
         ) from None
     if len(names) != len(pairs):
         raise ConfigError(
@@ -139,7 +142,7 @@ def _class_files(source: Path) -> dict[str, list[str]]:
             f"SOURCE {source}: {error}; expected a folder with one folder a class"
         ) from error
     if not any(files.values()):
-        raise ConfigError(f"SOURCE {source} has no class folder with files in it; expected {source}/CLASS/picture.jpg")
+        raise ConfigError(f"SOURCE {source} has no class folder with files in it; expected {source}/CLASS/image.jpg")
     return files
 
 

@@ -97,7 +97,8 @@ class SkipLog:
             if self._file.tell() < manifest.log_bytes:
                 self._file.close()
                 raise DataError(
-                    f"{self._path} is shorter than {manifest.log_bytes} bytes: it was changed; import into another folder"
+                    f"{self._path} is shorter than {manifest.log_bytes} bytes: it was changed; "
+                    "import into another folder"
                 )
             self._file.truncate(manifest.log_bytes)
             self._file.seek(0, os.SEEK_END)
@@ -138,9 +139,9 @@ def load_manifest(folder: Path) -> Manifest | None:
             raise ValueError(f"version {version}, expected {VERSION}")
         outputs = {
             name: OutputState(
-                folder=one["folder"], end=one["end"], shards=[WrittenShard(**shard) for shard in one["shards"]]
+                folder=output["folder"], end=output["end"], shards=[WrittenShard(**shard) for shard in output["shards"]]
             )
-            for name, one in value.pop("outputs").items()
+            for name, output in value.pop("outputs").items()
         }
         return Manifest(**{**value, "counts": Counter(value["counts"])}, outputs=outputs)
     except FileNotFoundError:
@@ -150,46 +151,43 @@ def load_manifest(folder: Path) -> Manifest | None:
 
 
 def resume_or_start(folder: Path, new: Manifest) -> Manifest:
-    """The manifest to go on from: the one in `folder` where it belongs to the same source and options, else `new`.
+    """The manifest to go on from: the one in `folder` where it belongs to the same source and options, else `new`;
+    also `new` where an import of something else stopped before its first shard.
 
     Raises:
         ConfigError: when the source or an option changed (what, then and now), or the folder holds shards of somebody
         else.
         DataError: when a shard that the manifest names is gone or has another size.
     """
-    found = load_manifest(folder)
-    if found is None:
+    existing = load_manifest(folder)
+    changes = [] if existing is None else _changes(existing, new)
+    if existing is None or (changes and not any(output.shards for output in existing.outputs.values())):
         for output in new.outputs.values():
             foreign = sorted(path.name for path in Path(output.folder).glob("*.tar"))
             if foreign:
                 raise ConfigError(
-                    f"{output.folder} holds shards ({foreign[0]}) but no {NAME} of an import: they would mix; choose an empty folder"
+                    f"{output.folder} holds shards ({foreign[0]}) that no {NAME} of an import names: they would mix; "
+                    "choose an empty folder"
                 )
         return new
-    changes = [
-        *_differences("", {"format": found.format}, {"format": new.format}),
-        *_differences("source: ", found.identity, new.identity),
-        *_differences("option ", found.options, new.options),
-        *_differences(
-            "folder of ", *({name: one.folder for name, one in side.outputs.items()} for side in (found, new))
-        ),
-    ]
     if changes:
         more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
         raise ConfigError(
-            f"{folder} holds an import {'that is complete' if found.complete else 'that was interrupted'}, but of something else: "
-            f"{'; '.join(changes[:_NAMED])}{more}. Restore what changed to go on, or import into another folder"
+            f"{folder} holds an import {'that is complete' if existing.complete else 'that was interrupted'}, "
+            f"but of something else: {'; '.join(changes[:_NAMED])}{more}. "
+            "Restore what changed to go on, or import into another folder"
         )
-    for output in found.outputs.values():
+    for output in existing.outputs.values():
         for shard in output.shards:
             path = Path(output.folder) / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.size:
                 raise DataError(
-                    f"shard {path} {'is gone' if size is None else f'has {size:,} bytes'}, {NAME} says {shard.size:,} bytes: it was changed "
+                    f"shard {path} {'is gone' if size is None else f'has {size:,} bytes'}, "
+                    f"{NAME} says {shard.size:,} bytes: it was changed "
                     "after it was written; restore it, or import into another folder"
                 )
-    return found
+    return existing
 
 
 @contextlib.contextmanager
@@ -209,6 +207,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _changes(then: Manifest, now: Manifest) -> list[str]:
+    folders = ({name: output.folder for name, output in manifest.outputs.items()} for manifest in (then, now))
+    return [
+        *_differences("", {"format": then.format}, {"format": now.format}),
+        *_differences("source: ", then.identity, now.identity),
+        *_differences("option ", then.options, now.options),
+        *_differences("folder of ", *folders),
+    ]
 
 
 def _differences(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Parquet with picture bytes (Hugging Face's `{bytes, path}`, or binary) or text. A process reads one row group at a
+"""Parquet with image bytes (Hugging Face's `{bytes, path}`, or binary) or text. A process reads one row group at a
 time."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS_AT_A_TIME = 64
 """Rows turned into Python objects at once."""
 
 _UNREAD = b"\0"
-"""Stands for a picture that a dry run does not read."""
+"""Stands for an image that a dry run does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,14 @@ class ParquetReader(Reader):
         path, name, group, before = chunk.payload
         file = _open(_pyarrow(), path)
         present = set(file.schema_arrow.names)
-        wanted = [
+        columns = [
             column
             for column in self.columns.used(self.kind)
             if column in present and (pictures or column != self.columns.image)
         ]
         place = 0
         try:
-            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=[group], columns=wanted):
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=[group], columns=columns):
                 for record in batch.to_pylist():
                     if not pictures:
                         record[self.columns.image] = _UNREAD
@@ -93,7 +93,8 @@ class ParquetReader(Reader):
         if missing or not has_text:
             lacks = missing or [self.columns.text if self.kind is Kind.TEXT else self.columns.caption]
             raise ConfigError(
-                f"{path} has no column {', '.join(map(repr, lacks))}; it has {', '.join(present)}. Name yours with --image-column, "
+                f"{path} has no column {', '.join(map(repr, lacks))}; it has {', '.join(present)}. "
+                "Name yours with --image-column, "
                 "--caption-column, --text-column or --conversations-column"
             )
 

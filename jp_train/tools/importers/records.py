@@ -1,4 +1,4 @@
-"""Records in JSONL, JSON arrays, CSV and TSV: LLaVA/ShareGPT dialogues, image-text pairs, and text.
+"""Records in JSONL, JSON arrays, CSV and TSV: LLaVA/ShareGPT conversations, image-text pairs, and text.
 
 `record_entry` and `Columns` say what a record means, whatever file it is from; `RecordReader` finds records in files.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from jp_train.tools.importers.files import (
     identity_of,
     is_array,
     line_chunks,
-    open_text,
     parse_json,
     source_files,
     total_bytes,
@@ -128,7 +128,7 @@ def _image(record: Mapping, columns: Columns) -> str | bytes | None:
     image = record.get(columns.image)
     if isinstance(image, list):
         if len(image) > 1:
-            raise Skip("multi_image", f'"{columns.image}" lists {len(image)} pictures; jp_train takes one a sample')
+            raise Skip("multi_image", f'"{columns.image}" lists {len(image)} images; jp_train takes one a sample')
         image = image[0] if image else None
     if isinstance(image, Mapping):  # the Image feature of Hugging Face datasets
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
@@ -136,7 +136,7 @@ def _image(record: Mapping, columns: Columns) -> str | bytes | None:
         return None
     if not isinstance(image, (str, bytes)):
         raise Skip(
-            "bad_record", f'"{columns.image}" is a {type(image).__name__}, expected a path or the bytes of a picture'
+            "bad_record", f'"{columns.image}" is a {type(image).__name__}, expected a path or the bytes of an image'
         )
     return image
 
@@ -164,7 +164,8 @@ class RecordReader(Reader):
         types = {_type(path) for path in files}
         if len(types) > 1:
             raise ConfigError(
-                f"SOURCE {self.source} mixes {' and '.join(sorted(types))} files; name one type with a glob, for example '{self.source}/*.jsonl'"
+                f"SOURCE {self.source} mixes {' and '.join(sorted(types))} files; "
+                f"name one type with a glob, for example '{self.source}/*.jsonl'"
             )
         chunks = {"csv": _csv_chunks, "array": _array_chunks, "lines": line_chunks}[types.pop()]
         most = CHUNK_LINES if self.kind is Kind.TEXT else CHUNK_ENTRIES
@@ -193,6 +194,13 @@ class RecordReader(Reader):
                 yield Entry(number=number, name=name, skip=item)
                 continue
             yield record_entry(item, number, name, self.columns, self.kind)
+
+
+def record_reader(name: str, source: Path, images: Path | None, kind: str, columns: Columns) -> RecordReader:
+    """A reader of records with images; without an image folder, paths start in the source's folder."""
+    if images is None:
+        images = source if source.is_dir() else source.parent
+    return RecordReader(format=name, source=source, images=images, kind=Kind(kind), columns=columns)
 
 
 def _type(path: Path) -> str:
@@ -228,7 +236,11 @@ def _csv_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_CELL)
     first, before = 0, 0
     for path, name in zip(files, file_names(files), strict=True):
-        with open_text(path) as file:
+        # bytes that are not UTF-8 become lone surrogates, which the sample check then rejects by name
+        with (
+            open(path, "rb") as raw,
+            io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        ):
             # an open quote would swallow rows
             rows = csv.reader(file, delimiter=CSV_DELIMITERS[path.suffix.lower()], strict=True)
             try:
@@ -246,10 +258,7 @@ def _csv_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
                     )
                     if len(items) == most:
                         yield Chunk(
-                            first=first,
-                            count=len(items),
-                            payload=(name, start, items),
-                            done=before + file.buffer.tell(),
+                            first=first, count=len(items), payload=(name, start, items), done=before + raw.tell()
                         )
                         first, start, items = first + len(items), start + len(items), []
             except csv.Error as error:

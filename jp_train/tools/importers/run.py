@@ -16,7 +16,7 @@ from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine, printable
 from jp_train.tools.importers.entries import Listing, Reader
-from jp_train.tools.importers.files import refuse_own_output
+from jp_train.tools.importers.files import refuse_output_in_source
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
 from jp_train.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
 
@@ -30,7 +30,7 @@ _FEW = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSettings:
-    """Where an import writes and how. `shard_mib` in MiB; `text_out` is a folder for dialogues without a picture, or
+    """Where an import writes and how. `shard_mib` in MiB; `text_out` is a folder for conversations without an image, or
     None."""
 
     out: Path
@@ -132,17 +132,17 @@ def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
         )
     for folder in (settings.out, settings.text_out):
         if folder is not None:
-            refuse_own_output(reader.source, folder)
+            refuse_output_in_source(reader.source, folder)
     listing = reader.listing()
     if reader.images is not None and not reader.images.is_dir():
         raise ConfigError(
-            f"--images {reader.images} is no folder; name the folder that the paths of the pictures start in"
+            f"--images {reader.images} is no folder; name the folder that the paths of the images start in"
         )
     return listing
 
 
 def _shards(manifest: Manifest) -> int:
-    return sum(len(one.shards) for one in manifest.outputs.values())
+    return sum(len(output.shards) for output in manifest.outputs.values())
 
 
 class _Sink:
@@ -155,12 +155,12 @@ class _Sink:
         self._manifest, self._settings = manifest, settings
         self._writers = {
             name: ShardWriter(
-                Path(one.folder),
+                Path(output.folder),
                 max_bytes=max(1, int(settings.shard_mib * 2**20)),
                 max_samples=settings.shard_samples,
-                number=len(one.shards),
+                number=len(output.shards),
             )
-            for name, one in manifest.outputs.items()
+            for name, output in manifest.outputs.items()
         }
         self._next = 0
         self._example = ""
@@ -171,13 +171,13 @@ class _Sink:
         return sum(self._manifest.skipped.values())
 
     def take(self, made: Iterable[Made]) -> None:
-        for one in made:
-            self._next = one.number
-            if one.packed is not None:
-                self._write(one)
-            if one.number >= self._manifest.log_end:
-                self._count(one)
-            self._next = one.number + 1
+        for sample in made:
+            self._next = sample.number
+            if sample.packed is not None:
+                self._write(sample)
+            if sample.number >= self._manifest.log_end:
+                self._count(sample)
+            self._next = sample.number + 1
 
     def finish(self) -> None:
         """Close the last shards and mark the import complete. Raises DataError when no entry became a sample."""
@@ -186,9 +186,9 @@ class _Sink:
                 self._commit(name, shard)
         self._log.sync(self._next)
         manifest = self._manifest
-        for one in manifest.outputs.values():
-            one.end = manifest.log_end
-        if not any(one.shards for one in manifest.outputs.values()):
+        for output in manifest.outputs.values():
+            output.end = manifest.log_end
+        if not any(output.shards for output in manifest.outputs.values()):
             raise DataError(f"no entry of {manifest.source} became a sample ({self.skipped:,} skipped){self._example}")
         manifest.complete = True
         manifest.store(self._settings.out)
@@ -201,26 +201,27 @@ class _Sink:
             writer.abandon()
         self._log.close()
 
-    def _write(self, one: Made) -> None:
-        if one.number < self._manifest.outputs[one.output].end:
+    def _write(self, sample: Made) -> None:
+        if sample.number < self._manifest.outputs[sample.output].end:
             return
-        assert one.packed is not None
-        shard = self._writers[one.output].append(one.packed)
+        assert sample.packed is not None
+        shard = self._writers[sample.output].append(sample.packed)
         if shard is not None:
-            self._commit(one.output, shard)
+            self._commit(sample.output, shard)
 
-    def _count(self, one: Made) -> None:
+    def _count(self, sample: Made) -> None:
         counts = self._manifest.counts
         counts["entries"] += 1
-        counts["converted"] += one.converted
-        if not one.reason:
+        counts["converted"] += sample.converted
+        if not sample.reason:
             return
-        self._manifest.count_skip(one.reason)
-        self._example = self._example or printable(f"; the first: {one.name}: {one.message}")
-        self._log.write(entry=one.number, name=one.name, reason=one.reason, message=one.message)
+        self._manifest.count_skip(sample.reason)
+        self._example = self._example or printable(f"; the first: {sample.name}: {sample.message}")
+        self._log.write(entry=sample.number, name=sample.name, reason=sample.reason, message=sample.message)
         if counts["entries"] == HOPELESS == self.skipped:
             raise DataError(
-                f"none of the first {HOPELESS:,} entries became a sample{self._example}. Check the options (image folder, columns, kind); "
+                f"none of the first {HOPELESS:,} entries became a sample{self._example}. "
+                "Check the options (image folder, columns, kind); "
                 f"{self._settings.out / SKIPPED} names every entry"
             )
 
@@ -235,11 +236,11 @@ class _Sink:
 
 def _options(reader: Reader, settings: ImportSettings) -> dict[str, Any]:
     """All that decides the shards' content besides the source, as JSON gives it back; not the number of processes."""
-    own = {
+    settled = {
         "kind": reader.kind.value,
         "shard_mib": settings.shard_mib,
         "shard_samples": settings.shard_samples,
         "decode": settings.decode,
         "max_image_pixels": settings.max_image_pixels,
     }
-    return json.loads(json.dumps({**reader.options(), **own}))
+    return json.loads(json.dumps({**reader.options(), **settled}))

@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from jp_train.config.schema import ClassPrompt, SourceConfig, SourceKind
+from jp_train.config.choices import ClassPrompt, SourceKind
+from jp_train.config.schema import SourceConfig
 from jp_train.data.samples import check_field_size, parse_sample
 from jp_train.data.writer import pack_sample
 from jp_train.errors import SkipSample
 from jp_train.tools.importers.entries import Chunk, Entry, Reader, Skip, sample_key
-from jp_train.tools.importers.pictures import read_inside, shard_image
+from jp_train.tools.importers.images import read_inside, shard_image
 from jp_train.types import Kind, RawSample, SourceInfo
 
 MAIN, TEXT = "shards", "text"
@@ -34,8 +35,8 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRules:
-    """How entries become samples: the reader, whether pictures are decoded whole, the pixels they may have, and
-    whether dialogues without a picture have an output."""
+    """How entries become samples: the reader, whether images are decoded whole, the pixels they may have, and
+    whether conversations without an image have an output."""
 
     reader: Reader
     decode: bool
@@ -61,7 +62,8 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
             if not rules.keep_text_only:
                 raise Skip(
                     "text_only",
-                    "the dialogue has no picture; --text-out FOLDER writes such dialogues into shards of their own",
+                    "the conversation has no image; --text-out FOLDER writes such conversations into shards of their "
+                    "own",
                 )
             kind = Kind.TEXT
         elif kind is not Kind.TEXT:
@@ -84,7 +86,7 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
 
 
 def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: str = "as_is") -> None:
-    """Parse the sample as training will, pictures left alone. Raises Skip with the loader's own words."""
+    """Parse the sample as training will, images left alone. Raises Skip with the loader's own words."""
     light = {extension: data if extension in ("json", "txt") else b"" for extension, data in fields.items()}
     source = SourceConfig(kind=SourceKind(kind.value), class_prompt=ClassPrompt(class_prompt))
     try:
@@ -105,7 +107,7 @@ def _picture(entry: Entry, images: Path | None) -> bytes:
     if isinstance(entry.image, bytes):
         return entry.image
     if entry.image is None:
-        raise Skip("no_image", "the entry has no picture")
+        raise Skip("no_image", "the entry has no image")
     if images is None:
         raise Skip("image_missing", f"{entry.image!r} is a path, but no image folder is given: name it with --images")
     return read_inside(images, entry.image)

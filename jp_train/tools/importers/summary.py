@@ -10,7 +10,7 @@ from typing import Any
 
 from jp_train.files import read_json_lines
 from jp_train.terminal import aligned, printable
-from jp_train.tools.importers.entries import REASONS, REFUSED
+from jp_train.tools.importers.entries import REASONS, REJECTED
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState
 from jp_train.tools.importers.samples import MAIN
 
@@ -38,7 +38,7 @@ def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: P
         "source": manifest.source,
         "out": str(out.absolute()),
         "entries": manifest.counts["entries"],
-        "samples": sum(one["samples"] for one in sources),
+        "samples": sum(source["samples"] for source in sources),
         "converted": manifest.counts["converted"],
         "skipped": manifest.skipped,
         "skipped_file": str(out.absolute() / SKIPPED),
@@ -51,9 +51,10 @@ def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: P
 def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> str:
     """The summary as text: in, out, skipped by reason with examples, recipe lines, next commands."""
     lost = sum(summary["skipped"].values())
-    converted = f"{summary['converted']:,} pictures converted to PNG, " if summary["converted"] else ""
+    converted = f"{summary['converted']:,} images converted to PNG, " if summary["converted"] else ""
     lines = [
-        f"import {summary['format']}: {summary['entries']:,} entries in, {summary['samples']:,} samples out, {lost:,} skipped, "
+        f"import {summary['format']}: {summary['entries']:,} entries in, {summary['samples']:,} samples out, "
+        f"{lost:,} skipped, "
         f"{converted}{summary['seconds']:.1f} s",
         "",
         *aligned(
@@ -61,13 +62,13 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
                 ("folder", "kind", "samples", "shards", "MiB"),
                 *(
                     (
-                        one["folder"],
-                        one["kind"],
-                        f"{one['samples']:,}",
-                        f"{one['shards']:,}",
-                        f"{one['bytes'] / 2**20:,.1f}",
+                        source["folder"],
+                        source["kind"],
+                        f"{source['samples']:,}",
+                        f"{source['shards']:,}",
+                        f"{source['bytes'] / 2**20:,.1f}",
                     )
-                    for one in summary["sources"]
+                    for source in summary["sources"]
                 ),
             ]
         ),
@@ -89,7 +90,7 @@ def skipped_lines(skipped: dict[str, int], examples: dict[str, list[str]]) -> li
     """One line a reason with its count and meaning, and its examples below it."""
     lines = []
     for reason, count in sorted(skipped.items(), key=lambda item: -item[1]):
-        lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, REFUSED)}")
+        lines.append(f"  {count:>9,}  {reason}: {REASONS.get(reason, REJECTED)}")
         lines += [f"             e.g. {printable(example)}"[:_WIDTH] for example in examples.get(reason, [])]
     return lines
 
@@ -99,10 +100,10 @@ def skipped_examples(path: Path) -> dict[str, list[str]]:
     examples: dict[str, list[str]] = {}
     if path.is_file():
         with open(path, encoding="utf-8") as file:
-            for one in filter(None, read_json_lines(file)):
-                found = examples.setdefault(one["reason"], [])
-                if len(found) < _EXAMPLES:
-                    found.append(f"{one['name']}: {one['message']}")
+            for line in filter(None, read_json_lines(file)):
+                messages = examples.setdefault(line["reason"], [])
+                if len(messages) < _EXAMPLES:
+                    messages.append(f"{line['name']}: {line['message']}")
     return examples
 
 
@@ -110,10 +111,11 @@ def recipe_lines(sources: Sequence[dict[str, Any]]) -> list[str]:
     """`data:` of a recipe with the given sources (`name`, `spec` as absolute shards, `kind`, perhaps
     `class_prompt`), ready to paste."""
     lines = ["data:", "  sources:"]
-    for one in sources:
-        more = f", class_prompt: {one['class_prompt']}" if "class_prompt" in one else ""
+    for source in sources:
+        more = f", class_prompt: {source['class_prompt']}" if "class_prompt" in source else ""
         lines.append(
-            f'    {quoted(one["name"])}: {{kind: {one["kind"]}, shards: {json.dumps(one["spec"])}{more}, license: ""}}'
+            f"    {quoted(source['name'])}: {{kind: {source['kind']}, shards: "
+            f'{json.dumps(source["spec"])}{more}, license: ""}}'
         )
     return lines
 

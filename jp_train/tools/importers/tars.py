@@ -23,11 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import braceexpand
 
-from jp_train.config.schema import Crop
+from jp_train.config.choices import Crop
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import VQ_EXTENSION
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, is_url, scan_members
@@ -38,6 +38,9 @@ from jp_train.files import replacing
 from jp_train.tools.importers.files import file_identity
 from jp_train.tools.importers.samples import check_sample
 from jp_train.types import Kind
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 PIPE = "pipe:"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -86,7 +89,7 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
     """
     try:
         parts = list(braceexpand.braceexpand(source))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:  # UnbalancedBracesError, which the types of braceexpand lack
         raise ConfigError(f"SOURCE {source!r}: {error}; write ranges as {{000..127}}") from None
     if any(part.startswith(PIPE) for part in parts):
         if not all(part.startswith(PIPE) for part in parts):
@@ -105,7 +108,8 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
     plain = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if names and plain:
         raise ConfigError(
-            f"folder {folder} holds plain tars ({plain[0].name}) and compressed ones ({Path(names[0]).name}): name one sort, for example "
+            f"folder {folder} holds plain tars ({plain[0].name}) and compressed ones ({Path(names[0]).name}): "
+            "name one sort, for example "
             f"'{folder}/*.tar'"
         )
     if folder.is_dir() and not names and not plain:
@@ -116,7 +120,8 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
         kinds = Counter(_compression(reader.read(shard, 0, min(4, shard.size))) for shard in shards)
     if kinds["zstd"]:
         raise ConfigError(
-            f"SOURCE {source!r}: {kinds['zstd']} of {len(names)} tars are compressed with zstd, which this Python cannot read; decompress them with "
+            f"SOURCE {source!r}: {kinds['zstd']} of {len(names)} tars are compressed with zstd, "
+            "which this Python cannot read; decompress them with "
             "`zstd -d`, or name a command: 'pipe:zstd -dc FILE.tar.zst' with --allow-pipe"
         )
     copies = kinds[""] < len(names)
@@ -138,7 +143,8 @@ def command_words(part: str) -> list[str]:
         raise ConfigError(f"{part!r}: {error}") from None
     if not words or any(word in _SHELL for word in words):
         raise ConfigError(
-            f"{part!r} {'names no command' if not words else 'needs a shell (a pipe, redirection or list)'}: jp-train runs one program without a "
+            f"{part!r} {'names no command' if not words else 'needs a shell (a pipe, redirection or list)'}: "
+            "jp-train runs one program without a "
             "shell; put it into a script and name the script"
         )
     return words
@@ -186,7 +192,7 @@ def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers 
     for number, key in enumerate(members.keys):
         try:
             raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", pictures=False)
-            # Stored ids stand for a picture here: how many there must be is the model's business, and the run checks
+            # Stored ids stand for an image here: how many there must be is the model's business, and the run checks
             # it.
             check_sample(
                 key,
@@ -199,7 +205,7 @@ def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers 
 
 
 @contextlib.contextmanager
-def _stream(name: str) -> Iterator[BinaryIO]:
+def _stream(name: str) -> Iterator[IO[bytes]]:
     if not name.startswith(PIPE):
         with contextlib.closing(ShardReader()) as reader:
             yield io.BufferedReader(_Ranges(reader, reader.stat(name)), _BLOCK)
@@ -232,9 +238,10 @@ class _Ranges(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        size = min(len(buffer), self._shard.size - self._at)
-        buffer[:size] = self._reader.read(self._shard, self._at, size) if size else b""
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), self._shard.size - self._at)
+        view[:size] = self._reader.read(self._shard, self._at, size) if size else b""
         self._at += size
         return size
 
@@ -242,16 +249,17 @@ class _Ranges(io.RawIOBase):
 class _Rejoined(io.RawIOBase):
     """A stream whose first bytes were read already."""
 
-    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+    def __init__(self, head: bytes, stream: IO[bytes]) -> None:
         self._head, self._stream = head, stream
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        data = self._head[: len(buffer)] or self._stream.read(len(buffer))
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._head[: len(view)] or self._stream.read(len(view))
         self._head = self._head[len(data) :] if self._head else b""
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         return len(data)
 
 
@@ -259,13 +267,14 @@ def _compression(head: bytes) -> str:
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
 
 
-def _copy(name: str, stream: BinaryIO, file: BinaryIO) -> str:
+def _copy(name: str, stream: IO[bytes], file: BinaryIO) -> str:
     """Decompress a stream into a file; returns the SHA-256 of what was written."""
     head = stream.read(4)
     kind = _compression(head)
     if kind == "zstd":
         raise DataError(
-            f"{name}: the stream is compressed with zstd, which this Python cannot read; let the command decompress it (zstd -dc)"
+            f"{name}: the stream is compressed with zstd, which this Python cannot read; "
+            "let the command decompress it (zstd -dc)"
         )
     whole = io.BufferedReader(_Rejoined(head, stream), _BLOCK)
     plain = _DECOMPRESSORS[kind](whole)

@@ -111,7 +111,8 @@ def _resumed(new: Manifest, tars: TarSource, out: Path) -> Manifest:
             False,
         ):
             raise ConfigError(
-                f"{out} holds an import of something else ({before.format} {before.source}): its {NAME} and {SKIPPED} would be lost; choose "
+                f"{out} holds an import of something else ({before.format} {before.source}): "
+                f"its {NAME} and {SKIPPED} would be lost; choose "
                 "another folder"
             )
         return new
@@ -128,7 +129,7 @@ def _resumed(new: Manifest, tars: TarSource, out: Path) -> Manifest:
 
 
 def usable_samples(manifest: Manifest) -> int:
-    """Samples of the tars less those that the loader would refuse."""
+    """Samples of the tars less those that the loader would reject."""
     return manifest.counts["entries"] - sum(manifest.skipped.values())
 
 

@@ -1,4 +1,4 @@
-"""A forecast as one picture of six panels. matplotlib is imported on use, with its Agg canvas and no global state."""
+"""A forecast as one image of six panels. matplotlib is imported on use, with its Agg canvas and no global state."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ NPY_HEADER = 128
 
 
 def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceReads:
-    """The mean bytes of a document of a source, with its picture and with VQ ids in the picture's place (`slots`
+    """The mean bytes of a document of a source, with its image and with VQ ids in the image's place (`slots`
     uint16).
 
-    Ids that lie in the shards as members replace pictures as in training. Ids beside the shards are counted, not
+    Ids that lie in the shards as members replace images as in training. Ids beside the shards are counted, not
     compared with the run's VQ.
 
     Raises:

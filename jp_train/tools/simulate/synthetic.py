@@ -6,7 +6,7 @@ A file of lengths (YAML or JSON) names sources, or kinds for all their sources:
     my_text: {mean: 1000, sigma: 1.0, max: 20000, samples: 2_000_000, bytes: 4000}
 
 `mean`: tokens of text beside image and template, log-normally distributed with `sigma`, clipped to [3, `max`]; `bytes`:
-of what a read of one sample fetches besides stored VQ ids, picture included.
+of what a read of one sample fetches besides stored VQ ids, image included.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Forecast of a stage from its plan: fill, mixture, epochs, balance between ranks, reads. No sample is read and no
-picture decoded.
+image decoded.
 
 `simulate` plans a sample of the stage's steps (sample.py) and measures it. What the index tells exactly (mean
 lengths, shares) is used exactly, so that the forecast of epochs only has to learn from the sample how full rows are.
@@ -38,8 +38,8 @@ _NAMED_REPEATS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceReads:
-    """Bytes that training reads for one document of a source, on average: with the picture, and with its VQ ids
-    stored. `stored`: share of the source's pictures whose ids are stored now. `samples`: how many there are (of a
+    """Bytes that training reads for one document of a source, on average: with the image, and with its VQ ids
+    stored. `stored`: share of the source's images whose ids are stored now. `samples`: how many there are (of a
     synthetic source, more than lengths)."""
 
     with_pictures: float
@@ -132,7 +132,7 @@ def simulate(
 
 def row_statistics(sample: Sample, setup: StageSetup) -> dict[str, np.ndarray]:
     """STATISTICS of every sampled row, float64 [steps x rows]. Text positions of understanding documents and of
-    dialogues count questions too,
+    conversations count questions too,
     which lengths cannot tell apart: an upper bound where they are not supervised."""
     length = sample.length.astype(np.float64)
     text, und, gen = (sample.kind == KINDS.index(kind) for kind in (Kind.TEXT, Kind.UNDERSTANDING, Kind.GENERATION))

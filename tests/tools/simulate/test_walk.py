@@ -242,7 +242,7 @@ def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
     stored = forecast["reads"]["per_step"]["bytes_with_pictures"] * 6 - sum(
         spans[name] * np.mean(sizes) for name, sizes in per_sample.items()
     )
-    ids = 2 * 16 + 128  # of samples without a picture: the ids and their .npy header, and a short JSON or its token ids
+    ids = 2 * 16 + 128  # of samples without an image: the ids and their .npy header, and a short JSON or its token ids
     assert ids < stored / spans["stored"] < ids + 120
     assert forecast["reads"]["per_node_per_second"]["samples"] == pytest.approx(2 * sum(spans.values()) / 6)
     pictures = np.mean([len(fields["png"]) for _, fields in generation_samples(13) + generation_samples(12, 13)])
@@ -314,7 +314,7 @@ def test_the_command_writes_one_json_object_and_a_picture(tmp_path, capsys) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pictures: {mean: 3}", "'pictures' is neither a source"),
+        ("images: {mean: 3}", "'images' is neither a source"),
         ("text: {mean: -3, sigma: 1}", r"text.mean is -3"),
         ("text: {median: 3}", "expected numbers for some of bytes, max, mean"),
         ("text: [", "cannot read the lengths"),

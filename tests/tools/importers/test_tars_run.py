@@ -58,7 +58,7 @@ def test_plain_tars_are_validated_and_indexed_where_they_are(tmp_path, kind):
     assert again["samples"] == 11
 
 
-def test_stored_ids_count_as_a_picture(tmp_path):
+def test_stored_ids_count_as_an_image(tmp_path):
     write_shard(tmp_path / "a.tar", stored_samples(3))
     assert run(tmp_path / "a.tar", tmp_path / "out")[0]["samples"] == 3
 
@@ -166,7 +166,7 @@ def test_a_command_runs_only_when_it_is_allowed_and_never_through_a_shell(tmp_pa
     assert not mark.exists()
 
 
-def test_a_command_that_fails_or_ends_early_leaves_no_shard_and_says_what_it_said(tmp_path):
+def test_a_command_that_fails_or_ends_early_leaves_no_shard_and_its_output_is_shown(tmp_path):
     path = write_shard(tmp_path / "a.tar", generation_samples(3))
     script = f"import sys; sys.stdout.buffer.write(open('{path}','rb').read()); sys.exit('the bucket is gone')"
     with pytest.raises(DataError, match="ended with status 1: the bucket is gone"):

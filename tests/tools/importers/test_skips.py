@@ -14,17 +14,19 @@ from PIL import Image
 from jp_train.data.image import _to_rgb, decode_rgb
 from jp_train.data.samples import MAX_TEXT_BYTES
 from jp_train.errors import ConfigError, DataError
-from jp_train.tools.importers import pictures, readers
+from jp_train.tools.importers import images
+from jp_train.tools.importers.coco import CocoReader
 from jp_train.tools.importers.command import import_command
+from jp_train.tools.importers.documents import text_reader
 from jp_train.tools.importers.entries import REASONS, Skip
-from jp_train.tools.importers.pictures import read_inside, shard_image
-from jp_train.tools.importers.readers import Columns
+from jp_train.tools.importers.imagenet import ImageNetReader
+from jp_train.tools.importers.images import read_inside, shard_image
+from jp_train.tools.importers.parquet import ParquetReader
+from jp_train.tools.importers.records import Columns, record_reader
 from jp_train.tools.importers.run import HOPELESS, ImportSettings
 from jp_train.types import Kind
 from tests.tools.importers.import_layouts import (
-    coco,
     contents,
-    dialogue,
     dump,
     image_folder,
     image_name,
@@ -33,12 +35,13 @@ from tests.tools.importers.import_layouts import (
     run,
     samples_in,
     skipped_in,
+    turns,
 )
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """An image folder with a good picture and everything that must not be read."""
+    """An image folder with a good image and everything that must not be read."""
     images = image_folder(tmp_path / "images", 2)
     (tmp_path / "secret.jpg").write_bytes(picture(5))
     (tmp_path / "images-too").mkdir()
@@ -79,9 +82,9 @@ BAD_PATHS = {
 
 def pairs(tmp_path, folder, records, kind="generation", **columns):
     path = tmp_path / "records.jsonl"
-    lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in records]
+    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     path.write_bytes(b"\n".join(lines) + b"\n")
-    return readers.record_reader("pairs", path, folder, kind, Columns(**columns))
+    return record_reader("pairs", path, folder, kind, Columns(**columns))
 
 
 def test_a_path_is_only_read_inside_the_image_folder(tmp_path, folder):
@@ -99,7 +102,7 @@ def test_an_io_error_stops_the_import_and_is_no_reason_to_skip(folder, monkeypat
     def fails(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(pictures.os, "stat", fails)
+    monkeypatch.setattr(images.os, "stat", fails)
     with pytest.raises(DataError, match="Input/output error.*never skipped.*it resumes"):
         read_inside(folder, image_name(0))
 
@@ -135,77 +138,43 @@ def test_every_bad_record_is_named_with_its_line_and_reason(tmp_path, folder):
     assert all(reason in text for reason in summary["skipped"]) and "records.jsonl:2" in text
 
 
-DIALOGUES = [
+CONVERSATIONS = [
     ([], "bad_dialogue"),
     ("text", "bad_dialogue"),
-    (dialogue(1)[:1], "bad_dialogue"),
-    (dialogue(1, ""), "bad_dialogue"),
-    (dialogue(1, "<image><image>"), "bad_dialogue"),
-    ([{"from": "system", "value": "s"}, *dialogue(1)], "bad_dialogue"),
-    ([dialogue(1)[0], {"from": "gpt", "value": ""}], "empty_text"),
-    ([dialogue(1)[0], {"from": "gpt"}], "bad_type"),
+    (turns(1)[:1], "bad_dialogue"),
+    (turns(1, ""), "bad_dialogue"),
+    (turns(1, "<image><image>"), "bad_dialogue"),
+    ([{"from": "system", "value": "s"}, *turns(1)], "bad_dialogue"),
+    ([turns(1)[0], {"from": "gpt", "value": ""}], "empty_text"),
+    ([turns(1)[0], {"from": "gpt"}], "bad_type"),
 ]
 
 
-def test_every_bad_dialogue_is_named_with_its_reason(tmp_path, folder):
-    records = [{"image": "000.jpg", "conversations": one} for one, _ in DIALOGUES]
+def test_every_bad_conversation_is_named_with_its_reason(tmp_path, folder):
+    records = [{"image": "000.jpg", "conversations": conversation} for conversation, _ in CONVERSATIONS]
     records += [
-        {"image": "000.jpg", "conversations": dialogue(1)},
-        {"image": ["a", "b"], "conversations": dialogue(1)},
+        {"image": "000.jpg", "conversations": turns(1)},
+        {"image": ["a", "b"], "conversations": turns(1)},
         None,
         7,
     ]
-    records += [{"conversations": [*dialogue(1, ""), "x"]}]
+    records += [{"conversations": [*turns(1, ""), "x"]}]
     path = dump(tmp_path / "llava.json", records)
-    reader = readers.record_reader("conversations", path, folder, "understanding", Columns())
+    reader = record_reader("conversations", path, folder, "understanding", Columns())
     run(reader, tmp_path / "out", text_out=tmp_path / "text")
-    expected = [reason for _, reason in DIALOGUES] + ["multi_image", "bad_record", "bad_record", "bad_dialogue"]
+    expected = [reason for _, reason in CONVERSATIONS] + ["multi_image", "bad_record", "bad_record", "bad_dialogue"]
     assert [reason for _, reason in skipped_in(tmp_path / "out")] == expected
     assert len(samples_in(tmp_path / "out")) == 1
 
 
-def test_coco_entries_that_do_not_fit_together_are_named(tmp_path):
-    reader = coco(tmp_path, 2)
-    value = json.loads(reader.source.read_text())
-    value["images"] += [
-        {"id": 5, "file_name": "none.jpg"},
-        {"id": 6, "file_name": "000.jpg"},
-        {"file_name": "x"},
-        {"id": 7, "file_name": 3},
-        "x",
-    ]
-    value["annotations"] += [
-        {"id": 90, "image_id": 5, "caption": "c"},
-        {"id": 91, "image_id": 404, "caption": "c"},
-        {"id": 92, "caption": "c"},
-    ]
-    value["annotations"] += [{"id": 93, "image_id": 7, "caption": "c"}, {"id": 94, "image_id": 100, "caption": None}, 3]
-    dump(reader.source, value)
-    run(reader, tmp_path / "out")
-    assert sorted(skipped_in(tmp_path / "out")) == sorted(
-        [
-            ("captions.json image 5 annotation 90", "image_missing"),
-            ("captions.json image 6", "no_caption"),
-            ("captions.json image at place 4", "bad_record"),
-            ("captions.json image 7 annotation 93", "bad_record"),
-            ("captions.json image at place 6", "bad_record"),
-            ("captions.json image 404 annotation 91", "image_missing"),
-            ("captions.json image 100 annotation 94", "bad_type"),
-            ("captions.json annotation at place 6", "bad_record"),
-            ("captions.json annotation at place 9", "bad_record"),
-        ]
-    )
-    assert len(samples_in(tmp_path / "out")) == 4
-
-
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_one_hostile_record_costs_one_record_and_its_words_steer_no_terminal(tmp_path, folder, name, capsys):
+def test_a_hostile_record_costs_a_single_record_and_its_words_steer_no_terminal(tmp_path, folder, name, capsys):
     good = '{"image": "000.jpg", "caption": "c"}'
     deep = '{"image": "000.jpg", "conversations": %s}' % ("[" * 900 + "]" * 900)
     names = json.dumps({"image": "000.jpg", "\x1b[2J\ud800": 1})
     records = [good, '{"image": "000.jpg", "caption": "c", "n": %s}' % ("9" * 5000), names, *[deep] * 600]
     (tmp_path / name).write_text(f"[{','.join(records)}]" if name == "a.json" else "\n".join(records))
-    reader = readers.record_reader("pairs", tmp_path / name, folder, "understanding", Columns())
+    reader = record_reader("pairs", tmp_path / name, folder, "understanding", Columns())
     _, text = import_command(reader, ImportSettings(out=tmp_path / "out", processes=2))
     assert [number for number, _ in skipped_in(tmp_path / "out")] == [f"{name}:{n}" for n in range(2, 604)]
     assert "\x1b" not in text and r'"\x1b[2J\ud800"' in text and text.encode()
@@ -214,7 +183,7 @@ def test_one_hostile_record_costs_one_record_and_its_words_steer_no_terminal(tmp
 def test_csv_rows_of_another_width_and_bytes_that_are_no_text_are_named(tmp_path, folder):
     path = tmp_path / "images" / "a.csv"
     path.write_bytes(b"image,caption\n000.jpg,fine\n000.jpg\n000.jpg,a,b\n\n000.jpg,\xff\xfe\n000.jpg,end\n")
-    run(readers.record_reader("pairs", path, None, "generation", Columns()), tmp_path / "out")
+    run(record_reader("pairs", path, None, "generation", Columns()), tmp_path / "out")
     assert skipped_in(tmp_path / "out") == [
         ("a.csv:2", "bad_record"),
         ("a.csv:3", "bad_record"),
@@ -232,11 +201,11 @@ def test_text_that_is_not_utf8_or_empty_is_named(tmp_path):
         ("d.txt", b"x" * (MAX_TEXT_BYTES + 1)),
     ):
         (tmp_path / "t" / name).write_bytes(data)
-    run(readers.text_reader(tmp_path / "t", "file", Columns()), tmp_path / "out")
+    run(text_reader(tmp_path / "t", "file", Columns()), tmp_path / "out")
     assert skipped_in(tmp_path / "out") == [("b.txt", "not_unicode"), ("c.txt", "empty_text"), ("d.txt", "bad_record")]
 
 
-def test_a_truncated_picture_is_found_with_decode(tmp_path, folder):
+def test_a_truncated_image_is_detected_with_decode(tmp_path, folder):
     records = [{"image": name, "caption": "c"} for name in ("cut-late.png", "000.jpg")]
     run(pairs(tmp_path, folder, records), tmp_path / "headers")
     assert not skipped_in(tmp_path / "headers")
@@ -245,7 +214,7 @@ def test_a_truncated_picture_is_found_with_decode(tmp_path, folder):
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(decode):
+def test_an_image_with_too_many_pixels_is_rejected_before_it_is_decoded(decode):
     for format in ("PNG", "BMP"):
         buffer = io.BytesIO()
         Image.new("1", (2000, 1000)).save(buffer, format)
@@ -292,7 +261,7 @@ def test_other_formats_become_png_without_a_change_of_what_training_sees(mode):
     np.testing.assert_array_equal(np.asarray(decode_rgb(png)), np.asarray(expected))
 
 
-def test_converted_pictures_are_counted(tmp_path, folder):
+def test_converted_images_are_counted(tmp_path, folder):
     for number in range(2):
         (folder / f"{number}.bmp").write_bytes(picture(number, "BMP"))
     manifest = run(
@@ -306,7 +275,7 @@ def test_converted_pictures_are_counted(tmp_path, folder):
     ]
 
 
-def test_an_import_without_one_good_entry_is_an_error_that_names_the_first(tmp_path, folder):
+def test_an_import_without_a_good_entry_is_an_error_that_names_the_first(tmp_path, folder):
     with pytest.raises(
         DataError,
         match=r"no entry .* became a sample \(1 skipped\); the first: records.jsonl:1: 'none.jpg' does not exist",
@@ -335,32 +304,27 @@ def test_a_damaged_listing_stops_with_its_name(tmp_path, folder, name, data, say
     monkeypatch.setattr("jp_train.tools.importers.records.MAX_CELL", 1000)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=says) as caught:
-        run(readers.record_reader("pairs", tmp_path / name, folder, "generation", Columns()), tmp_path / "out")
+        run(record_reader("pairs", tmp_path / name, folder, "generation", Columns()), tmp_path / "out")
     assert name in str(caught.value)
 
 
 def test_a_source_that_is_something_else_is_a_config_error(tmp_path, folder):
     cases = [
-        (lambda: readers.ImageNetReader(source=tmp_path / "none"), "expected a folder with one folder a class"),
-        (lambda: readers.ImageNetReader(source=tmp_path / "images-too"), "no class folder with files"),
-        (lambda: readers.CocoReader(source=folder, images=folder, kind=Kind.GENERATION), "not a file; expected COCO"),
+        (lambda: ImageNetReader(source=tmp_path / "none"), "expected a folder with one folder a class"),
+        (lambda: ImageNetReader(source=tmp_path / "images-too"), "no class folder with files"),
+        (lambda: CocoReader(source=folder, images=folder, kind=Kind.GENERATION), "not a file; expected COCO"),
         (
-            lambda: readers.CocoReader(source=dump(tmp_path / "c.json", []), images=folder, kind=Kind.GENERATION),
+            lambda: CocoReader(source=dump(tmp_path / "c.json", []), images=folder, kind=Kind.GENERATION),
             'no list "images"',
         ),
-        (lambda: readers.text_reader(tmp_path / "none", "file", Columns()), "does not exist"),
+        (lambda: text_reader(tmp_path / "none", "file", Columns()), "does not exist"),
         (
-            lambda: readers.record_reader(
-                "pairs", dump(tmp_path / "r.json", []), tmp_path / "none", "generation", Columns()
-            ),
+            lambda: record_reader("pairs", dump(tmp_path / "r.json", []), tmp_path / "none", "generation", Columns()),
             "--images .*none is no folder",
         ),
-        (lambda: readers.record_reader("pairs", folder, folder, "generation", Columns()), "holds no records"),
-        (
-            lambda: readers.record_reader("pairs", folder / "000.jpg", folder, "generation", Columns()),
-            "unknown type of file",
-        ),
-        (lambda: readers.ParquetReader(source=folder, images=None, kind=Kind.GENERATION), "holds no Parquet files"),
+        (lambda: record_reader("pairs", folder, folder, "generation", Columns()), "holds no records"),
+        (lambda: record_reader("pairs", folder / "000.jpg", folder, "generation", Columns()), "unknown type of file"),
+        (lambda: ParquetReader(source=folder, images=None, kind=Kind.GENERATION), "holds no Parquet files"),
     ]
     for make, says in cases:
         with pytest.raises(ConfigError, match=says):

@@ -15,9 +15,9 @@ import pytest
 
 from jp_train.data.writer import ShardWriter
 from jp_train.errors import ConfigError, DataError
-from jp_train.tools.importers import readers
+from jp_train.tools.importers.documents import text_reader
 from jp_train.tools.importers.manifest import load_manifest, locked
-from jp_train.tools.importers.readers import Columns
+from jp_train.tools.importers.records import Columns, RecordReader, record_reader
 from tests.tools.importers.import_layouts import (
     contents,
     conversations,
@@ -29,6 +29,7 @@ from tests.tools.importers.import_layouts import (
     parquet,
     run,
     samples_in,
+    skipped_in,
     text_jsonl,
 )
 
@@ -79,10 +80,10 @@ def folders(tmp: Path, name: str) -> dict:
 
 
 def spoiled(tmp: Path):
-    """Dialogues with and without pictures, in turns, two of them bad."""
+    """Conversations with and without images, in turns, two of them bad."""
     reader = conversations(tmp / "in", count=8, texts=3)
     (tmp / "in" / "images" / image_name(4)).unlink()
-    (tmp / "in" / "images" / image_name(7)).write_bytes(b"no picture")
+    (tmp / "in" / "images" / image_name(7)).write_bytes(b"no image")
     return reader
 
 
@@ -91,7 +92,7 @@ def test_killed_at_any_moment_it_resumes_to_the_bytes_of_an_undisturbed_import(t
     bounds = {"shard_samples": 3}
     run(reader, **folders(tmp_path, "whole"), **bounds)
     whole = contents(*folders(tmp_path, "whole").values())
-    assert len(whole) == 2 + 1 + 1, "two shards of pictures, one of texts, and what was skipped"
+    assert len(whole) == 2 + 1 + 1, "two shards of images, one of texts, and what was skipped"
     at = 1
     while run_and_kill(reader, at=at, **folders(tmp_path, f"k{at}"), **bounds):
         run(reader, **folders(tmp_path, f"k{at}"), **bounds)
@@ -127,16 +128,16 @@ def test_every_layout_resumes_in_the_middle(make, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory) -> tuple[readers.RecordReader, Path, Path]:
-    """A listing long enough to need processes: 3,000 records of 12 pictures, some bad; and its import by one
+def large(tmp_path_factory) -> tuple[RecordReader, Path, Path]:
+    """A listing long enough to need processes: 3,000 records of 12 images, some bad; and its import by one
     process."""
     tmp = tmp_path_factory.mktemp("large")
     images = image_folder(tmp / "images", 12)
     (images / image_name(5)).write_bytes(b"")
     records = [{"image": image_name(n % 12), "caption": f"caption {n}"} for n in range(3000)]
     path = tmp / "a.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
-    reader = readers.record_reader("pairs", path, images, "generation", Columns())
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    reader = record_reader("pairs", path, images, "generation", Columns())
     run(reader, tmp / "one", shard_samples=100)
     return reader, tmp / "one", tmp
 
@@ -173,18 +174,18 @@ def test_killed_from_outside_with_processes_at_work_it_resumes_and_leaves_no_pro
 
 def _session(leader: int) -> list[int]:
     """Processes of a session that are alive."""
-    found = []
+    numbers = []
     for entry in Path("/proc").iterdir():
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except (OSError, ValueError):
             continue
         if entry.name.isdigit() and int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(entry.name))
-    return found
+            numbers.append(int(entry.name))
+    return numbers
 
 
-def test_two_processes_write_the_bytes_that_one_writes(large):
+def test_two_processes_write_the_bytes_of_a_single_process(large):
     reader, whole, tmp = large
     run(reader, tmp / "two", shard_samples=100, processes=2)
     assert contents(tmp / "two") == contents(whole)
@@ -238,6 +239,20 @@ def test_a_changed_option_is_refused_and_named_but_the_number_of_processes_is_fr
         run(reader, tmp_path / "out", shard_samples=4, text_out=tmp_path / "t")
 
 
+def test_an_import_that_wrote_no_shard_does_not_block_the_corrected_one(tmp_path):
+    images = image_folder(tmp_path / "images", 3)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"image": image_name(n), "caption": "c"}) + "\n" for n in range(3)))
+    (tmp_path / "empty").mkdir()
+    wrong = record_reader("pairs", path, tmp_path / "empty", "generation", Columns())
+    with pytest.raises(DataError, match="no entry of .* became a sample .3 skipped"):
+        run(wrong, tmp_path / "out")
+    run(record_reader("pairs", path, images, "generation", Columns()), tmp_path / "out")
+    assert len(samples_in(tmp_path / "out")) == 3 and not skipped_in(tmp_path / "out")
+    with pytest.raises(ConfigError, match="option images was"):
+        run(wrong, tmp_path / "out")
+
+
 def test_shards_of_somebody_else_and_changed_shards_are_never_touched(tmp_path):
     reader = text_jsonl(tmp_path / "in")
     (tmp_path / "foreign").mkdir()
@@ -258,13 +273,13 @@ def test_shards_of_somebody_else_and_changed_shards_are_never_touched(tmp_path):
         run(reader, tmp_path / "out", shard_samples=2)
 
 
-def test_two_imports_do_not_write_one_folder(tmp_path):
+def test_two_imports_do_not_write_the_same_folder(tmp_path):
     with locked(tmp_path / "out"), pytest.raises(ConfigError, match="another import is writing"):
         run(text_jsonl(tmp_path / "in"), tmp_path / "out")
     run(text_jsonl(tmp_path / "in"), tmp_path / "out")
 
 
-def test_two_imports_do_not_write_one_folder_of_texts(tmp_path):
+def test_two_imports_do_not_write_the_same_folder_of_texts(tmp_path):
     with locked(tmp_path / "text"), pytest.raises(ConfigError, match="another import is writing .*text"):
         run(conversations(tmp_path / "in"), tmp_path / "out", text_out=tmp_path / "text")
 
@@ -272,7 +287,7 @@ def test_two_imports_do_not_write_one_folder_of_texts(tmp_path):
 @pytest.mark.parametrize("source", ["", "*.jsonl", "**/*.jsonl", "te*.jsonl"])
 def test_shards_are_not_written_where_the_next_run_would_read_the_reports_as_data(tmp_path, source):
     inside = text_jsonl(tmp_path / "in").source.parent
-    reader = readers.text_reader(inside / source, "file", Columns())
+    reader = text_reader(inside / source, "file", Columns())
     with pytest.raises(ConfigError, match="lies within SOURCE"):
         run(reader, inside if "*" in source else inside / "out")
     assert os.listdir(inside) == ["text.jsonl"]

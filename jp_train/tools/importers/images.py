@@ -1,4 +1,4 @@
-"""A picture of a source -> the bytes that go into the shard.
+"""An image of a source -> the bytes that go into the shard.
 
 JPEG, PNG and WebP (by their first bytes, whatever the file is called) are copied byte for byte. BMP, GIF, TIFF, PPM and
 JPEG 2000 become PNG without a change of any pixel that training sees; of an animation the first frame. Paths are opened
@@ -61,12 +61,12 @@ def read_inside(folder: Path, path: str) -> bytes:
         root = _real_folder(str(folder))
         if os.path.commonpath([real, root]) != root:
             raise Skip("image_outside", f"{path!r} is a link that leaves the image folder {folder}: it leads to {real}")
-        found = os.stat(real)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(real)
+        if not stat.S_ISREG(status.st_mode):
             raise Skip("image_no_file", f"{path!r} in {folder} is not a regular file")
-        if found.st_size > MAX_PICTURE_BYTES:
+        if status.st_size > MAX_PICTURE_BYTES:
             raise Skip(
-                "image_too_large", f"{path!r} has {found.st_size:,} bytes; at most {MAX_PICTURE_BYTES:,} are taken"
+                "image_too_large", f"{path!r} has {status.st_size:,} bytes; at most {MAX_PICTURE_BYTES:,} are taken"
             )
         with open(real, "rb") as file:
             return file.read()
@@ -76,7 +76,8 @@ def read_inside(folder: Path, path: str) -> bytes:
         if error.errno in _BAD_NAME:
             raise Skip("image_missing", f"{path[:200]!r} in {folder} cannot be a file: {error.strerror}") from None
         raise DataError(
-            f"cannot read picture {full}: {error}. An I/O error is never skipped: mend the disk, mount or permission, then run the same "
+            f"cannot read image {full}: {error}. An I/O error is never skipped: "
+            "mend the disk, mount or permission, then run the same "
             "command again; it resumes"
         ) from error
     except UnicodeEncodeError:
@@ -92,12 +93,12 @@ def _real_folder(folder: str) -> str:
 
 
 def shard_image(data: bytes, max_pixels: int, *, decode: bool) -> tuple[str, bytes, bool]:
-    """(extension, bytes, whether converted) of a picture.
+    """(extension, bytes, whether converted) of an image.
 
-    By default the header is read (format, size); `decode` decodes the picture whole, which also finds truncated ones.
+    By default the header is read (format, size); `decode` decodes the image whole, which also finds truncated ones.
 
     Raises:
-        Skip: for a picture that cannot be decoded, or has more than `max_pixels` pixels.
+        Skip: for an image that cannot be decoded, or has more than `max_pixels` pixels.
     """
     extension = image_extension(data)
     try:
@@ -114,15 +115,16 @@ def shard_image(data: bytes, max_pixels: int, *, decode: bool) -> tuple[str, byt
     except Skip:
         raise
     except SkipSample as error:
-        raise Skip("image_too_large" if "exceeds" in str(error) else "image_undecodable", _said(error)) from None
+        raise Skip("image_too_large" if "exceeds" in str(error) else "image_undecodable", _message(error)) from None
     except Exception as error:  # decoders raise many kinds on broken bytes
         raise Skip(
-            "image_undecodable", f"{len(data):,} bytes that start with {data[:8].hex(' ') or 'nothing'}: {_said(error)}"
+            "image_undecodable",
+            f"{len(data):,} bytes that start with {data[:8].hex(' ') or 'nothing'}: {_message(error)}",
         ) from None
 
 
-def _said(error: Exception) -> str:
-    """The error's words without PIL's memory address: what is skipped must read the same after a resume."""
+def _message(error: Exception) -> str:
+    """The error's message without PIL's memory address: what is skipped must read the same after a resume."""
     return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
 
 
@@ -147,7 +149,7 @@ def _to_png(data: bytes, max_pixels: int) -> bytes:
 
 
 def _png_mode(image: Image.Image) -> Image.Image:
-    """The picture in a mode that PNG holds without loss; colour spaces that PNG lacks become RGB, as they would in
+    """The image in a mode that PNG holds without loss; colour spaces that PNG lacks become RGB, as they would in
     training."""
     if image.mode in _KEPT_MODES:
         return image
@@ -158,6 +160,6 @@ def _png_mode(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise Skip(
             "image_undecodable",
-            f"pixels of mode {image.mode} have no lossless PNG: convert the picture to 8 or 16 bits a channel",
+            f"pixels of mode {image.mode} have no lossless PNG: convert the image to 8 or 16 bits a channel",
         )
     return image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")
