@@ -17,19 +17,20 @@ if TYPE_CHECKING:
     from jp_train.types import Kind
 
 DETAILS = """\
-Reads data as it is published and writes the tar shards that training reads,
-with a manifest.json and a skipped.jsonl (every entry that was left
-out, and why) beside them. Run the same command again after a kill or a full disk: it goes on,
-without a duplicate or a hole. The shards depend
-on the source and the options only, not on --processes.
+Reads data as it is published and writes the tar shards that training reads, with a manifest.json and a skipped.jsonl
+(every entry that was left out, and why) beside them. Run the same command again after a kill or a full disk: it goes
+on, without a duplicate or a hole. The shards depend on the source and the options only, not on --processes.
 
-  jp-train data import imagenet      ILSVRC/Data/CLS-LOC/train                shards/imagenet
-  jp-train data import coco          annotations/captions_train2017.json      shards/coco    --images train2017 --kind understanding
-  jp-train data import conversations llava_v1_5_mix665k.json                  shards/llava   --images llava --text-out shards/llava_text
-  jp-train data import pairs         'laion/*.jsonl'                          shards/laion   --images laion --kind generation
-  jp-train data import text          'c4/*.jsonl.gz'                          shards/c4
-  jp-train data import parquet       llava_onevision/chartqa                  shards/chartqa --kind understanding
-  jp-train data import webdataset    'downloaded/{00000..00127}.tar'          shards/laion2b --kind generation
+  jp-train data import imagenet      ILSVRC/Data/CLS-LOC/train            shards/imagenet
+  jp-train data import coco          annotations/captions_train2017.json  shards/coco --images train2017 \\
+                                                                          --kind understanding
+  jp-train data import conversations llava_v1_5_mix665k.json              shards/llava --images llava \\
+                                                                          --text-out shards/llava_text
+  jp-train data import pairs         'laion/*.jsonl'                      shards/laion --images laion \\
+                                                                          --kind generation
+  jp-train data import text          'c4/*.jsonl.gz'                      shards/c4
+  jp-train data import parquet       llava_onevision/chartqa              shards/chartqa --kind understanding
+  jp-train data import webdataset    'downloaded/{00000..00127}.tar'      shards/laion2b --kind generation
 
 `jp-train data import FORMAT --help` describes one format. Try --dry-run first."""
 
@@ -63,8 +64,8 @@ def layout(add_layout: AddLayout) -> AddLayout:
 @layout
 def _imagenet(formats: argparse._SubParsersAction) -> None:
     details = """\
-SOURCE/CLASS/image: each image becomes a generation sample whose caption is the name of its class. The recipe's `class_prompt` shapes it in training
-(first_lemma: "tench, Tinca tinca" -> "tench")."""
+SOURCE/CLASS/image: each image becomes a generation sample whose caption is the name of its class. The recipe's
+`class_prompt` shapes it in training (first_lemma: "tench, Tinca tinca" -> "tench")."""
     parser = _format(
         formats, "imagenet", "a folder with one folder a class -> generation", details, "folder of class folders"
     )
@@ -72,8 +73,8 @@ SOURCE/CLASS/image: each image becomes a generation sample whose caption is the 
         "--class-names",
         metavar="FILE",
         type=Path,
-        help="lines 'FOLDER NAME' (Kaggle's LOC_synset_mapping.txt, found by itself in SOURCE or up to 4 folders above) or a .json; "
-        "without one, the folders' names",
+        help="lines 'FOLDER NAME' (Kaggle's LOC_synset_mapping.txt, looked for in SOURCE or up to 4 folders above) "
+        "or a .json; without one, the folders' names",
     )
     _pictures(parser)
 
@@ -87,7 +88,9 @@ SOURCE/CLASS/image: each image becomes a generation sample whose caption is the 
 
 @layout
 def _coco(formats: argparse._SubParsersAction) -> None:
-    details = 'One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 6 times its size in memory.'
+    details = """\
+One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 6 times its
+size in memory."""
     parser = _format(formats, "coco", "COCO captions -> understanding or generation", details, "captions JSON")
     _images(parser, required=True)
     parser.add_argument("--kind", choices=KINDS, required=True)
@@ -95,7 +98,8 @@ def _coco(formats: argparse._SubParsersAction) -> None:
         "--per",
         choices=("caption", "image"),
         default="caption",
-        help="a sample for every caption (default: nothing is lost, an image with 5 captions is stored 5 times), or for every image, with its first caption",
+        help="a sample for every caption (default: nothing is lost, an image with 5 captions is stored 5 times), "
+        "or for every image, with its first caption",
     )
     _pictures(parser)
 
@@ -110,9 +114,10 @@ def _coco(formats: argparse._SubParsersAction) -> None:
 @layout
 def _conversations(formats: argparse._SubParsersAction) -> None:
     details = """\
-[{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}, ...]
-as a JSON array (read as a stream) or a record a line; "messages" with role and content work too. Entries with several images are refused by name. Entries without
-an image are skipped and counted, or with --text-out written as text shards."""
+[{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+{"from": "gpt", "value": "A cat."}]}, ...] as a JSON array (read as a stream) or a record a line; "messages" with role
+and content work too. Entries with several images are refused by name. Entries without an image are skipped and
+counted, or with --text-out written as text shards."""
     parser = _format(
         formats,
         "conversations",
@@ -136,8 +141,7 @@ an image are skipped and counted, or with --text-out written as text shards."""
 def _pairs(formats: argparse._SubParsersAction) -> None:
     details = """\
 One image and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column,
-understanding samples ask that column and
-answer with --caption-column."""
+understanding samples ask that column and answer with --caption-column."""
     parser = _format(
         formats, "pairs", "image-text JSONL or CSV -> understanding or generation", details, "file, folder or glob"
     )
@@ -151,9 +155,8 @@ answer with --caption-column."""
 @layout
 def _text(formats: argparse._SubParsersAction) -> None:
     details = """\
-Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text",
-or "conversations" of a conversation. Plain text (.txt, .md, .txt.gz): a file is a document, or --document
-paragraph or line."""
+Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text", or "conversations" of a conversation. Plain
+text (.txt, .md, .txt.gz): a file is a document, or --document paragraph or line."""
     parser = _format(formats, "text", "text JSONL or plain text files -> text", details, "file, folder or glob")
     parser.add_argument(
         "--document",
@@ -175,8 +178,8 @@ paragraph or line."""
 @layout
 def _parquet(formats: argparse._SubParsersAction) -> None:
     details = """\
-Rows with an image as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text. Needs pyarrow: pip install 'jp_train[parquet]'.
-A process reads one row group at a time."""
+Rows with an image as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text.
+Needs pyarrow: pip install 'jp_train[parquet]'. A process reads one row group at a time."""
     parser = _format(
         formats, "parquet", "Parquet with image bytes or text -> any kind", details, ".parquet file, folder or glob"
     )
@@ -197,8 +200,9 @@ A process reads one row group at a time."""
 @layout
 def _webdataset(formats: argparse._SubParsersAction) -> None:
     details = """\
-Shards that already exist are validated and indexed in place; OUT gets the reports. Compressed tars (.gz, .bz2, .xz) are written again as plain ones into OUT. 'pipe:COMMAND'
-(braces work: 'pipe:aws s3 cp s3://bucket/{000..127}.tar -') needs --allow-pipe; the command runs without a shell, and its tar stream becomes a plain shard in OUT."""
+Shards that already exist are validated and indexed in place; OUT gets the reports. Compressed tars (.gz, .bz2, .xz)
+are written again as plain ones into OUT. 'pipe:COMMAND' (braces work: 'pipe:aws s3 cp s3://bucket/{000..127}.tar -')
+needs --allow-pipe; the command runs without a shell, and its tar stream becomes a plain shard in OUT."""
     parser = add_command(formats, "webdataset", "an existing WebDataset -> validated, indexed, plain", details)
     parser.add_argument(
         "source", metavar="SOURCE", help="shards as in a recipe (braces, glob, folder, http), or pipe:COMMAND"

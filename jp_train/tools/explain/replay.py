@@ -122,7 +122,8 @@ class Replay:
         rows = range(self.rows_per_step) if rows is None else rows
         if rows and not 0 <= rows[0] <= rows[-1] < self.rows_per_step:
             raise ConfigError(
-                f"a step has {self.rows_per_step} rows, numbered from 0 to {self.rows_per_step - 1}; asked for {rows[-1]}"
+                f"a step has {self.rows_per_step} rows, numbered from 0 to {self.rows_per_step - 1}; "
+                f"asked for {rows[-1]}"
             )
         specs = self.specs(step)
         size = self.micro_batch_rows
@@ -155,7 +156,10 @@ class Replay:
         if state is None:  # the state of a later step still proves that the data are the same
             state = next(nearest_snapshots(self._run_dir, sys.maxsize), None)
         if state is None:
-            note = f"{self._run_dir} holds no plan state yet: it cannot be checked that the data are those it is trained on"
+            note = (
+                f"{self._run_dir} holds no plan state yet: "
+                "it cannot be checked that the data are those it is trained on"
+            )
             if note not in self.notes:
                 self.notes.append(note)
             return

@@ -7,8 +7,7 @@ compared.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +19,7 @@ from jp_train.engine.checkpoint.identity import git_commit
 from jp_train.engine.metrics import row_digest
 from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import CheckpointError, ConfigError, DataError
+from jp_train.files import read_json_lines
 from jp_train.tools.explain.replay import Replay
 from jp_train.tools.explain.table import format_row, format_rows, totals
 
@@ -58,7 +58,8 @@ def _recipe(cfg: RunConfig) -> tuple[IdsRecipe | None, str | None]:
         return ids_recipe(cfg), None
     except CheckpointError as error:
         return None, (
-            f"the VQ's weights cannot be read ({error}): VQ ids stored beside the shards are left aside, and the images themselves are in their place. Documents, "
+            f"the VQ's weights cannot be read ({error}): VQ ids stored beside the shards are left aside, "
+            "and the images themselves are in their place. Documents, "
             "spans and losses are as trained"
         )
 
@@ -79,17 +80,19 @@ def explain_step(
     .safetensors file for the micro-batch that was trained; where the rows are of several, each gets its own file, named
     with its rows. Raises ConfigError for a step, row or rank that does not exist; DataError for unreadable data.
     """
-    wanted = _wanted(replay, row, rank, world)
+    numbers = _rows_to_explain(replay, row, rank, world)
     if save is not None and save.suffix != ".safetensors":
         raise ConfigError(f"--save {save}: give a file name that ends with .safetensors")
-    several = len({number // replay.micro_batch_rows for number in wanted}) > 1
+    several = len({number // replay.micro_batch_rows for number in numbers}) > 1
     described: list[dict[str, Any]] = []
     provenance = []
     saved = []
-    for micro in replay.micro_batches(step, wanted):
+    for micro in replay.micro_batches(step, numbers):
         rows = describe_batch(micro.batch, replay.tokenizer, first_row=micro.first_row, specs=micro.specs)
-        described += [one for one in rows if one["row"] in wanted]
-        provenance += [one for number, one in enumerate(micro.batch.provenance, micro.first_row) if number in wanted]
+        described += [entry for entry in rows if entry["row"] in numbers]
+        provenance += [
+            documents for number, documents in enumerate(micro.batch.provenance, micro.first_row) if number in numbers
+        ]
         if save is not None:
             last = micro.first_row + micro.batch.rows - 1
             name = f"{save.stem}_rows_{micro.first_row:04d}-{last:04d}{save.suffix}" if several else save.name
@@ -108,21 +111,21 @@ def explain_step(
     }
 
 
-def compare_with_metrics(found: dict[str, Any], run_dir: Path) -> str | None:
+def compare_with_metrics(explained: dict[str, Any], run_dir: Path) -> str | None:
     """One line that says whether a whole explained step has the rows, tokens and skipped documents that the run's
     metrics.jsonl has for it.
 
     None when the run has no such step yet, or only a part of the step was explained. Raises DataError when they differ:
     then what was explained is not what was trained.
     """
-    if len(found["rows"]) < found["rows_per_step"]:
+    if len(explained["rows"]) < explained["rows_per_step"]:
         return None
-    line = _metrics_line(run_dir / "metrics.jsonl", found["step"])
+    line = _metrics_line(run_dir / "metrics.jsonl", explained["step"])
     if line is None:
         return None
-    totals = found["totals"]
+    totals = explained["totals"]
     checks = {
-        "data/rows_digest": found["rows_digest"],
+        "data/rows_digest": explained["rows_digest"],
         "tokens/total": totals["tokens"],
         "data/skipped": totals["skipped"],
     }
@@ -133,7 +136,8 @@ def compare_with_metrics(found: dict[str, Any], run_dir: Path) -> str | None:
     ]
     if differ:
         raise DataError(
-            f"step {found['step']} was not rebuilt as it was trained, {run_dir}/metrics.jsonl has other rows: {'; '.join(differ)}. The data, the tokenizer or the "
+            f"step {explained['step']} was not rebuilt as it was trained, {run_dir}/metrics.jsonl has other rows: "
+            f"{'; '.join(differ)}. The data, the tokenizer or the "
             "code changed since; use those of the run"
         )
     return (
@@ -141,23 +145,24 @@ def compare_with_metrics(found: dict[str, Any], run_dir: Path) -> str | None:
     )
 
 
-def format_explained(found: dict[str, Any]) -> str:
-    """What `explain_step` found as text: tables of documents for up to two rows, else a line a row."""
+def format_explained(explained: dict[str, Any]) -> str:
+    """What `explain_step` returned, as text: tables of documents for up to two rows, else a line a row."""
     lines = [
-        f"step {found['step']:,} (as in metrics.jsonl and wandb; plan step {found['plan_step']:,}), {found['rows_per_step']} rows in micro-batches of "
-        f"{found['micro_batch_rows']}"
+        f"step {explained['step']:,} (as in metrics.jsonl and wandb; plan step {explained['plan_step']:,}), "
+        f"{explained['rows_per_step']} rows in micro-batches of "
+        f"{explained['micro_batch_rows']}"
     ]
-    rows = found["rows"]
+    rows = explained["rows"]
     if len(rows) <= 2:
-        lines += [format_row(row, found["rows_per_step"]) for row in rows]
+        lines += [format_row(row, explained["rows_per_step"]) for row in rows]
     else:
-        lines += [format_rows(rows, found["totals"]), "--row R lists the documents of a row"]
-    lines.append(f"rows hash {found['rows_hash']}")
-    lines += [f"saved {path}" for path in found["saved"]]
+        lines += [format_rows(rows, explained["totals"]), "--row R lists the documents of a row"]
+    lines.append(f"rows hash {explained['rows_hash']}")
+    lines += [f"saved {path}" for path in explained["saved"]]
     return "\n".join(lines)
 
 
-def _wanted(replay: Replay, row: int | None, rank: int | None, world: int) -> range:
+def _rows_to_explain(replay: Replay, row: int | None, rank: int | None, world: int) -> range:
     if row is not None:
         if not 0 <= row < replay.rows_per_step:
             raise ConfigError(
@@ -179,7 +184,8 @@ def _code_notes(run_dir: Path) -> list[str]:
     if commit is None or here is None or commit == here:
         return []
     return [
-        f"the code changed since the run: it was trained by {_short(commit)}, this is {_short(here)}. Rows stay the same unless the data layer changed; "
+        f"the code changed since the run: it was trained by {_short(commit)}, this is {_short(here)}. "
+        "Rows stay the same unless the data layer changed; "
         "when it did, check out the run's commit"
     ]
 
@@ -190,23 +196,14 @@ def _short(commit: str) -> str:
 
 
 def _metrics_line(path: Path, step: int) -> dict[str, Any] | None:
-    found = None
+    last = None
     for line in _json_lines(path):
         if line.get("step") == step and "tokens/total" in line:
-            found = line
-    return found
+            last = line
+    return last
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    found = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # a line that a kill cut short
-            if isinstance(line, dict):
-                found.append(line)
-    return found
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from filter(None, read_json_lines(file))

@@ -20,7 +20,8 @@ def format_row(row: dict[str, Any], rows_per_step: int, width: int = 120) -> str
     supervised = row["supervised"]
     lines = [
         f"row {row['row']} of {rows_per_step}: {row['tokens']:,} of {row['seq_len']:,} tokens ({row['fill']:.2%}), "
-        f"{len(row['documents'])} documents; trained on {supervised['text']:,} positions by the text head, {supervised['image']:,} by the "
+        f"{len(row['documents'])} documents; trained on {supervised['text']:,} positions by the text head, "
+        f"{supervised['image']:,} by the "
         "image head"
     ]
     head = ("#", "kind", "source", "of the document", "in the row", "text head", "image head", "shard", "key")
@@ -59,25 +60,12 @@ def format_row(row: dict[str, Any], rows_per_step: int, width: int = 120) -> str
 
 def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
     """Described rows in a line each, and their sum."""
-    head = (
-        "row",
-        "tokens",
-        "fill",
-        "documents",
-        "und",
-        "text",
-        "gen",
-        "text head",
-        "image head",
-        "cut",
-        "truncated",
-        "skipped",
-    )
-    lines = [head]
+    columns = ("row", "tokens", "fill", "documents", "und", "text", "gen", "text head", "image head")
+    lines = [[*columns, "cut", "truncated", "skipped"]]
     for row in rows:
         kinds = [document["kind"] for document in row["documents"]]
         lines.append(
-            (
+            [
                 str(row["row"]),
                 f"{row['tokens']:,}",
                 f"{row['fill']:.2%}",
@@ -88,10 +76,10 @@ def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
                 str(sum(document["goes_on"] for document in row["documents"])),
                 _number(row["truncated_tokens"]),
                 str(len(row["skipped"])),
-            )
+            ]
         )
     lines.append(
-        (
+        [
             "all",
             f"{totals['tokens']:,}",
             f"{totals['fill']:.2%}",
@@ -102,12 +90,13 @@ def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
             str(totals["cut"]),
             _number(totals["truncated_tokens"]),
             str(totals["skipped"]),
-        )
+        ]
     )
     text = aligned(_clean(lines), left=())
     skipped = [
         printable(
-            f"skipped in row {row['row']}: source {skip['source']!r}, shard {skip['shard']}, key {skip['key']!r}: {skip['reason']}"
+            f"skipped in row {row['row']}: source {skip['source']!r}, shard {skip['shard']}, key {skip['key']!r}: "
+            f"{skip['reason']}"
         )
         for row in rows
         for skip in row["skipped"]
@@ -162,12 +151,12 @@ def totals(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     truncated = [row["truncated_tokens"] for row in rows]
     kinds = {}
     for kind in map(str, KINDS):
-        own = [document for document in documents if document["kind"] == kind]
+        of_kind = [document for document in documents if document["kind"] == kind]
         kinds[kind] = {
-            "documents": len(own),
-            "tokens": sum(document["row_span"][1] - document["row_span"][0] for document in own),
-            "text": sum(document["loss"]["text"]["tokens"] for document in own),
-            "image": sum(document["loss"]["image"]["tokens"] for document in own),
+            "documents": len(of_kind),
+            "tokens": sum(document["row_span"][1] - document["row_span"][0] for document in of_kind),
+            "text": sum(document["loss"]["text"]["tokens"] for document in of_kind),
+            "image": sum(document["loss"]["image"]["tokens"] for document in of_kind),
         }
     return {
         "rows": len(rows),

@@ -77,10 +77,10 @@ def trained(tmp_path_factory) -> Trained:
     return Trained(folder, kept, hashes)
 
 
-def different(one: PackedBatch, other: PackedBatch) -> list[str]:
+def different(batch: PackedBatch, other: PackedBatch) -> list[str]:
     names = []
     for field in fields(PackedBatch):
-        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        mine, theirs = getattr(batch, field.name), getattr(other, field.name)
         equal = (
             torch.equal(mine, theirs) and mine.dtype == theirs.dtype
             if isinstance(mine, torch.Tensor)
@@ -113,19 +113,19 @@ def test_an_explained_step_counts_what_the_metrics_count_and_names_what_the_ledg
     }
     with open_replay(None, [], trained.folder) as replay:
         for step in (4, 7):
-            found = explain_step(replay, step)
-            assert len(found["rows"]) == ROWS and found["plan_step"] == step - 1
-            assert found["totals"]["tokens"] == metrics[step]["tokens/total"]
-            assert found["rows_digest"] == metrics[step]["data/rows_digest"]
+            explained = explain_step(replay, step)
+            assert len(explained["rows"]) == ROWS and explained["plan_step"] == step - 1
+            assert explained["totals"]["tokens"] == metrics[step]["tokens/total"]
+            assert explained["rows_digest"] == metrics[step]["data/rows_digest"]
             for kind in ("understanding", "text", "generation"):
-                assert found["totals"]["kinds"][kind]["tokens"] == metrics[step].get(f"tokens/{kind}", 0)
+                assert explained["totals"]["kinds"][kind]["tokens"] == metrics[step].get(f"tokens/{kind}", 0)
             named = [(entry["key"], entry["reason"]) for entry in ledger if entry["step"] == step]
-            assert sorted((skip["key"], skip["reason"]) for row in found["rows"] for skip in row["skipped"]) == sorted(
-                named
-            )
-            assert "metrics.jsonl of the run agrees" in compare_with_metrics(found, trained.folder)
+            assert sorted(
+                (skip["key"], skip["reason"]) for row in explained["rows"] for skip in row["skipped"]
+            ) == sorted(named)
+            assert "metrics.jsonl of the run agrees" in compare_with_metrics(explained, trained.folder)
             with pytest.raises(DataError, match="was not rebuilt as it was trained.*data/rows_digest is"):
-                compare_with_metrics({**found, "rows_digest": found["rows_digest"] ^ 1}, trained.folder)
+                compare_with_metrics({**explained, "rows_digest": explained["rows_digest"] ^ 1}, trained.folder)
         assert compare_with_metrics(explain_step(replay, 4, row=0), trained.folder) is None
 
 
@@ -185,7 +185,7 @@ def test_changed_data_are_refused_and_changed_code_is_noted(trained, tmp_path):
     assert "trained by 0123456789ab-dirty" in note
 
 
-def test_the_command_prints_one_object_and_saves_the_micro_batch_of_a_row(trained, tmp_path, capsys):
+def test_the_command_prints_an_object_and_saves_the_micro_batch_of_a_row(trained, tmp_path, capsys):
     out = tmp_path / "row.safetensors"
     assert (
         main(
@@ -193,8 +193,8 @@ def test_the_command_prints_one_object_and_saves_the_micro_batch_of_a_row(traine
         )
         == 0
     )
-    found = json.loads(capsys.readouterr().out)
-    assert found["saved"] == [str(out)] and [row["row"] for row in found["rows"]] == [5]
+    explained = json.loads(capsys.readouterr().out)
+    assert explained["saved"] == [str(out)] and [row["row"] for row in explained["rows"]] == [5]
     assert different(load_batch(out), trained.batches(7, 1)[0]) == []
     config = str(trained.folder / "config.yaml")
     assert (
@@ -239,7 +239,7 @@ def test_wrong_arguments_are_named(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_run_of_a_recipe_is_explained_by_its_own_configuration_alone(trained):
+def test_a_run_of_a_recipe_is_explained_by_its_configuration_alone(trained):
     """config.yaml names preset and recipe files for people; what they hold now must not matter."""
     config = trained.folder / "config.yaml"
     text = config.read_text()
