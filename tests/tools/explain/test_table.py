@@ -64,7 +64,7 @@ def test_a_row_lists_its_documents_with_their_spans_and_no_control_character():
     assert "     What is this?" in text.splitlines() and "its 1,200 tokens stay empty: empty_text" in text
 
 
-def test_what_is_not_whole_about_a_document_is_said():
+def test_remarks_name_what_is_not_whole_about_a_document():
     assert remarks_of(document("text", 0, 9, 8, 0)) == []
     cut = document("text", 0, 9, 8, 0, begun_before=True, goes_on=True, truncated=1234)
     assert remarks_of(cut) == [
