@@ -168,10 +168,10 @@ def _checkpoint(config: RunConfig) -> None:
 
 
 def _sources(config: RunConfig) -> None:
-    if config.data.vq_ids is VqIds.require and config.data.crop is Crop.random:
+    if config.data.vq_ids is VqIds.require and config.data.crop is not Crop.centre:
         raise ConfigError(
-            "data.vq_ids=require cannot be met with data.crop=random: stored ids are of the centre crop; use "
-            "data.crop=centre or data.vq_ids=auto"
+            f"data.vq_ids=require cannot be met with data.crop={config.data.crop.value}: stored ids are of the centre "
+            "crop; use data.crop=centre or data.vq_ids=auto"
         )
     known = {"training": config.data.sources, "validation": config.validation.sources}
     for where, sources in known.items():

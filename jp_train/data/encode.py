@@ -313,9 +313,10 @@ class Encoder:
         if sample.image_fault:
             raise SkipSample(sample.image_fault)
         assert sample.image is not None
-        crop, uniform = Crop.centre, 0.5
-        if data.crop is Crop.random and not held_out:
-            crop, uniform = Crop.random, document_uniform(self._seed, source, epoch, sample_index, "crop")
+        crop, uniform = data.crop, 0.5
+        if crop is Crop.random:
+            crop = Crop.centre if held_out else Crop.random
+            uniform = document_uniform(self._seed, source, epoch, sample_index, "crop")
         return load_generation_image(
             sample.image, self.image_size, crop, uniform, data.max_image_pixels, data.image_decode
         )

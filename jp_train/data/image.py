@@ -190,8 +190,13 @@ def load_generation_image(
 def generation_transform(
     image: Image.Image, size: int, crop: Crop = Crop.centre, uniform: float = 0.5, max_pixels: int = _DEFAULT_MAX_PIXELS
 ) -> np.ndarray:
-    """The generation path for a decoded RGB image. The whole image is resized, then cropped, so that no size shifts
-    by part of a pixel."""
+    """The generation path for a decoded RGB image: what CROPS has for `crop`."""
+    return _channels_first(CROPS[crop](image, size, uniform, max_pixels))
+
+
+def _cropped(image: Image.Image, size: int, max_pixels: int, start: Callable[[int], int]) -> Image.Image:
+    """The whole image is resized, then cropped, so that no size shifts by part of a pixel. `start` maps the pixels
+    that a side has over `size` to the first one that stays."""
     shortest = min(image.size)
     width, height = (int(side * size / shortest) for side in image.size)
     if width * height > max_pixels:
@@ -200,13 +205,19 @@ def generation_transform(
             f"have {width} x {height} pixels, above data.max_image_pixels {max_pixels}",
             "picture_too_long",
         )
+    left, top = start(width - size), start(height - size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    spare_x, spare_y = width - size, height - size
-    if crop is Crop.centre:
-        left, top = spare_x // 2, spare_y // 2
-    else:
-        left, top = int(uniform * (spare_x + 1)), int(uniform * (spare_y + 1))  # one of the two spares is 0
-    return _channels_first(resized.crop((left, top, left + size, top + size)))
+    return resized.crop((left, top, left + size, top + size))
+
+
+CROPS: dict[Crop, Callable[[Image.Image, int, float, int], Image.Image]] = {
+    Crop.centre: lambda image, size, uniform, most: _cropped(image, size, most, lambda spare: spare // 2),
+    Crop.random: lambda image, size, uniform, most: _cropped(
+        image, size, most, lambda spare: int(uniform * (spare + 1))
+    ),
+}
+"""(RGB image, side, `uniform` in [0, 1) of the document, most pixels) -> the image that a value of `data.crop` makes of
+it, [side, side]. Stored VQ ids are those of `centre`; they are not used with another value."""
 
 
 def _upright(image: Image.Image) -> Image.Image:

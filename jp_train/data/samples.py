@@ -50,7 +50,7 @@ def needed_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.cen
         extension for extension in extensions if extension == "json" or (extension == "txt" and kind is Kind.TEXT)
     ]
     if kind is Kind.GENERATION and VQ_EXTENSION in extensions:
-        return [*others, *images] if images and crop is Crop.random else [*others, VQ_EXTENSION]
+        return [*others, *images] if images and crop is not Crop.centre else [*others, VQ_EXTENSION]
     return others + images
 
 
