@@ -73,9 +73,9 @@ def test_an_imported_source_goes_through_recipe_index_and_loader_whole(layout, c
         batch_plan=batch,
     ) as loader:
         steps = list(itertools.islice(loader, 12))
-    batches = [batch for step in steps for one in step.micro_batches]
-    assert not any(batch.skipped for batch in batches)
-    read = {document.key for batch in batches for row in batch.provenance for document in row}
+    batches = [part for step in steps for part in step.micro_batches]
+    assert not any(part.skipped for part in batches)
+    read = {document.key for part in batches for row in part.provenance for document in row}
     assert read == {key for key, _ in samples_in(tmp_path / "out")}, "12 steps see every sample"
 
 
