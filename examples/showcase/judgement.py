@@ -28,7 +28,7 @@ from jp_train.model.sampling import Sampling, write_sampling
 from jp_train.tools.inference import InferenceModel, answer_questions, generate_images, load_for_inference
 
 CFG_SCALES = (1.0, 1.5, 2.0, 3.0)
-ASKED_EACH = 120
+DRAWINGS_EACH = 120
 """Drawings of each group that are asked for, and asked about."""
 SWEPT = 40
 GRID_COLUMNS, GRID_ROWS = 10, 4
@@ -57,12 +57,12 @@ class Drawings:
 
 def read_drawings(data: Path, sources: Sequence[str], side: int) -> Drawings:
     """Every drawing of generation sources once, with its first caption."""
-    found: dict[tuple[str, str], tuple] = {}
+    drawings: dict[tuple[str, str], tuple] = {}
     for source in sources:
         for sample in read_source(data / source):
             note = note_of(sample)
-            found.setdefault((note["name"], note["style"]), (picture_of(sample, side), note))
-    pictures, notes = zip(*found.values())
+            drawings.setdefault((note["name"], note["style"]), (picture_of(sample, side), note))
+    pictures, notes = zip(*drawings.values())
     return Drawings(
         np.stack(pictures), *([note[key] for note in notes] for key in ("caption", "name", "kind", "style"))
     )
@@ -105,24 +105,24 @@ def judge_showcase(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict
     """Judge `out/stage3/export`; returns the rows of evaluation.json. `tiny` asks a handful of everything."""
     run = out / "stage3"
     model = load_for_inference(run / "export")
-    side = model.janus.janus_config.vision_config.image_size
+    side = model.encoder.image_size
     groups = read_groups(out / "data", side)
     nearest = NearestDrawing(groups)
-    each = 4 if tiny else ASKED_EACH
-    asked = {
+    each = 4 if tiny else DRAWINGS_EACH
+    chosen = {
         name: group.take(sorted(generator(seed, "asked", name).permutation(len(group))[:each].tolist()))
         for name, group in groups.items()
     }
     samples = run / "samples"
     samples.mkdir(parents=True, exist_ok=True)
-    scale, note = _sweep(model, nearest, asked["trained"], seed, 2 if tiny else SWEPT)
+    scale, note = _sweep(model, nearest, chosen["trained"], seed, 2 if tiny else SWEPT)
     write_sampling(run / "export", Sampling(cfg_scale=scale, temperature=TEMPERATURE))
     rows = []
-    for number, (name, group) in enumerate(asked.items(), start=1):
+    for number, (name, group) in enumerate(chosen.items(), start=1):
         rows += _drawn(
             model, nearest, name, group, scale, seed + 2, samples / f"{number}_drawn", note if number == 1 else ""
         )
-    for number, (name, group) in enumerate(asked.items(), start=4):
+    for number, (name, group) in enumerate(chosen.items(), start=4):
         rows += _named(model, name, group, len(set(groups["trained"].names)), samples / f"{number}_named")
     (run / "evaluation.json").write_text(json.dumps(rows, indent=1))
     return rows
@@ -141,7 +141,7 @@ def _sweep(model: InferenceModel, nearest: NearestDrawing, group: Drawings, seed
 
 
 def _right(nearest: NearestDrawing, pictures: np.ndarray, group: Drawings) -> list[bool]:
-    return [found == name for found, name in zip(nearest.names_of(pictures, group.styles), group.names)]
+    return [nearest_name == name for nearest_name, name in zip(nearest.names_of(pictures, group.styles), group.names)]
 
 
 def _drawn(
@@ -156,7 +156,7 @@ def _drawn(
 ) -> list[dict]:
     pictures = generate_images(model, group.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
     ids = model.vq.encode(torch.from_numpy(group.pictures).permute(0, 3, 1, 2).contiguous())
-    ceiling = np.mean(_right(nearest, model.vq.decode(ids).permute(0, 2, 3, 1).numpy(), group))
+    ceiling = float(np.mean(_right(nearest, model.vq.decode(ids).permute(0, 2, 3, 1).numpy(), group)))
     right = _right(nearest, pictures, group)
     _grid(
         path,
@@ -169,12 +169,12 @@ def _drawn(
         f"{len(group)} prompts at CFG {scale:g}, temperature {TEMPERATURE:g}; nearest of the style's drawings; "
         f"ceiling: VQ round trip{note}"
     )
-    return [_row(f"emoji drawn, {title}", np.mean(right), nearest.chance(group.styles), about, ceiling=ceiling)]
+    return [_row(f"emoji drawn, {title}", float(np.mean(right)), nearest.chance(group.styles), about, ceiling=ceiling)]
 
 
 def _named(model: InferenceModel, title: str, group: Drawings, names: int, path: Path) -> list[dict]:
     """Name, kind and style of the drawings; exact answers."""
-    wanted = {
+    questions = {
         "name": (
             NAME_QUESTIONS[0],
             [with_article(name) for name in group.names],
@@ -186,11 +186,16 @@ def _named(model: InferenceModel, title: str, group: Drawings, names: int, path:
     }
     images = [Image.fromarray(picture) for picture in group.pictures]
     rows = []
-    for what, (question, expected, chance, about) in wanted.items():
+    for what, (question, expected, chance, about) in questions.items():
         answers = answer_questions(model, images, [question] * len(group), max_new_tokens=16, batch_size=64)
         right = [evaluate.normalized(answer) == evaluate.normalized(truth) for answer, truth in zip(answers, expected)]
         rows.append(
-            _row(f"{what} of emoji, {title}", np.mean(right), chance, f"{len(group)} pictures, exact answer; {about}")
+            _row(
+                f"{what} of emoji, {title}",
+                float(np.mean(right)),
+                chance,
+                f"{len(group)} pictures, exact answer; {about}",
+            )
         )
         if what == "name":
             _grid(

@@ -86,10 +86,10 @@ def split_emoji(emoji: Sequence[Emoji], seed: int, counts: ShowcaseCounts) -> Sp
     Raises:
         ConfigError: if there are fewer emoji than asked for.
     """
-    wanted = counts.names + counts.held_out_names
-    if len(emoji) < wanted:
-        raise ConfigError(f"{wanted} names were asked for, but there are {len(emoji)} emoji")
-    order = generator(seed, "showcase", "names").permutation(len(emoji))[:wanted]
+    needed = counts.names + counts.held_out_names
+    if len(emoji) < needed:
+        raise ConfigError(f"{needed} names were asked for, but there are {len(emoji)} emoji")
+    order = generator(seed, "showcase", "names").permutation(len(emoji))[:needed]
     held_out, chosen = (
         [emoji[n] for n in order[: counts.held_out_names]],
         [emoji[n] for n in order[counts.held_out_names :]],
@@ -149,16 +149,16 @@ def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iter
 
 def _understanding(seed: int, source: str, drawings: Sequence[tuple[Emoji, str]], *, trained: bool) -> Iterator[dict]:
     """Every question about every drawing, in a mixed order; trained ones moved a little, and described as well."""
-    asked = []
+    questions = []
     for item, style in drawings:
         pairs = [(question, answer) for _, question, answer in questions(item, style)]
         if trained:
             pairs.append((DETAIL_QUESTION, detail(item, style)))
         else:
             pairs = [pairs[0], *pairs[-2:]]
-        asked += [(item, style, question, answer) for question, answer in pairs]
-    for number, row in enumerate(generator(seed, source, "order").permutation(len(asked))):
-        item, style, question, answer = asked[row]
+        questions += [(item, style, question, answer) for question, answer in pairs]
+    for number, row in enumerate(generator(seed, source, "order").permutation(len(questions))):
+        item, style, question, answer = questions[row]
         picture = open_drawing(item.pictures[style], PICTURE_SIDE)
         if trained:
             picture = moved(picture, generator(seed, source, number))

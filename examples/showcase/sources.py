@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -116,9 +116,9 @@ def unpack_emoji(tarball: Path, style: str, folder: Path) -> int:
     try:
         with tarfile.open(tarball, "r|gz") as archive:
             for member, stream in _members(archive, tarball):
-                found = _PICTURES[style].fullmatch(member.name)
-                if found:
-                    (folder / f"{found['code']}{PurePosixPath(member.name).suffix}").write_bytes(stream().read())
+                match = _PICTURES[style].fullmatch(member.name)
+                if match:
+                    (folder / f"{match['code']}{PurePosixPath(member.name).suffix}").write_bytes(stream().read())
                     drawings += 1
                 elif style == "google" and member.name == _TABLE:
                     (folder / "emoji.json").write_bytes(stream().read())
@@ -133,6 +133,7 @@ def unpack_wordnet(package: Path, folder: Path) -> None:
     """Keep WordNet's data files under `folder`; the package's own tree is never laid out on the disk. Raises
     DataError, LaunchError."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member, stream in _members(archive, package):
@@ -140,7 +141,7 @@ def unpack_wordnet(package: Path, folder: Path) -> None:
                         name := PurePosixPath(member.name).name
                     ) in WORDNET_FILES and member.name == f"./usr/share/wordnet/{name}":
                         (folder / name).write_bytes(stream().read())
-            process.stdout.read()  # type: ignore[union-attr]
+            process.stdout.read()
         except tarfile.TarError as error:
             raise DataError(f"{package} is no readable archive: {error}") from error
     if process.returncode:
@@ -150,7 +151,7 @@ def unpack_wordnet(package: Path, folder: Path) -> None:
         raise DataError(f"{package} lacks {', '.join(missing)} under usr/share/wordnet")
 
 
-def _members(archive: tarfile.TarFile, source: Path) -> Iterator[tuple[tarfile.TarInfo, object]]:
+def _members(archive: tarfile.TarFile, source: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], IO[bytes]]]]:
     """Plain files of the archive with a function that opens each; a name that leaves the archive's own tree raises
     DataError."""
     for member in archive:
@@ -176,15 +177,15 @@ def _check_tools(tools: list[str]) -> None:
 def _run(command: list[str], folder: Path, hint: str = "") -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise LaunchError(f"`{' '.join(command)}` ended with status {done.returncode} {hint}\n{said}")
+        output = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise LaunchError(f"`{' '.join(command)}` ended with status {done.returncode} {hint}\n{output}")
 
 
 def _only(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise LaunchError(f"expected one {pattern} in {folder}, found {len(found)}")
-    return found[0]
+    matches = sorted(folder.glob(pattern))
+    if len(matches) != 1:
+        raise LaunchError(f"expected one {pattern} in {folder}, found {len(matches)}")
+    return matches[0]
 
 
 @contextmanager
@@ -231,8 +232,8 @@ def first_senses(cache: Path, synsets: list[Synset]) -> dict[str, Synset]:
     senses = {}
     for line in (cache / "wordnet" / "index.noun").read_text(encoding="utf-8", errors="replace").splitlines():
         fields = line.split()
-        if not line.startswith("  ") and len(fields) > 6 and (found := by_key.get(f"n{fields[-int(fields[2])]}")):
-            senses[fields[0].replace("_", " ")] = found
+        if not line.startswith("  ") and len(fields) > 6 and (synset := by_key.get(f"n{fields[-int(fields[2])]}")):
+            senses[fields[0].replace("_", " ")] = synset
     return senses
 
 
@@ -240,7 +241,7 @@ def read_emoji(cache: Path, senses: dict[str, Synset]) -> list[Emoji]:
     """Emoji that have one code point, a plain name of at most three words, a kind of `KINDS` and a drawing in every
     style, by name."""
     table = json.loads((cache / "emoji-google" / "emoji.json").read_text())
-    found: dict[str, Emoji] = {}
+    emoji_by_name: dict[str, Emoji] = {}
     for entry in table:
         name, kind = entry["name"].lower(), entry["category"]
         if (
@@ -255,15 +256,15 @@ def read_emoji(cache: Path, senses: dict[str, Synset]) -> list[Emoji]:
         if len(pictures) == len(STYLES):
             animal = name.removesuffix(" face") if kind == "Animals & Nature" else name
             sense = senses.get(name) or senses.get(animal)
-            found[name] = Emoji(
+            emoji_by_name[name] = Emoji(
                 name=name,
                 kind=kind.lower().replace("&", "and"),
                 gloss=sense.definition if sense else "",
                 pictures=pictures,
             )
-    if not found:
+    if not emoji_by_name:
         raise DataError(f"{cache} holds no emoji that all of {', '.join(STYLES)} draw")
-    return [found[name] for name in sorted(found)]
+    return [emoji_by_name[name] for name in sorted(emoji_by_name)]
 
 
 def _picture_file(folder: Path, code: str) -> Path | None:

@@ -31,10 +31,10 @@ class LineFilter:
     """Decides what of a step's output the terminal shows: warnings, errors and everything unknown always, training
     steps every `STEP_INTERVAL_S` and shortened.
 
-    `later_s` gives the seconds that the steps after this one should take; they are added to the stage's own estimate.
+    `later_s`: seconds that the steps after this one should take; they are added to the stage's own estimate.
     """
 
-    def __init__(self, later_s: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, later_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._later_s, self._clock = later_s, clock
         self._shown: float | None = None
 
@@ -52,7 +52,7 @@ class LineFilter:
         short = _DETAILS.sub("", line)
         if step["eta"] == "--":
             return short
-        return f"{short}  (all {duration(_seconds(step['eta']) + self._later_s())})"
+        return f"{short}  (all {duration(_seconds(step['eta']) + self._later_s)})"
 
 
 def _seconds(eta: str) -> float:

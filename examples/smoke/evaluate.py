@@ -64,14 +64,14 @@ def score_scene_pictures(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[
     """
     if len(pictures) != len(scenes):
         raise ValueError(f"{len(pictures)} pictures but {len(scenes)} scenes")
-    found = [read_scene(picture) for picture in pictures]
+    read = [read_scene(picture) for picture in pictures]
     scores = {}
     for category in CATEGORIES:
         rows = [n for n, scene in enumerate(scenes) if scene.category == category]
         if not rows:
             continue
-        right = np.mean([satisfies(found[n], scenes[n]) for n in rows])
-        others = [satisfies(found[n], scenes[m]) for n in rows for m in rows if n != m]
+        right = np.mean([satisfies(read[n], scenes[n]) for n in rows])
+        others = [satisfies(read[n], scenes[m]) for n in rows for m in rows if n != m]
         scores[category] = Score(
             accuracy=float(right), chance=float(np.mean(others)) if others else 0.0, count=len(rows)
         )
@@ -89,12 +89,12 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], skills: Seque
     if not len(answers) == len(expected) == len(skills):
         raise ValueError(f"{len(answers)} answers, {len(expected)} expected answers and {len(skills)} skills")
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for answer, wanted, skill in zip(answers, expected, skills, strict=True):
-        groups[skill].append((normalized(answer), normalized(wanted)))
+    for answer, truth, skill in zip(answers, expected, skills, strict=True):
+        groups[skill].append((normalized(answer), normalized(truth)))
     scores = {}
     for skill, pairs in groups.items():
-        answers_wanted = [w for _, w in pairs]
-        commonest = max(map(answers_wanted.count, set(answers_wanted))) / len(pairs)
+        truths = [w for _, w in pairs]
+        commonest = max(map(truths.count, set(truths))) / len(pairs)
         accuracy = sum(a == w for a, w in pairs) / len(pairs)
         scores[skill] = Score(accuracy=accuracy, chance=commonest, count=len(pairs))
     return scores

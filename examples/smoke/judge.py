@@ -44,7 +44,7 @@ class DigitJudge:
 
 def drawn(ink: np.ndarray, side: int) -> np.ndarray:
     """Digits drawn straight and resized to ``side``: uint8 ``[n, side, side, 3]``."""
-    return np.stack([np.asarray(draw_digit(one).resize((side, side), Image.Resampling.BICUBIC)) for one in ink])
+    return np.stack([np.asarray(draw_digit(drawing).resize((side, side), Image.Resampling.BICUBIC)) for drawing in ink])
 
 
 def train_digit_judge(seed: int, *, side: int = 32) -> DigitJudge:
@@ -55,8 +55,10 @@ def train_digit_judge(seed: int, *, side: int = 32) -> DigitJudge:
     train, held_out = load_digit_split(seed)
     turned = np.stack(
         [
-            np.asarray(draw_digit(one, rng=generator(seed, "judge", n)).resize((side, side), Image.Resampling.BICUBIC))
-            for n, one in enumerate(train.ink)
+            np.asarray(
+                draw_digit(drawing, rng=generator(seed, "judge", n)).resize((side, side), Image.Resampling.BICUBIC)
+            )
+            for n, drawing in enumerate(train.ink)
         ]
     )
     features = np.concatenate([ink_of(drawn(train.ink, side)), ink_of(turned)])

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def judge(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict]:
     run = out / "stage3"
     _check_transformers_load(run / "export")
     model = load_for_inference(run / "export")
-    side = model.janus.janus_config.vision_config.image_size
+    side = model.encoder.image_size
     bench = Bench(
         model, train_digit_judge(seed, side=side), side, seed, 2 if tiny else DIGITS_EACH, 2 if tiny else SCENES_EACH
     )
@@ -128,7 +129,9 @@ def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
     pictures, labels = ask(bench.digits_each, best, bench.seed + 2)
     score = evaluate.score_digit_pictures(pictures, labels, bench.judge)
     held_out = digits.load_digit_split(bench.seed)[1]
-    ceiling = evaluate.digit_ceiling(held_out.ink, held_out.labels, bench.judge, bench.round_trip, side=bench.side)
+    ceiling = evaluate.digit_ceiling(
+        held_out.ink, held_out.labels.tolist(), bench.judge, bench.round_trip, side=bench.side
+    )
     named = bench.judge.name(pictures)
     shown = min(len(pictures), 10 * GRID_ROWS)
     _grid(
@@ -255,24 +258,24 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
 
 def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
     scenes = _held_out_scenes(bench, "scenes-und-val", CATEGORIES)
-    asked = [(scene, question) for scene in scenes for question in scene_questions(scene)]
-    pictures = evaluate.scene_pictures([scene for scene, _ in asked], bench.side)
+    questions = [(scene, question) for scene in scenes for question in scene_questions(scene)]
+    pictures = evaluate.scene_pictures([scene for scene, _ in questions], bench.side)
     answers = answer_questions(
         bench.model,
-        [draw_scene(scene) for scene, _ in asked],
-        [question.text for _, question in asked],
+        [draw_scene(scene) for scene, _ in questions],
+        [question.text for _, question in questions],
         max_new_tokens=16,
         batch_size=64,
     )
     scores = evaluate.score_answers(
-        answers, [question.answer for _, question in asked], [question.skill for _, question in asked]
+        answers, [question.answer for _, question in questions], [question.skill for _, question in questions]
     )
-    chosen = [number for number in range(0, len(asked), max(len(asked) // SHEET_ANSWERS, 1))][:SHEET_ANSWERS]
+    chosen = [number for number in range(0, len(questions), max(len(questions) // SHEET_ANSWERS, 1))][:SHEET_ANSWERS]
     _grid(
         samples / "4_scenes_answered",
         pictures[chosen],
-        [f"{asked[n][1].text}\nanswer: {answers[n] or '(none)'}" for n in chosen],
-        [evaluate.normalized(answers[n]) == evaluate.normalized(asked[n][1].answer) for n in chosen],
+        [f"{questions[n][1].text}\nanswer: {answers[n] or '(none)'}" for n in chosen],
+        [evaluate.normalized(answers[n]) == evaluate.normalized(questions[n][1].answer) for n in chosen],
         title="Held-out scenes: question and the model's answer",
         columns=SHEET_COLUMNS,
         picture_side=SHEET_SIDE,
@@ -314,8 +317,8 @@ def _check_transformers_load(folder: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.ERROR)
-    _, info = JanusForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    faults = {name: keys for name, keys in info.items() if keys}
+    loaded: Any = JanusForConditionalGeneration.from_pretrained(folder, output_loading_info=True)  # (model, info)
+    faults = {name: keys for name, keys in loaded[1].items() if keys}
     if faults:
         raise CheckpointError(f"transformers does not load {folder} cleanly: {faults}")
     print(f"smoke:   transformers loads {folder}: no missing, no unexpected keys", file=sys.stderr)

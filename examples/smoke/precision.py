@@ -17,8 +17,8 @@ def bfloat16_pays() -> bool:
     return bool(supported and supported())
 
 
-def autocast(wanted: bool) -> contextlib.AbstractContextManager:
-    """Matrix products and convolutions in bfloat16 if that is ``wanted`` and pays on this CPU; otherwise float32."""
-    if wanted and bfloat16_pays():
+def autocast(enabled: bool) -> contextlib.AbstractContextManager:
+    """Matrix products and convolutions in bfloat16 if that is ``enabled`` and pays on this CPU; otherwise float32."""
+    if enabled and bfloat16_pays():
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, JanusForConditionalGeneration
+from transformers import AutoTokenizer, JanusForConditionalGeneration, LlamaConfig, PreTrainedTokenizerBase
+from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from examples.smoke import tokenizer as names
 from examples.smoke.pretrain_llm import train_llm
@@ -24,7 +25,7 @@ MAX_TEXT_TOKENS = 40
 """Texts of image-text pairs are cut at this many tokens for the vision encoder's pretraining."""
 
 
-def special_ids(tokenizer) -> dict[str, int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Ids of the special tokens, looked up by their strings.
 
     Raises:
@@ -45,12 +46,14 @@ def special_ids(tokenizer) -> dict[str, int]:
     return {name: vocabulary[string] for name, string in strings.items()}
 
 
-def as_tensor(pictures) -> torch.Tensor:
+def as_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 pictures ``[n, S, S, 3]`` (numpy) to the model's layout, ``[n, 3, S, S]``."""
     return torch.tensor(pictures).permute(0, 3, 1, 2).contiguous()
 
 
-def image_text_pairs(data_dir: Path, tokenizer, side: int) -> tuple[torch.Tensor, list[list[int]]]:
+def image_text_pairs(
+    data_dir: Path, tokenizer: PreTrainedTokenizerBase, side: int
+) -> tuple[torch.Tensor, list[list[int]]]:
     """Pictures uint8 ``[n, 3, side, side]`` of all training sources with the token lists of their captions or
     dialogues."""
     pictures, texts = [], []
@@ -62,7 +65,7 @@ def image_text_pairs(data_dir: Path, tokenizer, side: int) -> tuple[torch.Tensor
     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [ids[:MAX_TEXT_TOKENS] for ids in encoded]
 
 
-def text_documents(data_dir: Path, tokenizer) -> list[list[int]]:
+def text_documents(data_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The documents of the ``text`` source as token lists, each between BOS and EOS."""
     ids = special_ids(tokenizer)
     texts = [text for sample in read_source(Path(data_dir) / "text") for text in texts_of(sample)]
@@ -105,6 +108,7 @@ def pretrain_all(
     out_dir = Path(out_dir)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = janus_config(sizes.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer))
+    assert isinstance(config.vision_config, JanusVisionConfig) and isinstance(config.text_config, LlamaConfig)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,6 +140,7 @@ def _train_vq_beside(data_dir: Path, tokenizer_dir: Path, sizes: SmokeSizes, see
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = janus_config(sizes.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer))
+    assert isinstance(config.vq_config, JanusVQVAEConfig)
     drawn = as_tensor(read_pictures([data_dir / source for source in GENERATION_SOURCES], sizes.model.image_size))
     vq = train_vq(config.vq_config, drawn, sizes.vq, seed=seed)
     return {name: value.numpy() for name, value in vq.state_dict().items()}

@@ -148,7 +148,8 @@ def encode_ids(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
     """uint8 pictures ``[n, 3, S, S]`` decoded from ids ``[n, tokens]``."""
-    return vq.decode(ids).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    decoded = vq.decode(ids)  # type: ignore[arg-type]  # annotated with the legacy LongTensor, which no function returns
+    return decoded.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def shows_something(pixels: torch.Tensor, stride: int) -> torch.Tensor:

@@ -107,7 +107,7 @@ def run_steps(
         log = options.out / "logs" / f"{name}.log"
         began = time.monotonic()
         try:
-            with recorded(log, LineFilter(lambda later_s=later_s: later_s)):
+            with recorded(log, LineFilter(later_s)):
                 code = step()
         except JpTrainError:
             say(f"the whole output of {name} is in {log}")
@@ -272,10 +272,10 @@ def _check_same_options(options: Options) -> None:
     if options.recipe != "smoke":
         mine["recipe"] = options.recipe
     if file.exists():
-        found = json.loads(file.read_text())
-        if found != mine:
+        earlier = json.loads(file.read_text())
+        if earlier != mine:
             raise ConfigError(
-                f"{options.out} was begun with {found}, not {mine}; add --fresh to start over, or give another --out"
+                f"{options.out} was begun with {earlier}, not {mine}; add --fresh to start over, or give another --out"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(mine))

@@ -97,7 +97,7 @@ def read_scene(picture: np.ndarray) -> tuple[FoundObject, ...]:
     regions, count = ndimage.label(coloured)
     smallest = MIN_AREA_SHARE * (2 * OBJECT_RADIUS * WORK_SIDE) ** 2
     colours = list(COLOURS)
-    found = []
+    objects = []
     for region in range(1, count + 1):
         mask = regions == region
         if mask.sum() < smallest:
@@ -108,7 +108,7 @@ def read_scene(picture: np.ndarray) -> tuple[FoundObject, ...]:
         core = ndimage.binary_erosion(mask, iterations=2)
         votes = np.bincount(_palette_index(pixels[core if core.any() else mask]), minlength=len(colours))
         rows, columns = np.nonzero(mask)
-        found.append(
+        objects.append(
             FoundObject(
                 shape=shape,
                 colour=colours[int(votes.argmax())],
@@ -117,7 +117,7 @@ def read_scene(picture: np.ndarray) -> tuple[FoundObject, ...]:
                 overlap=overlap,
             )
         )
-    return tuple(sorted(found, key=lambda item: (item.y > 0.5, item.x)))
+    return tuple(sorted(objects, key=lambda item: (item.y > 0.5, item.x)))
 
 
 def nearest_cell(x: float, y: float) -> str:
@@ -129,22 +129,22 @@ def _as_scene_object(item: FoundObject) -> SceneObject:
     return SceneObject(shape=item.shape, colour=item.colour, cell=nearest_cell(item.x, item.y), x=item.x, y=item.y)
 
 
-def satisfies(found: tuple[FoundObject, ...], scene: Scene) -> bool:
+def satisfies(objects: tuple[FoundObject, ...], scene: Scene) -> bool:
     """Whether the objects read from a picture are what the scene's prompt (``scene_prompt``) asks for.
 
     The picture must show exactly the objects asked for, no more; properties that the prompt leaves free
     (for instance the colour of "a circle") may be anything.
     """
-    wanted = scene.objects
-    if len(found) != len(wanted):
+    expected = scene.objects
+    if len(objects) != len(expected):
         return False
-    shapes_agree = sorted(f.shape for f in found) == sorted(w.shape for w in wanted)
+    shapes_agree = sorted(f.shape for f in objects) == sorted(w.shape for w in expected)
     if scene.category in ("single", "two", "counting"):
         return shapes_agree
     if scene.category in ("colours", "attribution"):
-        return sorted(f.pair for f in found) == sorted(w.pair for w in wanted)
+        return sorted(f.pair for f in objects) == sorted(w.pair for w in expected)
     if not shapes_agree:
         return False
-    by_shape = {item.shape: _as_scene_object(item) for item in found}
-    first, second = wanted
+    by_shape = {item.shape: _as_scene_object(item) for item in objects}
+    first, second = expected
     return relation(by_shape[first.shape], by_shape[second.shape]) == relation(first, second)

@@ -100,22 +100,22 @@ def scene_questions(scene: Scene) -> tuple[Question, ...]:
             Question(skill="colours", text=f"What colour are the {plural(first.shape)}?", answer=first.colour),
         )
     second = scene.objects[1]
-    asked, other = (first, second)
+    subject, other = (first, second)
     return (
         Question(
             skill="two", text="Which shapes are there?", answer=f"{article(first.shape)} and {article(second.shape)}"
         ),
-        Question(skill="attribution", text=f"What colour is the {asked.shape}?", answer=asked.colour),
+        Question(skill="attribution", text=f"What colour is the {subject.shape}?", answer=subject.colour),
         Question(skill="attribution", text=f"What colour is the {other.shape}?", answer=other.colour),
         Question(
             skill="position",
-            text=f"Where is the {asked.shape}, seen from the {other.shape}?",
-            answer=relation(asked, other).split()[0],
+            text=f"Where is the {subject.shape}, seen from the {other.shape}?",
+            answer=relation(subject, other).split()[0],
         ),
         Question(
             skill="position",
-            text=f"Where is the {other.shape}, seen from the {asked.shape}?",
-            answer=relation(other, asked).split()[0],
+            text=f"Where is the {other.shape}, seen from the {subject.shape}?",
+            answer=relation(other, subject).split()[0],
         ),
     )
 

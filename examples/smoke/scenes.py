@@ -7,10 +7,14 @@ caption, question or answer, so that composing them can be tested.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+Option = TypeVar("Option")
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -75,7 +79,7 @@ def training_pairs() -> tuple[tuple[str, str], ...]:
     return tuple((s, c) for s in SHAPES for c in COLOURS if (s, c) not in HELD_OUT_PAIRS)
 
 
-def _choice(rng: np.random.Generator, options):
+def _choice(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
@@ -94,6 +98,8 @@ def sample_scene(rng: np.random.Generator, category: str, *, pairs: tuple[tuple[
     Raises:
         ValueError: if the category is unknown, or ``pairs`` cannot furnish two objects that differ in both.
     """
+    cells: tuple[str, ...]
+    chosen: tuple[tuple[str, str], ...]
     if category in ("single", "colours"):
         cells = (_choice(rng, (*CORNERS, "middle")),)
         chosen = (_choice(rng, pairs),)

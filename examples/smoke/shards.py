@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import webdataset
 from PIL import Image
 
@@ -77,11 +78,11 @@ def _json_bytes(value: object) -> bytes:
 
 def conversation(question: str, answer: str, *, picture: bool) -> dict:
     """One question and its answer in the LLaVA layout; ``picture`` puts ``<image>`` before the question."""
-    asked = f"<image>\n{question}" if picture else question
-    return {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]}
+    turn = f"<image>\n{question}" if picture else question
+    return {"conversations": [{"from": "human", "value": turn}, {"from": "gpt", "value": answer}]}
 
 
-def _training_scene(seed: int, source: str, number: int):
+def _training_scene(seed: int, source: str, number: int) -> tuple[scenes.Scene, np.random.Generator]:
     rng = generator(seed, source, number)
     names, weights = list(CATEGORY_WEIGHTS), list(CATEGORY_WEIGHTS.values())
     category = names[int(rng.choice(len(names), p=weights))]
@@ -181,6 +182,7 @@ def write_source(folder: Path, source: str, samples: Iterator[dict], samples_per
                 if writer is not None:
                     writer.close()
                 writer = webdataset.TarWriter(str(folder / f"{(number - 1) // samples_per_shard:05d}.tar"), mtime=0)
+            assert writer is not None  # made for the first sample
             writer.write({"__key__": f"{source}-{number - 1:06d}", **sample})
     finally:
         if writer is not None:

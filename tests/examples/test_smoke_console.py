@@ -18,7 +18,7 @@ STEP = "step {}/420  loss 4.549 (und 4.567 text 4.849 gen 4.297)  lr 1.8e-03  no
 
 def test_steps_are_shown_every_half_minute_and_shortened_with_the_time_left_of_the_whole_run() -> None:
     now = [0.0]
-    show = LineFilter(lambda: 60.0, clock=lambda: now[0])
+    show = LineFilter(60.0, clock=lambda: now[0])
     first = show(STEP.format(" 10"))
     losses = "loss 4.549 (und 4.567 text 4.849 gen 4.297)"
     assert first == f"step  10/420  {losses}  3,223 tok/s  ETA 2 min 37 s  (all 3 min 37 s)"
@@ -40,7 +40,7 @@ def test_steps_are_shown_every_half_minute_and_shortened_with_the_time_left_of_t
     ],
 )
 def test_routine_lines_stay_in_the_log_file(line: str) -> None:
-    assert LineFilter(lambda: 0.0)(line) is None
+    assert LineFilter(0.0)(line) is None
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_routine_lines_stay_in_the_log_file(line: str) -> None:
     ["RuntimeError: out of memory", "[2026-11-28 20:27:29,544] [ERROR] [launch.py] Killing subprocess", "warning: x"],
 )
 def test_errors_and_unknown_lines_are_shown(line: str) -> None:
-    assert LineFilter(lambda: 0.0)(line + "\n") == line
+    assert LineFilter(0.0)(line + "\n") == line
 
 
 def test_output_of_child_processes_goes_into_the_log_and_shown_lines_to_the_terminal(tmp_path: Path, capfd) -> None:

@@ -52,9 +52,9 @@ def test_the_scene_judge_reads_true_pictures_without_error_at_every_side(categor
     for number in range(15):
         scene = scenes.sample_scene(generator(5, category, number), category, pairs=ALL_PAIRS)
         picture = scenes.draw_scene(scene).resize((side, side), Image.Resampling.BICUBIC)
-        found = read_scene(np.asarray(picture))
-        assert satisfies(found, scene)
-        assert sorted(f.pair for f in found) == sorted(o.pair for o in scene.objects)
+        read = read_scene(np.asarray(picture))
+        assert satisfies(read, scene)
+        assert sorted(f.pair for f in read) == sorted(o.pair for o in scene.objects)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_the_scene_judge_refuses_a_picture_that_differs_in_what_the_category_ask
     blue_cross = scenes.SceneObject(shape="cross", colour="blue", cell="top left", x=0.25, y=0.25)
     green_square = scenes.SceneObject(shape="square", colour="green", cell="bottom left", x=0.25, y=0.75)
     objects = (blue_cross,) if category in ("single", "colours") else (blue_cross, green_square)
-    asked = scenes.Scene(category=category, objects=objects)
+    expected = scenes.Scene(category=category, objects=objects)
     fields = {"shape": "cross", "colour": "blue", "cell": "top left", "x": 0.25, "y": 0.25} | change
     shown = scenes.Scene(category=category, objects=(scenes.SceneObject(**fields), *objects[1:]))
-    assert satisfies(read_scene(np.asarray(scenes.draw_scene(asked))), asked)
-    assert not satisfies(read_scene(np.asarray(scenes.draw_scene(shown))), asked)
+    assert satisfies(read_scene(np.asarray(scenes.draw_scene(expected))), expected)
+    assert not satisfies(read_scene(np.asarray(scenes.draw_scene(shown))), expected)
 
 
-def test_an_empty_and_a_noisy_picture_show_nothing_that_was_asked_for() -> None:
+def test_an_empty_and_a_noisy_image_show_nothing_of_the_scene() -> None:
     scene = scenes.sample_scene(generator(0, "x"), "single", pairs=ALL_PAIRS)
     noise = generator(0, "noise").integers(0, 256, size=(32, 32, 3)).astype(np.uint8)
     assert not satisfies(read_scene(np.full((32, 32, 3), 255, np.uint8)), scene)
@@ -97,23 +97,23 @@ def test_held_out_pairs_never_occur_in_a_training_scene_or_its_words() -> None:
 
 def test_the_pairs_sources_show_only_held_out_pairs() -> None:
     for sample in source_samples(1, "pairs-gen-val", 24):
-        found = read_scene(picture_of(sample, 72))
-        assert found and {f.pair for f in found} <= scenes.HELD_OUT_PAIRS
+        read = read_scene(picture_of(sample, 72))
+        assert read and {f.pair for f in read} <= scenes.HELD_OUT_PAIRS
 
 
 def test_captions_and_answers_are_true_of_the_picture_as_the_judge_reads_it() -> None:
     for number in range(60):
         category = scenes.CATEGORIES[number % 6]
         scene = scenes.sample_scene(generator(4, number), category, pairs=ALL_PAIRS)
-        found = read_scene(np.asarray(scenes.draw_scene(scene)))
+        read = read_scene(np.asarray(scenes.draw_scene(scene)))
         description = scene_text.scene_detail(scene)
-        assert all(f.shape in description and f.colour in description for f in found)
+        assert all(f.shape in description and f.colour in description for f in read)
         for question in scene_text.scene_questions(scene):
             if question.skill == "counting":
-                assert question.answer == scenes.COUNTS[len(found)]
+                assert question.answer == scenes.COUNTS[len(read)]
             if question.skill in ("colours", "attribution"):
                 shape = next(s for s in scenes.SHAPES if s in question.text)
-                assert {f.colour for f in found if f.shape == shape} == {question.answer}
+                assert {f.colour for f in read if f.shape == shape} == {question.answer}
 
 
 def test_training_and_held_out_digits_share_no_original_and_cover_every_label() -> None:
@@ -129,8 +129,8 @@ def test_text_splits_are_disjoint_and_lose_no_words() -> None:
     assert train and held_out and not set(train) & set(held_out)
     words = {word for topic in text.load_topics() for paragraph in topic.paragraphs for word in paragraph.split()}
     assert {word for d in train + held_out for word in d.split()} == words
-    asked, kept_back = text.split_dialogues(0)
-    assert asked and kept_back and not {d.answer for d in asked} & {d.answer for d in kept_back}
+    trained, kept_back = text.split_dialogues(0)
+    assert trained and kept_back and not {d.answer for d in trained} & {d.answer for d in kept_back}
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(built: Path, tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_our_reader_sees_what_webdataset_sees(built: Path) -> None:
 
 def test_understanding_sources_hold_both_descriptions_and_questions(built: Path) -> None:
     for source in UNDERSTANDING_SOURCES:
-        asked = {texts_of(s)[0] for s in read_source(built / source)}
-        assert DETAIL_QUESTION in asked and len(asked) > 1
+        first_texts = {texts_of(s)[0] for s in read_source(built / source)}
+        assert DETAIL_QUESTION in first_texts and len(first_texts) > 1
 
 
 def test_held_out_scenes_take_the_categories_in_turn(built: Path) -> None:

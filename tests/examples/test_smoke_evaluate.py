@@ -44,7 +44,7 @@ def test_the_digit_judge_gives_chance_to_pictures_with_shuffled_labels(judge: Di
     assert score_digit_pictures(drawn(held_out.ink, 32), shuffled, judge).accuracy < 0.2
 
 
-def test_true_scenes_score_one_in_every_category_and_far_above_chance() -> None:
+def test_true_scenes_score_1_in_every_category_and_far_above_chance() -> None:
     scores = score_scene_pictures(scene_pictures(SCENES, 32), SCENES)
     assert set(scores) == set(scenes.CATEGORIES)
     assert all(score.accuracy == 1.0 and score.chance < 0.6 and score.count == 10 for score in scores.values())
@@ -88,9 +88,11 @@ def test_psnr_is_infinite_for_equal_pictures_and_20_db_for_errors_of_a_tenth() -
 def test_a_grid_shows_every_picture_and_grows_with_the_rows(tmp_path: Path) -> None:
     pictures = scene_pictures(SCENES[:5], 32)
     titles = ["a rather long prompt that needs several lines to be shown at all, and then some more words"] * 5
-    one = Image.open(save_grid(tmp_path / "one.png", pictures, titles, columns=5, marks=[True] * 5, heading="scenes"))
+    single = Image.open(
+        save_grid(tmp_path / "one.png", pictures, titles, columns=5, marks=[True] * 5, heading="scenes")
+    )
     two = Image.open(save_grid(tmp_path / "two.png", pictures, titles, columns=3))
-    assert one.width > two.width and two.height > one.height
+    assert single.width > two.width and two.height > single.height
     with pytest.raises(ValueError, match="one title"):
         save_grid(tmp_path / "bad.png", pictures, titles[:2])
 

@@ -110,7 +110,7 @@ def test_equal_seeds_train_equal_vq_weights() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_pictures_of_the_wrong_side_are_refused_with_the_right_one() -> None:
+def test_images_of_the_wrong_side_are_refused_with_the_right_side() -> None:
     config = janus_config(SMALL, vocab_size=16, special_ids=IDS).vq_config
     with pytest.raises(ValueError, match="use pictures of 32 px"):
         train_vq(config, torch.zeros(2, 3, 48, 48, dtype=torch.uint8), SIZES.vq, seed=0)
@@ -160,9 +160,9 @@ def test_the_sigmoid_loss_is_lower_for_matching_pairs_and_counts_equal_texts_as_
     same = torch.eye(4, dtype=torch.bool)
     assert sigmoid_loss(unit, unit, scale, bias, same) < sigmoid_loss(unit, unit.flip(0), scale, bias, same)
     twins = unit[[0, 0, 2, 3]]
-    told = same.clone()
-    told[0, 1] = told[1, 0] = True
-    assert sigmoid_loss(twins, twins, scale, bias, told) < sigmoid_loss(twins, twins, scale, bias, same)
+    marked = same.clone()
+    marked[0, 1] = marked[1, 0] = True
+    assert sigmoid_loss(twins, twins, scale, bias, marked) < sigmoid_loss(twins, twins, scale, bias, same)
 
 
 def test_a_tokenizer_without_the_special_tokens_is_named_as_the_fault() -> None:

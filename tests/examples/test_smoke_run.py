@@ -66,7 +66,7 @@ def test_starting_afresh_never_removes_a_folder_that_the_smoke_run_did_not_make(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_starts_from_the_one_before(tmp_path, stage):
+def test_every_stage_starts_from_the_stage_before(tmp_path, stage):
     from examples.smoke.run import ROOT
     from jp_train.config import load_config
 

@@ -128,20 +128,20 @@ def data(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 def test_emoji_are_joined_with_the_commonest_meaning_of_their_name(cache: Path) -> None:
     synsets = read_wordnet(cache)
-    found = {item.name: item for item in read_emoji(cache, first_senses(cache, synsets))}
-    assert sorted(found) == sorted(NAMES)  # the flag has two code points
-    assert found["hammer"].gloss == "a hand tool with a heavy rigid head"
+    emoji = {item.name: item for item in read_emoji(cache, first_senses(cache, synsets))}
+    assert sorted(emoji) == sorted(NAMES)  # the flag has two code points
+    assert emoji["hammer"].gloss == "a hand tool with a heavy rigid head"
     # not the woman; an animal's "face" is dropped
-    assert found["cow face"].gloss.startswith("female of domestic cattle")
-    assert found["anchor"].gloss == ""
-    assert found["cow face"].kind == "animals and nature"
+    assert emoji["cow face"].gloss.startswith("female of domestic cattle")
+    assert emoji["anchor"].gloss == ""
+    assert emoji["cow face"].kind == "animals and nature"
     assert synsets[1].words == ("hammer", "mallet")
-    assert detail(found["anchor"], "google") == "an anchor, drawn in the google style"
-    assert detail(found["hammer"], "google").endswith("style: a hand tool with a heavy rigid head")
+    assert detail(emoji["anchor"], "google") == "an anchor, drawn in the google style"
+    assert detail(emoji["hammer"], "google").endswith("style: a hand tool with a heavy rigid head")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "text"),
     [
         ("eagle", "an eagle"),
         ("grinning face", "a grinning face"),
@@ -150,8 +150,8 @@ def test_emoji_are_joined_with_the_commonest_meaning_of_their_name(cache: Path) 
         ("bus", "a bus"),
     ],
 )
-def test_names_take_their_article(name: str, said: str) -> None:
-    assert with_article(name) == said
+def test_names_take_their_article(name: str, text: str) -> None:
+    assert with_article(name) == text
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_the_command_says_what_is_missing_and_ends_with_its_status(
 
 def test_downloads_appear_when_complete_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wordnet").mkdir()
-    asked = []
+    styles = []
 
     def npm_pack(command: list[str], folder: Path, hint: str = "") -> None:
         style = next(style for style, spec in showcase_sources.NPM_PACKAGES.items() if spec == command[-1])
-        asked.append(style)
+        styles.append(style)
         package(folder / "pack.tgz", style)
-        if asked == ["google", "twitter"]:
+        if styles == ["google", "twitter"]:
             raise LaunchError("the network is gone")
 
     monkeypatch.setattr(showcase_sources.shutil, "which", lambda name: name)
@@ -225,7 +225,7 @@ def test_downloads_appear_when_complete_and_are_made_once(tmp_path: Path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji-google", "wordnet"]
     download(tmp_path)
     download(tmp_path)
-    assert asked == ["google", "twitter", "twitter", "fluent"]
+    assert styles == ["google", "twitter", "twitter", "fluent"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "emoji-fluent",
         "emoji-google",
@@ -246,8 +246,8 @@ def test_held_out_names_and_drawings_never_occur_in_training(data: Path, cache: 
         for sample in read_source(folder):
             note = note_of(sample)
             trained.add((note["name"], note["style"]))
-            said = " ".join(texts_of(sample)).split(" style: ")[0]  # without the gloss
-            assert not [name for name in held_out if f" {name} " in f" {said.replace(',', ' ')} "]
+            text = " ".join(texts_of(sample)).split(" style: ")[0]  # without the gloss
+            assert not [name for name in held_out if f" {name} " in f" {text.replace(',', ' ')} "]
     assert len(trained) == 8 * 3 - 4
     assert not trained & kept_back
     assert not {name for name, _ in trained} & held_out
@@ -276,7 +276,7 @@ def test_too_few_emoji_are_refused(cache: Path, tmp_path: Path) -> None:
         build_showcase_shards(tmp_path, cache, 0)
 
 
-def test_pretraining_reads_every_trained_drawing_under_its_own_names(data: Path, tmp_path: Path) -> None:
+def test_pretraining_reads_every_trained_drawing_under_its_names(data: Path, tmp_path: Path) -> None:
     folder = link_pretraining_sources(data, tmp_path / "parts")
     for names, kind in ((GENERATION_SOURCES, "gen"), (UNDERSTANDING_SOURCES, "und")):
         linked = sum(
@@ -286,7 +286,7 @@ def test_pretraining_reads_every_trained_drawing_under_its_own_names(data: Path,
     assert list(read_source(folder / "text"))
 
 
-def test_the_judge_finds_true_drawings_and_its_chance_is_one_in_as_many(data: Path, tmp_path: Path) -> None:
+def test_the_judge_finds_true_drawings_and_its_chance_is_1_in_as_many(data: Path, tmp_path: Path) -> None:
     groups = read_groups(data, 32)
     assert [len(groups[name]) for name in GROUPS] == [20, 4, 9]
     nearest = NearestDrawing(groups)

@@ -34,7 +34,7 @@ def tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_every_special_token_is_one_id_with_its_own_string_and_can_be_skipped(tokenizer) -> None:
+def test_every_special_token_is_a_single_id_with_its_string_and_can_be_skipped(tokenizer) -> None:
     for token in SPECIAL_TOKENS:
         ids = tokenizer.encode(token, add_special_tokens=False)
         assert len(ids) == 1
@@ -68,7 +68,7 @@ def test_no_dummy_space_is_added_so_pieces_encode_alike_after_a_special_token(to
     assert after[1:] == plain
 
 
-def test_bos_is_prepended_only_when_special_tokens_are_asked_for(tokenizer) -> None:
+def test_bos_is_prepended_only_with_special_tokens(tokenizer) -> None:
     bare = tokenizer.encode("a circle", add_special_tokens=False)
     assert tokenizer.encode("a circle") == [tokenizer.convert_tokens_to_ids(BOS), *bare]
 
@@ -82,6 +82,6 @@ def test_shapes_colours_and_digit_names_take_few_tokens(tokenizer) -> None:
     assert sum(lengths) / len(lengths) <= 2.5
 
 
-def test_too_little_text_for_the_pieces_is_one_clear_error() -> None:
+def test_too_little_text_for_the_pieces_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="could not train 5000 pieces"):
         train_pieces(["a circle"] * 10, pieces=5000)
