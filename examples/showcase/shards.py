@@ -149,16 +149,16 @@ def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iter
 
 def _understanding(seed: int, source: str, drawings: Sequence[tuple[Emoji, str]], *, trained: bool) -> Iterator[dict]:
     """Every question about every drawing, in a mixed order; trained ones moved a little, and described as well."""
-    questions = []
+    dealt = []
     for item, style in drawings:
         pairs = [(question, answer) for _, question, answer in questions(item, style)]
         if trained:
             pairs.append((DETAIL_QUESTION, detail(item, style)))
         else:
             pairs = [pairs[0], *pairs[-2:]]
-        questions += [(item, style, question, answer) for question, answer in pairs]
-    for number, row in enumerate(generator(seed, source, "order").permutation(len(questions))):
-        item, style, question, answer = questions[row]
+        dealt += [(item, style, question, answer) for question, answer in pairs]
+    for number, row in enumerate(generator(seed, source, "order").permutation(len(dealt))):
+        item, style, question, answer = dealt[row]
         picture = open_drawing(item.pictures[style], PICTURE_SIDE)
         if trained:
             picture = moved(picture, generator(seed, source, number))
