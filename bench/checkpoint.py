@@ -23,12 +23,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from jp_train.config import RunConfig
 
 GIB = 2**30
 PHASES = ("start", "first save", "save", "load", "export")
@@ -59,10 +62,11 @@ class Peak:
             peak.bytes = max(peak.bytes, process.memory_info().rss - before)
 
 
-def configuration(folder: Path):
+def configuration(folder: Path) -> RunConfig:
     """About 100M parameters, 90% of them trained."""
     from jp_train.config import RunConfig
-    from jp_train.config.schema import BatchUnit, LanguageConfig, Precision, VisionConfig, VQConfig
+    from jp_train.config.choices import BatchUnit, Precision
+    from jp_train.config.schema import LanguageConfig, VisionConfig, VQConfig
 
     cfg = RunConfig(run_dir=str(folder / "run"), precision=Precision.bf16)
     cfg.model.vision = VisionConfig(hidden_size=256, layers=6, heads=4, image_size=64, patch_size=16)
@@ -91,8 +95,9 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from jp_train.config import batch_plan, dump_config
+    from jp_train.engine.checkpoint import partitions
     from jp_train.engine.checkpoint.identity import training_identity
-    from jp_train.engine.checkpoint.store import CheckpointStore, Content, partitions
+    from jp_train.engine.checkpoint.store import CheckpointStore, Content, Saved
     from jp_train.engine.export import export
     from jp_train.engine.init import build_engine, init_process_group
 
@@ -133,7 +138,7 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
             about={"frozen_from": str(source)},
         )
 
-    def elapsed(action) -> float:
+    def elapsed(action: Callable[[], object]) -> float:
         dist.barrier()
         began = time.perf_counter()
         action()
@@ -141,26 +146,33 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
         dist.all_reduce(mine, dist.ReduceOp.MAX)
         return float(mine)
 
-    def store(**policy) -> CheckpointStore:
+    def store(**policy: Any) -> CheckpointStore:
         for key, value in {"keep_last": 1, **policy}.items():
             setattr(cfg.checkpoint, key, value)
         return CheckpointStore(
             Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size
         )
 
-    step, saved = 0, None
+    step = 0
     times: dict[str, list[float]] = {}
     made = store(background=True)
     steps = Steps()
     alone = steps.seconds(2.0)
     beside: list[float] = []
 
+    completed: list[Saved] = []
+
     def begin(where: CheckpointStore) -> None:
         where.begin(step, content())
 
+    def written() -> bool:
+        assert made._pending is not None
+        return made._pending.report is not None
+
     def settle(where: CheckpointStore) -> None:
-        nonlocal saved
         saved = where.settle()
+        assert saved is not None
+        completed.append(saved)
 
     def both(where: CheckpointStore) -> None:
         begin(where)
@@ -170,15 +182,15 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
         step += 1
         with Peak.watched() as peak:
             stall = elapsed(lambda: begin(made))
-            beside += steps.until(lambda: made._pending.report is not None)
+            beside += steps.until(written)
             elapsed(lambda: settle(made))
         memory["first save" if repeat == 0 else "save"] = peak.bytes
         if repeat:  # the first also makes the buffer
             times.setdefault("stall", []).append(stall)
-            times.setdefault("total", []).append(saved.total_s)
+            times.setdefault("total", []).append(completed[-1].total_s)
         else:
             times["first_stall"] = [stall]
-    size = saved.bytes
+    size = completed[-1].bytes
     blocking = store(background=False)
     for _ in range(repeats):
         step += 1
@@ -201,12 +213,12 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
         )
     plain_bytes = (folder / f"plain_{ranks.dp_rank}.pt").stat().st_size
     fresh = store(background=True)
-    found: list[Any] = []
-    times["verify"] = [elapsed(lambda: found.append(fresh.newest()))]
+    newest: list[Any] = []
+    times["verify"] = [elapsed(lambda: newest.append(fresh.newest()))]
 
     def load() -> None:
         partitions.partition_gathered(engine.deepspeed)
-        fresh.load(found[0], lambda reader: partitions.fill(engine.deepspeed, reader))
+        fresh.load(newest[0], lambda reader: partitions.fill(engine.deepspeed, reader))
         partitions.gather_persistent(engine.deepspeed)
 
     with Peak.watched() as peak:
@@ -230,7 +242,7 @@ def as_rank(folder: Path, repeats: int) -> dict[str, Any]:
         "parameters": sum(p.numel for p in partitions.parameters(engine.deepspeed)),
         "trained": sum(p.numel for p in partitions.parameters(engine.deepspeed) if p.trained),
         "largest": max(p.numel for p in partitions.parameters(engine.deepspeed)),
-        "checkpoint": str(found[0].path),
+        "checkpoint": str(newest[0].path),
         "step_alone_s": alone,
         "step_beside_s": sum(beside) / len(beside) if beside else None,
     }
@@ -245,24 +257,24 @@ class Steps:
         self._a = torch.randn(512, 512)
         self._torch = torch
 
-    def one(self) -> float:
+    def timed(self) -> float:
         began = time.perf_counter()
         for _ in range(8):
             self._torch.mm(self._a, self._a)
         return time.perf_counter() - began
 
     def seconds(self, duration: float) -> float:
-        """Mean time of one."""
-        found, end = [], time.perf_counter() + duration
+        """Mean time of a step."""
+        times, end = [], time.perf_counter() + duration
         while time.perf_counter() < end:
-            found.append(self.one())
-        return sum(found) / len(found)
+            times.append(self.timed())
+        return sum(times) / len(times)
 
-    def until(self, done) -> list[float]:
-        found = []
+    def until(self, done: Callable[[], bool]) -> list[float]:
+        times = []
         while not done():
-            found.append(self.one())
-        return found
+            times.append(self.timed())
+        return times
 
 
 def offline_export(checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -310,7 +322,7 @@ def launch(folder: Path, world: int, repeats: int) -> list[dict[str, Any]]:
 def at_7b(world: int) -> dict[str, float]:
     """What follows for Janus-Pro-7B, stage 2, by arithmetic: GiB."""
     from jp_train.config import load_config
-    from jp_train.model.flops import parameter_counts
+    from jp_train.model.parameters import parameter_counts
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
@@ -352,20 +364,20 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=arguments.folder))
     try:
         launch(folder, arguments.world, arguments.repeats)  # makes the weights to start from
-        found = launch(folder, arguments.world, arguments.repeats)
-        command = [sys.executable, __file__, "--folder", str(folder), "--offline", found[0]["checkpoint"]]
+        ranks = launch(folder, arguments.world, arguments.repeats)
+        command = [sys.executable, __file__, "--folder", str(folder), "--offline", ranks[0]["checkpoint"]]
         subprocess.run(command, check=True, stdout=sys.stderr)
         offline = json.loads((folder / "offline.json").read_text())
     finally:
         shutil.rmtree(folder)
     figures = {
         "world": arguments.world,
-        **{key: found[0][key] for key in ("parameters", "trained", "largest", "bytes", "times")},
-        "plain_bytes": sum(rank["plain_bytes"] for rank in found),
-        "memory": {phase: max(rank["memory"][phase] for rank in found) for phase in PHASES},
-        "memory_rank_1": {phase: found[-1]["memory"][phase] for phase in PHASES},
+        **{key: ranks[0][key] for key in ("parameters", "trained", "largest", "bytes", "times")},
+        "plain_bytes": sum(rank["plain_bytes"] for rank in ranks),
+        "memory": {phase: max(rank["memory"][phase] for rank in ranks) for phase in PHASES},
+        "memory_rank_1": {phase: ranks[-1]["memory"][phase] for phase in PHASES},
         "offline": offline,
-        "step_slowdown": found[0]["step_beside_s"] / found[0]["step_alone_s"] if found[0]["step_beside_s"] else None,
+        "step_slowdown": ranks[0]["step_beside_s"] / ranks[0]["step_alone_s"] if ranks[0]["step_beside_s"] else None,
         "at_7b": at_7b(256),
     }
     if delivered(arguments, figures):

@@ -26,6 +26,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loaders.sides import Side
+
+    from jp_train.config.schema import TokenizerConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
@@ -41,7 +47,7 @@ WITHOUT_TOKEN_IDS = ("ids", "stored")
 QUICK_ROUNDS = 3
 
 
-def measure(sides: list, samples: int, rounds: int) -> list[dict]:
+def measure(sides: list[Side], samples: int, rounds: int) -> list[dict]:
     """Run `sides` in turn, `rounds` times after one round of warming up; figures of each, ratios to the second side."""
     spent: dict[str, list[tuple[float, float, float]]] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
@@ -72,23 +78,23 @@ def measure(sides: list, samples: int, rounds: int) -> list[dict]:
     return figures
 
 
-def cpu_seconds(side) -> float:
+def cpu_seconds(side: Side) -> float:
     """User and system time of this process and the side's workers, so far."""
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in side.processes())
 
 
-def compare(kind: str, tokenizer, *, rounds: int, workers: int, rivals: dict) -> list[dict]:
+def compare(kind: str, tokenizer: TokenizerConfig, *, rounds: int, workers: int, rivals: dict) -> list[dict]:
     """One table."""
     from loaders.rivals import Rival
     from loaders.samples import RECIPE
     from loaders.sides import Bare, Ours, config
 
-    from jp_train.config.schema import ImageDecode, TokenIds
+    from jp_train.config.choices import ImageDecode, TokenIds
 
     shards, samples = WORKLOADS[kind]
     recipe = RECIPE if kind == "stored" else None
     cfg = config(CACHE / "data", shards, tokenizer, workers=workers)
-    sides = [Ours(cfg, recipe=recipe), Bare(cfg, recipe=recipe)]
+    sides: list[Side] = [Ours(cfg, recipe=recipe), Bare(cfg, recipe=recipe)]
     if kind == "large":
         sides.append(
             Ours(
@@ -145,10 +151,10 @@ def main() -> None:
     rivals = {} if arguments.no_rivals else others.available(CACHE / "rivals")
     rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     kinds = [arguments.only] if arguments.only else list(WORKLOADS)
-    found = {kind: compare(kind, tokenizer, rounds=rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
-    if delivered(arguments, {"rounds": rounds, "workers": arguments.workers, **found}):
+    tables = {kind: compare(kind, tokenizer, rounds=rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
+    if delivered(arguments, {"rounds": rounds, "workers": arguments.workers, **tables}):
         return
-    for kind, figures in found.items():
+    for kind, figures in tables.items():
         print(
             f"{kind}, {arguments.workers} workers     samples/CPU s  samples/s   rows/s   jp_train over it, "
             "CPU (quartiles)    wall"

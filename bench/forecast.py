@@ -30,7 +30,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jp_train.config import RunConfig
+    from jp_train.tools.forecast.memory import Forecast
+    from jp_train.tools.forecast.shapes import MicroBatch
+    from jp_train.types import PackedBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -80,10 +86,11 @@ def configuration(
     precision: str = "fp32",
     hpz: int = 1,
     world: int = 2,
-):
+) -> RunConfig:
     """A Janus-Pro of about `size` parameters; 36 tokens a picture, rows of 512 tokens."""
     from jp_train.config import RunConfig
-    from jp_train.config.schema import BatchUnit, LanguageConfig, MixtureConfig, Precision, VisionConfig, VQConfig
+    from jp_train.config.choices import BatchUnit, Precision
+    from jp_train.config.schema import LanguageConfig, MixtureConfig, VisionConfig, VQConfig
 
     s = SIZES[size]
     cfg = RunConfig(precision=Precision(precision))
@@ -121,7 +128,7 @@ def configuration(
     return cfg
 
 
-def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str = "ugt"):
+def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str = "ugt") -> PackedBatch:
     """`rows` full rows that repeat the kinds of `documents` (u, g: a picture and 40 tokens; t: what is left of a
     third of the row)."""
     import torch
@@ -130,7 +137,8 @@ def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str 
 
     side, patch = cfg.model.vision.image_size, cfg.model.vision.patch_size
     slots, seq_len = (side // patch) ** 2, cfg.data.seq_len
-    lengths, kinds, starts = [], [], []
+    lengths: list[int] = []
+    kinds, starts = [], []
     for _ in range(rows):
         left = seq_len
         while left:
@@ -181,7 +189,7 @@ def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str 
     return batch.to(device)
 
 
-def contents(batch: Any):
+def contents(batch: PackedBatch) -> MicroBatch:
     """The batch as the forecast sees it."""
     from jp_train.tools.forecast.shapes import MicroBatch
 
@@ -207,9 +215,9 @@ def live_tensors() -> int:
     import torch
 
     storages = {}
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu" and found.layout is torch.strided:
-            storage = found.untyped_storage()
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and value.device.type == "cpu" and value.layout is torch.strided:
+            storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
@@ -229,14 +237,14 @@ def as_rank(spec: dict[str, Any]) -> dict[str, Any]:
     _steps(configuration(**{**spec, "size": "tiny"}), ranks)
     gc.collect()
     before, tensors = resident(), live_tensors()
-    found = _steps(configuration(**spec), ranks)
+    peaks = _steps(configuration(**spec), ranks)
     return {
-        "peak": found["peak"] - before,
-        "pass": found["pass"] - before,
-        "between_steps": found["between_steps"] - before,
-        "tensors": found["tensors"] - tensors,
-        "seconds": found["seconds"],
-        "order": found["order"],
+        "peak": peaks["peak"] - before,
+        "pass": peaks["pass"] - before,
+        "between_steps": peaks["between_steps"] - before,
+        "tensors": peaks["tensors"] - tensors,
+        "seconds": peaks["seconds"],
+        "order": peaks["order"],
         "before": before,
     }
 
@@ -268,7 +276,7 @@ def _steps(cfg: Any, ranks: Any) -> dict[str, Any]:
     names = {id(module): name for name, module in engine.model.named_modules()}
     order = [names[id(module)] for module in coordinator._PartitionedParameterCoordinator__submodule_order]
     gc.collect()
-    found = {
+    measured = {
         "tensors": live_tensors(),
         "peak": resident("VmHWM"),
         "pass": passed,
@@ -277,7 +285,7 @@ def _steps(cfg: Any, ranks: Any) -> dict[str, Any]:
         "order": order,
     }
     deepspeed.destroy()
-    return found
+    return measured
 
 
 def launch(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -313,7 +321,7 @@ def launch(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
 
 
-def predict(spec: dict[str, Any]):
+def predict(spec: dict[str, Any]) -> Forecast:
     """The forecast of the same run with the CPU's constants."""
     from jp_train.config import batch_plan
     from jp_train.tools.forecast.candidates import setting_of
@@ -330,19 +338,19 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
     """One line of the table: predicted and measured peak of a run in bytes."""
     with tempfile.TemporaryDirectory(prefix="bench_forecast_") as folder:
         ranks = launch(spec, Path(folder))
-    found = predict(spec)
+    forecast = predict(spec)
     measured = max(rank["peak"] for rank in ranks)
     return {
         **spec,
         "measured": measured,
-        "predicted": found.memory.total,
-        "error": found.memory.total / measured - 1,
-        "phase": found.memory.phase,
-        "states_predicted": found.memory.states,
+        "predicted": forecast.memory.total,
+        "error": forecast.memory.total / measured - 1,
+        "phase": forecast.memory.phase,
+        "states_predicted": forecast.memory.states,
         "between_steps": max(rank["between_steps"] for rank in ranks),
         "states_measured": max(rank["tensors"] for rank in ranks),
         "pass_measured": max(rank["pass"] for rank in ranks),
-        "parts": found.memory.gib(),
+        "parts": forecast.memory.gib(),
         "seconds": ranks[0]["seconds"],
     }
 
@@ -474,7 +482,7 @@ def predicted_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, 
     return {"forward": forward, "backward": backward}
 
 
-def true_shape(model: str, stage: int):
+def true_shape(model: str, stage: int) -> RunConfig:
     """The configuration of the paper's model and stage, and a full row of 4096 tokens of all three kinds."""
     from jp_train.config import load_config
 
@@ -540,16 +548,16 @@ def main() -> None:
         f"{'parameters':<12}{'ranks':>6}{'measured MiB':>14}{'predicted':>11}{'error':>8}"
         f"{'states MiB':>12}{'predicted':>11}  peak in"
     )
-    for one in runs:
+    for row in runs:
         print(
-            f"{one['size']:<12}{one['world']:>6}{one['measured'] / MIB:>14.1f}{one['predicted'] / MIB:>11.1f}"
-            f"{one['error']:>+8.1%}"
-            f"{one['states_measured'] / MIB:>12.1f}{one['states_predicted'] / MIB:>11.1f}  {one['phase']}"
+            f"{row['size']:<12}{row['world']:>6}{row['measured'] / MIB:>14.1f}{row['predicted'] / MIB:>11.1f}"
+            f"{row['error']:>+8.1%}"
+            f"{row['states_measured'] / MIB:>12.1f}{row['states_predicted'] / MIB:>11.1f}  {row['phase']}"
         )
     print(f"\n{'true shape':<24}{'followed MiB':>14}{'predicted':>11}{'error':>8}")
-    for one in shapes:
-        name = f"{one['model']} stage {one['stage']}{', checkpointing' if one['checkpointing'] else ''}"
-        print(f"{name:<24}{one['measured'] / MIB:>14.0f}{one['predicted'] / MIB:>11.0f}{one['error']:>+8.1%}")
+    for row in shapes:
+        name = f"{row['model']} stage {row['stage']}{', checkpointing' if row['checkpointing'] else ''}"
+        print(f"{name:<24}{row['measured'] / MIB:>14.0f}{row['predicted'] / MIB:>11.0f}{row['error']:>+8.1%}")
 
 
 if __name__ == "__main__":

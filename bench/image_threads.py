@@ -15,6 +15,12 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loaders.sides import Side
+
+    from jp_train.config.schema import TokenizerConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
@@ -24,7 +30,7 @@ SETTINGS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1))
 """Workers (0: none, the pictures are decoded in the trainer), threads in each."""
 
 
-def measure(shards: str, pictures: int, tokenizer, rounds: int) -> list[dict]:
+def measure(shards: str, pictures: int, tokenizer: TokenizerConfig, rounds: int) -> list[dict]:
     """A figure for each of SETTINGS."""
     from loaders.sides import Ours, config
 
@@ -36,10 +42,10 @@ def measure(shards: str, pictures: int, tokenizer, rounds: int) -> list[dict]:
     for number in range(rounds + 1):
         for setting in SETTINGS if number % 2 else SETTINGS[::-1]:
             side = sides[setting]
-            cpu, wall = cpu_seconds(side), time.perf_counter()
+            cpu_before, began = cpu_seconds(side), time.perf_counter()
             done, _ = side.advance(pictures)
             if number:
-                spent[setting].append(((cpu_seconds(side) - cpu) / done, (time.perf_counter() - wall) / done))
+                spent[setting].append(((cpu_seconds(side) - cpu_before) / done, (time.perf_counter() - began) / done))
     figures = []
     for setting, side in sides.items():
         cpu, wall = zip(*spent[setting], strict=True)
@@ -50,8 +56,8 @@ def measure(shards: str, pictures: int, tokenizer, rounds: int) -> list[dict]:
                 "threads": setting[1],
                 "cpu_ms": 1000 * statistics.median(cpu),
                 "wall_ms": 1000 * statistics.median(wall),
-                "cpu_over_1x1": statistics.median(own / other[0] for own, other in zip(cpu, base, strict=True)),
-                "wall_over_1x1": statistics.median(own / other[1] for own, other in zip(wall, base, strict=True)),
+                "cpu_over_1x1": statistics.median(here / other[0] for here, other in zip(cpu, base, strict=True)),
+                "wall_over_1x1": statistics.median(here / other[1] for here, other in zip(wall, base, strict=True)),
                 "workers_mib": sum(process.memory_full_info().uss for process in side.processes()) / 2**20,
             }
         )
@@ -59,7 +65,7 @@ def measure(shards: str, pictures: int, tokenizer, rounds: int) -> list[dict]:
     return figures
 
 
-def cpu_seconds(side) -> float:
+def cpu_seconds(side: Side) -> float:
     """User and system time of this process and the side's workers, so far."""
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in side.processes())
 
@@ -78,12 +84,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tokenizer = prepare(CACHE / "data", arguments.samples)
-    found = {
+    tables = {
         kind: measure(shards, pictures, tokenizer, arguments.rounds) for kind, (shards, pictures) in WORKLOADS.items()
     }
-    if delivered(arguments, {"rounds": arguments.rounds, **found}):
+    if delivered(arguments, {"rounds": arguments.rounds, **tables}):
         return
-    for kind, figures in found.items():
+    for kind, figures in tables.items():
         print(
             f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: "
             "CPU   wall   own memory of the workers, MiB"

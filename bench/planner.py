@@ -20,6 +20,9 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +55,7 @@ def simulated_sources(samples: int = 20_000, per_kind: int = 4) -> list[PlanSour
     return sources
 
 
-def make_plan(sources: list[PlanSource], name: str, rows: int, **settings) -> Plan:
+def make_plan(sources: list[PlanSource], name: str, rows: int, **settings: Any) -> Plan:
     return Plan(
         sources,
         seed=0,
@@ -62,18 +65,19 @@ def make_plan(sources: list[PlanSource], name: str, rows: int, **settings) -> Pl
     )
 
 
-def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **settings) -> dict[str, object]:
+def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **settings: Any) -> dict[str, Any]:
     """Plan `steps` steps of `rows` rows; figures over all of them, and which targets they meet."""
     plan = make_plan(sources, name, rows, **settings)
-    one_rank = make_plan(sources, name, rows, **settings)
+    rank_plan = make_plan(sources, name, rows, **settings)
     shares = np.array(MIXTURES[name]) / sum(MIXTURES[name])
     kinds = np.array([KINDS.index(source.kind) for source in sources])
     column = {field: number for number, field in enumerate(COLUMNS)}
     tokens = spans = documents = 0
-    errors, own, every = [], [], []
+    errors: list[float] = []
+    rank_ms: list[float] = []
     for _ in range(steps):
         table, _ = plan.next_table()
-        own.append(cpu_ms(lambda: (one_rank.next_step(0, max(1, rows // RANKS)), one_rank.state())))
+        rank_ms.append(cpu_ms(lambda: (rank_plan.next_step(0, max(1, rows // RANKS)), rank_plan.state())))
         starts = table[:, column["start"]] == 0
         amounts = np.bincount(kinds[table[starts, column["source"]]], minlength=len(KINDS))
         tokens += int(table[:, column["length"]].sum())
@@ -82,7 +86,7 @@ def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **se
         errors.append(100 * float(np.abs(amounts / amounts.sum() - shares).max()))
     every = [cpu_ms(plan.next_step) for _ in range(max(3, steps // 4))]
     fill = 100 * tokens / (steps * rows * plan.seq_len)
-    figure: dict[str, object] = {
+    figure: dict[str, Any] = {
         "mixture": name,
         "samples_per_row": plan.samples_per_row,
         "fill_percent": fill,
@@ -90,8 +94,8 @@ def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **se
         "cuts_per_row": (spans - documents) / (steps * rows),
         "step_share_error_points_worst": max(errors),
         "step_share_error_points_median": float(np.median(errors)),
-        "ms_per_step": float(np.median(own)),
-        "ms_per_step_least": min(own),
+        "ms_per_step": float(np.median(rank_ms)),
+        "ms_per_step_least": min(rank_ms),
         "ms_per_step_all_rows": float(np.median(every)),
         "ms_per_step_all_rows_least": min(every),
         "state_bytes": len(json.dumps(plan.state())),
@@ -106,14 +110,14 @@ def measure(name: str, sources: list[PlanSource], *, steps: int, rows: int, **se
     return figure
 
 
-def cpu_ms(action) -> float:
+def cpu_ms(action: Callable[[], object]) -> float:
     """CPU milliseconds of a call."""
     started = time.process_time()
     action()
     return 1000 * (time.process_time() - started)
 
 
-def measure_restores(sources: list[PlanSource], *, rows: int, repeats: int = 15, **settings) -> dict[str, object]:
+def measure_restores(sources: list[PlanSource], *, rows: int, repeats: int = 15, **settings: Any) -> dict[str, Any]:
     """CPU milliseconds from the state of a step to its first rows, for RESTORED_STEPS: the plan itself exists, as in a
     trainer that resumes.
 
@@ -131,12 +135,15 @@ def measure_restores(sources: list[PlanSource], *, rows: int, repeats: int = 15,
         assert plan.step == step
         states[step] = json.dumps(plan.state())
     times: dict[int, list[float]] = {step: [] for step in states}
-    one_row = make_plan(sources, "2:3:5", rows, **settings)
+    resumed = make_plan(sources, "2:3:5", rows, **settings)
+
+    def first_row(state: str) -> None:
+        resumed.restore(json.loads(state))
+        resumed.next_step(0, 1)
+
     for _ in range(repeats):
         for step, state in states.items():
-            times[step].append(
-                cpu_ms(lambda state=state: (one_row.restore(json.loads(state)), one_row.next_step(0, 1)))
-            )
+            times[step].append(cpu_ms(partial(first_row, state)))
     least = {step: min(values) for step, values in times.items()}
     spread = max(least.values()) / min(least.values())
     target = f"restores within {100 * (MOST_SPREAD - 1):.0f} %"

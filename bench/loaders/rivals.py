@@ -18,6 +18,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -133,7 +134,8 @@ class RowMaker:
 
     def next_fit(self, documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[dict[str, torch.Tensor]]:
         """Rows that close as soon as the next document does not fit."""
-        held, room = [], self.seq_len
+        held: list[tuple[np.ndarray, np.ndarray]] = []
+        room = self.seq_len
         for document in documents:
             if len(document[0]) > room:
                 yield self.row(held)
@@ -201,7 +203,8 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
             return maker.encode(sample[member], sample["json"], is_picture=is_picture)
 
         def select_samples_to_pack(self, samples):
-            rows, rooms = [], []
+            rows: list[list[Any]] = []
+            rooms: list[int] = []
             for document in sorted(samples, key=lambda document: -len(document[0])):
                 place = next((n for n, room in enumerate(rooms) if room >= len(document[0])), len(rows))
                 if place == len(rows):
@@ -256,7 +259,7 @@ def available(folder: Path) -> dict[str, Callable]:
     """The rivals that can be imported, from here or from `folder`; a line on stderr for each that cannot."""
     if folder.is_dir():
         site.addsitedir(str(folder))
-    found = {}
+    importable = {}
     for name, start in RIVALS.items():
         module = {
             "webdataset": "webdataset",
@@ -265,12 +268,12 @@ def available(folder: Path) -> dict[str, Callable]:
         }[name]
         try:
             _import_streaming() if module == "streaming" else importlib.import_module(module)
-            found[name] = start
+            importable[name] = start
         except Exception as error:  # whatever a foreign package raises while it is imported
             print(
                 f"bench: {name} is left out: {type(error).__name__}: {error} (`--install` fetches it)", file=sys.stderr
             )
-    return found
+    return importable
 
 
 class _Packed(IterableDataset):

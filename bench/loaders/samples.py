@@ -77,8 +77,8 @@ def _store_ids_beside(folder: Path) -> None:
         shard = reader.stat(str(path))
         with tarfile.open(path) as tar:
             count = len(tar.getnames()) // 2
-        found = load_manifest(shard, RECIPE.fingerprint)
-        if found is None or not found.belongs_to(shard):
+        manifest = load_manifest(shard, RECIPE.fingerprint)
+        if manifest is None or not manifest.belongs_to(shard):
             ids = np.stack(
                 [
                     np.frombuffer(stored_ids(number), np.uint16, offset=NPY_HEADER)

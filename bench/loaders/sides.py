@@ -6,23 +6,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
+import tokenizers
 
 from jp_train.config.batch import batch_plan
-from jp_train.config.schema import (
-    BatchUnit,
-    MixtureConfig,
-    RunConfig,
-    SourceConfig,
-    SourceKind,
-    Template,
-    TokenizerConfig,
-)
+from jp_train.config.choices import BatchUnit, SourceKind, Template
+from jp_train.config.schema import MixtureConfig, RunConfig, SourceConfig, TokenizerConfig
 from jp_train.data.image import load_generation_image
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan
@@ -51,7 +45,7 @@ class Side(Protocol):
     def close(self) -> None: ...
 
 
-def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int = 0, **data) -> RunConfig:
+def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int = 0, **data: Any) -> RunConfig:
     """A run over generation samples alone, as in stage 2: 384-pixel pictures, rows of SEQ_LEN tokens, whole
     captions."""
     cfg = RunConfig(tokenizer=tokenizer)
@@ -104,7 +98,12 @@ class Bare:
 
     name = "bare loop"
 
-    def __init__(self, cfg: RunConfig, load=load_generation_image, recipe: IdsRecipe | None = None) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        load: Callable[[bytes, int], np.ndarray] = load_generation_image,
+        recipe: IdsRecipe | None = None,
+    ) -> None:
         self._encode = plain_encode(load_tokenizer(cfg.tokenizer))
         self._size, self._load, self._recipe = cfg.model.vision.image_size, load, recipe
         self._descriptors: list[int] = []
@@ -118,9 +117,11 @@ class Bare:
             shard = reader.stat(path)
             members = scan_members(shard, reader)
             descriptor = self._opened(path)
-            stored = (
-                None if self._recipe is None else self._opened(load_manifest(shard, self._recipe.fingerprint).ids_path)
-            )
+            stored = None
+            if self._recipe is not None:
+                manifest = load_manifest(shard, self._recipe.fingerprint)
+                assert manifest is not None
+                stored = self._opened(manifest.ids_path)
             for number in range(len(members.keys)):
                 first = int(members.member_start[number])
                 where = {members.extensions[members.extension[first + k]]: first + k for k in (0, 1)}
@@ -165,7 +166,7 @@ class Bare:
             os.close(descriptor)
 
 
-def plain_encode(tokenizer: Tokenizer):
+def plain_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     """The fastest call that turns one text into ids: the Hugging Face backend's, without offsets."""
-    backend = tokenizer._backend
+    backend = tokenizers.Tokenizer.from_str(tokenizer._content().decode())
     return lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -257,7 +257,7 @@ def test_shards_of_somebody_else_and_changed_shards_are_never_touched(tmp_path):
     reader = text_jsonl(tmp_path / "in")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "000000.tar").write_bytes(b"precious")
-    with pytest.raises(ConfigError, match=r"holds shards \(000000.tar\) but no manifest.json"):
+    with pytest.raises(ConfigError, match=r"holds shards \(000000.tar\) that no manifest.json"):
         run(reader, tmp_path / "foreign")
     assert (tmp_path / "foreign" / "000000.tar").read_bytes() == b"precious"
     assert run_and_kill(reader, tmp_path / "out", at=20, shard_samples=2)
