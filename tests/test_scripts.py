@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.cluster.launch import LaunchOptions, launch, parse_hostfile
+from jp_train.cluster.hostfile import parse_hostfile
+from jp_train.cluster.launch import launch
+from jp_train.cluster.options import LaunchOptions
 from jp_train.config import load_config
 from jp_train.tools.check import check
 

@@ -198,7 +198,8 @@ def stage_overrides(options: Options, stage: int) -> list[str]:
 def train_stage(options: Options, stage: int) -> int:
     """Train one stage under the deepspeed launcher; returns its exit status. Raises LaunchError if it wrote no
     export."""
-    from jp_train.cluster.launch import LaunchOptions, launch
+    from jp_train.cluster.launch import launch
+    from jp_train.cluster.options import LaunchOptions
 
     config = ROOT / "examples" / options.recipe / f"stage{stage}.yaml"
     code = launch(

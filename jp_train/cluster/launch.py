@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jp_train.cluster.command import rank_variables, ranks_command, remote_argument
+from jp_train.cluster.command import rank_variables, ranks_command
 from jp_train.cluster.environment import environment_file, has_gpu, passed_environment, runner_environment
 from jp_train.cluster.findings import Report
-from jp_train.cluster.hostfile import Host, Selection, parse_hostfile, runs_locally, select_slots, world_size
+from jp_train.cluster.hostfile import Selection, runs_locally, world_size
 from jp_train.cluster.options import LaunchOptions
-from jp_train.cluster.outcome import Outcome, exit_code, explain, judge
+from jp_train.cluster.outcome import Outcome, explain, judge
 from jp_train.cluster.records import LAUNCHER_LOG, new_launch_id, open_logs, read_records
 from jp_train.cluster.restarts import (
     Progress,
@@ -42,21 +42,6 @@ from jp_train.config import RunConfig, batch_plan, load_config
 from jp_train.errors import ConfigError, LaunchError
 from jp_train.run.lock import read_holder, refusal, release_dead_launch, standing_of
 
-__all__ = [
-    "Host",
-    "LaunchOptions",
-    "exit_code",
-    "launch",
-    "launch_command",
-    "launch_ranks",
-    "parse_hostfile",
-    "passed_environment",
-    "ranks_command",
-    "remote_argument",
-    "runner_environment",
-    "select_slots",
-]
-
 PROGRAMS = {
     "pdsh": ("pdsh", "pdsh openssh-client"),
     "openmpi": ("mpirun", "openmpi-bin openssh-client"),
@@ -69,11 +54,6 @@ UNRELIABLE_KILLS = 2
 SETTLE_S = 15.0
 """Killed processes give back GPU memory, ports and locks seconds after they are gone: a host is left out for a fault
 that is still there then."""
-
-
-def launch_command(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> list[str]:
-    """The argv that starts the run: `train CONFIG key=value ...` on every rank. Raises as `ranks_command` does."""
-    return ranks_command(["train", str(config_path), *overrides], options)
 
 
 def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> int:

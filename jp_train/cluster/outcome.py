@@ -100,17 +100,6 @@ def signalled(code: int) -> int:
     return number if 0 < number < 65 else 0
 
 
-def exit_code(code: int, stopped_by: int | None, failure: str) -> int:
-    """The run's exit code from the launcher's alone: 0 and jp_train's own codes pass; 128 + n after signal n.
-
-    `failure` as in `judge`. Raises LaunchError for a rank that was killed from outside.
-    """
-    outcome = judge(Ending(code), (), stopped_by, failure)
-    if outcome.code == LaunchError.exit_code and code != LaunchError.exit_code and signalled(code):
-        raise LaunchError(f"{outcome.cause}. Run the same command again to resume from the newest checkpoint")
-    return outcome.code
-
-
 def explain(records: Sequence[RankRecord], world: int) -> list[str]:
     """Lines for the terminal about the ranks that failed, the likely cause first, with the end of that rank's stderr
     (rank 0's is on the terminal already)."""

@@ -55,7 +55,7 @@ def _attempt(found: dict[str, Any], name: str, action) -> None:
 def _batch(config: RunConfig, hostfile: Path | None) -> dict[str, Any]:
     ranks = 1
     if hostfile:
-        from jp_train.cluster.launch import parse_hostfile
+        from jp_train.cluster.hostfile import parse_hostfile
 
         ranks = sum(host.slots for host in parse_hostfile(hostfile))
     plan = batch_plan(config, ranks)

@@ -1,5 +1,4 @@
-"""Launching: the hostfile parser, the command, and real local and (through a stand-in for ssh and pdsh) remote runs
-of a stand-in trainer."""
+"""Launching: real local and (through a stand-in for ssh and pdsh) remote runs of a stand-in trainer."""
 
 from __future__ import annotations
 
@@ -15,25 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.cluster.launch import (
-    Host,
-    LaunchOptions,
-    exit_code,
-    launch,
-    launch_command,
-    parse_hostfile,
-    passed_environment,
-    ranks_command,
-    remote_argument,
-    runner_environment,
-    select_slots,
-)
-from jp_train.cluster.rank import rank_environment
+from jp_train.cluster.launch import launch
+from jp_train.cluster.options import LaunchOptions
 from jp_train.errors import ConfigError, LaunchError
 from jp_train.run.lock import take
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 TRAINER = """
 import json, os, pathlib, signal, sys, time
@@ -57,7 +43,8 @@ raise SystemExit(9)
 DRIVER = """
 import json, sys
 from pathlib import Path
-from jp_train.cluster.launch import LaunchOptions, launch
+from jp_train.cluster.launch import launch
+from jp_train.cluster.options import LaunchOptions
 options = LaunchOptions(hostfile=Path(sys.argv[2]), master_port=int(sys.argv[4]), skip_preflight=True)
 raise SystemExit(launch(sys.argv[1], json.loads(sys.argv[3]), options))
 """
@@ -86,223 +73,6 @@ def write_hostfile(folder: Path, text: str) -> Path:
     path = folder / "hostfile"
     path.write_text(text)
     return path
-
-
-def test_a_hostfile_gives_its_hosts_in_order(tmp_path: Path) -> None:
-    text = "# cluster\n\nnode-b slots=8   # rack 2\n10.0.0.7\tslots=4\n  localhost  slots=2\n"
-    assert parse_hostfile(write_hostfile(tmp_path, text)) == [
-        Host("node-b", 8),
-        Host("10.0.0.7", 4),
-        Host("localhost", 2),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("node1", "slots=N"),
-        ("node1 slots=eight", "slots=N"),
-        ("node1 slots=-8", "slots=N"),
-        ("node1 slots=8 gpus=8", "slots=N"),
-        ("node1:8", "slots=N"),
-        ("node1 slots=0", "0 slots"),
-        ("good slots=4", "already on line 2"),
-        ("a;reboot slots=8", "a;reboot"),
-        ("$(id) slots=8", "characters"),
-        ("-oProxyCommand=x slots=8", "characters"),
-        ("a,b slots=8", "characters"),
-        ("user@host slots=8", "characters"),
-        ("nöde slots=8", "characters"),
-    ],
-)
-def test_a_bad_line_is_refused_with_its_number_and_its_text(tmp_path: Path, line: str, complaint: str) -> None:
-    with pytest.raises(LaunchError) as caught:
-        parse_hostfile(write_hostfile(tmp_path, f"# hosts\ngood slots=8\n{line}\n"))
-    assert "line 3" in str(caught.value) and complaint in str(caught.value)
-
-
-def test_a_missing_or_empty_hostfile_is_an_error_and_never_a_local_run(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="not there"):
-        parse_hostfile(tmp_path / "nothing")
-    with pytest.raises(LaunchError, match="names no host"):
-        parse_hostfile(write_hostfile(tmp_path, "# only a comment\n"))
-
-
-def test_every_hostfile_of_the_repository_parses() -> None:
-    ranks = {
-        p.name: sum(h.slots for h in parse_hostfile(p)) for p in (ROOT / "hostfiles").iterdir() if p.suffix != ".md"
-    }
-    assert ranks == {"local": 2, "a100_16x8": 128, "a100_32x8": 256}
-
-
-def test_filters_keep_what_they_say() -> None:
-    hosts = [Host("a", 2), Host("b", 4)]
-    assert select_slots(hosts) == {"a": (0, 1), "b": (0, 1, 2, 3)}
-    assert select_slots(hosts, include="b:3,1@a") == {"a": (0, 1), "b": (1, 3)}
-    assert select_slots(hosts, exclude="a@b:0") == {"b": (1, 2, 3)}
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude"), [("a", "b"), ("c", ""), ("", "a:7"), ("a:x", ""), ("a:", ""), ("", "a@b"), ("a@", "")]
-)
-def test_a_filter_that_means_nothing_is_refused(include: str, exclude: str) -> None:
-    with pytest.raises(ConfigError):
-        select_slots([Host("a", 2), Host("b", 4)], include=include, exclude=exclude)
-
-
-def test_the_command_of_a_local_run_needs_no_ssh(tmp_path: Path) -> None:
-    hostfile = write_hostfile(tmp_path, "localhost slots=2\n")
-    options = LaunchOptions(hostfile=hostfile, master_port=29501)
-    assert launch_command("run.yaml", ["seed=3", "a=b c{1,2}"], options) == [
-        *RUNNER, "--hostfile", str(hostfile), "--master_port", "29501", "--no_ssh_check", "--master_addr", "127.0.0.1",
-        "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml", "seed=3", "a=b c{1,2}",
-    ]  # fmt: skip
-
-
-def test_the_command_of_a_remote_run_forces_the_remote_launcher_even_for_one_host(tmp_path: Path) -> None:
-    hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
-    options = LaunchOptions(hostfile=hostfile, include="node2:1")
-    assert launch_command("run.yaml", ["data.sources.x.shards=s-{0..9}.tar"], options) == [
-        *RUNNER, "--hostfile", str(hostfile), "--master_port", "29500", "--include", "node2:1", "--launcher", "pdsh",
-        "--force_multi",
-        "--no_local_rank", "--module", "jp_train.cluster.rank", "train", "run.yaml",
-        "'data.sources.x.shards=s-{0..9}.tar'",
-    ]  # fmt: skip
-
-
-def test_deepspeeds_own_parser_reads_the_command_as_meant(tmp_path: Path) -> None:
-    from deepspeed.launcher.runner import parse_args
-
-    hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
-    parsed = parse_args(launch_command("run.yaml", ["seed=3"], LaunchOptions(hostfile=hostfile, exclude="node1:0"))[3:])
-    assert (parsed.user_script, parsed.user_args) == ("jp_train.cluster.rank", ["train", "run.yaml", "seed=3"])
-    assert (
-        parsed.module
-        and parsed.force_multi
-        and parsed.no_local_rank
-        and parsed.exclude == "node1:0"
-        and parsed.launcher == "pdsh"
-    )
-
-
-def test_an_argument_that_the_remote_shell_would_change_is_refused() -> None:
-    for argument in ("a=100%", "a=b\nc", "a=$HOME x", "a=`id` x", "a=\\ x"):
-        with pytest.raises(LaunchError, match="configuration file"):
-            remote_argument(argument)
-
-
-def test_mpirun_gets_the_hosts_in_order_and_the_names_of_variables_but_no_value(tmp_path: Path) -> None:
-    hostfile = write_hostfile(tmp_path, "node2 slots=2\nnode1 slots=4\n")
-    options = LaunchOptions(
-        hostfile=hostfile, exclude="node1:0", launcher="openmpi", launcher_args="--mca btl_tcp_if_include 'ib 0'"
-    )
-    passed = passed_environment({"NCCL_DEBUG": "INFO", "HF_TOKEN": "s3cret"})
-    command = ranks_command(["train", "run.yaml", "a=b c"], options, passed)
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    assert command == [
-        "mpirun", "-n", "5", "--host", "node2:2,node1:3", "--map-by", "slot", "--bind-to", "none", "--wdir",
-        os.getcwd(), *root,
-        "-x", "NCCL_DEBUG", "--mca", "btl_tcp_if_include", "ib 0",
-        sys.executable, "-u", "-m", "jp_train.cluster.rank", "train", "run.yaml", "a=b c",
-    ]  # fmt: skip
-
-
-def test_srun_gets_one_task_a_slot_in_blocks_and_refuses_unequal_hosts(tmp_path: Path) -> None:
-    hostfile = write_hostfile(tmp_path, "node1 slots=2\nnode2 slots=2\n")
-    command = launch_command(
-        "run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", launcher_args="--mpi=none")
-    )
-    assert command == [
-        "srun", "--nodes", "2", "--ntasks", "4", "--ntasks-per-node", "2", "--nodelist", "node1,node2",
-        "--distribution", "block",
-        "--kill-on-bad-exit=1", "--unbuffered", "--export", "ALL", "--chdir", os.getcwd(), "--mpi=none",
-        sys.executable, "-u", "-m", "jp_train.cluster.rank", "train", "run.yaml",
-    ]  # fmt: skip
-    with pytest.raises(ConfigError, match="node1 1, node2 2"):
-        launch_command("run.yaml", [], LaunchOptions(hostfile=hostfile, launcher="slurm", exclude="node1:0"))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"launcher": "mpich"},
-        {"master_port": 80},
-        {"master_addr": "-oProxyCommand=x"},
-        {"max_restarts": -1},
-        {"grace_s": float("nan")},
-        {"patience_s": 0.0},
-        {"launcher_args": "--mca x y"},
-        {"launcher": "slurm", "launcher_args": "'open"},
-    ],
-)
-def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, wrong: dict) -> None:
-    with pytest.raises(ConfigError):
-        LaunchOptions(hostfile=tmp_path, **wrong)
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
-        {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURMD_NODENAME": "node1"},
-    ],
-)
-def test_a_rank_learns_its_number_from_open_mpi_or_slurm(told: dict[str, str]) -> None:
-    ours = {"JP_TRAIN_WORLD": "node2:1,3@node1:0,1", "JP_TRAIN_MASTER_ADDR": "node2", "JP_TRAIN_MASTER_PORT": "29501"}
-    env = rank_environment(told | ours)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
-    assert [env[name] for name in names] == ["2", "0", "4", "node2", "29501", "0,1"]
-    assert rank_environment(told | ours | {"CUDA_VISIBLE_DEVICES": "5"})["CUDA_VISIBLE_DEVICES"] == "5", (
-        "what Slurm has chosen stays"
-    )
-
-
-def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_refused() -> None:
-    env = {
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURMD_NODENAME": "node1",
-        "JP_TRAIN_WORLD": "node2:0@node1:0",
-    }
-    with pytest.raises(LaunchError, match="scontrol show hostnames"):
-        rank_environment(env)
-    with pytest.raises(LaunchError, match="3, but the hostfile has 2"):
-        rank_environment(env | {"SLURM_NTASKS": "3"})
-    with pytest.raises(LaunchError, match="jp-train launch"):
-        rank_environment({"JP_TRAIN_WORLD": "node2:0"})
-
-
-def test_secrets_and_unsafe_values_never_leave_the_launching_host() -> None:
-    environ = {"WANDB_API_KEY": "s3cret", "HF_TOKEN": "s3cret", "NCCL_DEBUG": "INFO", "WANDB_MODE": "offline",
-               "NCCL_X": "$(id)", "HOME": "/root",
-               "TOKENIZERS_PARALLELISM": "false", "HF_EMPTY": "", "MLFLOW_TRACKING_TOKEN": "s3cret",
-               "PYTHONSTARTUP": "a'b", "CUDA_VISIBLE_DEVICES": "1"}  # fmt: skip
-    passed = passed_environment(environ)
-    assert passed.text() == "NCCL_DEBUG=INFO\nTOKENIZERS_PARALLELISM=false\nWANDB_MODE=offline\n"
-    assert passed.secrets == ("HF_TOKEN", "WANDB_API_KEY") and passed.unsafe == ("HF_EMPTY", "NCCL_X")
-    runner = runner_environment(environ, "id", local=False)
-    assert (
-        not {"MLFLOW_TRACKING_TOKEN", "PYTHONSTARTUP", "NCCL_X"} & set(runner) and runner["WANDB_API_KEY"] == "s3cret"
-    )
-
-
-def test_exit_codes_mean_what_they_say() -> None:
-    for code in (0, 2, 3, 4, 5):
-        assert exit_code(code, None, "") == code and exit_code(code, signal.SIGTERM, "") == code
-    assert (
-        exit_code(143, None, "") == 143
-        and exit_code(1, signal.SIGTERM, "") == 143
-        and exit_code(241, signal.SIGINT, "") == 130
-    )
-    assert (
-        exit_code(1, None, "DataError") == 3
-        and exit_code(1, None, "CheckpointError") == 4
-        and exit_code(1, None, "ValueError") == 1
-    )
-    for killed in (247, -9):
-        with pytest.raises(LaunchError, match="SIGKILL"):
-            exit_code(killed, None, "")
 
 
 def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(

@@ -100,13 +100,6 @@ def test_a_wrong_call_is_a_config_error_before_any_host_is_asked(tmp_path: Path)
         preflight(LaunchOptions(hostfile=tmp_path / "nothere"))
 
 
-def test_an_address_of_the_first_host_is_not_taken_for_that_of_the_host_that_replaces_it(tmp_path: Path) -> None:
-    options = LaunchOptions(hostfile=write(tmp_path, "n1 slots=2\nn2 slots=2\nn3 slots=2\n"), master_addr="10.0.0.1")
-    kept = options.restricted({"n1": (0, 1), "n3": (0, 1)})
-    assert (kept.master_addr, kept.include) == ("10.0.0.1", "n1:0,1@n3:0,1")
-    assert (kept.restricted({"n3": (0, 1)}).master_addr, options.restricted({"n2": (0,)}).master_addr) == ("", "")
-
-
 def test_the_probes_get_what_the_ranks_get_and_no_secret() -> None:
     given = {
         "NCCL_SOCKET_IFNAME": "eth0",

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.cluster.rank import Log
+from jp_train.cluster.rank import Log, rank_environment
 from jp_train.cluster.records import RankRecord, culprits, log_path, new_launch_id, open_logs, read_records
 from jp_train.cluster.signals import rank_processes
+from jp_train.errors import LaunchError
 from jp_train.run.lock import LAUNCH_ID
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,3 +186,36 @@ def test_a_rank_that_has_obeyed_a_stop_signal_stays_until_the_others_have(progra
     wait_for_log(program, "node1_rank0.json", b'"code": null')
     assert first.poll() is None, "a launcher that sees it end would kill the other one in its save"
     assert [process.wait(60) for process in (first, second)] == [143, 143]
+
+
+@pytest.mark.parametrize(
+    "numbering",
+    [
+        {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+        {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURMD_NODENAME": "node1"},
+    ],
+)
+def test_a_rank_learns_its_number_from_open_mpi_or_slurm(numbering: dict[str, str]) -> None:
+    ours = {"JP_TRAIN_WORLD": "node2:1,3@node1:0,1", "JP_TRAIN_MASTER_ADDR": "node2", "JP_TRAIN_MASTER_PORT": "29501"}
+    env = rank_environment(numbering | ours)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    assert [env[name] for name in names] == ["2", "0", "4", "node2", "29501", "0,1"]
+    assert rank_environment(numbering | ours | {"CUDA_VISIBLE_DEVICES": "5"})["CUDA_VISIBLE_DEVICES"] == "5", (
+        "what Slurm has chosen stays"
+    )
+
+
+def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_rejected() -> None:
+    env = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURMD_NODENAME": "node1",
+        "JP_TRAIN_WORLD": "node2:0@node1:0",
+    }
+    with pytest.raises(LaunchError, match="scontrol show hostnames"):
+        rank_environment(env)
+    with pytest.raises(LaunchError, match="3, but the hostfile has 2"):
+        rank_environment(env | {"SLURM_NTASKS": "3"})
+    with pytest.raises(LaunchError, match="jp-train launch"):
+        rank_environment({"JP_TRAIN_WORLD": "node2:0"})

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jp_train.config import batch_plan, load_config, valid_world_sizes
+from jp_train.config import load_config
+from jp_train.config.batch import batch_plan, rows_per_step, valid_world_sizes
 from jp_train.errors import ConfigError
 
 
@@ -29,6 +30,12 @@ def test_the_papers_clusters_divide_the_papers_batches(load, preset, ranks, accu
     plan = batch_plan(load(preset), ranks)
     assert plan.gradient_accumulation_steps == accumulation
     assert plan.micro_batch_rows * plan.gradient_accumulation_steps * ranks == plan.rows_per_step
+
+
+def test_rows_of_a_step_are_its_samples_over_those_of_a_row_or_the_packed_rows_themselves(load):
+    samples = load("janus_pro_1b/stage1", "stage.batch_size=12", "stage.samples_per_row=4")
+    packed = load("janus_pro_1b/stage2", "stage.batch_size=12", "stage.samples_per_row=4")
+    assert (rows_per_step(samples), rows_per_step(packed)) == (3, 12)
 
 
 def test_a_world_size_that_does_not_divide_the_rows_is_refused_with_the_nearest_valid_ones(load):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from jp_train.cluster.launch import parse_hostfile
+from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.config import batch_plan, load_config
 from jp_train.config.load import check_keys
 

@@ -3,6 +3,8 @@
 import pytest
 
 from jp_train.config import load_config
+from jp_train.config.schema import RunConfig
+from jp_train.config.validate import validate
 from jp_train.errors import ConfigError
 
 
@@ -38,3 +40,11 @@ def test_an_impossible_combination_is_one_clear_error(tmp_path, overrides, expec
     with pytest.raises(ConfigError) as caught:
         load_config(file, overrides)
     assert expected in str(caught.value)
+
+
+def test_the_defaults_are_possible_but_for_the_sources_and_a_change_in_place_is_checked_too():
+    config = RunConfig()
+    validate(config)
+    config.optimizer.beta2 = 1.0
+    with pytest.raises(ConfigError, match=r"optimizer.beta2 must lie in \[0, 1\), found 1.0"):
+        validate(config)
