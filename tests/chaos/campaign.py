@@ -83,12 +83,12 @@ class Outcome:
     @property
     def problems(self) -> list[str]:
         """Everything that did not hold."""
-        own = [
+        of_lives = [
             f"run {life.run}, life {life.number}, {' + '.join(life.tried) or 'no fault'}: {text}"
             for life in self.lives
             for text in life.problems
         ]
-        return own + self.run_problems
+        return of_lives + self.run_problems
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able summary."""
@@ -130,9 +130,9 @@ class Campaign:
         self._steps = steps
         self._collective_timeout_s = collective_timeout_s
         self._small_disk, self._marker = small_disk, marker
-        wanted = [FAULTS[name] for name in (kinds or FAULTS)]
-        self._faults = [fault for fault in wanted if small_disk is not None or not fault.needs_small_disk]
-        self.outcome = Outcome(skipped_kinds=[fault.name for fault in wanted if fault not in self._faults])
+        candidates = [FAULTS[name] for name in (kinds or FAULTS)]
+        self._faults = [fault for fault in candidates if small_disk is not None or not fault.needs_small_disk]
+        self.outcome = Outcome(skipped_kinds=[fault.name for fault in candidates if fault not in self._faults])
         self._bag: list[Fault] = []
 
     def run(self, faults: int, budget_s: float) -> Outcome:
@@ -145,11 +145,11 @@ class Campaign:
         )
         expected = metrics(reference)
         while self.outcome.tried < faults and time.monotonic() - began < budget_s:
-            self._one_run(expected, reference, faults, began + budget_s)
+            self._run(expected, reference, faults, began + budget_s)
             self.outcome.seconds = time.monotonic() - began
         return self.outcome
 
-    def _one_run(self, expected: dict[int, dict[str, float]], reference: Path, faults: int, deadline: float) -> None:
+    def _run(self, expected: dict[int, dict[str, float]], reference: Path, faults: int, deadline: float) -> None:
         """One run from its first life to its comparison. Past `faults` or the deadline, it is finished undisturbed.
 
         Every third run keeps its world size, so that its losses must be bit-equal; every second lies on the small disk,
@@ -316,18 +316,18 @@ class Campaign:
         """Processes of this campaign besides itself and its nursery, after a moment to go away."""
         deadline = time.monotonic() + 10.0
         while True:
-            found = []
+            left = []
             for entry in Path("/proc").iterdir():
                 if not entry.name.isdigit() or int(entry.name) in (os.getpid(), self._nursery.pid):
                     continue
                 try:
                     mine = f"JP_CHAOS={self._marker}".encode() in (entry / "environ").read_bytes().split(b"\0")
                     if mine and (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                        found.append(f"{entry.name} {(entry / 'cmdline').read_bytes()[:80]!r}")
+                        left.append(f"{entry.name} {(entry / 'cmdline').read_bytes()[:80]!r}")
                 except (FileNotFoundError, ProcessLookupError, PermissionError):
                     continue
-            if not found or time.monotonic() > deadline:
-                return found
+            if not left or time.monotonic() > deadline:
+                return left
             time.sleep(0.1)
 
     def _compare(
@@ -336,16 +336,16 @@ class Campaign:
         """Metrics and ledger of a finished run against the undisturbed one's."""
         problems = self.outcome.run_problems
         try:
-            found = metrics(run_dir)
+            measured = metrics(run_dir)
         except AssertionError as error:
             problems.append(f"run {number}: {error}")
             return
-        if found.keys() != expected.keys():
-            problems.append(f"run {number}: steps {sorted(found.keys() ^ expected.keys())} are missing or too many")
+        if measured.keys() != expected.keys():
+            problems.append(f"run {number}: steps {sorted(measured.keys() ^ expected.keys())} are missing or too many")
             return
         for step, values in expected.items():
             for key, value in values.items():
-                other = found[step].get(key)
+                other = measured[step].get(key)
                 if other == value:
                     continue
                 if same_world or key in EXACT or other is None:
@@ -388,14 +388,14 @@ _COMPARED = ("loss/", "val/", "optim/", "tokens/", "data/", "mixture/")
 
 def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """The comparable values of every step, each of which must be there once."""
-    found: dict[int, dict[str, float]] = {}
+    by_step: dict[int, dict[str, float]] = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
         values = {key: value for key, value in entry.items() if key.startswith(_COMPARED)}
-        repeated = found.get(entry["step"], {}).keys() & values.keys()
+        repeated = by_step.get(entry["step"], {}).keys() & values.keys()
         assert not repeated, f"step {entry['step']} is in metrics.jsonl twice ({sorted(repeated)[:3]})"
-        found.setdefault(entry["step"], {}).update(values)
-    return found
+        by_step.setdefault(entry["step"], {}).update(values)
+    return by_step
 
 
 def ledger(run_dir: Path) -> list[tuple[Any, ...]]:

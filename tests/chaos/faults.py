@@ -49,7 +49,7 @@ def fault(running: bool, **settings):
 
 
 @fault(running=True, weight=5)
-def kill_one_rank(scene: Scene) -> Expectation:
+def kill_a_rank(scene: Scene) -> Expectation:
     scene.steps_on(0, 6)
     time.sleep(scene.rng.uniform(0, 0.4))
     victim = scene.rng.randrange(scene.world)
@@ -197,7 +197,7 @@ def sigterm_to_all(scene: Scene) -> Expectation:
 
 
 @fault(running=True)
-def sigterm_to_one(scene: Scene) -> Expectation:
+def sigterm_to_a_rank(scene: Scene) -> Expectation:
     return _stop_signal(scene, signal.SIGTERM, [scene.rng.randrange(scene.world)])
 
 

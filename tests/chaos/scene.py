@@ -152,7 +152,7 @@ def state(pid: int) -> str:
 
 def descendants(pid: int) -> list[int]:
     """Children, grandchildren, ... of a process."""
-    found: list[int] = []
+    processes: list[int] = []
     try:
         children = [
             int(child)
@@ -160,10 +160,10 @@ def descendants(pid: int) -> list[int]:
             for child in (task / "children").read_text().split()
         ]
     except (FileNotFoundError, ProcessLookupError):
-        return found
+        return processes
     for child in children:
-        found += [child, *descendants(child)]
-    return found
+        processes += [child, *descendants(child)]
+    return processes
 
 
 def command(pid: int) -> str:

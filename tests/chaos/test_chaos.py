@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = (
-    "kill_one_rank,kill_during_a_save,sigterm_to_all,flip_a_byte_of_a_checkpoint,change_the_world_size,fill_the_disk,"
+    "kill_a_rank,kill_during_a_save,sigterm_to_all,flip_a_byte_of_a_checkpoint,change_the_world_size,fill_the_disk,"
     "truncate_a_shard"
 )
 

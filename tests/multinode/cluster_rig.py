@@ -181,7 +181,7 @@ class Cluster:
         if not node.up:
             return []
         space = os.readlink(f"/proc/{node.init}/ns/pid")
-        found = []
+        processes = []
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) == node.init:
                 continue
@@ -192,14 +192,14 @@ class Cluster:
             except OSError:
                 continue
             if line and not line.startswith(("sshd:", "/usr/sbin/sshd")):  # a zombie has no command line
-                found.append((int(entry), line))
-        return sorted(found)
+                processes.append((int(entry), line))
+        return sorted(processes)
 
     def wait_until_empty(self, timeout: float = 5.0) -> dict[str, list[tuple[int, str]]]:
         """Wait until no host runs anything, and return what is left: {} when nothing is."""
         deadline = time.monotonic() + timeout
         while (
-            left := {name: found for name in self.names if (found := self.processes(name))}
+            left := {name: processes for name in self.names if (processes := self.processes(name))}
         ) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left

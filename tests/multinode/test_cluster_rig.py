@@ -17,14 +17,14 @@ from tests.multinode.cluster_rig import OWNER, Cluster
 
 def owned_by(pid: int) -> list[str]:
     """Live processes that the maker `pid` of a rig has started."""
-    found = []
+    commands = []
     for entry in os.listdir("/proc"):
         try:
             if entry.isdigit() and f"{OWNER}={pid}:".encode() in Path(f"/proc/{entry}/environ").read_bytes():
-                found.append(Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " "))
+                commands.append(Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " "))
         except OSError:
             continue
-    return found
+    return commands
 
 
 def is_running(pid: int) -> bool:
@@ -34,7 +34,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_hosts_reach_each_other_by_ssh_and_the_faults_of_one_are_its_own(
+def test_hosts_reach_each_other_by_ssh_and_a_fault_of_a_host_stays_there(
     make_cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:
     cluster = make_cluster(hosts=2)

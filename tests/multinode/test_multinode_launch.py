@@ -151,7 +151,7 @@ def test_a_host_that_is_off_is_named_before_anything_starts(cluster: Cluster, co
         cluster.start_host("node3")
 
 
-def test_four_hosts_train_the_rows_of_one_and_two_go_on_when_the_others_die(
+def test_four_hosts_train_the_rows_of_a_single_host_and_two_go_on_when_the_others_die(
     cluster: Cluster, config: Path, request: Any
 ) -> None:
     hostfile = cluster.folder / "four"

@@ -53,11 +53,11 @@ class Outcome:
     def of(self, host: str, check: str, among: str = "faults") -> list[dict]:
         return [fault for fault in self.report[among] if (fault["host"], fault["check"]) == (host, check)]
 
-    def require(self, host: str, check: str, found: str, remedy: str) -> None:
+    def require(self, host: str, check: str, message: str, remedy: str) -> None:
         """Exactly this host's check tells this, with this remedy."""
-        told = self.of(host, check)
-        assert any(found in fault["found"] and remedy in fault["remedy"] for fault in told), json.dumps(
-            told or self.report["faults"], indent=1
+        faults = self.of(host, check)
+        assert any(message in fault["found"] and remedy in fault["remedy"] for fault in faults), json.dumps(
+            faults or self.report["faults"], indent=1
         )
 
 
@@ -105,7 +105,7 @@ class World:
             time.sleep(0.1)
         assert process.returncode in (0, 5), err
         return Outcome(
-            process.returncode, json.loads(out), seconds, {name: found for name, found in left.items() if found}, err
+            process.returncode, json.loads(out), seconds, {name: lines for name, lines in left.items() if lines}, err
         )
 
     def firewall(self, host: str, *rules: str) -> None:
@@ -176,8 +176,8 @@ def test_a_healthy_cluster_has_no_fault(healthy: Outcome) -> None:
 
 
 def test_the_all_reduce_is_measured_and_names_the_slowest_host(healthy: Outcome) -> None:
-    told = next(note for note in healthy.report["notes"] if note.startswith("all-reduce over 3 hosts (gloo"))
-    assert "slowest host node" in told
+    speed = next(note for note in healthy.report["notes"] if note.startswith("all-reduce over 3 hosts (gloo"))
+    assert "slowest host node" in speed
     assert all(
         host["sends"].endswith("B/s") and host["receives"].endswith("B/s") for host in healthy.report["hosts"].values()
     )
@@ -213,7 +213,7 @@ def silent(world: World, healthy: Outcome) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("host", "found", "remedy"),
+    ("host", "message", "remedy"),
     [
         ("node2", "no", "power node2 on"),
         ("node3", "host key changed", "ssh-keygen -R node3"),
@@ -223,10 +223,10 @@ def silent(world: World, healthy: Outcome) -> Outcome:
         ("nosuch", "unknown host name", "correct the name in the hostfile"),
     ],
 )
-def test_a_host_that_cannot_be_logged_in_to_is_named_with_its_own_cause(
-    silent: Outcome, host: str, found: str, remedy: str
+def test_a_host_that_cannot_be_logged_in_to_is_named_with_its_cause(
+    silent: Outcome, host: str, message: str, remedy: str
 ) -> None:
-    silent.require(host, "ssh", found, remedy)
+    silent.require(host, "ssh", message, remedy)
 
 
 def test_hosts_that_are_down_cost_seconds_and_do_not_stop_the_others(silent: Outcome) -> None:
@@ -324,7 +324,7 @@ def restart_sshd(rig: Cluster, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "check", "found", "remedy"),
+    ("host", "check", "message", "remedy"),
     [
         ("node1", "port", f"master port {PORT}: Address already in use; it is held by pid", "--master-port"),
         ("node2", "code", "data/packing.py", "the same commit"),
@@ -341,9 +341,9 @@ def restart_sshd(rig: Cluster, host: str) -> None:
     ],
 )  # fmt: skip
 def test_a_host_that_differs_is_named_with_what_differs_and_what_to_do(
-    unlike: Outcome, host: str, check: str, found: str, remedy: str
+    unlike: Outcome, host: str, check: str, message: str, remedy: str
 ) -> None:
-    unlike.require(host, check, found, remedy)
+    unlike.require(host, check, message, remedy)
 
 
 @pytest.mark.skipif(
@@ -403,7 +403,7 @@ def blocked(world: World, unlike: Outcome) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("host", "check", "found", "remedy"),
+    ("host", "check", "message", "remedy"),
     [
         ("node2", "reach", "node2 and node3 do not reach each other: no answer from 10.77.0.3",
          "between node2 and node3"),
@@ -420,9 +420,9 @@ def blocked(world: World, unlike: Outcome) -> Outcome:
     ],
 )  # fmt: skip
 def test_a_host_that_is_cut_off_or_lacks_room_or_devices_is_named(
-    blocked: Outcome, host: str, check: str, found: str, remedy: str
+    blocked: Outcome, host: str, check: str, message: str, remedy: str
 ) -> None:
-    blocked.require(host, check, found, remedy)
+    blocked.require(host, check, message, remedy)
 
 
 def test_no_all_reduce_is_tried_over_hosts_that_cannot_meet(blocked: Outcome) -> None:
@@ -470,16 +470,16 @@ def test_a_hung_host_is_named_and_its_process_does_not_stay(limping: Outcome) ->
 
 
 @pytest.mark.parametrize(
-    ("host", "check", "found", "remedy"),
+    ("host", "check", "message", "remedy"),
     [
         ("node5", "versions", "torch cannot be loaded", "install the torch that the others have"),
         ("node6", "code", "No such file or directory", f"node6 needs {sys.executable}"),
     ],
 )
 def test_a_host_without_a_working_environment_is_named(
-    limping: Outcome, host: str, check: str, found: str, remedy: str
+    limping: Outcome, host: str, check: str, message: str, remedy: str
 ) -> None:
-    limping.require(host, check, found, remedy)
+    limping.require(host, check, message, remedy)
 
 
 def test_an_interrupted_preflight_leaves_nothing(world: World, limping: Outcome) -> None:
@@ -500,9 +500,9 @@ def test_an_interrupted_preflight_leaves_nothing(world: World, limping: Outcome)
         and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    own = [pid for pid, line in world.rig.processes("node1") if "jp_train preflight" in line]
-    assert len(own) == 1
-    os.kill(own[0], signal.SIGINT)
+    pids = [pid for pid, line in world.rig.processes("node1") if "jp_train preflight" in line]
+    assert len(pids) == 1
+    os.kill(pids[0], signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert world.rig.wait_until_empty() == {}

@@ -239,7 +239,7 @@ def test_a_changed_option_is_refused_and_named_but_the_number_of_processes_is_fr
         run(reader, tmp_path / "out", shard_samples=4, text_out=tmp_path / "t")
 
 
-def test_an_import_that_wrote_no_shard_does_not_block_the_corrected_one(tmp_path):
+def test_an_import_that_wrote_no_shard_does_not_block_the_corrected_command(tmp_path):
     images = image_folder(tmp_path / "images", 3)
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"image": image_name(n), "caption": "c"}) + "\n" for n in range(3)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -21,6 +22,9 @@ from jp_train.data.shards import ShardReader
 from jp_train.data.sidecar import load_members
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.command import import_tars_command
+from jp_train.tools.importers.samples import MAIN
+from jp_train.tools.importers.tars import find_tars
+from jp_train.tools.importers.tars_run import import_tars, usable_samples
 from jp_train.types import Kind
 from tests.data.data_samples import (
     generation_samples,
@@ -56,6 +60,20 @@ def test_plain_tars_are_validated_and_indexed_where_they_are(tmp_path, kind):
     assert f'out: {{kind: {kind}, shards: "{tmp_path}/in/{{0..1}}.tar"' in text
     again, _ = run(tmp_path / "in" / "{0..1}.tar", tmp_path / "out", kind)
     assert again["samples"] == 11
+
+
+def test_tars_in_place_are_the_shards_of_their_manifest_and_progress_counts_them(tmp_path):
+    paths = [write_shard(tmp_path / "in" / f"{number}.tar", text_samples(5 + number)) for number in range(2)]
+    stream = io.StringIO()
+    tars = find_tars(str(tmp_path / "in"), allow_pipe=False)
+    manifest = import_tars(str(tmp_path / "in"), tars, tmp_path / "out", Kind.TEXT, 1, stream)
+    output = manifest.outputs[MAIN]
+    assert (manifest.complete, usable_samples(manifest), output.folder, output.end) == (True, 11, "/", 2)
+    assert [(shard.name, shard.size, shard.samples, shard.sha256) for shard in output.shards] == [
+        (str(path), path.stat().st_size, 5 + number, "") for number, path in enumerate(paths)
+    ]
+    last = stream.getvalue().splitlines()[-1]
+    assert last.startswith("import: tar 2/2, 11 entries, 0 skipped, 100%, ") and "left" not in last
 
 
 def test_stored_ids_count_as_an_image(tmp_path):
