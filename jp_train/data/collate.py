@@ -19,7 +19,7 @@ from jp_train.types import IGNORE_INDEX, KINDS, PENDING_VQ_ID, Kind, PackedBatch
 
 
 class Collator:
-    """Makes PackedBatches of a run; `pad` is the tokenizer's pad id. Pictures of a micro-batch of one row are not
+    """Makes PackedBatches of a run; `pad` is the tokenizer's pad id. Images of a micro-batch of one row are not
     copied."""
 
     def __init__(self, cfg: RunConfig, pad: int) -> None:
@@ -85,7 +85,7 @@ class Collator:
         return self._counting[:length]
 
     def _images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        present = [pictures for pictures in images if pictures.shape[0]]
+        present = [tensor for tensor in images if tensor.shape[0]]
         if not present:
             return self._no_images
         return present[0] if len(present) == 1 else torch.cat(present)

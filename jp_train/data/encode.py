@@ -142,7 +142,7 @@ class Encoder:
         return pack(texts, self._planes)
 
     def token_counts(self, sample: Sample, texts: Sequence[Run] | None = None) -> TokenCounts:
-        """The lengths that the index stores; pictures are not touched. `texts` are those of the sample, where they are
+        """The lengths that the index stores; images are not touched. `texts` are those of the sample, where they are
         known.
 
         Raises SkipSample for a text or caption that the tokenizer turns into nothing.
@@ -265,8 +265,8 @@ class Encoder:
         return tokens
 
     def truncated(self, draft: Draft, max_tokens: int) -> tuple[np.ndarray, int]:
-        """int64 [3, max_tokens] of a longer document, and its first image slot: the end of a dialogue or text is cut,
-        or the end of a caption (the template around it stays).
+        """int64 [3, max_tokens] of a longer document, and its first image slot: the end of a conversation or text is
+        cut, or the end of a caption (the template around it stays).
 
         Raises SkipSample when nothing would be left to learn.
         """
@@ -292,16 +292,14 @@ class Encoder:
             )
         return tokens, image_start
 
-    def has_picture(self, sample: Sample) -> bool:
-        """Whether `picture` decodes a file for this sample."""
+    def has_image(self, sample: Sample) -> bool:
+        """Whether `image` decodes a file for this sample."""
         return isinstance(sample, UnderstandingSample) or (
             isinstance(sample, GenerationSample) and sample.vq_ids is None
         )
 
-    def picture(
-        self, sample: Sample, *, source: str, epoch: int, sample_index: int, held_out: bool
-    ) -> np.ndarray | None:
-        """The picture of a sample as the model takes it, uint8 [3, H, W]; None where it has none, or stored ids.
+    def image(self, sample: Sample, *, source: str, epoch: int, sample_index: int, held_out: bool) -> np.ndarray | None:
+        """The image of a sample as the model takes it, uint8 [3, H, W]; None where it has none, or stored ids.
 
         Raises SkipSample when it is undecodable.
         """
@@ -333,14 +331,14 @@ class Encoder:
         expected_tokens: int | None = None,
         max_tokens: int | None = None,
     ) -> EncodedDocument:
-        """The document of one sample; pictures are decoded here.
+        """The document of one sample; images are decoded here.
 
         Random choices are functions of (seed, source, epoch, sample_index); `held_out` makes none (whole caption,
         condition kept, centre crop). `max_tokens` truncates the text of a longer document, never its image.
 
         Raises:
             DataError: if the length is not `expected_tokens`, the index's: the index is stale.
-            SkipSample: if the picture is undecodable, or truncation would leave nothing to learn.
+            SkipSample: if the image is undecodable, or truncation would leave nothing to learn.
         """
         drop = (
             not held_out and isinstance(sample, GenerationSample) and self.drops_condition(source, epoch, sample_index)
@@ -352,7 +350,7 @@ class Encoder:
             tokens, image_start = self.truncated(draft, max_tokens)
         else:
             tokens, image_start = self.written(draft), draft.image_start
-        picture = self.picture(sample, source=source, epoch=epoch, sample_index=sample_index, held_out=held_out)
+        image = self.image(sample, source=source, epoch=epoch, sample_index=sample_index, held_out=held_out)
         slots = np.arange(image_start, image_start + (self.image_slots if image_start >= 0 else 0))
         kind, none = kind_of(sample), np.zeros(0, np.int64)
         return EncodedDocument(
@@ -363,8 +361,8 @@ class Encoder:
             gen_labels=tokens[2],
             und_slots=slots if kind is Kind.UNDERSTANDING else none,
             gen_slots=slots if kind is Kind.GENERATION else none,
-            und_image=picture if kind is Kind.UNDERSTANDING else None,
-            gen_image=picture if kind is Kind.GENERATION else None,
+            und_image=image if kind is Kind.UNDERSTANDING else None,
+            gen_image=image if kind is Kind.GENERATION else None,
             vq_ids=sample.vq_ids if isinstance(sample, GenerationSample) else None,
         )
 
@@ -380,7 +378,7 @@ class Encoder:
         )
 
     def understanding_prompt_ids(self, question: str, template: Template | str | None = None) -> list[int]:
-        """The ids of a picture and a question, ending where the answer starts (its first token carries the space).
+        """The ids of an image and a question, ending where the answer starts (its first token carries the space).
 
         The S image slots hold the image_placeholder id. An empty question asks for a caption, as a captioned sample
         does.

@@ -4,7 +4,7 @@ them.
     X.tar.jp-excluded.json    {"format", "size", "stamp", "excluded": {kind of source: [[key, fault, reason], ...]}}
 
 The file lies where the sidecars lie and belongs to one size and stamp of the shard: when the shard is written again it
-no longer counts. It outlives any rebuild of the index. Only what shows by decoding a picture belongs here; the rest the
+no longer counts. It outlives any rebuild of the index. Only what shows by decoding an image belongs here; the rest the
 index sees by itself.
 """
 

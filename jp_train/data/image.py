@@ -1,7 +1,7 @@
-"""Pictures as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
+"""Images as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
 
 Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on
-white; grey, palette, CMYK and 16-bit pictures become RGB; of an animation the first frame is used. Mean and standard
+white; grey, palette, CMYK and 16-bit images become RGB; of an animation the first frame is used. Mean and standard
 deviation 0.5 are the model's business.
 """
 
@@ -25,13 +25,13 @@ MIN_SIDE = 14
 """The understanding path's short side is at least this many pixels."""
 
 TRANSFORM_VERSION = 1
-"""Raise it when the generation path gives other pixels for any picture: VQ ids that were stored before are then
+"""Raise it when the generation path gives other pixels for any image: VQ ids that were stored before are then
 refused."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _MAGICS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _ADDRESS = re.compile(r"( <[\w.]+ object)? at 0x[0-9a-fA-F]+>?")
-"""What Pillow says of the file object; a reason must be the same in every process that meets the picture."""
+"""What Pillow says of the file object; a reason must be the same in every process that meets the image."""
 _Result = TypeVar("_Result")
 _SCANS = 16
 """Passes over a progressive JPEG that are never too many; ordinary ones have 10."""
@@ -52,7 +52,7 @@ _UPRIGHT: dict[object, Image.Transpose] = {
 }
 _DEFAULT_MAX_PIXELS = 100_000_000
 
-# Our own limit is checked before decoding. A filter set for the process, because changing filters around each picture
+# Our own limit is checked before decoding. A filter set for the process, because changing filters around each image
 # is not safe in threads; Pillow's remarks on odd but readable files would only fill the logs of the workers.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
@@ -61,12 +61,12 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 def decode_rgb(
     data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS, *, enough: Callable[[tuple[int, int]], bool] | None = None
 ) -> Image.Image:
-    """A picture file as an upright RGB image. With `enough`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, where that
+    """An image file as an upright RGB image. With `enough`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, where that
     divides both sides and is `enough` (width, height).
 
     Raises:
         SkipSample: when it cannot be decoded whole, is not JPEG, PNG or WebP, or has more than `max_pixels` pixels.
-        DataError: when the memory for a picture within that limit is not there: that is no fault of the sample.
+        DataError: when the memory for an image within that limit is not there: that is no fault of the sample.
     """
 
     def decode(image: Image.Image) -> Image.Image:
@@ -79,7 +79,7 @@ def decode_rgb(
 
 
 def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result]) -> _Result:
-    """`use` of the opened picture, with whatever it meets told as SkipSample or DataError."""
+    """`use` of the opened image, with whatever it meets told as SkipSample or DataError."""
     pixels = 0
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -89,21 +89,19 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
         raise
     except Image.DecompressionBombError as error:
         raise SkipSample(
-            f"{error}; data.max_image_pixels is {max_pixels}: refused before decoding", "picture_too_large"
+            f"{error}; data.max_image_pixels is {max_pixels}: rejected before decoding", "picture_too_large"
         ) from None
     except MemoryError as error:
         if pixels:
             raise DataError(
-                f"out of memory while decoding a picture of {pixels} pixels; lower data.workers, data.prefetch_rows "
+                f"out of memory while decoding an image of {pixels} pixels; lower data.workers, data.prefetch_rows "
                 "or data.max_image_pixels"
             ) from error
         raise SkipSample(
-            f"undecodable picture ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable"
+            f"undecodable image ({len(data)} bytes): it asks for more memory than there is", "picture_undecodable"
         ) from None
     except Exception as error:  # decoders raise many kinds on broken bytes: OSError, SyntaxError, struct.error, ...
-        message = (
-            f"undecodable picture ({len(data)} bytes): {type(error).__name__}: {_ADDRESS.sub('', str(error)[:200])}"
-        )
+        message = f"undecodable image ({len(data)} bytes): {type(error).__name__}: {_ADDRESS.sub('', str(error)[:200])}"
         if isinstance(error, UnidentifiedImageError) and not data.startswith(_MAGICS):
             raise SkipSample(f"{message}; JPEG, PNG and WebP are read", "picture_format") from None
         raise SkipSample(
@@ -112,7 +110,7 @@ def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result])
 
 
 def _scale(image: Image.Image, enough: Callable[[tuple[int, int]], bool]) -> None:
-    """Have the decoder make a smaller picture of an opened JPEG. Only whole divisors, so that no pixel shifts by a
+    """Have the decoder make a smaller image of an opened JPEG. Only whole divisors, so that no pixel shifts by a
     part of one."""
     for divisor in _DIVISORS:
         size = (image.width // divisor, image.height // divisor)
@@ -122,13 +120,13 @@ def _scale(image: Image.Image, enough: Callable[[tuple[int, int]], bool]) -> Non
 
 
 def check_header(data: bytes, max_pixels: int = _DEFAULT_MAX_PIXELS) -> None:
-    """Raises SkipSample for a picture file whose header alone shows that it cannot be used; its pixels are not
+    """Raises SkipSample for an image file whose header alone shows that it cannot be used; its pixels are not
     decoded."""
     _opened(data, max_pixels, lambda image: None)
 
 
 def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
-    """The pixels of a picture file that is opened and not yet decoded.
+    """The pixels of an image file that is opened and not yet decoded.
 
     Raises SkipSample when decoding it would take more than `max_pixels` allow: in memory, or in time (a progressive
     JPEG may pass over its pixels thousands of times).
@@ -136,7 +134,7 @@ def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise SkipSample(
-            f"picture of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: refused "
+            f"image of {image.width} x {image.height} pixels exceeds data.max_image_pixels {max_pixels}: rejected "
             "before decoding",
             "picture_too_large",
         )
@@ -144,7 +142,7 @@ def check_bomb(image: Image.Image, data: bytes, max_pixels: int) -> int:
     if (scans - _SCANS) * pixels > max_pixels:
         raise SkipSample(
             f"JPEG of {image.width} x {image.height} pixels with {scans} scans: more work than data.max_image_pixels "
-            f"{max_pixels} allows; refused before decoding",
+            f"{max_pixels} allows; rejected before decoding",
             "picture_too_large",
         )
     return pixels
@@ -201,7 +199,7 @@ def _cropped(image: Image.Image, size: int, max_pixels: int, start: Callable[[in
     width, height = (int(side * size / shortest) for side in image.size)
     if width * height > max_pixels:
         raise SkipSample(
-            f"picture of {image.width} x {image.height} pixels is too long: with its short side at {size} it would "
+            f"image of {image.width} x {image.height} pixels is too long: with its short side at {size} it would "
             f"have {width} x {height} pixels, above data.max_image_pixels {max_pixels}",
             "picture_too_long",
         )
@@ -221,7 +219,7 @@ it, [side, side]. Stored VQ ids are those of `centre`; they are not used with an
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation wants it. EXIF that cannot be read turns nothing: the pixels are whole all
+    """The image as its EXIF orientation wants it. EXIF that cannot be read turns nothing: the pixels are whole all
     the same."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))

@@ -1,4 +1,4 @@
-"""The pictures of a row in a few threads of the process that builds it. PIL lets others run while it decodes and
+"""The images of a row in a few threads of the process that builds it. PIL lets others run while it decodes and
 resizes."""
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class ImageThreads:
         if self._threads == 1:
             return map(work, items)
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pictures")
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="images")
         return self._pool.map(work, items)
 
     def close(self) -> None:
-        """End the threads, after the pictures that they are at. Safe to call twice; `map` starts new ones."""
+        """End the threads, after the images that they are at. Safe to call twice; `map` starts new ones."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)

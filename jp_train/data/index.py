@@ -1,7 +1,7 @@
 """The index of the sources: where every field of every sample lies, and how many tokens the sample has.
 
 It is kept in sidecars beside the shards (sidecar.py) and built, in parallel processes, where they are missing or stale.
-Pictures
+Images
 are not decoded here: an undecodable one is found when it is used, or beforehand by `data verify`, whose exclusions are
 left out.
 """
@@ -92,9 +92,9 @@ class SourceLocator:
     samples_before: np.ndarray
     """int64 [shards + 1]: usable samples before each shard."""
     ids_fingerprint: str = ""
-    """Of the VQ ids stored beside the shards (vq_ids.py); empty when pictures are read."""
+    """Of the VQ ids stored beside the shards (vq_ids.py); empty when images are read."""
     shards_with_ids: frozenset[int] = frozenset()
-    """Numbers of the shards whose stored ids are used; pictures of the others are read."""
+    """Numbers of the shards whose stored ids are used; images of the others are read."""
     embedded_ids: bool = True
     """Whether `.vq.npy` members of the shards are used."""
     token_ids: bool = False
@@ -121,7 +121,7 @@ class SourceIndex:
     tokens: np.ndarray
     short_tokens: np.ndarray
     dropped_tokens: np.ndarray
-    dialogues: int
+    conversations: int
     bad: tuple[BadSample, ...]
     ids_bytes: int = 0
 
@@ -219,14 +219,14 @@ def _tokens_of(
     good: list[int] = []
     counts: list[tuple[int, int, int, int]] = []
     bad = list(members.ignored)
-    dialogues = 0
+    conversations = 0
     excluded = excluded_samples(shard, kind)
     for number, key in enumerate(members.keys):
         if key in excluded:
             bad.append((key, excluded[key].described))
             continue
         try:
-            raw = read_fields(shard, members, number, kind, crop, reader, name, pictures=False)
+            raw = read_fields(shard, members, number, kind, crop, reader, name, images=False)
             sample = parse_sample(
                 raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
             )
@@ -239,7 +239,7 @@ def _tokens_of(
         counts.append((count.tokens, count.short_tokens, count.dropped_tokens, count.short_dropped_tokens))
         if store is not None:
             store(encoder.record(texts))
-        dialogues += isinstance(sample, TextSample) and bool(sample.turns)
+        conversations += isinstance(sample, TextSample) and bool(sample.turns)
     table = np.array(counts, np.int32).reshape(-1, 4)
     return ShardTokens(
         sample=np.array(good, np.int32),
@@ -247,7 +247,7 @@ def _tokens_of(
         short_tokens=table[:, 1],
         dropped_tokens=table[:, 2],
         short_dropped_tokens=table[:, 3],
-        dialogues=dialogues,
+        conversations=conversations,
         bad=tuple(bad),
     )
 
@@ -375,7 +375,7 @@ def _assemble(
         tokens=joined("tokens"),
         short_tokens=joined("short_tokens"),
         dropped_tokens=joined("dropped_tokens"),
-        dialogues=sum(part.dialogues for part in parts),
+        conversations=sum(part.conversations for part in parts),
         bad=tuple(bad),
         ids_bytes=sum(part.ids_bytes or 0 for part in parts) if with_ids else 0,
     )

@@ -12,10 +12,10 @@ tokenisation.
     generation, stage 3      BOS <|User|>: caption \\n\\n<|Assistant|>: boi [S] eoi EOS         the S image tokens
 
 Decisions where the paper is silent: an answer begins with one space (it is what the prompt `<|Assistant|>:` leads to at
-inference); a caption without a question is asked `data.caption_question` from stage 2 on; further turns of a stage 1 or
-2 dialogue start on a new line; a dialogue of a text source is plain lines in stages 1 and 2; plain text in stage 3 is
-laid out and supervised as in stage 2. All tokens stay in the input, the last one too, so a document is as long as the
-layout's row in the table.
+inference); a caption without a question is asked `data.caption_question` from stage 2 on; further turns of a stage 1
+or 2 conversation start on a new line; a conversation of a text source is plain lines in stages 1 and 2; plain text in
+stage 3 is laid out and supervised as in stage 2. All tokens stay in the input, the last one too, so a document is as
+long as the layout's row in the table.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ number of tokens is kept, as pads."""
 
 @dataclass(frozen=True, slots=True)
 class ImageBlock:
-    """boi, the slots of a picture, and (understanding) eoi, as one part of a document: `ids` int32; the first slot
+    """boi, the slots of an image, and (understanding) eoi, as one part of a document: `ids` int32; the first slot
     is its second."""
 
     ids: np.ndarray
 
 
 Part = tuple[str | int | ImageBlock | np.ndarray, int]
-"""A text, a special id, a picture's tokens or ids that are known, and the role. Each text is tokenised by itself;
+"""A text, a special id, an image's tokens or ids that are known, and the role. Each text is tokenised by itself;
 none is empty."""
 
 
@@ -73,10 +73,10 @@ class Layouts:
             caption = first_sentence(sample.caption) if short_caption else sample.caption
             return self.generation(self.dropped(self.condition(caption)) if drop_condition else self.condition(caption))
         if isinstance(sample, UnderstandingSample):
-            return self._dialogue(sample.turns, self.template, image=True)
+            return self._conversation(sample.turns, self.template, image=True)
         if sample.turns and self.template is Template.stage3:
-            return self._dialogue(sample.turns, self.template, image=False)
-        text = sample.text if sample.text is not None else _plain_dialogue(sample)
+            return self._conversation(sample.turns, self.template, image=False)
+        text = sample.text if sample.text is not None else _plain_conversation(sample)
         return [(self._special.bos, READ), *_texts([text], LEARN), (self._special.eos, LEARN)]
 
     def condition(self, caption: str, template: Template | None = None) -> list[Part]:
@@ -110,12 +110,14 @@ class Layouts:
 
     def question_prompt(self, question: str, template: Template) -> list[Part]:
         """An understanding document up to where its answer starts."""
-        return self._dialogue((Turn(question=question, answer=""),), template, image=True, prompt=True)
+        return self._conversation((Turn(question=question, answer=""),), template, image=True, prompt=True)
 
     def _condition_tail(self) -> list[str | int]:
         return ["\n\n", self._assistant, ": " if self._data.space_before_boi else ":"]
 
-    def _dialogue(self, turns: Sequence[Turn], template: Template, *, image: bool, prompt: bool = False) -> list[Part]:
+    def _conversation(
+        self, turns: Sequence[Turn], template: Template, *, image: bool, prompt: bool = False
+    ) -> list[Part]:
         """Question-answer documents; with `prompt` it stops where the last answer would start."""
         special, data = self._special, self._data
         chat = template is Template.stage3
@@ -161,5 +163,5 @@ def _texts(pieces: Sequence[str | int | ImageBlock], role: int) -> list[Part]:
     return parts
 
 
-def _plain_dialogue(sample: TextSample) -> str:
+def _plain_conversation(sample: TextSample) -> str:
     return "\n".join(part for turn in sample.turns for part in (turn.question, turn.answer))

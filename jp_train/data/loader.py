@@ -104,7 +104,7 @@ def _plan_source(cfg: RunConfig, index: SourceIndex, encoder: Encoder) -> PlanSo
         weight=source.weight,
         from_step=source.from_step,
         to_step=source.to_step,
-        cuttable=index.kind is Kind.TEXT and (cfg.stage.template is not Template.stage3 or index.dialogues == 0),
+        cuttable=index.kind is Kind.TEXT and (cfg.stage.template is not Template.stage3 or index.conversations == 0),
     )
 
 
@@ -139,8 +139,8 @@ class StepLoader:
             )
         self._rows, self._micro = rows, batch_plan.micro_batch_rows
         self._workers, self._prefetch = cfg.data.workers, cfg.data.prefetch_rows
-        shared = self._workers > 0 and _fits_shared_memory(picture_bytes_ahead(cfg))
-        self._builder = RowBuilder(cfg, [index.locator for index in indexes], tokenizer, shared_pictures=shared)
+        shared = self._workers > 0 and _fits_shared_memory(image_bytes_ahead(cfg))
+        self._builder = RowBuilder(cfg, [index.locator for index in indexes], tokenizer, shared_images=shared)
         self._collator = Collator(cfg, tokenizer.special.pad)
         self._sampler = _PlanSampler(plan, dp_rank * rows, (dp_rank + 1) * rows)
         self._iterator: Iterator[Row | _Failure] | None = None
@@ -216,7 +216,7 @@ class StepLoader:
         try:
             result = next(self._iterator)
         except (RuntimeError, OSError, EOFError) as error:
-            # how torch reports a dead worker, or pictures that died with it
+            # how torch reports a dead worker, or images that died with it
             spec = waiting[0] if waiting else None
             where = f"row {spec.row} of step {spec.step}" if spec is not None else f"a row of step {self._step}"
             first = (
@@ -235,9 +235,9 @@ class StepLoader:
         return result
 
 
-def picture_bytes_ahead(cfg: RunConfig) -> int:
-    """The most that the pictures of finished rows can take in one rank, in bytes: `prefetch_rows` rows a worker wait
-    to be taken, and each worker may have one more at hand. A row holds at most seq_len / S pictures of 3 x H x W
+def image_bytes_ahead(cfg: RunConfig) -> int:
+    """The most that the images of finished rows can take in one rank, in bytes: `prefetch_rows` rows a worker wait
+    to be taken, and each worker may have one more at hand. A row holds at most seq_len / S images of 3 x H x W
     bytes (S image slots each)."""
     size = cfg.model.vision.image_size
     slots = (size // cfg.model.vision.patch_size) ** 2
@@ -245,7 +245,7 @@ def picture_bytes_ahead(cfg: RunConfig) -> int:
 
 
 def _fits_shared_memory(bytes_needed: int) -> bool:
-    """Whether /dev/shm has room. Writing past it would kill the process with SIGBUS, so the pictures of rows go
+    """Whether /dev/shm has room. Writing past it would kill the process with SIGBUS, so the images of rows go
     through pipes then."""
     try:
         file_system = os.statvfs("/dev/shm")
@@ -255,7 +255,7 @@ def _fits_shared_memory(bytes_needed: int) -> bool:
     if bytes_needed > free:
         print(
             f"loader: /dev/shm has {free / 2**20:.0f} MiB free, the rows ahead may take {bytes_needed / 2**20:.0f} "
-            "MiB: pictures go through pipes, which is slower. Enlarge it (docker: --shm-size), or lower data.workers "
+            "MiB: images go through pipes, which is slower. Enlarge it (docker: --shm-size), or lower data.workers "
             "or data.prefetch_rows",
             file=sys.stderr,
         )
@@ -347,7 +347,7 @@ def validation_batches(
     The first `cfg.validation.documents` documents, without random choices, fill rows one after another. Every rank gets
     the same number of batches; the last ones may hold empty rows. `document_sources` counts within
     `cfg.validation.sources`. With `recipe`, that of the run's VQ, stored VQ ids are used as `data.vq_ids` says;
-    without, pictures are.
+    without, images are.
 
     Raises:
         ConfigError: for an unknown source name.

@@ -1,6 +1,6 @@
 """RowSpec -> Row: what a loader worker does. Stateless: the same RowSpec gives the same Row in any process.
 
-A row is built as a whole: all its texts are tokenised in one call, all tokens are written into one array, and pictures
+A row is built as a whole: all its texts are tokenised in one call, all tokens are written into one array, and images
 are decoded straight into one tensor per role, which lies in shared memory where the row goes to another process.
 """
 
@@ -27,7 +27,7 @@ from jp_train.types import IGNORE_INDEX, DocumentRef, Kind, Provenance, Row, Row
 class RowBuilder:
     """Reads, decodes, encodes and cuts the documents of a row.
 
-    `held_out` turns every random choice off, for validation; `shared_pictures` puts pictures into shared memory. One
+    `held_out` turns every random choice off, for validation; `shared_images` puts images into shared memory. One
     per process; what is sent to a worker is small (no per-sample array).
     """
 
@@ -38,17 +38,17 @@ class RowBuilder:
         tokenizer: Tokenizer,
         *,
         held_out: bool = False,
-        shared_pictures: bool = False,
+        shared_images: bool = False,
     ) -> None:
         self._cfg = cfg
         self._locators = tuple(locators)
         self._tokenizer = tokenizer
-        self._held_out, self._shared = held_out, shared_pictures
+        self._held_out, self._shared = held_out, shared_images
         self._encoder = Encoder(cfg, tokenizer)
         self._samples = SampleReader(self._locators, cfg.data.crop, cfg.data.io_retries)
         self._threads = ImageThreads(cfg.data.image_threads)
         size = self._encoder.image_size
-        self._no_pictures = torch.zeros((0, 3, size, size), dtype=torch.uint8)
+        self._no_images = torch.zeros((0, 3, size, size), dtype=torch.uint8)
         self._length_may_change = not held_out and cfg.data.pad_dropout_form is not PadDropoutForm.every_token
 
     def __reduce__(self) -> tuple:
@@ -62,8 +62,8 @@ class RowBuilder:
         """
         skipped: dict[int, SkippedDocument] = {}
         documents = self._drafted(spec, skipped)
-        und_images = self._pictures(documents, Kind.UNDERSTANDING, skipped)
-        gen_images = self._pictures(documents, Kind.GENERATION, skipped)
+        und_images = self._images(documents, Kind.UNDERSTANDING, skipped)
+        gen_images = self._images(documents, Kind.GENERATION, skipped)
         documents = [document for document in documents if document.place not in skipped]
         tokens = np.full((3, sum(document.ref.length for document in documents)), IGNORE_INDEX, np.int32)
         at = 0
@@ -160,25 +160,23 @@ class RowBuilder:
         # the label at the cut still names the token after it
         document.tokens = self._encoder.written(draft)[:, ref.start : end]
 
-    def _pictures(
-        self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]
-    ) -> torch.Tensor:
-        """uint8 [N, 3, H, W]: the pictures of the documents of one kind, in order; undecodable ones go to `skipped`."""
-        pictured = [
+    def _images(self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]) -> torch.Tensor:
+        """uint8 [N, 3, H, W]: the images of the documents of one kind, in order; undecodable ones go to `skipped`."""
+        with_image = [
             document
             for document in documents
-            if document.kind is kind and document.place not in skipped and self._encoder.has_picture(document.sample)
+            if document.kind is kind and document.place not in skipped and self._encoder.has_image(document.sample)
         ]
         size = self._encoder.image_size
-        if not pictured:
-            return self._no_pictures
-        pictures = _uint8((len(pictured), 3, size, size), shared=self._shared)
-        pixels = pictures.numpy()
+        if not with_image:
+            return self._no_images
+        images = _uint8((len(with_image), 3, size, size), shared=self._shared)
+        pixels = images.numpy()
 
         def decode(place: int) -> SkipSample | None:
-            document, ref = pictured[place], pictured[place].ref
+            document, ref = with_image[place], with_image[place].ref
             try:
-                pixels[place] = self._encoder.picture(
+                pixels[place] = self._encoder.image(
                     document.sample,
                     source=document.sample.info.source,
                     epoch=ref.epoch,
@@ -190,14 +188,14 @@ class RowBuilder:
             return None
 
         done = 0
-        for place, fault in enumerate(self._threads.map(decode, range(len(pictured)))):
+        for place, fault in enumerate(self._threads.map(decode, range(len(with_image)))):
             if fault is not None:
-                skipped[pictured[place].place] = pictured[place].skip(fault)
+                skipped[with_image[place].place] = with_image[place].skip(fault)
                 continue
             if done < place:  # close the gap that an undecodable one left; those before `place` are finished
                 pixels[done] = pixels[place]
             done += 1
-        return pictures[:done]
+        return images[:done]
 
 
 class _Document:
@@ -233,6 +231,6 @@ def _uint8(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
 
 
 def _rebuild(
-    cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, held_out: bool, shared_pictures: bool
+    cfg: RunConfig, locators: Sequence[SourceLocator], tokenizer: Tokenizer, held_out: bool, shared_images: bool
 ) -> RowBuilder:
-    return RowBuilder(cfg, locators, tokenizer, held_out=held_out, shared_pictures=shared_pictures)
+    return RowBuilder(cfg, locators, tokenizer, held_out=held_out, shared_images=shared_images)

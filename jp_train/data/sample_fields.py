@@ -21,16 +21,16 @@ def read_fields(
     reader: ShardReader,
     source: str,
     *,
-    pictures: bool = True,
+    images: bool = True,
     stored: StoredIds | None = None,
     embedded_ids: bool = True,
     token_ids: bytes | None = None,
 ) -> RawSample:
-    """The bytes of sample `number` of a shard, only the fields its kind needs (`pictures=False`: pictures as empty
+    """The bytes of sample `number` of a shard, only the fields its kind needs (`images=False`: images as empty
     bytes).
 
-    With `stored` ids of the shard a picture is not read, whether it has ids or is known to be unusable.
-    `embedded_ids=False` leaves `.vq.npy` members alone where there is a picture to encode. With `token_ids`, the
+    With `stored` ids of the shard an image is not read, whether it has ids or is known to be unusable.
+    `embedded_ids=False` leaves `.vq.npy` members alone where there is an image to encode. With `token_ids`, the
     sample's stored record, its texts are not read.
     """
     info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
@@ -47,7 +47,7 @@ def read_fields(
         kind,
         crop,
         reader,
-        pictures=pictures,
+        images=images,
         stored=stored,
         embedded_ids=embedded_ids,
         token_ids=token_ids,
@@ -63,7 +63,7 @@ def read_located(
     crop: Crop,
     reader: ShardReader | ShardWindow,
     *,
-    pictures: bool = True,
+    images: bool = True,
     stored: StoredIds | None = None,
     embedded_ids: bool = True,
     token_ids: bytes | None = None,
@@ -75,7 +75,7 @@ def read_located(
     ids = None if stored is None else stored.row(number)
     fault = "" if stored is None or ids is not None else stored.unusable.get(info.key, "")
     known, texts = ids is not None or bool(fault), token_ids is None
-    of_kind, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, pictures, texts)
+    of_kind, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, images, texts)
     for extension in needed:
         check_field_size(extension, located[extension][1])
     values = read_spans(reader, shard, [located[extension] for extension in read])
@@ -86,12 +86,12 @@ def read_located(
 
 @lru_cache(maxsize=1024)
 def _fields_to_read(
-    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, pictures: bool, texts: bool
+    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, images: bool, texts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those
     that are read.
 
-    `known`: ids, or the fault of its picture, are stored, so the picture is not needed; `texts`: its texts are to be
+    `known`: ids, or the fault of its image, are stored, so the image is not needed; `texts`: its texts are to be
     read.
     """
     where = list(present)
@@ -99,5 +99,5 @@ def _fields_to_read(
         where = [extension for extension in where if extension != VQ_EXTENSION]
     of_kind = tuple(needed_fields(kind, where, crop))
     needed = tuple(extension for extension in of_kind if not (known and extension in IMAGE_EXTENSIONS))
-    unread = (*(() if pictures else IMAGE_EXTENSIONS), *(() if texts else TEXT_EXTENSIONS))
+    unread = (*(() if images else IMAGE_EXTENSIONS), *(() if texts else TEXT_EXTENSIONS))
     return of_kind, needed, tuple(extension for extension in needed if extension not in unread)

@@ -32,9 +32,9 @@ TEXT_EXTENSIONS = ("json", "txt")
 VQ_EXTENSION = "vq.npy"
 IMAGE_MARKER = "<image>"
 
-MAX_PICTURE_BYTES = 256 << 20
+MAX_IMAGE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 16 << 20
-"""Larger members are refused before they are read: a row needs a few of them in memory at a time."""
+"""Larger members are rejected before they are read: a row needs a few of them in memory at a time."""
 
 _HUMAN, _MODEL = ("human", "user"), ("gpt", "assistant")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
@@ -43,7 +43,7 @@ _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』
 def needed_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.centre) -> list[str]:
     """Which of a sample's fields must be read to make it.
 
-    Stored VQ ids replace the picture, except with a random crop: the ids are those of the centre crop.
+    Stored VQ ids replace the image, except with a random crop: the ids are those of the centre crop.
     """
     images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
     others = [
@@ -56,21 +56,21 @@ def needed_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.cen
 
 def check_field_size(extension: str, size: int) -> None:
     """Raises SkipSample for a member too large to be what its extension says."""
-    limit = MAX_PICTURE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
+    limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
     if size > limit:
         raise SkipSample(
-            f".{extension} has {size} bytes, above the limit of {limit}: refused before reading", "field_too_large"
+            f".{extension} has {size} bytes, above the limit of {limit}: rejected before reading", "field_too_large"
         )
 
 
 def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
-    """The typed sample of `raw`; pictures stay undecoded, a class prompt of the source is applied to the caption. A
+    """The typed sample of `raw`; images stay undecoded, a class prompt of the source is applied to the caption. A
     stored record takes the
     place of the texts: what could be wrong with them was seen when it was made.
 
     Raises:
         SkipSample: with a reason a person can act on.
-        DataError: for stored VQ ids (`raw.vq_ids`) that no picture of this model can have.
+        DataError: for stored VQ ids (`raw.vq_ids`) that no image of this model can have.
     """
     if kind is Kind.TEXT:
         return _text(raw) if raw.token_ids is None else TextSample(info=raw.info, token_ids=raw.token_ids)
@@ -78,7 +78,7 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
     if kind is Kind.UNDERSTANDING:
         if image is None:
             raise SkipSample(
-                f"no picture: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found "
+                f"no image: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found "
                 f"{_extensions_of(raw)}",
                 "missing_field",
             )
@@ -94,7 +94,7 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             "wrong; delete the shard's .jp-vq-* files and run `jp-train data encode-images` again"
         )
     if image is None and ids is None and not raw.image_fault:
-        raise SkipSample(f"neither a picture nor .{VQ_EXTENSION}: found {_extensions_of(raw)}", "missing_field")
+        raise SkipSample(f"neither an image nor .{VQ_EXTENSION}: found {_extensions_of(raw)}", "missing_field")
     caption = apply_class_prompt(_string(_json(raw), "caption"), source) if raw.token_ids is None else ""
     return GenerationSample(
         info=raw.info,
@@ -136,7 +136,7 @@ def _image(raw: RawSample) -> bytes | None:
     present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
     if len(present) > 1:
         raise SkipSample(
-            f"several pictures in one sample: {', '.join('.' + extension for extension in present)}; one is expected",
+            f"several images in one sample: {', '.join('.' + extension for extension in present)}; one is expected",
             "extra_field",
         )
     return raw.fields[present[0]] if present else None
@@ -212,7 +212,7 @@ def _messages(messages: object) -> tuple[list[str], list[str]]:
                 f'message {number + 1} of "conversations" is from {str(speaker)[:40]!r}, expected {speakers[0]!r}',
                 "bad_dialogue",
             )
-        # A question may be empty: a conversation that only shows the picture is a caption.
+        # A question may be empty: a conversation that only shows the image is a caption.
         sink.append(_checked(message.get("value"), f"message {number + 1}", allow_empty=number % 2 == 0).strip())
     return questions, answers
 
@@ -221,7 +221,7 @@ def _text(raw: RawSample) -> TextSample:
     present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
     if present:
         raise SkipSample(
-            f"a text sample has a picture (.{present[0]}); give the source kind understanding, or take the picture out",
+            f"a text sample has an image (.{present[0]}); give the source kind understanding, or take the image out",
             "extra_field",
         )
     if ("txt" in raw.fields) == ("json" in raw.fields):
@@ -240,9 +240,9 @@ def _text(raw: RawSample) -> TextSample:
         return TextSample(info=raw.info, text=_checked(value["text"], '"text"'))
     questions, answers = _messages(value["conversations"])
     if any(IMAGE_MARKER in question for question in questions):
-        raise SkipSample(f"a dialogue of a text source refers to a picture ({IMAGE_MARKER})", "bad_dialogue")
+        raise SkipSample(f"a conversation of a text source refers to an image ({IMAGE_MARKER})", "bad_dialogue")
     if not all(questions):
-        raise SkipSample("a question of a text dialogue is empty", "empty_text")
+        raise SkipSample("a question of a text conversation is empty", "empty_text")
     return TextSample(
         info=raw.info, turns=tuple(Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True))
     )
@@ -271,7 +271,7 @@ def _vq_ids(raw: RawSample, image_slots: int, codebook_size: int) -> np.ndarray 
         shape, _, dtype = read_header(file)  # checked before an array of the declared size is allocated
         if shape != (image_slots,) or dtype != np.uint16:
             raise SkipSample(
-                f".{VQ_EXTENSION} is {dtype} {list(shape)}, expected uint16 [{image_slots}]; encode the pictures again",
+                f".{VQ_EXTENSION} is {dtype} {list(shape)}, expected uint16 [{image_slots}]; encode the images again",
                 "bad_vq_ids",
             )
         file.seek(0)

@@ -9,7 +9,7 @@
     X.tar.jp-excluded.json         samples that `data verify --exclude` took out (exclusions.py); their digest is in the
                                    name and
                                    the meta data of the tokens file: .jp-tokens-<print>-x<digest>.npz
-    X.tar.jp-vq-<print>.npy, .json ids of the pictures and what they were made with (vq_ids.py)
+    X.tar.jp-vq-<print>.npy, .json ids of the images and what they were made with (vq_ids.py)
 
 They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or
 remote. Each is written under a temporary name and renamed, so concurrent builders are harmless; what a killed one left
@@ -67,7 +67,7 @@ class ShardTokens:
     short_tokens: np.ndarray
     dropped_tokens: np.ndarray
     short_dropped_tokens: np.ndarray
-    dialogues: int
+    conversations: int
     bad: tuple[tuple[str, str], ...]
     ids_bytes: int | None = None
 
@@ -169,7 +169,7 @@ def _tokens(meta: dict, arrays: NpzFile) -> ShardTokens:
         short_tokens=table[1],
         dropped_tokens=table[2],
         short_dropped_tokens=table[3],
-        dialogues=meta["dialogues"],
+        conversations=meta["dialogues"],
         bad=_pairs(meta["bad"]),
         ids_bytes=_size(meta["ids_bytes"]) if "records" in arrays else None,
     )
@@ -192,7 +192,7 @@ def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens, records: R
     """Write the tokens sidecar, with token ids where `records` has them. Raises DataError when neither place can be
     written."""
     meta = _tokens_identity(shard, fingerprint) | {
-        "dialogues": tokens.dialogues,
+        "dialogues": tokens.conversations,
         "bad": tokens.bad,
         "ids_bytes": tokens.ids_bytes,
     }

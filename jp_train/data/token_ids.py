@@ -1,7 +1,7 @@
 """Token ids of a sample's texts, kept in the tokens sidecar (sidecar.py), so that training neither reads nor tokenises
 a text.
 
-A sample's record is its document without picture and draws: runs of ids with one role, in order. Little-endian:
+A sample's record is its document without image and draws: runs of ids with one role, in order. Little-endian:
 
     uint32                the number of runs
     uint32 [runs]         length * 4 + role of each; an image is a run of no ids
@@ -31,7 +31,7 @@ from jp_train.data.shards import Shard, ShardReader
 from jp_train.errors import DataError
 
 IMAGE = 3
-"""The role of a picture's place; the others of such a document are those of layouts.py (PAD is drawn, never stored)."""
+"""The role of an image's place; the others of such a document are those of layouts.py (PAD is drawn, never stored)."""
 BOTH, WHOLE, SHORT = 0, 1, 2
 
 _LOW_BITS = 16

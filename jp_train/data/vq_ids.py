@@ -1,13 +1,13 @@
-"""VQ ids of a shard's pictures, stored beside the shard, so that training neither reads nor decodes a generation
-picture.
+"""VQ ids of a shard's images, stored beside the shard, so that training neither reads nor decodes a generation
+image.
 
     X.tar.jp-vq-<print>.npy    uint16 [N, S]: the ids of each of the shard's N samples; a sample without ids has 65535
                                everywhere
-    X.tar.jp-vq-<print>.json   what they were made with, and why pictures have none; written last: its presence says
+    X.tar.jp-vq-<print>.json   what they were made with, and why images have none; written last: its presence says
                                that the ids
                                are complete
 
-`<print>` starts the fingerprint of VQ weights and picture transform, so ids of several tokenizers lie beside each
+`<print>` starts the fingerprint of VQ weights and image transform, so ids of several tokenizers lie beside each
 other. They are ids of the centre crop. The array is plain, so a row is one byte range; it is read through the
 ShardReader, which retries and names an I/O error, where a mapped file would kill the process.
 """
@@ -36,8 +36,7 @@ FORMAT = 1
 NO_IDS = 65535
 """Fills the row of a sample without ids."""
 REMEDY = (
-    "run `jp-train data encode-images` with this configuration, or set data.vq_ids=off to encode the pictures in "
-    "training"
+    "run `jp-train data encode-images` with this configuration, or set data.vq_ids=off to encode the images in training"
 )
 
 _MARK = ".jp-vq-"
@@ -58,7 +57,7 @@ _HEADER_BYTES = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdsRecipe:
-    """All that decides an id and whether a picture is usable. `vq`: VQTokenizer.fingerprint()."""
+    """All that decides an id and whether an image is usable. `vq`: VQTokenizer.fingerprint()."""
 
     vq: str
     transform: int
@@ -84,7 +83,7 @@ class IdsRecipe:
 
 @dataclass(frozen=True, slots=True)
 class StoredIds:
-    """The stored ids of one shard. `unusable` maps keys of pictures that cannot be used to the reason."""
+    """The stored ids of one shard. `unusable` maps keys of images that cannot be used to the reason."""
 
     file: Shard
     samples: int
@@ -94,8 +93,8 @@ class StoredIds:
     reader: ShardReader
 
     def row(self, number: int) -> np.ndarray | None:
-        """The ids uint16 [S] of sample `number` of the shard; None when it has none: an unusable picture, or no
-        picture.
+        """The ids uint16 [S] of sample `number` of the shard; None when it has none: an unusable image, or no
+        image.
 
         Raises DataError when they cannot be read, or are damaged.
         """
@@ -121,8 +120,8 @@ class StoredIds:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdsManifest:
     """What stands beside stored ids. `size` and `stamp` are those of the shard they were made from;
-    `pictures_sha256` is over keys and picture bytes in order, so that a copied shard is recognised;
-    `without_picture` counts samples that have no picture to encode."""
+    `pictures_sha256` is over keys and image bytes in order, so that a copied shard is recognised;
+    `without_picture` counts samples that have no image to encode."""
 
     recipe: IdsRecipe
     size: int
@@ -244,7 +243,7 @@ def store_ids(
 
 
 def restamp_ids(shard: Shard, manifest: IdsManifest) -> None:
-    """Let ids vouch for `shard`, whose pictures were found to be the encoded ones although its size or stamp is
+    """Let ids vouch for `shard`, whose images were found to be the encoded ones although its size or stamp is
     another."""
     _store_manifest(shard, replace(manifest, size=shard.size, stamp=shard.stamp))
 

@@ -52,7 +52,7 @@ def describe_use(index: SourceIndex) -> str:
     where = f"stored for {stored} of {shards} shards" if stored else "no stored ids"
     return (
         f"{index.name}: "
-        f"{where}{'' if stored == shards else ', the other pictures are encoded in training' if stored else ''}"
+        f"{where}{'' if stored == shards else ', the other images are encoded in training' if stored else ''}"
     )
 
 
@@ -78,7 +78,7 @@ def _use(data: DataConfig, index: SourceIndex, recipe: IdsRecipe) -> SourceIndex
             counts = _embedded(shard)
             needed = counts.without_picture if not centre or data.vq_ids is VqIds.off else counts.embedded
             embedded += [shard] if needed else []
-            if manifest is None and counts.pictures_without_ids:
+            if manifest is None and counts.images_without_ids:
                 without.append(shard)
     if embedded:
         _check_embedded(data.vq_ids, index.name, embedded, recipe)
@@ -109,7 +109,7 @@ def _current_manifests(index: SourceIndex, recipe: IdsRecipe) -> dict[int, IdsMa
             raise DataError(
                 f"the VQ ids of shard {shard.path} (source {index.name!r}) were made from a file of {manifest.size} "
                 f"bytes with stamp {manifest.stamp}, it now has {shard.size} bytes and stamp {shard.stamp}; run "
-                "`jp-train data encode-images` again (pictures that are still the same are recognised and not "
+                "`jp-train data encode-images` again (images that are still the same are recognised and not "
                 "encoded again), or set data.vq_ids=off"
             )
         else:
@@ -129,7 +129,7 @@ def _foreign(source: str, shard: Shard, fingerprint: str, recipe: IdsRecipe) -> 
     )
     return (
         f"shard {shard.path} (source {source!r}) has VQ ids with fingerprint {fingerprint}, this run's VQ and "
-        f"transform have {recipe.fingerprint}{f' ({details})' if details else ''}: its ids mean other pictures; "
+        f"transform have {recipe.fingerprint}{f' ({details})' if details else ''}: its ids mean other images; "
         f"{REMEDY}"
     )
 
@@ -139,9 +139,9 @@ class _Counts:
     embedded: int
     """Samples with a `.vq.npy` member."""
     without_picture: int
-    """Those of them that have no picture."""
-    pictures_without_ids: int
-    """Samples with a picture and no `.vq.npy`."""
+    """Those of them that have no image."""
+    images_without_ids: int
+    """Samples with an image and no `.vq.npy`."""
 
 
 def _embedded(shard: Shard) -> _Counts:
@@ -165,7 +165,7 @@ def _embedded(shard: Shard) -> _Counts:
 def _check_embedded(mode: VqIds, source: str, shards: Sequence[Shard], recipe: IdsRecipe) -> None:
     if mode is VqIds.off:
         raise DataError(
-            f"data.vq_ids=off, but shards of source {source!r} have samples with .{VQ_EXTENSION} and no picture that "
+            f"data.vq_ids=off, but shards of source {source!r} have samples with .{VQ_EXTENSION} and no image that "
             f"could be encoded: {_names(shards)}; take the source out, or set data.vq_ids=auto"
         )
     known: dict[Path, str] = {}
@@ -181,7 +181,7 @@ def _check_embedded(mode: VqIds, source: str, shards: Sequence[Shard], recipe: I
             raise DataError(
                 f"{folder / 'manifest.json'} says that the .{VQ_EXTENSION} members of {shard.name} (source "
                 f"{source!r}) have fingerprint {fingerprint}, this run's VQ and transform have {recipe.fingerprint}: "
-                f"the ids mean other pictures; {REMEDY}"
+                f"the ids mean other images; {REMEDY}"
             )
     if unknown and mode is not VqIds.trust:
         raise DataError(

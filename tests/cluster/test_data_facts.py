@@ -87,7 +87,7 @@ def tokens(first: int) -> ShardTokens:
     ones = np.array([first, 1], np.int32)
     return ShardTokens(
         sample=np.array([0, 1], np.int32), tokens=ones, short_tokens=ones, dropped_tokens=ones * 0,
-        short_dropped_tokens=ones * 0, dialogues=0, bad=(),
+        short_dropped_tokens=ones * 0, conversations=0, bad=(),
     )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def test_verify_and_training_agree_on_every_one_of_ten_thousand_damaged_samples(
     assert not at_index.keys() & in_training
     assert at_index.keys() | in_training == set(named)
     assert used == {(source, key) for source, _, key in campaign.samples - named.keys()}
-    only_decoding = {(fault.source, fault.shard, fault.key) for fault in faults if fault.picture}
+    only_decoding = {(fault.source, fault.shard, fault.key) for fault in faults if fault.image}
     assert only_decoding == in_training
 
 
@@ -156,7 +156,7 @@ def test_after_excluding_training_meets_no_bad_picture_and_verify_is_clean_of_th
     cfg = campaign.cfg
     cfg.data.sources = {"generation": cfg.data.sources["generation"]}
     first = verify_sources(cfg, tokenizer, VerifyOptions(exclude=True))
-    pictures = {(fault.shard, fault.key) for fault in first.findings if fault.picture}
+    pictures = {(fault.shard, fault.key) for fault in first.findings if fault.image}
     assert pictures and not first.clean
     (index,) = index_sources(cfg, tokenizer)
     assert pictures == {

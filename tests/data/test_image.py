@@ -273,7 +273,7 @@ def test_a_lack_of_memory_is_no_fault_of_the_sample(monkeypatch):
     data = encoded(picture(9, 9))
     monkeypatch.setattr(Image.Image, "transpose", no_memory)
     monkeypatch.setattr("jp_train.data.image._to_rgb", no_memory)
-    with pytest.raises(DataError, match="out of memory while decoding a picture of 81 pixels; lower data.workers"):
+    with pytest.raises(DataError, match="out of memory while decoding an image of 81 pixels; lower data.workers"):
         decode_rgb(data)
 
 
@@ -346,5 +346,5 @@ def test_fast_decoding_refuses_what_exact_decoding_refuses():
     for broken in (data[: len(data) // 2], data[:40]):
         with pytest.raises(SkipSample, match="undecodable"):
             fast(load_generation_image, broken, 64)
-    with pytest.raises(SkipSample, match="refused before decoding"):
+    with pytest.raises(SkipSample, match="rejected before decoding"):
         load_generation_image(data, 64, max_pixels=640 * 512 - 1, decode=ImageDecode.fast)

@@ -44,7 +44,7 @@ except KeyboardInterrupt:
 
 
 def picture_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pictures")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 def steps_and_ledger(
@@ -104,7 +104,7 @@ def test_an_error_that_stops_the_run_is_the_first_in_the_row_not_the_first_in_ti
         time.sleep(0.2 if number == 0 else 0)
         raise DataError(f"out of memory at picture {number}")
 
-    monkeypatch.setattr(builder._encoder, "picture", broken)
+    monkeypatch.setattr(builder._encoder, "image", broken)
     with pytest.raises(DataError, match="picture 0"):
         builder.build(with_pictures)
     builder.close()

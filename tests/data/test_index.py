@@ -208,7 +208,7 @@ def test_malformed_samples_are_left_out_counted_and_named(cfg, tmp_path, tokeniz
     assert [(bad.info.key, bad.reason.split(":")[0]) for bad in index.bad] == [
         ("nojson", "no .json"),
         ("badjson", "malformed .json"),
-        ("nopicture", "no picture"),
+        ("nopicture", "no image"),
     ]
     shard = index.shards[0]
     tokens = sidecar.load_tokens(shard, index.locator.fingerprint)
@@ -247,4 +247,4 @@ def test_dialogues_are_counted_because_they_may_not_be_cut(cfg, tmp_path, tokeni
     cfg.data.root = str(tmp_path)
     write_shard(tmp_path / "a.tar", [("a", {"json": conversation("q", "a")}), ("b", {"txt": b"plain"})])
     index = index_sources(only(cfg), tokenizer)[0]
-    assert index.dialogues == 1 and index.kind is Kind.TEXT
+    assert index.conversations == 1 and index.kind is Kind.TEXT

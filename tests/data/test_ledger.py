@@ -91,7 +91,9 @@ def test_samples_that_the_index_leaves_out_are_named_once(cfg, tmp_path):
     left_out = tuple(
         BadSample(info=SourceInfo(source="a", shard="x.tar", key=f"k{n}"), reason="no .json") for n in range(3)
     )
-    index = SourceIndex(locator=None, tokens=None, short_tokens=None, dropped_tokens=None, dialogues=0, bad=left_out)
+    index = SourceIndex(
+        locator=None, tokens=None, short_tokens=None, dropped_tokens=None, conversations=0, bad=left_out
+    )
     assert Ledger(tmp_path, cfg).record_index([index]) == 3
     assert Ledger(tmp_path, cfg).record_index([index]) == 3
     entries = lines(tmp_path)
@@ -105,7 +107,7 @@ def test_held_out_samples_are_named_once_under_their_own_source_and_cost_no_budg
         tokens=None,
         short_tokens=None,
         dropped_tokens=None,
-        dialogues=0,
+        conversations=0,
         bad=(BadSample(info=SourceInfo(source="a", shard="v.tar", key="q\u2028\udcff"), reason="no .json"),),
     )
     for _ in range(3):

@@ -15,7 +15,7 @@ from PIL import Image
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import Template
 from jp_train.data.index import index_sources
-from jp_train.data.loader import StepLoader, build_plan, picture_bytes_ahead
+from jp_train.data.loader import StepLoader, build_plan, image_bytes_ahead
 from jp_train.data.permute import document_uniform
 from jp_train.data.rows import RowBuilder
 from tests.data.data_samples import IMAGE_SIZE, SLOTS
@@ -83,7 +83,7 @@ class Oracle:
         span = slice(one.start, one.start + one.length)
         return ids[span], labels[span], image_labels[span]
 
-    def picture(self, one) -> np.ndarray:
+    def image(self, one) -> np.ndarray:
         """The picture of a document, resized as its kind wants."""
         with Image.open(io.BytesIO(self.files[one.shard, one.key]["png"])) as file:
             image = file.convert("RGB")
@@ -130,9 +130,9 @@ def test_batches_equal_an_oracle_that_encodes_one_document_at_a_time(mixed, toke
                         positions += range(len(found[0]))
                         seen.add((one.kind, one.start > 0, ref.short_caption))
                         if one.kind.value == "understanding":
-                            und.append(oracle.picture(one))
+                            und.append(oracle.image(one))
                         elif PENDING in found[2]:
-                            gen.append(oracle.picture(one))
+                            gen.append(oracle.image(one))
                 assert made.input_ids.tolist() == ids
                 assert made.labels.tolist() == labels
                 assert made.gen_labels.tolist() == image_labels
@@ -147,7 +147,7 @@ def test_pictures_for_another_process_lie_in_shared_memory(mixed, tokenizer):
     cfg = mixed()
     plan, indexes, _ = plan_of(cfg, tokenizer)
     locators = [index.locator for index in indexes]
-    own, shared = RowBuilder(cfg, locators, tokenizer), RowBuilder(cfg, locators, tokenizer, shared_pictures=True)
+    own, shared = RowBuilder(cfg, locators, tokenizer), RowBuilder(cfg, locators, tokenizer, shared_images=True)
     pictures = 0
     for spec in plan.next_step():
         plain, crossing = own.build(spec), shared.build(spec)
@@ -169,4 +169,4 @@ def test_rows_ahead_and_their_pictures_stay_within_the_stated_bound(mixed, token
             assert len(loader._sampler.handed_out) <= cfg.data.workers * cfg.data.prefetch_rows
             for made in step.micro_batches:
                 row = (made.und_images.nbytes + made.gen_images.nbytes) / made.rows
-                assert row * cfg.data.workers * (cfg.data.prefetch_rows + 1) <= picture_bytes_ahead(cfg)
+                assert row * cfg.data.workers * (cfg.data.prefetch_rows + 1) <= image_bytes_ahead(cfg)

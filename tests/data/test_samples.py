@@ -8,7 +8,7 @@ import pytest
 
 from jp_train.config.schema import ClassPrompt, Crop, SourceConfig, SourceKind
 from jp_train.data.samples import (
-    MAX_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     check_field_size,
     first_sentence,
@@ -50,8 +50,8 @@ def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
-        (Kind.UNDERSTANDING, {"json": conversation("<image>", "a")}, "no picture"),
-        (Kind.UNDERSTANDING, {"png": b"", "jpg": b"", "json": conversation("<image>", "a")}, "several pictures"),
+        (Kind.UNDERSTANDING, {"json": conversation("<image>", "a")}, "no image"),
+        (Kind.UNDERSTANDING, {"png": b"", "jpg": b"", "json": conversation("<image>", "a")}, "several images"),
         (Kind.UNDERSTANDING, {"png": b""}, "no .json"),
         (Kind.UNDERSTANDING, {"png": b"", "json": b"{"}, "malformed"),
         (Kind.UNDERSTANDING, {"png": b"", "json": b"\xff"}, "malformed"),
@@ -74,14 +74,14 @@ def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
         (Kind.GENERATION, {"png": b"", "json": b'{"caption": 3}'}, "int"),
         (Kind.GENERATION, {"png": b"", "json": b'{"caption": "\\ud800"}'}, "surrogate"),
         (Kind.GENERATION, {"png": b"", "json": b'{"caption": "  "}'}, "empty"),
-        (Kind.GENERATION, {"json": b'{"caption": "a"}'}, "neither a picture"),
+        (Kind.GENERATION, {"json": b'{"caption": "a"}'}, "neither an image"),
         (Kind.TEXT, {}, "either .txt or .json"),
         (Kind.TEXT, {"txt": b"a", "json": b"{}"}, "either .txt or .json"),
         (Kind.TEXT, {"txt": b"\xff\xfe"}, "UTF-8"),
         (Kind.TEXT, {"txt": b" \n"}, "empty"),
-        (Kind.TEXT, {"txt": b"a", "png": b""}, "picture"),
+        (Kind.TEXT, {"txt": b"a", "png": b""}, "image"),
         (Kind.TEXT, {"json": b"{}"}, '"text" or "conversations"'),
-        (Kind.TEXT, {"json": conversation("<image>\nq", "a")}, "refers to a picture"),
+        (Kind.TEXT, {"json": conversation("<image>\nq", "a")}, "refers to an image"),
     ],
 )
 def test_a_malformed_sample_is_skipped_with_a_reason(kind, fields, says):
@@ -185,14 +185,14 @@ def test_a_number_of_thousands_of_digits_is_a_skip_like_any_broken_json():
 
 
 def test_a_member_too_large_to_be_what_it_says_is_refused_before_it_is_read():
-    check_field_size("jpg", MAX_PICTURE_BYTES)
+    check_field_size("jpg", MAX_IMAGE_BYTES)
     check_field_size("json", MAX_TEXT_BYTES)
     for extension, size in (
-        ("jpg", MAX_PICTURE_BYTES + 1),
+        ("jpg", MAX_IMAGE_BYTES + 1),
         ("json", MAX_TEXT_BYTES + 1),
         ("txt", 1 << 40),
         ("vq.npy", 1 << 40),
     ):
-        with pytest.raises(SkipSample, match="refused before reading") as caught:
+        with pytest.raises(SkipSample, match="rejected before reading") as caught:
             check_field_size(extension, size)
         assert caught.value.fault == "field_too_large"

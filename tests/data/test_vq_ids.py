@@ -281,7 +281,7 @@ def test_an_unusable_picture_is_skipped_with_the_entry_it_has_without_stored_ids
 def test_a_shard_without_ids_is_read_as_before_and_the_log_says_so(generation, tokenizer, tmp_path):
     store(tmp_path / "a.tar", 6)
     (index,) = use_stored_ids(generation.data, index_sources(generation, tokenizer), RECIPE)
-    assert describe_use(index) == "gen: stored for 1 of 2 shards, the other pictures are encoded in training"
+    assert describe_use(index) == "gen: stored for 1 of 2 shards, the other images are encoded in training"
     assert ids_summary(index) == {RECIPE.fingerprint: 1}
     for batch in rows(generation, tokenizer, RECIPE):
         keys = [document.key for row in batch.provenance for document in row]
@@ -352,7 +352,7 @@ def test_embedded_ids_need_a_known_fingerprint_or_trust(generation, tokenizer, t
     with pytest.raises(DataError, match=rf"unknown origin: .*a\.tar.*{RECIPE.fingerprint}.*data\.vq_ids=trust"):
         rows(generation, tokenizer, RECIPE)
     generation.data.vq_ids = VqIds.off
-    with pytest.raises(DataError, match="no picture that could be encoded"):
+    with pytest.raises(DataError, match="no image that could be encoded"):
         rows(generation, tokenizer, RECIPE)
     generation.data.vq_ids = VqIds.trust
     trusted = rows(generation, tokenizer, RECIPE)

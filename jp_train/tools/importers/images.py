@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jp_train.data.image import decode_rgb
-from jp_train.data.samples import MAX_PICTURE_BYTES
+from jp_train.data.samples import MAX_IMAGE_BYTES
 from jp_train.errors import DataError, SkipSample
 from jp_train.tools.importers.entries import Skip
 
@@ -64,9 +64,9 @@ def read_inside(folder: Path, path: str) -> bytes:
         status = os.stat(real)
         if not stat.S_ISREG(status.st_mode):
             raise Skip("image_no_file", f"{path!r} in {folder} is not a regular file")
-        if status.st_size > MAX_PICTURE_BYTES:
+        if status.st_size > MAX_IMAGE_BYTES:
             raise Skip(
-                "image_too_large", f"{path!r} has {status.st_size:,} bytes; at most {MAX_PICTURE_BYTES:,} are taken"
+                "image_too_large", f"{path!r} has {status.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,} are taken"
             )
         with open(real, "rb") as file:
             return file.read()

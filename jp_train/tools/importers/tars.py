@@ -191,7 +191,7 @@ def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers 
     bad = [(name, "bad_record", reason) for name, reason in members.ignored]
     for number, key in enumerate(members.keys):
         try:
-            raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", pictures=False)
+            raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", images=False)
             # Stored ids stand for an image here: how many there must be is the model's business, and the run checks
             # it.
             check_sample(

@@ -1,1 +1,1 @@
-"""`jp-train data verify`: every shard, picture and text once."""
+"""`jp-train data verify`: every shard, image and text once."""

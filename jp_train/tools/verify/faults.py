@@ -6,8 +6,8 @@ _REFUSED = "; training does not start with it"
 _LEFT_OUT = "; the index leaves the sample out"
 _REWRITE = "copy or write the shard again, or take it out of the source's `shards`" + _REFUSED
 _FIX_SAMPLE = "the index leaves it out; correct the sample and write the shard again if it is needed"
-_FIX_PICTURE = (
-    "run `data verify --exclude` so that the index leaves it out, or replace the picture; otherwise it costs skip "
+_FIX_IMAGE = (
+    "run `data verify --exclude` so that the index leaves it out, or replace the image; otherwise it costs skip "
     "budget in training"
 )
 
@@ -22,7 +22,7 @@ REMEDIES: dict[str, str] = {
     "duplicate_field": "keep one file of each extension per key and write the shard again" + _REFUSED,
     "unreadable": "check the path, the disk, the mount or the server, then verify again",
     "process_died": (
-        "verify this shard alone with --processes 1 and watch the memory; lower data.max_image_pixels if pictures "
+        "verify this shard alone with --processes 1 and watch the memory; lower data.max_image_pixels if images "
         "are huge"
     ),
     "internal_error": "a fault of jp_train: training would stop at this sample; report it with the sample",
@@ -35,10 +35,10 @@ REMEDIES: dict[str, str] = {
     "not_utf8": "write text and JSON as UTF-8" + _LEFT_OUT,
     "lone_surrogate": "write text as valid Unicode (an escaped half of a pair is none)" + _LEFT_OUT,
     "empty_text": _FIX_SAMPLE,
-    "field_too_large": "split the text or shrink the picture" + _LEFT_OUT,
-    "bad_vq_ids": "encode the pictures again (`data encode-images`)" + _LEFT_OUT,
-    "picture_undecodable": _FIX_PICTURE,
-    "picture_truncated": _FIX_PICTURE,
+    "field_too_large": "split the text or shrink the image" + _LEFT_OUT,
+    "bad_vq_ids": "encode the images again (`data encode-images`)" + _LEFT_OUT,
+    "picture_undecodable": _FIX_IMAGE,
+    "picture_truncated": _FIX_IMAGE,
     "picture_format": "convert it to JPEG, PNG or WebP, or run `data verify --exclude`",
     "picture_too_large": "shrink it, raise data.max_image_pixels, or run `data verify --exclude`",
     "picture_too_long": "crop it, raise data.max_image_pixels, or run `data verify --exclude`",

@@ -1,4 +1,4 @@
-"""The picture of the lengths: tokens per document, a row for each source, `data.seq_len` marked."""
+"""The histogram of the lengths: tokens per document, a row for each source, `data.seq_len` marked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `jp-train data verify` found: as a table, as JSON, and as a picture of the lengths."""
+"""What `jp-train data verify` found: as a table, as JSON, and as a histogram of the lengths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Sample = tuple[str, str, str]
 class Report:
     """`sources`: name -> kind; `unreachable`: shards that could not even be looked at; `excluded`: samples that the
     index leaves out because of an exclusion, `newly_excluded` those of this pass, written to `exclusion_files`;
-    `decode`: pictures decoded per source (None: all)."""
+    `decode`: images decoded per source (None: all)."""
 
     sources: dict[str, str]
     shards: list[ShardReport]
@@ -52,7 +52,7 @@ class Report:
 
     def is_excluded(self, fault: Fault) -> bool:
         """Whether the index leaves the sample out because of an exclusion."""
-        return fault.picture and (fault.source, fault.shard, fault.key) in self.excluded
+        return fault.image and (fault.source, fault.shard, fault.key) in self.excluded
 
     @property
     def clean(self) -> bool:
@@ -135,7 +135,7 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
     if report.decode is not None:
         decoded = sum(shard.decoded for shard in report.shards)
         lines.append(
-            f"only {decoded:,} pictures were decoded: of the others only the header was read, so damage may have been "
+            f"only {decoded:,} images were decoded: of the others only the header was read, so damage may have been "
             "missed"
         )
     if report.exclusion_files:

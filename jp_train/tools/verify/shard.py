@@ -1,7 +1,7 @@
 """One shard, read once from front to back: every fault that training would meet in it, found with training's own
 parsing and decoding.
 
-What training does not use is not judged: members that no layout names, and pictures that `.vq.npy` members replace.
+What training does not use is not judged: members that no layout names, and images that `.vq.npy` members replace.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNREADABLE, OVER_LONG, STRAY, INTERNAL = "unreadable", "over_long", "stray_file"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyTask:
-    """A shard of a source. `decode`: how many of its pictures are decoded, evenly spread (None: all); of the others
+    """A shard of a source. `decode`: how many of its images are decoded, evenly spread (None: all); of the others
     only the header is read."""
 
     source: str
@@ -45,7 +45,7 @@ class VerifyTask:
 class Fault:
     """One finding. `fault`: its class; `key`: the sample (or file) it belongs to, None when it is the shard's;
     `offset`: the byte in the shard where it begins, where known; `warning`: training goes on with the sample;
-    `picture`: only decoding shows it."""
+    `image`: only decoding shows it."""
 
     fault: str
     source: str
@@ -54,12 +54,12 @@ class Fault:
     offset: int | None
     reason: str
     warning: bool = False
-    picture: bool = False
+    image: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
 class ShardReport:
-    """What one pass found. `samples`: whole samples met; `good`: those that training can use; `decoded`: pictures
+    """What one pass found. `samples`: whole samples met; `good`: those that training can use; `decoded`: images
     decoded; `whole`: training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the
     good samples' tokens over `EDGES`."""
 
@@ -141,7 +141,7 @@ class _Pass:
         reason: str,
         *,
         warning: bool = False,
-        picture: bool = False,
+        image: bool = False,
     ) -> None:
         self._report.faults.append(
             Fault(
@@ -152,7 +152,7 @@ class _Pass:
                 offset=offset,
                 reason=reason,
                 warning=warning,
-                picture=picture,
+                image=image,
             )
         )
 
@@ -160,7 +160,7 @@ class _Pass:
         task, cfg, report = self._task, self._cfg, self._report
         info = SourceInfo(source=task.source, shard=task.shard.path, key=files.key)
         located = {extension: (member.offset, member.size) for extension, member in files.members.items()}
-        picture = False
+        image = False
         try:
             raw = read_located(
                 info,
@@ -177,15 +177,13 @@ class _Pass:
                 raw, self._kind, task.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
             )
             tokens = encoder.token_counts(sample).tokens
-            picture = True  # the index goes as far as this
+            image = True  # the index goes as far as this
             self._decode(sample, tokens, offset)
         except DataError:
             raise
         except SkipSample as reason:
-            blame = next((located[e][0] for e in IMAGE_EXTENSIONS if e in located), offset) if picture else offset
-            self._add(
-                reason.fault, files.key, blame, str(reason), picture=picture and reason.fault.startswith("picture")
-            )
+            blame = next((located[e][0] for e in IMAGE_EXTENSIONS if e in located), offset) if image else offset
+            self._add(reason.fault, files.key, blame, str(reason), image=image and reason.fault.startswith("picture"))
             return
         except Exception as error:
             # training would stop here: a fault of jp_train, and no reason to look at the rest no more
@@ -223,7 +221,7 @@ class _Pass:
         return stage.template is not Template.stage3 or not sample.turns
 
     def _is_drawn(self, offset: int) -> bool:
-        """Whether this picture is one of the `decode` evenly spread ones: the first at or after each of as many byte
+        """Whether this image is one of the `decode` evenly spread ones: the first at or after each of as many byte
         positions."""
         decode = self._task.decode
         if decode is None:

@@ -33,7 +33,7 @@ DIED = "process_died"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyOptions:
-    """`decode`: pictures decoded per source (None: all, 0: none); `exclude`: write down what the index must leave
+    """`decode`: images decoded per source (None: all, 0: none); `exclude`: write down what the index must leave
     out; `out`: folder of verify.json and lengths.png (None: `verify` in the run folder)."""
 
     processes: int = 1
@@ -150,7 +150,7 @@ def _exclude(
         bad |= {
             fault.key: Excluded(fault.fault, fault.reason)
             for fault in report.faults
-            if fault.picture and fault.key is not None
+            if fault.image and fault.key is not None
         }
         known = known_exclusions(task.shard, kind)
         new |= {(task.source, task.shard.path, key) for key in bad.keys() - known.keys()}

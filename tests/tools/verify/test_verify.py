@@ -422,4 +422,4 @@ def test_the_command_prints_one_json_object_and_exits_with_3(mixed, tmp_path, ca
     assert "remedy: copy or write the shard again" in text.out and "g0003" not in text.out
     *_, last = text.err.splitlines()
     assert last.startswith("verify: shard 5/5, 54 samples, ") and text.err.count("shard 5/5") == 1
-    assert "only 0 pictures were decoded" in text.out
+    assert "only 0 images were decoded" in text.out
