@@ -6,11 +6,10 @@ is dead.
 
 Two jobs in one folder would mix their metrics and delete each other's checkpoints. The lock is made by a hard link
 (exclusive on local and on network file systems) and renewed in place through an open descriptor, so that a job which
-lost it can never write into another one's. Whether a holder lives
-is known at once on its own host: the process is there or it is not, and a host that has restarted runs none of its old
-processes. From any other host
-it is watched: a counter that stands still for LEASE_S seconds belongs to a dead job. No clocks of two hosts are
-compared, and no lock of the file system is relied on; where there is one, it serialises those who take over.
+lost it can never write into another one's. Whether a holder lives is known at once on its own host: the process is
+there or it is not, and a host that has restarted runs none of its old processes. From any other host it is watched: a
+counter that stands still for LEASE_S seconds belongs to a dead job. No clocks of two hosts are compared, and no lock of
+the file system is relied on; where there is one, it serialises those who take over.
 
 `jp-train launch`, which sees its ranks end, may hand a dead launch's lock back by `release_dead_launch`, so that its
 restart need not watch. Standard library only.
@@ -117,10 +116,10 @@ class RunLock:
     def _is_mine(self) -> bool:
         mine = os.fstat(self._descriptor)
         try:
-            found = os.stat(self.path)
+            present = os.stat(self.path)
         except FileNotFoundError:
             return False
-        return (found.st_ino, found.st_dev) == (mine.st_ino, mine.st_dev)
+        return (present.st_ino, present.st_dev) == (mine.st_ino, mine.st_dev)
 
     def _again(self) -> None:
         """The file is not this job's: make it anew where it was only deleted, and give up where another job has it."""
@@ -132,8 +131,9 @@ class RunLock:
         other = read_holder(self.path.parent)
         if other is None or other.token != self.holder.token:
             self._closing.set()
+            by = other.describe() if other else "another job"
             self._lost(
-                f"{self.path.parent} was taken over by {other.describe() if other else 'another job'} while this job stood still for more than "
+                f"{self.path.parent} was taken over by {by} while this job stood still for more than "
                 f"{LEASE_S:.0f} s: this one ends, or both would write there. Its checkpoints are the other job's now"
             )
 
@@ -159,25 +159,25 @@ def take(
         descriptor = _create(path, me)
         if descriptor is not None:
             return RunLock(path, me, descriptor, lost or _end)
-        found = _read(path)
-        if found is None:
+        content = _read(path)
+        if content is None:
             continue  # released meanwhile
-        holder = _parsed(found)
+        holder = _parsed(content)
         standing = "unknown" if holder is None else standing_of(holder, me)
-        if standing == "alive":
+        if holder is not None and standing == "alive":
             raise LaunchError(refusal(folder, holder))
-        if standing == "unknown" and found != watched:
-            if not _stands_still(path, found, holder, say or _say):
+        if standing == "unknown" and content != watched:
+            if not _stands_still(path, content, holder, say or _say):
                 continue
-            watched = found
-        _remove(path, found, me.token)
+            watched = content
+        _remove(path, content, me.token)
 
 
 def read_holder(run_dir: str | os.PathLike[str]) -> Holder | None:
     """Who holds (or held, and died) the lock of a run folder; None when nobody does. Raises OSError other than for a
     missing file."""
-    found = _read(Path(run_dir) / LOCK_FILE)
-    return None if found is None else _parsed(found)
+    content = _read(Path(run_dir) / LOCK_FILE)
+    return None if content is None else _parsed(content)
 
 
 def standing_of(holder: Holder, me: Holder | None = None) -> str:
@@ -264,8 +264,8 @@ def _remove(path: Path, expected: str | bytes, token: str) -> bool:
     is another one by now."""
     away = path.with_name(f".{LOCK_FILE}.{token}.away")
     with _guarded(path.parent):
-        found = _read(path)
-        if found is None or not _same(found, expected):
+        content = _read(path)
+        if content is None or not _same(content, expected):
             return False
         try:
             os.rename(path, away)
@@ -282,10 +282,10 @@ def _remove(path: Path, expected: str | bytes, token: str) -> bool:
         return True
 
 
-def _same(found: bytes, expected: str | bytes) -> bool:
+def _same(content: bytes, expected: str | bytes) -> bool:
     if isinstance(expected, bytes):
-        return found == expected
-    holder = _parsed(found)
+        return content == expected
+    holder = _parsed(content)
     return holder is not None and holder.token == expected
 
 
@@ -340,10 +340,11 @@ def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callab
     """Watch the lock for the lease. False as soon as it changes: renewed (then refused), or released."""
     who = holder.describe() if holder else f"a job whose lock {path} cannot be read"
     say(
-        f"{path.parent} is locked by {who}, of which this host knows nothing more: taken over if it gives no sign of life within {LEASE_S:.0f} s"
+        f"{path.parent} is locked by {who}, of which this host knows nothing more: taken over if it gives no sign of "
+        f"life within {LEASE_S:.0f} s"
     )
     until = time.monotonic() + LEASE_S
-    said = time.monotonic()
+    reported = time.monotonic()
     while time.monotonic() < until:
         time.sleep(0.2)
         now = _read(path)
@@ -352,9 +353,9 @@ def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callab
             if later is not None and holder is not None and later.token == holder.token:
                 raise LaunchError(refusal(path.parent, later))
             return False
-        if time.monotonic() - said > 10.0:
-            said = time.monotonic()
-            say(f"no sign of life of {who} yet; taken over in {until - said:.0f} s")
+        if time.monotonic() - reported > 10.0:
+            reported = time.monotonic()
+            say(f"no sign of life of {who} yet; taken over in {until - reported:.0f} s")
     say(f"{who} gave no sign of life for {LEASE_S:.0f} s: its run folder is taken over")
     return True
 
@@ -362,8 +363,9 @@ def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callab
 def refusal(folder: Path, holder: Holder) -> str:
     """Why no other job may start in the folder of a live one, and what to do."""
     return (
-        f"run_dir {folder} is in use: {holder.describe()} trains there. Two jobs would mix their metrics and delete each other's checkpoints. Wait for its end, "
-        f"or stop it (`kill -TERM {holder.pid}` on {holder.host}: it saves first), or give this job another run_dir"
+        f"run_dir {folder} is in use: {holder.describe()} trains there. Two jobs would mix their metrics and delete "
+        f"each other's checkpoints. Wait for its end, or stop it (`kill -TERM {holder.pid}` on {holder.host}: it saves "
+        "first), or give this job another run_dir"
     )
 
 
@@ -376,16 +378,16 @@ def _process_lives(pid: int, started: str) -> bool:
         return False
     except PermissionError:
         pass
-    found = _stat(pid)
-    if found is None:
+    columns = _stat(pid)
+    if columns is None:
         return True  # another user's, hidden
-    return found[0] not in "ZX" and (not started or found[19] == started)
+    return columns[0] not in "ZX" and (not started or columns[19] == started)
 
 
 def _process_started(pid: int) -> str:
     """Clock ticks from the host's start to the process's."""
-    found = _stat(pid)
-    return found[19] if found else ""
+    columns = _stat(pid)
+    return columns[19] if columns else ""
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -1,9 +1,10 @@
-"""What rank 0 tells the world about a run; on the other ranks every method does nothing."""
+"""What rank 0 writes and prints about a run; on the other ranks every method does nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from types import MappingProxyType
@@ -113,7 +114,7 @@ class RunLog:
         if "loss/total" in values:
             self._progress.tick()
         for sink in list(self._sinks):
-            self._attempt(sink, lambda sink=sink: sink.log(step, values))
+            self._attempt(sink, partial(sink.log, step, values))
         status: dict[str, Any] = {
             "state": "running",
             "step": step,
@@ -135,7 +136,7 @@ class RunLog:
         self._status.update(**status)
 
     def finish(self, stop: Stop, step: int) -> None:
-        """The run ended as planned or asked for."""
+        """The run ended as planned, or by a stop signal."""
         if not self._active:
             return
         self.event(
@@ -154,8 +155,8 @@ class RunLog:
         self.close()
 
     def stalled(self, error: JpTrainError, details: Mapping[str, Any]) -> None:
-        """The watchdog ends the run, from its own thread and on any rank. What the training thread may still say
-        about its end is left out."""
+        """The watchdog ends the run, from its thread and on any rank. What the training thread may still report about
+        its end is left out."""
         self._over = True
         folder = Path(self._cfg.run_dir)
         events = self._events if self._active else Events(folder / "events.jsonl")
@@ -172,11 +173,8 @@ class RunLog:
         )
 
     def stopped_by_force(self, code: int) -> None:
-        """A signal ends the run at once, before its first step or by its repetition: told from another thread than the
-        training one, whatever that does.
-
-        The newest checkpoint is what it was.
-        """
+        """A signal ends the run at once, before its first step or by its repetition. Called from another thread than
+        the training one, whatever that does; the newest checkpoint stays."""
         if self._over or not self._active:
             return
         self._over = True

@@ -126,7 +126,7 @@ class RunData:
 
     @property
     def last_step(self) -> int:
-        """The last step that metrics.jsonl tells of."""
+        """The last step in metrics.jsonl."""
         return max(int(s.steps[-1]) for s in self.series.values())
 
 
@@ -183,17 +183,18 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 def _read_metrics(path: Path, unreadable: Counter[str]) -> tuple[dict[str, Series], int]:
     if not path.is_file():
         raise DataError(
-            f"{path.parent} has no metrics.jsonl; expected a run folder that has trained at least one step. Name the run's `run_dir`"
+            f"{path.parent} has no metrics.jsonl; expected a run folder that has trained at least one step. Name the "
+            "run's `run_dir`"
         )
     columns: dict[str, tuple[array[int], array[float]]] = {}
     last, repeated = None, 0
     with _open_text(path) as lines:
         for record in read_json_lines(lines):
-            step = None if record is None else _number(record.get("step"))
-            if step is None:
+            number = None if record is None else _number(record.get("step"))
+            if record is None or number is None:
                 unreadable["metrics.jsonl"] += 1
                 continue
-            step = int(step)
+            step = int(number)
             values = {
                 k: math.nan if v is None else v for k, v in record.items() if k != "step" and _is_number_or_null(v)
             }
@@ -214,8 +215,8 @@ def _read_metrics(path: Path, unreadable: Counter[str]) -> tuple[dict[str, Serie
             series[key] = Series(steps=np.frombuffer(steps, dtype=np.int64), values=finite)
     if not series:
         raise DataError(
-            f"{path} holds no complete metrics line ({unreadable['metrics.jsonl']} unreadable); expected one JSON object with `step` a line. "
-            "Wait for the first step, or name another run folder"
+            f"{path} holds no complete metrics line ({unreadable['metrics.jsonl']} unreadable); expected one JSON "
+            "object with `step` a line. Wait for the first step, or name another run folder"
         )
     return series, repeated
 
@@ -254,11 +255,11 @@ def _read_status(path: Path, missing: dict[str, str]) -> dict[str, Any]:
     if not path.is_file():
         missing["status"] = "status.json is not in the run folder; whether the run ended is unknown."
         return {}
-    found = json_object(path.read_text(encoding="utf-8", errors="replace"))
-    if found is None:
+    status = json_object(path.read_text(encoding="utf-8", errors="replace"))
+    if status is None:
         missing["status"] = "status.json holds no JSON object; whether the run ended is unknown."
         return {}
-    return found
+    return status
 
 
 def _read_events(path: Path, missing: dict[str, str], unreadable: Counter[str]) -> tuple[dict[str, Any], ...]:
@@ -300,11 +301,13 @@ def _read_samples(folder: Path, missing: dict[str, str]) -> tuple[tuple[SampleIm
     if not files:
         missing["samples"] = "samples/ holds no PNG image."
         return (), ()
-    images, left_out, used = [], [], 0
+    images: list[SampleImage] = []
+    left_out: list[str] = []
+    used = 0
     for file in files:
         size = file.stat().st_size
         if len(images) >= MAX_SAMPLE_IMAGES or used + size > MAX_SAMPLE_BYTES:
-            left_out.append(f"{file.name} (over {MAX_SAMPLE_IMAGES} pictures or {MAX_SAMPLE_BYTES // 2**20} MiB)")
+            left_out.append(f"{file.name} (over {MAX_SAMPLE_IMAGES} images or {MAX_SAMPLE_BYTES // 2**20} MiB)")
             continue
         png = file.read_bytes()
         if len(png) < 24 or not png.startswith(PNG_SIGNATURE):
@@ -320,10 +323,10 @@ def _read_samples(folder: Path, missing: dict[str, str]) -> tuple[tuple[SampleIm
 def _read_caption(path: Path, *, default: str) -> tuple[str, str]:
     if not path.is_file():
         return default, ""
-    found = json_object(path.read_text(encoding="utf-8", errors="replace"))
-    if found is None:
+    caption = json_object(path.read_text(encoding="utf-8", errors="replace"))
+    if caption is None:
         return default, f"({path.name} holds no JSON object)"
-    return str(found.get("title") or default), str(found.get("text") or "")
+    return str(caption.get("title") or default), str(caption.get("text") or "")
 
 
 def _read_evaluation(path: Path, missing: dict[str, str]) -> tuple[EvaluationRow, ...]:

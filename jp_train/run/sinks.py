@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO, TypeAlias
 
-from jp_train.config.schema import RunConfig, WandbConfig, WandbMode
+from jp_train.config.choices import WandbMode
+from jp_train.config.schema import RunConfig, WandbConfig
 from jp_train.engine.checkpoint.identity import plain
 from jp_train.errors import ConfigError
 from jp_train.files import Appender, json_safe, lines_until, write_atomically
@@ -28,6 +29,9 @@ from jp_train.terminal import duration, folded, measured, short_number, terminal
 from jp_train.types import KINDS, Kind
 
 SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
+
+OpenMode: TypeAlias = Literal["online", "offline"]
+MODES: tuple[OpenMode | Literal["disabled"], ...] = ("online", "offline", "disabled")
 
 MAX_EVENTS_WAITING = 10_000
 
@@ -118,7 +122,7 @@ class Events:
 
 
 class StatusFile:
-    """status.json: one small object, replaced whole after every step. `update` keeps what earlier calls said."""
+    """status.json: one small object, replaced whole after every step. `update` keeps the values of earlier calls."""
 
     def __init__(self, path: Path, **constants: Any) -> None:
         self._path = path
@@ -247,7 +251,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                f"logging.tensorboard is true but TensorBoard cannot be imported ({error}); pip install tensorboard, or set it to false"
+                f"logging.tensorboard is true but TensorBoard cannot be imported ({error}); pip install tensorboard, "
+                "or set it to false"
             ) from None
         purge = None if resumed_step is None else resumed_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge)
@@ -274,7 +279,9 @@ class Wandb:
 
     essential = False
 
-    def __init__(self, run_dir: Path, cfg: WandbConfig, *, mode: str, config: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, run_dir: Path, cfg: WandbConfig, *, mode: OpenMode, config: Mapping[str, Any], name: str
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -320,14 +327,13 @@ SINKS: tuple[type[OpenedSink], ...] = (MetricsFile, TensorBoard, Wandb)
 """What a run opens, beside the console, in this order."""
 
 
-def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) -> str:
+def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) -> OpenMode | Literal["disabled"]:
     """`online`, `offline` or `disabled`: `auto` is online when an API key is in the environment or ~/.netrc, and
     obeys WANDB_MODE."""
-    if cfg.mode is not WandbMode.auto:
-        return cfg.mode.value
-    asked = environment.get("WANDB_MODE", "").lower()
-    if asked in ("online", "offline", "disabled"):
-        return asked
+    configured = cfg.mode.value if cfg.mode is not WandbMode.auto else environment.get("WANDB_MODE", "").lower()
+    for mode in MODES:
+        if configured == mode:
+            return mode
     if environment.get("WANDB_API_KEY"):
         return "online"
     host = (
@@ -344,8 +350,8 @@ def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) ->
 
 def kept_run_id(path: Path, make: Callable[[], str]) -> str:
     """The id in `path`, made and stored on the first call."""
-    if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
-        return found
+    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
+        return kept
     made = make()
     write_atomically(path, made + "\n")
     return made

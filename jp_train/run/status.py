@@ -6,7 +6,6 @@ after ten days.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from jp_train.errors import DataError
-from jp_train.files import read_json_lines
+from jp_train.files import json_object, read_json_lines
 from jp_train.run.reading import checkpoint_names
 from jp_train.run.summary import KIND_NAMES, as_int, parse_time, planned_steps, run_state
 from jp_train.terminal import duration
@@ -42,115 +41,131 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
 
     `now`: seconds since 1970, for tests. Raises DataError when `run_dir` is no run folder.
     """
-    run_dir = Path(run_dir)
-    now = time.time() if now is None else now
+    run_dir, now = Path(run_dir), time.time() if now is None else now
     metrics, events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
-    told = _read_object(run_dir / "status.json")
-    if not run_dir.is_dir() or not (told or metrics.is_file() or events.is_file()):
+    written = _read_object(run_dir / "status.json")
+    if not run_dir.is_dir() or not (written or metrics.is_file() or events.is_file()):
         raise DataError(
-            f"{run_dir} is not a run folder: expected status.json or metrics.jsonl in it. Name the `run_dir` of a training that was started"
+            f"{run_dir} is not a run folder: expected status.json or metrics.jsonl in it. Name the `run_dir` of a "
+            "training that was started"
         )
-    recent = _recent_steps(metrics)
-    timeline = _tail(events)
+    recent, timeline = _recent_steps(metrics), _tail(events)
     trained = [record for record in recent if "loss/total" in record]
-    step_times = _values(trained, "time/step_s")
-    step = max((as_int(record["step"]) or 0 for record in (*recent[-1:], {"step": told.get("step")})), default=0)
-    planned = as_int(told.get("planned_steps")) or planned_steps(_read_config(run_dir / "config.yaml"))
-    step_s = median(step_times) if step_times else _float(told.get("step_s"))
-    state, reason = run_state(told, tuple(timeline))
+    speed = _speed(trained, timeline, written)
+    step = max((as_int(record["step"]) or 0 for record in (*recent[-1:], {"step": written.get("step")})), default=0)
+    planned = as_int(written.get("planned_steps")) or planned_steps(_read_config(run_dir / "config.yaml"))
     age = _heartbeat_age((run_dir / "status.json", metrics), now)
+    step_times = _values(trained, "time/step_s")
     stale_after = max(STALE_FLOOR_S, STALE_FACTOR * max(step_times)) if step_times else None
+    state, reason = run_state(written, tuple(timeline))
     if state == "running" and age is not None and stale_after is not None and age > stale_after:
-        state, reason = "stale", f"no sign of life for {duration(age)}; a step takes {duration(step_s)}"
+        state, reason = "stale", f"no sign of life for {duration(age)}; a step takes {duration(speed['step_s'])}"
     running = state in ("running", "starting", "stale")
-    waited, worked = sum(_values(trained, "time/data_wait_s")), sum(step_times)
     return {
         "run_dir": str(run_dir),
-        "stage": told.get("stage"),
+        "stage": written.get("stage"),
         "state": state,
         "reason": reason,
         "step": step,
         "planned_steps": planned,
         "share_done": min(1.0, step / planned) if planned else None,
         "losses": {
-            name: _mean(_values(trained, f"loss/{name}"))
-            for name in ("total", *KIND_NAMES)
-            if _values(trained, f"loss/{name}")
+            name: _mean(values) for name in ("total", *KIND_NAMES) if (values := _values(trained, f"loss/{name}"))
         },
         "held_out": _newest_held_out(recent),
-        "tokens_per_s": median(_values(trained, "perf/tokens_per_s") or [_float(told.get("tokens_per_s")) or 0.0])
-        or None,
-        "step_s": step_s,
-        "eta_s": _eta(told, planned, step, step_s) if running else None,
-        "data_wait_share": waited / worked if worked > 0 else None,
+        "tokens_per_s": speed["tokens_per_s"],
+        "step_s": speed["step_s"],
+        "eta_s": _eta(written, planned, step, speed["step_s"]) if running else None,
+        "data_wait_share": speed["data_wait_share"],
         "fill": _mean(_values(trained, "packing/fill")),
         "heartbeat_age_s": age,
         "stale_after_s": stale_after,
         "slowest_rank": _slowest_rank(run_dir / "heartbeats", now) if running else None,
-        "checkpoint": _last_checkpoint(run_dir, told, now),
+        "checkpoint": _last_checkpoint(run_dir, written, now),
         "checkpoints": len(checkpoint_names(run_dir)),
-        "failed_saves": as_int(told.get("failed_saves")) or 0,
-        "skipped_documents": _skipped(run_dir, told),
-        "skipped_steps": as_int(told.get("skipped_steps")),
-        "world_size": as_int(told.get("dp_world_size")),
+        "failed_saves": as_int(written.get("failed_saves")) or 0,
+        "skipped_documents": _skipped(run_dir, written),
+        "skipped_steps": as_int(written.get("skipped_steps")),
+        "world_size": as_int(written.get("dp_world_size")),
         "events": timeline[-SHOWN_EVENTS:],
     }
 
 
-def format_status(found: dict[str, Any]) -> str:
+def _speed(
+    trained: list[dict[str, Any]], timeline: list[dict[str, Any]], written: dict[str, Any]
+) -> dict[str, float | None]:
+    """`step_s`, `tokens_per_s` and `data_wait_share` of the recent steps. The first one after a start or a resume waits
+    for the first data: it counts for no share where there are others."""
+    step_times = _values(trained, "time/step_s")
+    rates = _values(trained, "perf/tokens_per_s") or [_float(written.get("tokens_per_s")) or 0.0]
+    starts = {as_int(event.get("step")) for event in timeline if event.get("event") in ("start", "resume")}
+    settled = [record for record in trained if (as_int(record["step"]) or 0) - 1 not in starts] or trained
+    worked = sum(_values(settled, "time/step_s"))
+    return {
+        "step_s": median(step_times) if step_times else _float(written.get("step_s")),
+        "tokens_per_s": median(rates) or None,
+        "data_wait_share": sum(_values(settled, "time/data_wait_s")) / worked if worked > 0 else None,
+    }
+
+
+def format_status(status: dict[str, Any]) -> str:
     """The screen: at most 80 columns but for long reasons, aligned, nothing that needs colour."""
-    planned = found["planned_steps"]
-    done = (
-        f"{found['step']:,} of {planned:,} ({100 * found['share_done']:.1f}%)  {_bar(found['share_done'])}"
-        if planned
-        else f"{found['step']:,}"
-    )
-    ranks = f", {found['world_size']} ranks" if found["world_size"] else ""
+    planned = status["planned_steps"]
+    done = f"{status['step']:,}"
+    if planned:
+        done += f" of {planned:,} ({100 * status['share_done']:.1f}%)  {_bar(status['share_done'])}"
+    ranks = f", {status['world_size']} ranks" if status["world_size"] else ""
     lines = [
-        f"{found['run_dir']}  ({found['stage']}{ranks})" if found["stage"] else found["run_dir"],
-        _row("state", found["state"].replace("_", " ") + (f": {found['reason']}" if found["reason"] else "")),
+        f"{status['run_dir']}  ({status['stage']}{ranks})" if status["stage"] else status["run_dir"],
+        _row("state", status["state"].replace("_", " ") + (f": {status['reason']}" if status["reason"] else "")),
         _row("step", done),
-        _row("loss", "  ".join(f"{name} {value:.4f}" for name, value in found["losses"].items()) or "-"),
+        _row("loss", _named(status["losses"]) or "-"),
     ]
-    if found["held_out"]:
-        lines.append(_row("held out", "  ".join(f"{name} {value:.4f}" for name, value in found["held_out"].items())))
-    wait = "-" if found["data_wait_share"] is None else f"{100 * found['data_wait_share']:.1f}%"
-    speed = (
-        "-"
-        if found["tokens_per_s"] is None
-        else f"{found['tokens_per_s']:,.0f} tokens/s, {duration(found['step_s'])} a step, {wait} of it waiting for data"
-    )
+    if status["held_out"]:
+        lines.append(_row("held out", _named(status["held_out"])))
+    speed = "-"
+    if status["tokens_per_s"] is not None:
+        wait = "-" if status["data_wait_share"] is None else f"{100 * status['data_wait_share']:.1f}%"
+        rate = f"{status['tokens_per_s']:,.0f} tokens/s, {duration(status['step_s'])} a step"
+        speed = f"{rate}, {wait} of it waiting for data"
     lines.append(_row("speed", speed))
-    if found["fill"] is not None:
-        lines.append(_row("fill", f"{100 * found['fill']:.2f}%"))
-    if found["state"] in ("running", "starting", "stale"):
-        lines.append(_row("ETA", duration(found["eta_s"])))
-        lines.append(
-            _row("heartbeat", f"{duration(found['heartbeat_age_s'])} ago" + _told_slowest(found["slowest_rank"]))
-        )
-    checkpoint = found["checkpoint"]
-    kept = f", {found['checkpoints']} on disk" if found["checkpoints"] else ""
-    failed = f"; {found['failed_saves']} saves FAILED" if found["failed_saves"] else ""
-    lines.append(
-        _row(
-            "checkpoint",
-            f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}{failed}"
-            if checkpoint
-            else f"none yet{failed}",
-        )
-    )
-    skips = "unknown" if found["skipped_documents"] is None else f"{found['skipped_documents']:,} samples"
-    lines.append(_row("skipped", skips + (f", {found['skipped_steps']} steps" if found["skipped_steps"] else "")))
-    for event in found["events"]:
-        when = parse_time(event.get("time"))
-        detail = ", ".join(
-            f"{key} {value}"
-            for key, value in event.items()
-            if key not in ("time", "event", "step") and value not in ("", None)
-        )
-        lines.append(_row("events" if event is found["events"][0] else "", f"{when:%m-%d %H:%M:%S}  " * bool(when) + f"step {event.get('step', '?')}  {event['event']}"
-                          + (f"  {detail[:90]}" if detail else "")))  # fmt: skip
+    if status["fill"] is not None:
+        lines.append(_row("fill", f"{100 * status['fill']:.2f}%"))
+    if status["state"] in ("running", "starting", "stale"):
+        lines.append(_row("ETA", duration(status["eta_s"])))
+        heartbeat = f"{duration(status['heartbeat_age_s'])} ago{_slowest(status['slowest_rank'])}"
+        lines.append(_row("heartbeat", heartbeat))
+    lines.append(_row("checkpoint", _checkpoint(status)))
+    skips = "unknown" if status["skipped_documents"] is None else f"{status['skipped_documents']:,} samples"
+    lines.append(_row("skipped", skips + (f", {status['skipped_steps']} steps" if status["skipped_steps"] else "")))
+    for number, event in enumerate(status["events"]):
+        lines.append(_row("" if number else "events", _event(event)))
     return "\n".join(lines)
+
+
+def _named(losses: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+
+
+def _checkpoint(status: dict[str, Any]) -> str:
+    checkpoint = status["checkpoint"]
+    failed = f"; {status['failed_saves']} saves FAILED" if status["failed_saves"] else ""
+    if not checkpoint:
+        return f"none yet{failed}"
+    kept = f", {status['checkpoints']} on disk" if status["checkpoints"] else ""
+    return f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}{failed}"
+
+
+def _event(event: dict[str, Any]) -> str:
+    when = parse_time(event.get("time"))
+    stamp = f"{when:%m-%d %H:%M:%S}  " if when else ""
+    detail = ", ".join(
+        f"{key} {value}"
+        for key, value in event.items()
+        if key not in ("time", "event", "step") and value not in ("", None)
+    )
+    text = f"{stamp}step {event.get('step', '?')}  {event['event']}"
+    return f"{text}  {detail[:90]}" if detail else text
 
 
 def _row(name: str, text: str) -> str:
@@ -189,30 +204,29 @@ def _recent_steps(path: Path) -> list[dict[str, Any]]:
 
 def _newest_held_out(recent: list[dict[str, Any]]) -> dict[str, float]:
     for record in reversed(recent):
-        found = {
+        losses = {
             key.removeprefix("val/"): float(value)
             for key, value in record.items()
             if key.startswith("val/") and _float(value) is not None
         }
-        if found:
-            return found
+        if losses:
+            return losses
     return {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
+        return json_object(path.read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _float(value: Any) -> float | None:
@@ -227,24 +241,24 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _eta(told: dict[str, Any], planned: int | None, step: int, step_s: float | None) -> float | None:
+def _eta(written: dict[str, Any], planned: int | None, step: int, step_s: float | None) -> float | None:
     """The trainer's own estimate counts saves and validations; without it, steps left times the median step."""
-    own = _float(told.get("eta_s"))
-    if own is not None:
-        return own
+    estimate = _float(written.get("eta_s"))
+    if estimate is not None:
+        return estimate
     return (planned - step) * step_s if planned and step_s is not None else None
 
 
 def _slowest_rank(folder: Path, now: float) -> dict[str, Any] | None:
     """Of all ranks' heartbeats (`engine/watch/heartbeat.py`) the one that has gone longest without progress, None
     without heartbeats."""
-    found: list[dict[str, Any]] = []
+    beats: list[dict[str, Any]] = []
     for path in folder.glob("rank_*.json"):
         beat = _read_object(path)
         idle, written = _float(beat.get("idle_s")), _float(beat.get("time"))
         if idle is not None and written is not None and not beat.get("ended"):
             age = max(0.0, now - written)
-            found.append(
+            beats.append(
                 {
                     "rank": beat.get("rank"),
                     "step": beat.get("step"),
@@ -253,10 +267,10 @@ def _slowest_rank(folder: Path, now: float) -> dict[str, Any] | None:
                     "age_s": age,
                 }
             )
-    return max(found, key=lambda beat: beat["idle_s"], default=None)
+    return max(beats, key=lambda beat: beat["idle_s"], default=None)
 
 
-def _told_slowest(slowest: dict[str, Any] | None) -> str:
+def _slowest(slowest: dict[str, Any] | None) -> str:
     if slowest is None:
         return ""
     return f"; slowest: rank {slowest['rank']}, {duration(slowest['idle_s'])} without progress ({slowest['phase']})"
@@ -267,20 +281,20 @@ def _heartbeat_age(paths: tuple[Path, ...], now: float) -> float | None:
     return max(0.0, now - max(times)) if times else None
 
 
-def _last_checkpoint(run_dir: Path, told: dict[str, Any], now: float) -> dict[str, Any] | None:
+def _last_checkpoint(run_dir: Path, written: dict[str, Any], now: float) -> dict[str, Any] | None:
     names = checkpoint_names(run_dir)
     if names:
-        written = (run_dir / "checkpoints" / names[-1]).stat().st_mtime
-        return {"step": int(names[-1].removeprefix("step_")), "age_s": max(0.0, now - written), "name": names[-1]}
-    saved = told.get("checkpoint")  # the folder may lie on a disk of the training hosts
+        saved_at = (run_dir / "checkpoints" / names[-1]).stat().st_mtime
+        return {"step": int(names[-1].removeprefix("step_")), "age_s": max(0.0, now - saved_at), "name": names[-1]}
+    saved = written.get("checkpoint")  # the folder may lie on a disk of the training hosts
     if not isinstance(saved, dict) or as_int(saved.get("step")) is None:
         return None
     when = parse_time(saved.get("time"))
     return {"step": saved["step"], "age_s": max(0.0, now - when.timestamp()) if when else None, "name": None}
 
 
-def _skipped(run_dir: Path, told: dict[str, Any]) -> int | None:
-    known = as_int(told.get("skipped_documents"))
+def _skipped(run_dir: Path, written: dict[str, Any]) -> int | None:
+    known = as_int(written.get("skipped_documents"))
     if known is not None:
         return known
     ledger = run_dir / "ledger.jsonl"

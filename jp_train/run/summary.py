@@ -178,7 +178,8 @@ def configured_shares(run: RunData) -> tuple[float | None, float | None, float |
     numbers = [float(p) for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool)]
     if len(numbers) != len(KIND_NAMES) or sum(numbers) <= 0:
         return (None, None, None)
-    return tuple(number / sum(numbers) for number in numbers)  # type: ignore[return-value]
+    understanding, text, generation = (number / sum(numbers) for number in numbers)
+    return understanding, text, generation
 
 
 def realised_shares(run: RunData) -> tuple[float | None, ...]:
@@ -246,8 +247,8 @@ def template_change(before: object, after: object, name: str) -> str:
     if not before or before == after or CHAT_TEMPLATE not in (before, after):
         return ""
     return (
-        f"stage.template {before} -> {after}: questions are asked in another form than in {name}, so the first held-out "
-        "losses are not comparable with its last ones"
+        f"stage.template {before} -> {after}: questions are asked in another form than in {name}, so the first "
+        "held-out losses are not comparable with its last ones"
     )
 
 

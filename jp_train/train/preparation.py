@@ -111,15 +111,8 @@ def prepare(
         log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
     guard.enter("preparing the validation", pace=Pace.SLOW)
     held_out = open_held_out(cfg, ranks, log, data, engine, ledger)
-    loader = StepLoader(
-        cfg,
-        plan,
-        data.indexes,
-        data.tokenizer,
-        dp_rank=ranks.dp_rank,
-        dp_world_size=ranks.dp_world_size,
-        batch_plan=batch,
-    )
+    loader = StepLoader(cfg, plan, data.indexes, data.tokenizer, dp_rank=ranks.dp_rank,
+                        dp_world_size=ranks.dp_world_size, batch_plan=batch)  # fmt: skip
     watchdog.follow(engine.guard, loader)
     return Parts(
         cfg=cfg,

@@ -194,9 +194,9 @@ class Trainer:
             self.report_spike(result, micro_batches)
         if over or decision.action == "stop":
             raise JpTrainError(
-                f"step {step}: {decision.what}; {over or 'guard asks to stop at such a step'}. The weights are those of "
-                f"the last good step. The rows and norms of the bad steps lie in {self.cfg.run_dir}/forensics: lower "
-                "optimizer.lr, or look at those rows with `jp-train data explain`"
+                f"step {step}: {decision.what}; {over or 'guard asks to stop at such a step'}. The weights are those "
+                f"of the last good step. The rows and norms of the bad steps lie in {self.cfg.run_dir}/forensics: "
+                "lower optimizer.lr, or look at those rows with `jp-train data explain`"
             )
 
     def report_spike(self, result: StepResult, micro_batches: Sequence[PackedBatch]) -> None:

@@ -6,14 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from markupsafe import Markup
-
 from jp_train.data.batch_text import printable
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.tools.explain.table import totals
 from jp_train.tools.html import render
-from jp_train.tools.inspect.row import OPEN_ROWS, InspectedRow, row_section, source_class
-from jp_train.tools.inspect.style import CSS
+from jp_train.tools.inspect.row import OPEN_ROWS, PALETTE, InspectedRow, row_values, source_class
 
 
 def inspect_page(
@@ -38,11 +35,9 @@ def inspect_page(
             (printable(name), printable(kind), source_class(name, names), documents[name])
             for name, kind in sources.items()
         ],
-        rows=rows,
+        rows=[row_values(row, names, tokenizer, opened=place < OPEN_ROWS) for place, row in enumerate(rows)],
         total=totals([row.described for row in rows]),
-        sections=Markup("").join(
-            row_section(row, names, tokenizer, opened=place < OPEN_ROWS) for place, row in enumerate(rows)
-        ),
-        style=Markup(CSS),
+        printable=printable,
+        palette=PALETTE,
         written=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )

@@ -62,15 +62,16 @@ def inspect_rows(
     cfg = replay.cfg
     vq, origin, missing = _vq(cfg, model)
     shown: list[InspectedRow] = []
-    wanted = range(min(rows, replay.rows_per_step))
-    for micro in replay.micro_batches(step, wanted):
-        shown += [row for row in _inspected(micro, replay, vq) if row.described["row"] in wanted]
+    numbers = range(min(rows, replay.rows_per_step))
+    for micro in replay.micro_batches(step, numbers):
+        shown += [row for row in _inspected(micro, replay, vq) if row.described["row"] in numbers]
     notes = list(replay.notes)
     notes.append(f"VQ ids decoded with the weights of {origin}." if origin else missing)
     page = inspect_page(
         shown,
         title=f"Rows of step {step:,}",
-        about=f"{where} · rows 0 to {wanted[-1]} of {replay.rows_per_step}, {cfg.data.seq_len:,} tokens each · plan step {step - 1:,}, seed {cfg.seed}",
+        about=f"{where} · rows 0 to {numbers[-1]} of {replay.rows_per_step}, {cfg.data.seq_len:,} tokens each · "
+        f"plan step {step - 1:,}, seed {cfg.seed}",
         sources={name: source.kind.value for name, source in cfg.data.sources.items()},
         tokenizer=replay.tokenizer,
         notes=notes,
@@ -81,14 +82,14 @@ def inspect_rows(
         write_atomically(out, data, writer=str(os.getpid()))
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}; give another place with --out") from error
-    pictures = sum(len(own) for row in shown for own in row.pictures.values())
+    pictures = sum(len(images) for row in shown for images in row.pictures.values())
     return PageSummary(str(out), len(data), len(shown), pictures, origin)
 
 
 def _inspected(micro: MicroBatch, replay: Replay, vq: VQTokenizer | None) -> list[InspectedRow]:
     """The rows of a micro-batch for the page."""
     batch = micro.batch
-    found = []
+    rows = []
     start = 0
     described_rows = describe_batch(batch, replay.tokenizer, first_row=micro.first_row, specs=micro.specs)
     for described, row, spec in zip(described_rows, micro.rows, micro.specs, strict=True):
@@ -99,13 +100,13 @@ def _inspected(micro: MicroBatch, replay: Replay, vq: VQTokenizer | None) -> lis
         ids: dict[int, np.ndarray] = {}
         read = _read_pictures(replay, row, spec)
         for place, document in enumerate(row.documents):
-            own, vq_ids = _pictures(document, read.get(place), vq)
-            if own:
-                pictures[place] = own
+            images, vq_ids = _pictures(document, read.get(place), vq)
+            if images:
+                pictures[place] = images
             if vq_ids is not None:
                 ids[place] = vq_ids
-        found.append(InspectedRow(described=described, pictures=pictures, vq_ids=ids, **tensors))
-    return found
+        rows.append(InspectedRow(described=described, pictures=pictures, vq_ids=ids, **tensors))
+    return rows
 
 
 def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndarray]:
@@ -115,7 +116,7 @@ def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndar
     if not stored:
         return {}
     again = replay.with_pictures(spec)
-    by_place = {one: document.gen_image for one, document in zip(again.provenance, again.documents, strict=True)}
+    by_place = {of: document.gen_image for of, document in zip(again.provenance, again.documents, strict=True)}
     return {place: image for place in stored if (image := by_place.get(row.provenance[place])) is not None}
 
 
@@ -155,7 +156,8 @@ def _vq(cfg: RunConfig, model: Path | None) -> tuple[VQTokenizer | None, str | N
         return (
             None,
             None,
-            "Pictures to generate are not shown as VQ ids: the configuration names no weights; give a model with --model DIR.",
+            "Pictures to generate are not shown as VQ ids: the configuration names no weights; give a model with "
+            "--model DIR.",
         )
     try:
         return load_vq(settings, seed=cfg.seed), path, ""
@@ -165,9 +167,9 @@ def _vq(cfg: RunConfig, model: Path | None) -> tuple[VQTokenizer | None, str | N
         return None, None, f"Pictures to generate are not shown as VQ ids: {error}. Give a model with --model DIR."
 
 
-def describe_page(found: PageSummary) -> str:
+def describe_page(page: PageSummary) -> str:
     """One line for the terminal."""
-    return f"wrote {found.path}: {found.rows} rows, {found.pictures} pictures, {found.bytes / 1e6:.2f} MB"
+    return f"wrote {page.path}: {page.rows} rows, {page.pictures} pictures, {page.bytes / 1e6:.2f} MB"
 
 
 def place_of(config: Path | None, run_dir: Path | None) -> str:
@@ -175,6 +177,6 @@ def place_of(config: Path | None, run_dir: Path | None) -> str:
     return " · ".join(str(part) for part in (config, run_dir) if part is not None)
 
 
-def as_json(found: PageSummary, notes: Sequence[str]) -> dict[str, Any]:
+def as_json(page: PageSummary, notes: Sequence[str]) -> dict[str, Any]:
     """The summary as one JSON-able object."""
-    return {name: getattr(found, name) for name in PageSummary.__slots__} | {"notes": list(notes)}
+    return {name: getattr(page, name) for name in PageSummary.__slots__} | {"notes": list(notes)}

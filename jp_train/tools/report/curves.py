@@ -336,13 +336,13 @@ def _draw_line(axes: Axes, line: Line, panel: Panel, theme: Theme) -> tuple[floa
         end = float(averaged.values[-1])
         text = f"{line.label} {panel.format(end)}".strip()
     if line.held_out is not None and len(line.held_out):
-        axes.plot(line.held_out.steps, line.held_out.values, color=color, linewidth=0.9, linestyle=(0, (2, 2)) if len(line.held_out) >= MIN_JOINED else "none", marker="o", markersize=4.5,
-                  markerfacecolor=theme.background, markeredgecolor=color, markeredgewidth=1.3, clip_on=False, zorder=3)  # fmt: skip
+        joined = (0, (2, 2)) if len(line.held_out) >= MIN_JOINED else "none"
+        axes.plot(line.held_out.steps, line.held_out.values, color=color, linewidth=0.9, linestyle=joined, zorder=3,
+                  marker="o", markersize=4.5, markerfacecolor=theme.background, markeredgecolor=color,
+                  markeredgewidth=1.3, clip_on=False)  # fmt: skip
         if end is None:
-            end, text = (
-                float(line.held_out.values[-1]),
-                f"{line.label} {panel.format(float(line.held_out.values[-1]))}".strip(),
-            )
+            end = float(line.held_out.values[-1])
+            text = f"{line.label} {panel.format(end)}".strip()
     if line.reference is not None:
         axes.axhline(line.reference, color=theme.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     return None if end is None else (end, text, color)

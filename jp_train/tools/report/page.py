@@ -99,7 +99,8 @@ def _target(paths: Sequence[Path], out: Path | None) -> Path:
         return paths[0] / "report.html"
     if len(parents) > 1:
         raise ConfigError(
-            f"the {len(paths)} run folders have no common parent folder to write the report to; give --out FOLDER or --out FILE.html"
+            f"the {len(paths)} run folders have no common parent folder to write the report to; give --out FOLDER or "
+            "--out FILE.html"
         )
     return parents.pop() / "report.html"
 

@@ -4,7 +4,7 @@ consecutive stages."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -47,27 +47,21 @@ def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, .
             note="Share of each kind in a step. Dashed: configured.",
             panels=_mixture(runs, layout),
         ),
-        PanelGroup(key="packing", title="Packing", note="How full the rows were.", panels=_simple(runs, layout, "packing/fill", "Packing fill",
-                   "share of seq_len used", percent=True)),
+        PanelGroup(key="packing", title="Packing", note="How full the rows were.", panels=_simple(runs, layout, FILL)),
         PanelGroup(
             key="speed",
             title="Speed",
-            note="Tokens of all ranks, and the time a step waited for data. The first step after a start or a resume, which compiles, allocates and waits for the first data, is left out.",
-            panels=(
-                *_simple(runs, layout, "perf/tokens_per_s", "Throughput", "tokens a second, all ranks", derive=_throughput),
-                *_simple(runs, layout, "data_wait_share", "Data wait", "share of the step's time", percent=True, derive=_wait_share),
-            ),
+            note="Tokens of all ranks, and the time a step waited for data. The first step after a start or a resume, "
+            "which compiles, allocates and waits for the first data, is left out.",
+            panels=_simple(runs, layout, THROUGHPUT, DATA_WAIT),
         ),
         PanelGroup(
             key="optim",
             title="Optimizer",
             note="Gradient norm before clipping.",
-            panels=(
-                *_simple(runs, layout, "optim/lr", "Learning rate", "of the schedule, before module factors", window=1),
-                *_simple(runs, layout, "optim/grad_norm", "Gradient norm", "global L2 norm, log scale", log_y=True, threshold=_clip),
-            ),
+            panels=_simple(runs, layout, LEARNING_RATE, GRADIENT_NORM),
         ),
-    ]  # fmt: skip
+    ]
     return tuple(group for group in groups if any(line for panel in group.panels for line in panel.lines))
 
 
@@ -111,12 +105,14 @@ def window_of(series: Series | None) -> int:
     return 1 if count < 20 else min(500, max(5, count // 40))
 
 
-def _line(run: RunData, key: str, label: str, color: int, **more: object) -> Line | None:
+def _line(
+    run: RunData, key: str, label: str, color: int, *, held_out: Series | None = None, reference: float | None = None
+) -> Line | None:
     series = run.series.get(key)
-    measured = more.get("held_out")
-    if (series is None or not len(series.finite())) and (measured is None or not len(measured)):  # type: ignore[arg-type]
+    if (series is None or not len(series.finite())) and not held_out:
         return None
-    return Line(label=label, color=color, series=series, window=window_of(series), **more)  # type: ignore[arg-type]
+    window = window_of(series)
+    return Line(label=label, color=color, series=series, window=window, held_out=held_out, reference=reference)
 
 
 def _present(lines: Sequence[Line | None]) -> tuple[Line, ...]:
@@ -218,49 +214,50 @@ def _takes_part(run: RunData, kind: str) -> bool:
     )
 
 
-def _simple(
-    runs: Sequence[RunData],
-    layout: Layout,
-    key: str,
-    title: str,
-    unit: str,
-    *,
-    window: int | None = None,
-    derive: Callable[[RunData], Series | None] | None = None,
-    threshold: Callable[[RunData], tuple[str, float] | None] | None = None,
-    percent: bool = False,
-    log_y: bool = False,
-) -> tuple[Panel, ...]:
-    """One metric: a panel a stage on a common scale, or one panel with a line a run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """What a panel of one metric shows: `series` reads it from a run; `window` None: averaged as the run is long."""
 
-    def line(run: RunData, label: str, color: int) -> Line | None:
-        series = derive(run) if derive is not None else run.series.get(key)
+    title: str
+    unit: str
+    series: Callable[[RunData], Series | None]
+    window: int | None = None
+    threshold: Callable[[RunData], tuple[str, float] | None] = lambda run: None
+    percent: bool = False
+    log_y: bool = False
+
+    def line(self, run: RunData, label: str, color: int) -> Line | None:
+        """The run's curve, None where it has no finite value."""
+        series = self.series(run)
         if series is None or not len(series.finite()):
             return None
-        return Line(label=label, color=color, series=series, window=window or window_of(series))
+        return Line(label=label, color=color, series=series, window=self.window or window_of(series))
 
-    def limit(run: RunData) -> tuple[str, float] | None:
-        return threshold(run) if threshold is not None else None
+    def panel(self, run: RunData, title: str, lines: tuple[Line, ...], marks: tuple[Mark, ...]) -> Panel:
+        """A panel of these curves; the threshold is `run`'s."""
+        return Panel(title=title, unit=self.unit, lines=lines, marks=marks, threshold=self.threshold(run),
+                     percent=self.percent, log_y=self.log_y)  # fmt: skip
 
-    if layout is Layout.stages and len(runs) > 1:
-        panels = [
-            Panel(title=_title(run, title.lower(), runs), unit=unit, lines=_present([line(run, "", INK)]), marks=marks_of(run), percent=percent,
-                  log_y=log_y, threshold=limit(run))
-            for run in runs
-        ]  # fmt: skip
-        return _same_scale(panels) if any(panel.lines for panel in panels) else ()
-    single = len(runs) == 1
-    lines = _present([line(run, "" if single else run.label, INK if single else j) for j, run in enumerate(runs)])
-    panel = Panel(
-        title=title,
-        unit=unit,
-        lines=lines,
-        percent=percent,
-        log_y=log_y,
-        marks=marks_of(runs[0]) if single else (),
-        threshold=limit(runs[0]),
-    )
-    return (panel,) if lines else ()
+
+def _simple(runs: Sequence[RunData], layout: Layout, *metrics: Metric) -> tuple[Panel, ...]:
+    """Of every metric a panel a stage on a common scale, or one panel with a line a run."""
+    panels: list[Panel] = []
+    for metric in metrics:
+        if layout is Layout.stages and len(runs) > 1:
+            of_stages = [
+                metric.panel(
+                    run, _title(run, metric.title.lower(), runs), _present([metric.line(run, "", INK)]), marks_of(run)
+                )
+                for run in runs
+            ]
+            panels += _same_scale(of_stages) if any(panel.lines for panel in of_stages) else ()
+            continue
+        single = len(runs) == 1
+        lines = _present(
+            [metric.line(run, "" if single else run.label, INK if single else j) for j, run in enumerate(runs)]
+        )
+        panels += [metric.panel(runs[0], metric.title, lines, marks_of(runs[0]) if single else ())] if lines else []
+    return tuple(panels)
 
 
 def _throughput(run: RunData) -> Series | None:
@@ -280,3 +277,23 @@ def _wait_share(run: RunData) -> Series | None:
 def _clip(run: RunData) -> tuple[str, float] | None:
     clip = run.configured("optimizer.clip")
     return ("clip " + f"{clip:g}", float(clip)) if isinstance(clip, (int, float)) and clip > 0 else None
+
+
+FILL = Metric(
+    title="Packing fill", unit="share of seq_len used", series=lambda run: run.series.get("packing/fill"), percent=True
+)
+THROUGHPUT = Metric(title="Throughput", unit="tokens a second, all ranks", series=_throughput)
+DATA_WAIT = Metric(title="Data wait", unit="share of the step's time", series=_wait_share, percent=True)
+LEARNING_RATE = Metric(
+    title="Learning rate",
+    unit="of the schedule, before module factors",
+    series=lambda run: run.series.get("optim/lr"),
+    window=1,
+)
+GRADIENT_NORM = Metric(
+    title="Gradient norm",
+    unit="global L2 norm, log scale",
+    series=lambda run: run.series.get("optim/grad_norm"),
+    log_y=True,
+    threshold=_clip,
+)
