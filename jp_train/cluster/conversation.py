@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jp_train.cluster.remote import CONNECT_TIMEOUT_S, Answer, Cause, classify, command_for, end, spawn
+from jp_train.cluster.remote import Answer, Cause, classify, command_for, end, spawn
 
 MARK = "@jp_train "
 """In front of every line that belongs to the conversation."""
@@ -38,7 +38,6 @@ class Conversation:
         local: Collection[str] = (),
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
         self.lost: dict[str, Answer] = {}
         """Hosts that do not answer (any more), and why."""
@@ -51,15 +50,7 @@ class Conversation:
         self._number = 0
         try:
             for host in hosts:
-                command = command_for(
-                    host,
-                    argv,
-                    local=host in self._local,
-                    cwd=cwd,
-                    env=env,
-                    limit_s=limit_s,
-                    connect_timeout_s=connect_timeout_s,
-                )
+                command = command_for(host, argv, local=host in self._local, cwd=cwd, env=env, limit_s=limit_s)
                 self._start(host, command)
         except BaseException:
             self.close()

@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jp_train.cluster.answers import Answers, Facts
 from jp_train.cluster.facts import FACTS, GPU_FREE_MIB
 from jp_train.cluster.findings import GIB, Fault, gib
 from jp_train.cluster.remote import Answer, Cause, last_line
 
-Facts = Mapping[str, Mapping[str, Any]]
-"""{host: {name of the fact: value}}, see `facts.FACTS`."""
 CLOCK_FAULT_S = 5.0
 CLOCK_WARNING_S = 1.0
 LOCK_STALE_S = 300.0
@@ -75,9 +74,9 @@ def settled(facts: Facts) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
     return complete, faults
 
 
-def check_versions(facts: Facts) -> Iterator[Fault]:
+def check_versions(answers: Answers) -> Iterator[Fault]:
     """`python`, `driver` and `packages` of each host."""
-    by_name: dict[str, dict[str, str]] = {}
+    facts, by_name = answers.facts, dict[str, dict[str, str]]()
     for host, fact in facts.items():
         versions = {"python": fact["python"], "driver": fact["driver"], **fact["packages"]}
         for name, version in versions.items():
@@ -101,18 +100,17 @@ def check_versions(facts: Facts) -> Iterator[Fault]:
                 yield Fault(host, "versions", f"{name} is not installed", remedy)
 
 
-def check_torch_loads(errors: Mapping[str, str]) -> Iterator[Fault]:
+def check_torch_loads(answers: Answers) -> Iterator[Fault]:
     """Hosts where importing torch failed, and how."""
-    for host, error in errors.items():
+    for host, error in answers.torch_errors.items():
         remedy = f"on {host}: install the torch that the others have"
         yield Fault(host, "versions", f"torch cannot be loaded: {error}", remedy)
 
 
-def check_torch(
-    torch: Mapping[str, Mapping[str, Any]], facts: Facts, selection: Mapping[str, Sequence[int]]
-) -> Iterator[Fault]:
+def check_torch(answers: Answers) -> Iterator[Fault]:
     """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use, against the
     selected slots."""
+    torch, facts = answers.torch, answers.facts
     for name in ("version", "cuda", "nccl"):
         values = {host: str(build.get(name, "")) for host, build in torch.items()}
         common, odd = odd_ones(values)
@@ -131,12 +129,13 @@ def check_torch(
                 f"GPUs; driver {facts[host]['driver'] or 'unknown'}",
                 f"on {host}: a torch build that fits the driver, a healthy driver (`nvidia-smi`), and no "
                 "CUDA_VISIBLE_DEVICES in the shell's start-up files",
-                warning=build["devices"] > max(selection[host]),
+                warning=build["devices"] > max(answers.selection[host]),
             )  # fmt: skip
 
 
-def check_code(facts: Facts, here: Mapping[str, str]) -> Iterator[Fault]:
+def check_code(answers: Answers) -> Iterator[Fault]:
     """`code` of each host, {file: digest}, against each other and the launching host's."""
+    facts, here = answers.facts, answers.code
     known = {host: fact["code"] for host, fact in facts.items() if "error" not in fact["code"]}
     for host, fact in facts.items():
         if host not in known:
@@ -160,9 +159,10 @@ def check_code(facts: Facts, here: Mapping[str, str]) -> Iterator[Fault]:
         )  # fmt: skip
 
 
-def check_config(facts: Facts, here: str | None) -> Iterator[Fault]:
+def check_config(answers: Answers) -> Iterator[Fault]:
     """`config` of each host, the resolved YAML, against the launching host's (None: no configuration was given)."""
-    for host, fact in facts.items():
+    here = answers.config
+    for host, fact in answers.facts.items():
         config = fact["config"]
         if here is None or config == here:
             continue
@@ -176,8 +176,9 @@ def check_config(facts: Facts, here: str | None) -> Iterator[Fault]:
         yield Fault(host, "config", f"resolves to another configuration: {named}", remedy)
 
 
-def check_devices(facts: Facts, selection: Mapping[str, Sequence[int]], slots: Mapping[str, int]) -> Iterator[Fault]:
+def check_devices(answers: Answers) -> Iterator[Fault]:
     """`devices` and `cores` of each host against its `slots` in the hostfile and those of them that are selected."""
+    facts, selection, slots = answers.facts, answers.selection, answers.slots
     counts = {host: int(fact["devices"]) for host, fact in facts.items()}
     with_gpus = [host for host, count in counts.items() if count]
     for host, count in counts.items():
@@ -206,11 +207,12 @@ def check_devices(facts: Facts, selection: Mapping[str, Sequence[int]], slots: M
             )  # fmt: skip
 
 
-def check_busy(facts: Facts, selection: Mapping[str, Sequence[int]], *, local: bool) -> Iterator[Fault]:
+def check_busy(answers: Answers) -> Iterator[Fault]:
     """`gpu_memory` of the selected slots: somebody else's job, of whatever program. A run on this host alone
     (`local`) may share it."""
-    for host, fact in facts.items():
-        busy = [(gpu, used) for gpu, used, _ in fact["gpu_memory"] if gpu in selection[host] and used > GPU_FREE_MIB]
+    for host, fact in answers.facts.items():
+        selected = [(gpu, used) for gpu, used, _ in fact["gpu_memory"] if gpu in answers.selection[host]]
+        busy = [(gpu, used) for gpu, used in selected if used > GPU_FREE_MIB]
         if busy:
             gpus = [f"{gpu} ({gib(used << 20)})" for gpu, used in busy]
             slots = ",".join(str(gpu) for gpu, _ in busy)
@@ -218,15 +220,15 @@ def check_busy(facts: Facts, selection: Mapping[str, Sequence[int]], *, local: b
                 host, "devices", f"{_some(gpus, 'GPU')} in use before the run has started",
                 f"see who uses them (ssh {host} nvidia-smi; fuser -v /dev/nvidia*) and end it, or leave them out with "
                 f"--exclude {host}:{slots}",
-                warning=local,
+                warning=answers.local,
             )  # fmt: skip
 
 
-def check_machines(facts: Facts) -> Iterator[Fault]:
+def check_machines(answers: Answers) -> Iterator[Fault]:
     """`host_name` and `addresses` of each host: two lines of a hostfile that are one machine would give its GPUs to
     two ranks each."""
     known: dict[tuple[str, ...], str] = {}
-    for host, fact in facts.items():
+    for host, fact in answers.facts.items():
         if fact["host_name"] and fact["addresses"]:
             same = known.setdefault((fact["host_name"], *sorted(fact["addresses"])), host)
             if same != host:
@@ -238,9 +240,10 @@ def check_machines(facts: Facts) -> Iterator[Fault]:
                 )  # fmt: skip
 
 
-def check_clocks(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Fault]:
+def check_clocks(answers: Answers) -> Iterator[Fault]:
     """(seconds ahead of the launching host, uncertainty) of each host, against the median of all and the launching
     host."""
+    offsets = answers.clocks
     middle = statistics.median([0.0, *(offset for offset, _ in offsets.values())]) if offsets else 0.0
     for host, (offset, uncertainty) in offsets.items():
         away = offset - middle
@@ -254,15 +257,15 @@ def check_clocks(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Fault]:
             )  # fmt: skip
 
 
-def check_disks(facts: Facts, checkpoint_bytes: int) -> Iterator[Fault]:
-    """`disks` of each host; the run folder must hold `checkpoint_bytes` (0: unknown)."""
-    for host, fact in facts.items():
+def check_disks(answers: Answers) -> Iterator[Fault]:
+    """`disks` of each host; the run folder must hold `checkpoint_bytes`."""
+    for host, fact in answers.facts.items():
         unwritable: dict[tuple[Any, ...], list[str]] = {}
         for name, disk in fact["disks"].items():
             if "error" in disk:
                 unwritable.setdefault((disk.get("device"), disk["error"], disk.get("errno")), []).append(name)
                 continue
-            least = checkpoint_bytes if name == "run folder" else LITTLE.get(name, GIB)
+            least = answers.checkpoint_bytes if name == "run folder" else LITTLE.get(name, GIB)
             if disk["free"] < least:
                 what = "one checkpoint takes at least" if name == "run folder" else "it should have"
                 yield Fault(
@@ -280,21 +283,23 @@ def check_disks(facts: Facts, checkpoint_bytes: int) -> Iterator[Fault]:
             yield Fault(host, "disk", f"{reason}: {folders} cannot be written", remedy, warning=optional)
 
 
-def check_shared(first: str, folder: str, missing: Sequence[str], error: str) -> Iterator[Fault]:
-    """Hosts that do not see the file that `first` wrote into the run folder; `error` when it could not write one."""
-    if error:
-        remedy = f"make it writable on {first}, or choose another run_dir"
-        yield Fault(first, "shared", f"run folder {folder}: {error}", remedy)
-    for host in missing:
+def check_shared(answers: Answers) -> Iterator[Fault]:
+    """Hosts that do not see the file that one of them wrote into the run folder, or that it could not be written."""
+    writer, folder = answers.shared_writer, answers.shared_folder
+    if answers.shared_error:
+        remedy = f"make it writable on {writer}, or choose another run_dir"
+        yield Fault(writer, "shared", f"run folder {folder}: {answers.shared_error}", remedy)
+    for host in answers.shared_missing:
         yield Fault(
-            host, "shared", f"a file that {first} wrote into {folder} is not there on {host}",
-            f"mount the same folder on {host} as on {first} (`df {folder}` on both): every rank writes its part of a "
+            host, "shared", f"a file that {writer} wrote into {folder} is not there on {host}",
+            f"mount the same folder on {host} as on {writer} (`df {folder}` on both): every rank writes its part of a "
             "checkpoint there",
         )  # fmt: skip
 
 
-def check_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
+def check_data(answers: Answers) -> Iterator[Fault]:
     """`sources` and `files` of each host. What is wrong in the same way with several of them is one fault a host."""
+    data = answers.data
     unread: dict[str, dict[str, str]] = {}
     other: dict[str, list[str]] = {}
     planned: dict[str, list[str]] = {}
@@ -342,13 +347,12 @@ def check_data(data: Mapping[str, Mapping[str, Any]]) -> Iterator[Fault]:
         )  # fmt: skip
 
 
-def check_jobs(facts: Facts, here: Sequence[Mapping[str, Any]], *, local: bool) -> Iterator[Fault]:
+def check_jobs(answers: Answers) -> Iterator[Fault]:
     """`jobs` of each host: processes of launches, and whether the runner of each lives anywhere. A run on this host
     alone (`local`) may share it."""
-    alive = {
-        job["launch"] for jobs in (here, *(fact["jobs"] for fact in facts.values())) for job in jobs if job["runner"]
-    }
-    for host, fact in facts.items():
+    everywhere = [*answers.jobs, *(job for fact in answers.facts.values() for job in fact["jobs"])]
+    alive = {job["launch"] for job in everywhere if job["runner"]}
+    for host, fact in answers.facts.items():
         launches: dict[str, list[Mapping[str, Any]]] = {}
         for job in fact["jobs"]:
             launches.setdefault(job["launch"], []).append(job)
@@ -365,13 +369,13 @@ def check_jobs(facts: Facts, here: Sequence[Mapping[str, Any]], *, local: bool) 
                 pids = " ".join(str(job["pid"]) for job in jobs)
                 yield Fault(
                     host, "jobs", f"{what}, whose launcher is gone: they hold devices, memory and ports",
-                    f"ssh {host} kill -9 {pids}   (if nobody trains there)", warning=local,
+                    f"ssh {host} kill -9 {pids}   (if nobody trains there)", warning=answers.local,
                 )  # fmt: skip
 
 
-def check_locks(facts: Facts) -> Iterator[Fault]:
+def check_locks(answers: Answers) -> Iterator[Fault]:
     """`locks` of each host."""
-    for host, fact in facts.items():
+    for host, fact in answers.facts.items():
         for lock in fact["locks"]:
             stale = lock["age_s"] > LOCK_STALE_S
             what = "its build was killed" if stale else "something builds, or was killed"

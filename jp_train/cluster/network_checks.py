@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from jp_train.cluster.answers import Answers
 from jp_train.cluster.findings import Fault, rate_text
 
 SLOW_SHARE = {"nccl": 0.5, "gloo": 0.25}
@@ -19,19 +19,18 @@ SLOW_ALL = 25e6
 fallen back to 100 Mbit/s does."""
 
 
-def check_port(
-    first: str, address: str, port: int, listening: Mapping[str, Any] | None, unreached: Mapping[str, str]
-) -> Iterator[Fault]:
-    """`listening`: {} where the master port could be opened, else `error` and `holder`. `unreached`: why a host did not
-    reach it."""
-    if listening and listening.get("error"):
-        holder = f" by {listening['holder']}" if listening.get("holder") else ""
+def check_port(answers: Answers) -> Iterator[Fault]:
+    """Whether the rendezvous host could open the master port, and which hosts did not reach it."""
+    first, address, port = answers.rendezvous_host, answers.address, answers.port
+    opened = answers.listening[first]["master"]
+    if opened.get("error"):
+        holder = f" by {opened['holder']}" if opened.get("holder") else ""
         yield Fault(
-            first, "port", f"master port {port}: {listening['error']}; it is held{holder}",
+            first, "port", f"master port {port}: {opened['error']}; it is held{holder}",
             f"end that process on {first}, or give another port with --master-port",
         )  # fmt: skip
         return
-    for host, why in unreached.items():
+    for host, why in answers.unreached_port.items():
         yield Fault(
             host, "port", f"does not reach the rendezvous on {first}: {why}",
             f"open port {port} of {first} for {host} (firewall), and see that {address}, the first of `hostname -I` on "
@@ -39,12 +38,10 @@ def check_port(
         )  # fmt: skip
 
 
-def check_reach(
-    listening: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], *, alone: bool
-) -> Iterator[Fault]:
+def check_reach(answers: Answers) -> Iterator[Fault]:
     """`fabric` of each host, and {host: {other: why not reached}}. One fault per pair, or one per host that nobody
     reaches."""
-    unusable = set()
+    listening, unusable = answers.listening, set[str]()
     for host, opened in listening.items():
         fabric = opened["fabric"]
         variable = fabric.get("variable", "GLOO_SOCKET_IFNAME")
@@ -56,7 +53,7 @@ def check_reach(
                 fabric["error"],
                 f"export {variable}=NAME of the interface that the hosts share (`ip addr` on {host})",
             )
-        elif not alone and fabric["address"].startswith("127."):
+        elif not answers.alone and fabric["address"].startswith("127."):
             unusable.add(host)
             yield Fault(
                 host, "reach",
@@ -64,7 +61,7 @@ def check_reach(
                 "export GLOO_SOCKET_IFNAME=NAME of the interface that the hosts share, or correct /etc/hosts on "
                 f"{host}",
             )  # fmt: skip
-    pairs = {(host, other): why for host, others in failed.items() for other, why in others.items()}
+    pairs = {(host, other): why for host, others in answers.unreached.items() for other, why in others.items()}
     hosts = [host for host in listening if host not in unusable]
     nobody = [
         host for host in hosts if len(hosts) > 2 and all((other, host) in pairs for other in hosts if other != host)
@@ -86,17 +83,19 @@ def check_reach(
         )  # fmt: skip
 
 
-def check_all_reduce(errors: Mapping[str, str], first: str, address: str, port: int) -> Iterator[Fault]:
-    """Hosts on which the all-reduce failed, and how; `first` is where the ranks meet."""
-    for host, error in errors.items():
+def check_all_reduce(answers: Answers) -> Iterator[Fault]:
+    """Hosts on which the all-reduce failed, and how."""
+    for host, error in answers.all_reduce_errors.items():
         yield Fault(
             host, "bandwidth", f"the all-reduce failed: {error}",
-            f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {address}:{port} is its way to {first}",
+            f"see what {host} says: NCCL_DEBUG=INFO (GPUs), and that {answers.address}:{answers.port} is its way to "
+            f"{answers.rendezvous_host}",
         )  # fmt: skip
 
 
-def check_bandwidth(rates: Mapping[str, Mapping[str, float]], backend: str) -> Iterator[Fault]:
-    """{host: {"sends", "receives"}} in bytes/s: hosts far below the median, or below what any training network does."""
+def check_bandwidth(answers: Answers) -> Iterator[Fault]:
+    """Hosts far below the median rate, or below what any training network does."""
+    rates, backend = answers.rates, answers.backend
     all_rates = [rate for ways in rates.values() for rate in ways.values()]
     if not all_rates:
         return

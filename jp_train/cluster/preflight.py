@@ -17,8 +17,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from jp_train.cluster.answers import Answers
 from jp_train.cluster.bandwidth import host_rates
-from jp_train.cluster.checks import CHECK_NAMES, CHECKS, Answers
+from jp_train.cluster.checks import CHECK_NAMES, CHECKS
 from jp_train.cluster.conversation import Conversation
 from jp_train.cluster.environment import EXPORTED_BY_DEEPSPEED, is_secret, passed_environment
 from jp_train.cluster.facts import code_digests, launched_jobs
@@ -387,7 +388,8 @@ class _Examination:
         """Make the checks that look at the answers of this phase."""
         for check in CHECKS:
             if phase in check.after and check.name not in self._skip:
-                self._faults.extend(check.after[phase](self._answers))
+                for find in check.after[phase]:
+                    self._faults.extend(find(self._answers))
 
     def _end_hung(self, hosts: Sequence[str]) -> None:
         """A stopped probe does not see that its ssh is gone: it is killed by its mark."""

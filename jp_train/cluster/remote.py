@@ -126,7 +126,6 @@ def command_for(
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
     limit_s: float | None = None,
-    connect_timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> list[str]:
     """The argv that runs `argv` on `host` (`local`: here, without ssh), in folder `cwd`, with `env` added, for at most
     `limit_s` seconds.
@@ -145,7 +144,7 @@ def command_for(
         raise LaunchError(f"host name {host!r} has characters other than letters, digits, dot, dash and underscore")
     options = {
         "BatchMode": "yes",
-        "ConnectTimeout": f"{max(1, round(connect_timeout_s))}",
+        "ConnectTimeout": f"{max(1, round(min(CONNECT_TIMEOUT_S, limit_s or CONNECT_TIMEOUT_S)))}",
         "ConnectionAttempts": "1",
         "ServerAliveInterval": "5",
         "ServerAliveCountMax": "3",
@@ -171,30 +170,19 @@ def run_on_hosts(
     argv: Sequence[str],
     *,
     timeout_s: float,
-    stdin: str = "",
     local: Collection[str] = (),
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
-    connect_timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> dict[str, Answer]:
     """Run `argv` on all hosts side by side and wait for every one, at most `timeout_s` seconds each. Answers in the
     order of `hosts`.
 
-    Hosts in `local` are this machine: no ssh. `stdin` is what the command reads. Nothing is left behind after a
+    Hosts in `local` are this machine: no ssh. Nothing is left behind after a
     time-out or a KeyboardInterrupt: local processes are killed, and the command ends on its host at the latest
     `timeout_s` seconds after it began there. Raises LaunchError as `command_for`.
     """
     commands = {
-        host: command_for(
-            host,
-            argv,
-            local=host in local,
-            cwd=cwd,
-            env=env,
-            limit_s=timeout_s,
-            connect_timeout_s=min(connect_timeout_s, timeout_s),
-        )
-        for host in hosts
+        host: command_for(host, argv, local=host in local, cwd=cwd, env=env, limit_s=timeout_s) for host in hosts
     }
     if not commands:
         return {}
@@ -202,7 +190,7 @@ def run_on_hosts(
     with ThreadPoolExecutor(min(len(commands), AT_ONCE)) as pool:
         try:
             answers = {
-                host: pool.submit(_answer_of, running, host, command, stdin, timeout_s, host in local)
+                host: pool.submit(_answer_of, running, host, command, timeout_s, host in local)
                 for host, command in commands.items()
             }
             # in short waits: a signal that comes just as this thread lets go of the interpreter is not noticed before
@@ -244,9 +232,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _answer_of(
-    running: _Running, host: str, command: Sequence[str], stdin: str, timeout_s: float, local: bool
-) -> Answer:
+def _answer_of(running: _Running, host: str, command: Sequence[str], timeout_s: float, local: bool) -> Answer:
     began = time.monotonic()
     try:
         process = running.start(command)
@@ -255,7 +241,7 @@ def _answer_of(
     if process is None:
         return Answer(host, None, "", "interrupted before it began", 0.0, Cause.TIMEOUT)
     try:
-        stdout, stderr = process.communicate(stdin, timeout=timeout_s + END_WAIT_S)
+        stdout, stderr = process.communicate(timeout=timeout_s + END_WAIT_S)
         code = process.returncode
         cause = None if local else classify(code, stderr)
         if code in TIMED_OUT_THERE and time.monotonic() - began >= timeout_s:

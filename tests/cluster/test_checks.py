@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jp_train.cli.main import build_parser
-from jp_train.cluster.checks import CHECK_NAMES, CHECKS, Answers
-from tests.cluster.test_host_checks import HOSTS, cluster, host
+from jp_train.cluster.checks import CHECK_NAMES, CHECKS
+from tests.cluster.test_host_checks import cluster, given, host
 
 PHASES = {"facts", "clocks", "shared", "reach", "data", "torch", "bandwidth"}
 
@@ -24,14 +24,14 @@ def test_the_help_of_preflight_lists_every_check_with_its_question(capsys: pytes
 
 
 def test_no_check_of_the_facts_finds_a_fault_in_equal_hosts_and_each_sees_the_host_that_differs() -> None:
-    answers = Answers(
-        selection=dict.fromkeys(HOSTS, tuple(range(8))), slots=dict.fromkeys(HOSTS, 8), local=False, port=29500,
-        code=host()["code"], config=host()["config"], checkpoint_bytes=1 << 30, facts=cluster(),
-    )  # fmt: skip
+    answers = given(code=host()["code"], config=host()["config"], checkpoint_bytes=1 << 30, facts=cluster())
 
     def faulty() -> dict[str, set[str]]:
-        judged = {check.name: check.after["facts"](answers) for check in CHECKS if "facts" in check.after}
-        return {name: {fault.host for fault in faults} for name, faults in judged.items()}
+        return {
+            check.name: {fault.host for find in check.after["facts"] for fault in find(answers)}
+            for check in CHECKS
+            if "facts" in check.after
+        }
 
     healthy = faulty()
     assert healthy.pop("devices") == {"b2", "c3"}, "planted hosts have one name and address: one machine"
