@@ -73,7 +73,7 @@ def test_the_help_of_a_command_has_an_example_of_it_and_fits_on_the_screen(
 ) -> None:
     text = help_of(command, capsys)
     assert any(example.startswith(f"jp-train {command} ") for example in examples(text))
-    assert max(map(len, text.splitlines())) <= 120 or command == "data import"
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
