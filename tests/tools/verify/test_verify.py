@@ -15,15 +15,12 @@ from PIL import Image
 from jp_train.cli.main import main
 from jp_train.config.load import save_config
 from jp_train.config.schema import BatchUnit, OverLong, RunConfig, SourceConfig, SourceKind, Template, ValidationConfig
-from jp_train.data.exclusions import Excluded, excluded_samples, store_exclusions, with_exclusions
 from jp_train.data.index import index_sources
 from jp_train.data.ledger import Ledger
-from jp_train.data.shards import ShardReader
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.verify import verify
 from jp_train.tools.verify.faults import REMEDIES
 from jp_train.tools.verify.verify import VerifyOptions, verify_command, verify_sources
-from jp_train.types import Kind
 from tests.data.data_samples import (
     conversation,
     generation_samples,
@@ -335,22 +332,6 @@ def test_a_pass_over_everything_replaces_old_exclusions_and_a_sampled_one_only_a
     assert [len(index) for index in index_sources(cfg, tokenizer)] == [2]
     verify_sources(cfg, tokenizer, VerifyOptions(exclude=True))
     assert [len(index) for index in index_sources(cfg, tokenizer)] == [3]
-
-
-def test_a_damaged_file_of_exclusions_is_an_error_and_another_kind_is_not_touched(tmp_path):
-    path = write_shard(tmp_path / "a.tar", text_samples(2))
-    shard = ShardReader().stat(str(path))
-    file = store_exclusions(shard, Kind.GENERATION, {"k\udcff": Excluded("picture_truncated", "why")})
-    store_exclusions(shard, Kind.UNDERSTANDING, {"u": Excluded("picture_truncated", "why")})
-    marked = with_exclusions(shard)
-    assert list(excluded_samples(marked, Kind.GENERATION)) == ["k\udcff"] and excluded_samples(marked, Kind.TEXT) == {}
-    assert excluded_samples(shard, Kind.TEXT) == {} or shard.excluded
-    store_exclusions(shard, Kind.UNDERSTANDING, {})
-    with pytest.raises(DataError, match="changed while"):
-        excluded_samples(marked, Kind.GENERATION)
-    file.write_text("{")
-    with pytest.raises(DataError, match="not ignored"):
-        with_exclusions(shard)
 
 
 def test_a_process_that_dies_on_a_shard_is_a_finding_of_that_shard_only(sources, tokenizer, tmp_path, monkeypatch):
