@@ -69,7 +69,8 @@ def add_sampling(parser: argparse.ArgumentParser, default: str) -> None:
         "--cfg-scale",
         type=float,
         default=None,
-        help=f"logits = uncond + scale x (cond - uncond); 1 turns guidance off (default: {default}, else the paper's 5)",
+        help="logits = uncond + scale x (cond - uncond); 1 turns guidance off "
+        f"(default: {default}, else the paper's 5)",
     )
     parser.add_argument(
         "--temperature",

@@ -1,2 +1,1 @@
-"""The hosts of a hostfile: which slots a run takes, preflight, launch and restarts, and how the processes of a launch
-are found and stopped on every host."""
+"""A run on the hosts of a hostfile: slots, preflight, launch, restarts, and stopping the processes of a launch."""

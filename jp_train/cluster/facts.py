@@ -44,7 +44,7 @@ WRITTEN_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Query:
-    """What the launching host asks for, and where this host looks it up."""
+    """What the launching host wants to know, and where this host looks it up."""
 
     config: str | None = None
     overrides: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ def device_count(devices: Path = Path("/dev")) -> int:
     """GPUs by the driver's device files, as NVIDIA (nvidia0, nvidia1, ...) and AMD (one render node each, beside kfd)
     make them; 0 on a CPU host.
 
-    torch would say the same, seconds later, and only when its build fits the driver.
+    torch would give the same number, but seconds later and only when its build fits the driver.
     """
     nvidia = [path for path in devices.iterdir() if re.fullmatch(r"nvidia\d+", path.name)]
     if nvidia or not (devices / "kfd").exists():
@@ -129,8 +129,7 @@ def device_count(devices: Path = Path("/dev")) -> int:
 
 
 def gpu_memory(command: Sequence[str] = ("nvidia-smi",)) -> list[list[int]]:
-    """[index, MiB in use, MiB in all] of each GPU according to nvidia-smi, whoever uses it; empty where there is no
-    nvidia-smi.
+    """[index, MiB in use, MiB in all] of each GPU according to nvidia-smi; empty where there is no nvidia-smi.
 
     Raises RuntimeError when it fails or hangs, which is what it does on a host with a broken GPU.
     """
@@ -249,8 +248,8 @@ def nearest(folder: Path) -> Path:
 
 
 def build_locks(folder: Path) -> list[dict[str, Any]]:
-    """Lock files of torch's extension builder, with their age in seconds: whoever loads that extension waits until
-    the file is gone."""
+    """Lock files of torch's extension builder, with their age in seconds: a process that loads the extension waits
+    until the file is gone."""
     locks = sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
     return [{"path": str(path), "age_s": max(0.0, time.time() - path.stat().st_mtime)} for path in locks]
 
@@ -281,8 +280,8 @@ def _is_runner(words: Sequence[bytes]) -> bool:
 
 
 def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
-    """`pid 12 (python -m ...)` that listens on a TCP port of this host; empty when it cannot be found (somebody
-    else's process)."""
+    """`pid 12 (python -m ...)` that listens on a TCP port of this host; empty when it cannot be found (a
+    process of another user)."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         for line in read_proc(proc / "net" / table).decode().splitlines()[1:]:
@@ -297,7 +296,7 @@ def port_holder(port: int, *, proc: Path = Path("/proc")) -> str:
 
 
 def _open_files(process: Path) -> set[str]:
-    """What a process of /proc has open; empty for somebody else's."""
+    """What a process of /proc has open; empty for a process of another user."""
     targets = set()
     with contextlib.suppress(OSError):
         for link in (process / "fd").iterdir():

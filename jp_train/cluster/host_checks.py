@@ -208,8 +208,8 @@ def check_devices(answers: Answers) -> Iterator[Fault]:
 
 
 def check_busy(answers: Answers) -> Iterator[Fault]:
-    """`gpu_memory` of the selected slots: somebody else's job, of whatever program. A run on this host alone
-    (`local`) may share it."""
+    """`gpu_memory` of the selected slots: jobs of other users, of whatever program. A run on this host alone (`local`)
+    may share a GPU."""
     for host, fact in answers.facts.items():
         selected = [(gpu, used) for gpu, used, _ in fact["gpu_memory"] if gpu in answers.selection[host]]
         busy = [(gpu, used) for gpu, used in selected if used > GPU_FREE_MIB]
@@ -298,7 +298,7 @@ def check_shared(answers: Answers) -> Iterator[Fault]:
 
 
 def check_data(answers: Answers) -> Iterator[Fault]:
-    """`sources` and `files` of each host. What is wrong in the same way with several of them is one fault a host."""
+    """`sources` and `files` of each host. The same fault of several of them is one fault per host."""
     data = answers.data
     unread: dict[str, dict[str, str]] = {}
     other: dict[str, list[str]] = {}
@@ -348,8 +348,8 @@ def check_data(answers: Answers) -> Iterator[Fault]:
 
 
 def check_jobs(answers: Answers) -> Iterator[Fault]:
-    """`jobs` of each host: processes of launches, and whether the runner of each lives anywhere. A run on this host
-    alone (`local`) may share it."""
+    """`jobs` of each host: processes of launches, and whether the runner of each is alive on any host. A run on this
+    host alone (`local`) may share it."""
     everywhere = [*answers.jobs, *(job for fact in answers.facts.values() for job in fact["jobs"])]
     alive = {job["launch"] for job in everywhere if job["runner"]}
     for host, fact in answers.facts.items():

@@ -38,13 +38,13 @@ DEFAULT_TIMEOUT_S = 10.0
 CONNECT_S = 2.0
 """Seconds in which one host must reach another one's listener."""
 SHARED_WAIT_S = 3.0
-"""A network file system may show a new file so many seconds late."""
+"""Seconds by which a network file system may show a new file late."""
 PINGS = 3
 WAITED = re.compile("timed? ?out|Connection closed by peer|Connection reset", re.IGNORECASE)
 MARGIN_S = 3.0
-"""An all-reduce that times out is reported so many seconds later at most."""
+"""Seconds within which an all-reduce that has timed out is reported."""
 LIFETIME_S = 300
-"""A probe that nobody ends, ends by itself."""
+"""Seconds after which a probe ends even if it was not ended."""
 
 
 def preflight(
@@ -72,8 +72,8 @@ def preflight(
 
 
 class _Examination:
-    """One preflight: asks in phases, because some answers (who listens where) are part of the next question. After each
-    phase the checks that look at its answers are made."""
+    """One preflight, in phases, because some answers (the ports that are open) are part of the next question. After
+    each phase the checks that look at its answers are made."""
 
     def __init__(
         self,
@@ -359,8 +359,8 @@ class _Examination:
         timeout_s: float,
         failed: dict[str, str] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Answers of the hosts that could give one; a question that failed there is a fault of its own, or goes to
-        `failed`."""
+        """Answers of the hosts that could give one. A question that failed on a host goes to `failed`, or without it
+        becomes a fault."""
         answers = {}
         for host, reply in self._talk.ask(questions, timeout_s=timeout_s, what=what).items():
             if "answer" in reply:
@@ -429,10 +429,10 @@ def probe_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:
-    """At least so many bytes has one checkpoint of this run: weights and AdamW's moments in fp32 of the language model
-    alone; 0 where that does not learn.
+    """A lower bound of the bytes of one checkpoint: weights and AdamW's moments in fp32 of the language model alone; 0
+    where that does not learn.
 
-    A lower bound without building the model, which would take seconds; `jp-train forecast` has the whole sum.
+    The model is not built for it, which would take seconds; `jp-train forecast` has the whole sum.
     """
     text = cfg.model.language
     layer = 4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size

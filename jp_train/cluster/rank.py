@@ -4,8 +4,8 @@ and records how it ended.
 Whatever started this process (DeepSpeed's launcher, mpirun, srun), the rank gets RANK, LOCAL_RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT. Its output goes to RUN_DIR/logs/LAUNCH/HOST_rankN.log; the terminal gets that of rank 0,
 and never makes a rank wait. How it ended goes to a record beside the log (`records.py`), from which the launch names
-the host, the rank and the cause. When the process that started this one dies, nobody would stop the rank any
-more: it gets SIGTERM, to save and exit. Standard library only: it starts in a moment, on every host.
+the host, the rank and the cause. When the process that started this one dies, the rank gets SIGTERM, to save and
+exit, as nothing else would stop it. Standard library only: it starts in a moment, on every host.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ DRAIN_S = 5.0
 """Seconds after the rank's end that its children may still hold its output open, and that a slow terminal is waited
 for."""
 OTHERS_S = 120.0
-"""Seconds that a rank which has obeyed a stop signal waits for the others: they save together, so it takes a moment."""
+"""Seconds that a rank which has obeyed a stop signal waits for the others; they save together, so it takes a moment."""
 WAITING_LINES = 10_000
 """Lines that a slow terminal may be behind; more are left out there (the log has them)."""
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the rank: RANK and its kin under their own names, and the devices of its host.
+    """The environment of the rank: RANK, LOCAL_RANK and WORLD_SIZE whatever the launcher calls them, and the devices of
+    its host.
 
     Raises LaunchError when this is no process of a launch, or the scheduler placed it on another host than the hostfile
-    says.
+    does.
     """
     env = dict(environ)
     names = next((names for names in NUMBERINGS if all(name in env for name in names)), None)

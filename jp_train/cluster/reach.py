@@ -25,7 +25,7 @@ from jp_train.cluster.facts import port_holder
 
 SIOCGIFADDR = 0x8915
 CONNECTS_AT_ONCE = 8
-"""Connections that one host opens side by side: 31 others at 32 hosts, so that nobody's accept queue overflows."""
+"""Connections that one host opens at a time: with 32 hosts each has 31 others, and no accept queue may overflow."""
 GREETING = 16
 """Bytes that a listener sends: they prove that the intended host answers."""
 
@@ -92,8 +92,8 @@ def _named_for_nccl(named: str, names: Sequence[str]) -> list[str]:
 
 
 class Listeners:
-    """Sockets of this host that greet whoever connects: one at the fabric address, on the first host one at the
-    master port too."""
+    """Sockets of this host that send a greeting to every connection: one at the fabric address, on the first host one
+    at the master port too."""
 
     def __init__(self) -> None:
         self.greeting = secrets.token_hex(GREETING // 2)

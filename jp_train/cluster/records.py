@@ -6,7 +6,7 @@
     RUN_DIR/logs/20261122-101500-5ac1f00d/launcher.log       what the launcher (DeepSpeed's, mpirun, srun) and rank 0
                                                              print on stdout
 
-Every start (a restart too) has a folder of its own; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are
+Every start (a restart too) has its own folder; the newest KEPT_LAUNCHES stay. So the logs of 256 ranks are
 bounded, and a rank normally prints a few lines only.
 """
 

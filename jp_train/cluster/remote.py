@@ -1,9 +1,9 @@
 """One command on many hosts at a time, over ssh: what each answered, or the cause why it did not.
 
-No shell text is ever built from anything but quoted words: the remote shell gets `shlex.quote` of every one, and the
-host's name has passed `hostfile.HOST_NAME`, so that it can be no option. ssh never asks for a password or for trust in
-a key, and gives up connecting by itself. A command that outlives its time is ended on its host too (coreutils'
-`timeout`), because killing the local ssh alone leaves it running there.
+Shell text is built from quoted words only: the remote shell gets `shlex.quote` of every one, and the host's name has
+passed `hostfile.HOST_NAME`, so that it can be no option. ssh never prompts for a password or for trust in a key, and
+gives up connecting after a time. A command that outlives its time is ended on its host too (coreutils' `timeout`),
+because killing the local ssh alone leaves it running there.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _answer_of(running: _Running, host: str, command: Sequence[str], timeout_s: 
 
 
 class _Running:
-    """The local processes of one `run_on_hosts`, so that an interrupt ends all of them and starts no more."""
+    """The local processes of one `run_on_hosts`, so that an interrupt ends all of them and starts no further ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -2,8 +2,8 @@
 
 A run is started again when a host is gone, a rank was killed, ranks lost each other, or a rank ended with an exception
 (a broken device looks like that); never for a configuration, data or checkpoint error, which would come back, nor after
-a stop signal. Hosts that do not answer are left out, and so many others that the rows of a step divide among the ranks
-that remain.
+a stop signal. Hosts that do not answer are left out, and as many others as it takes for the rows of a step to divide
+among the ranks that remain.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class StopSignals:
     def installed(self) -> Iterator[StopSignals]:
         """Take the signals for the duration of the block; the handlers before are put back.
 
-        A terminal that goes away (SIGHUP) stops nothing: the ranks would train on, and nobody would watch them or start
-        them again.
+        A terminal that goes away (SIGHUP) stops nothing: otherwise the ranks would train on without a launch that
+        watches them and starts them again.
         """
         before = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

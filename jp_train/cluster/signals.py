@@ -71,7 +71,7 @@ def reached(answer: str) -> int | None:
 
 
 def read_proc(path: Path) -> bytes:
-    """A file of /proc; empty where the process is gone or somebody else's."""
+    """A file of /proc; empty where the process is gone or belongs to another user."""
     try:
         return path.read_bytes()
     except OSError:
