@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from jp_train.cluster.options import DEFAULT_PORT, LaunchOptions
 from jp_train.errors import did_you_mean
 
 
@@ -33,6 +35,32 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="override any key, for example optimizer.lr=5e-5 data.workers=0",
     )
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """--hostfile with its filters and the rendezvous, for `launch_options`."""
+    parser.add_argument(
+        "--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line (hostfiles/README.md)"
+    )
+    parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
+    parser.add_argument("--exclude", default="", help="all but these hosts or slots")
+    parser.add_argument(
+        "--master-port",
+        type=int,
+        default=DEFAULT_PORT,
+        help=f"rendezvous port on the first host (default {DEFAULT_PORT})",
+    )
+    parser.add_argument(
+        "--master-addr",
+        default="",
+        help="the first host's address for the others (default: what its `hostname -I` names first)",
+    )
+
+
+def launch_options(arguments: argparse.Namespace) -> LaunchOptions:
+    """The options of a launch that the command has, the others at their defaults. Raises ConfigError."""
+    given = vars(arguments)
+    return LaunchOptions(**{field.name: given[field.name] for field in fields(LaunchOptions) if field.name in given})
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

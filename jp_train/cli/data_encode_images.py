@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
+from jp_train.cli.arguments import add_command, add_config, add_json, launch_options, whole_number
 
 DETAILS = """\
 Training then neither reads nor decodes a generation image. For each shard X.tar of a generation source, training and
@@ -74,20 +74,13 @@ def register(tools: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.cluster.options import LaunchOptions
     from jp_train.config import load_config
     from jp_train.tools.encode_images.command import encode_images, encode_on_hosts
     from jp_train.tools.encode_images.encoder import Place
 
     work = {"batch": arguments.batch, "verify_sample": arguments.verify_sample, "max_mismatch": arguments.max_mismatch}
     if arguments.hostfile is not None:
-        options = LaunchOptions(
-            hostfile=arguments.hostfile,
-            include=arguments.include,
-            exclude=arguments.exclude,
-            master_port=arguments.master_port,
-            dry_run=arguments.dry_run,
-        )
+        options = launch_options(arguments)
         return encode_on_hosts(arguments.config, arguments.overrides, options, as_json=arguments.json, **work)
     config = load_config(arguments.config, arguments.overrides)
     place = Place.of_environment()

@@ -76,7 +76,7 @@ SOURCE/CLASS/image: each image becomes a generation sample whose caption is the 
         help="lines 'FOLDER NAME' (Kaggle's LOC_synset_mapping.txt, looked for in SOURCE or up to 4 folders above) "
         "or a .json; without one, the folders' names",
     )
-    _pictures(parser)
+    _decoding(parser)
 
     def reader(arguments: argparse.Namespace) -> Reader:
         from jp_train.tools.importers.imagenet import ImageNetReader
@@ -101,7 +101,7 @@ size in memory."""
         help="a sample for every caption (default: nothing is lost, an image with 5 captions is stored 5 times), "
         "or for every image, with its first caption",
     )
-    _pictures(parser)
+    _decoding(parser)
 
     def reader(arguments: argparse.Namespace) -> Reader:
         from jp_train.tools.importers.coco import CocoReader
@@ -116,7 +116,7 @@ def _conversations(formats: argparse._SubParsersAction) -> None:
     details = """\
 [{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
 {"from": "gpt", "value": "A cat."}]}, ...] as a JSON array (read as a stream) or a record a line; "messages" with role
-and content work too. Entries with several images are refused by name. Entries without an image are skipped and
+and content work too. Entries with several images are rejected by name. Entries without an image are skipped and
 counted, or with --text-out written as text shards."""
     parser = _format(
         formats,
@@ -133,7 +133,7 @@ counted, or with --text-out written as text shards."""
         help="write conversations without an image there, as shards of kind text",
     )
     _columns(parser, image="image", conversations="conversations")
-    _pictures(parser)
+    _decoding(parser)
     _run(parser, lambda a: _records(a, "conversations", "understanding"))
 
 
@@ -148,7 +148,7 @@ understanding samples ask that column and answer with --caption-column."""
     _images(parser, required=False, default="the folder of SOURCE")
     parser.add_argument("--kind", choices=KINDS, required=True)
     _columns(parser, image="image", caption="caption", question=None)
-    _pictures(parser)
+    _decoding(parser)
     _run(parser, lambda a: _records(a, "pairs", a.kind))
 
 
@@ -186,7 +186,7 @@ Needs pyarrow: pip install 'jp_train[parquet]'. A process reads one row group at
     parser.add_argument("--kind", choices=(*KINDS, "text"), required=True)
     _images(parser, required=False, default="none: images come as bytes")
     _columns(parser, image="image", caption="caption", question=None, text="text", conversations="conversations")
-    _pictures(parser)
+    _decoding(parser)
 
     def reader(arguments: argparse.Namespace) -> Reader:
         from jp_train.tools.importers.parquet import ParquetReader
@@ -263,7 +263,7 @@ def _images(parser: argparse.ArgumentParser, *, required: bool, default: str = "
     )
 
 
-def _pictures(parser: argparse.ArgumentParser) -> None:
+def _decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode",
         action="store_true",
@@ -274,7 +274,7 @@ def _pictures(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=100_000_000,
-        help="refuse larger images (default: 100000000)",
+        help="reject larger images (default: 100000000)",
     )
 
 

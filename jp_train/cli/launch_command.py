@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, whole_number
-from jp_train.cluster.options import DEFAULT_GRACE_S, DEFAULT_PATIENCE_S, DEFAULT_PORT, LAUNCHERS, LaunchOptions
+from jp_train.cli.arguments import add_command, add_config, add_hosts, launch_options, whole_number
+from jp_train.cluster.options import DEFAULT_GRACE_S, DEFAULT_PATIENCE_S, LAUNCHERS
 
 DETAILS = """\
 Checks the configuration, the hostfile and the hosts (`jp-train preflight`), prints the batch arithmetic and the exact
@@ -33,22 +32,7 @@ rank, 130/138/143 stopped by a signal after saving"""
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "launch", "start a training run on every host of a hostfile", DETAILS)
     add_config(parser)
-    parser.add_argument(
-        "--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line (hostfiles/README.md)"
-    )
-    parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
-    parser.add_argument("--exclude", default="", help="all but these hosts or slots")
-    parser.add_argument(
-        "--master-port",
-        type=int,
-        default=DEFAULT_PORT,
-        help=f"rendezvous port on the first host (default {DEFAULT_PORT})",
-    )
-    parser.add_argument(
-        "--master-addr",
-        default="",
-        help="the first host's address for the others (default: what its `hostname -I` names first)",
-    )
+    add_hosts(parser)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts remote ranks (default pdsh)")
     parser.add_argument("--launcher-args", default="", help="more words for mpirun or srun")
     parser.add_argument("--skip-preflight", action="store_true", help="start without checking the hosts")
@@ -59,12 +43,12 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="start again so often after a fault of a host or a rank (default 0)",
     )
     parser.add_argument(
-        "--patience", type=float, default=DEFAULT_PATIENCE_S, metavar="SECONDS",
+        "--patience", dest="patience_s", type=float, default=DEFAULT_PATIENCE_S, metavar="SECONDS",
         help="how long a host may give no sign of life before it is queried, and ranks may outlive one that failed "
         f"(default {DEFAULT_PATIENCE_S:g})",
     )  # fmt: skip
     parser.add_argument(
-        "--grace", type=float, default=DEFAULT_GRACE_S, metavar="SECONDS",
+        "--grace", dest="grace_s", type=float, default=DEFAULT_GRACE_S, metavar="SECONDS",
         help=f"how long the ranks have to save after a stop signal (default {DEFAULT_GRACE_S:g})",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
@@ -74,18 +58,4 @@ def register(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.cluster.launch import launch
 
-    options = LaunchOptions(
-        hostfile=arguments.hostfile,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        master_port=arguments.master_port,
-        master_addr=arguments.master_addr,
-        launcher=arguments.launcher,
-        launcher_args=arguments.launcher_args,
-        dry_run=arguments.dry_run,
-        grace_s=arguments.grace,
-        skip_preflight=arguments.skip_preflight,
-        max_restarts=arguments.max_restarts,
-        patience_s=arguments.patience,
-    )
-    return launch(arguments.config, arguments.overrides, options)
+    return launch(arguments.config, arguments.overrides, launch_options(arguments))

@@ -7,7 +7,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_json
+from jp_train.cli.arguments import add_command, add_hosts, add_json, launch_options
 from jp_train.cluster.checks import CHECK_NAMES, CHECKS
 
 DETAILS = """\
@@ -43,17 +43,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="a YAML of launch/: look at what this run needs",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as for the run itself")
-    parser.add_argument("--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line")
-    parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
-    parser.add_argument("--exclude", default="", help="all but these hosts or slots")
-    parser.add_argument(
-        "--master-port", type=int, default=29500, help="rendezvous port on the first host (default 29500)"
-    )
-    parser.add_argument(
-        "--master-addr",
-        default="",
-        help="the first host's address for the others (default: what its `hostname -I` names first)",
-    )
+    add_hosts(parser)
     parser.add_argument(
         "--timeout",
         type=float,
@@ -67,16 +57,14 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.cluster.options import LaunchOptions
     from jp_train.cluster.preflight import preflight
 
-    options = LaunchOptions(
-        hostfile=arguments.hostfile, include=arguments.include, exclude=arguments.exclude,
-        master_port=arguments.master_port, master_addr=arguments.master_addr,
-    )  # fmt: skip
     report = preflight(
-        options, config=arguments.config, overrides=arguments.overrides, timeout_s=arguments.timeout,
+        launch_options(arguments),
+        config=arguments.config,
+        overrides=arguments.overrides,
+        timeout_s=arguments.timeout,
         skip=[name for name in arguments.skip.split(",") if name],
-    )  # fmt: skip
+    )
     print(json.dumps(report.as_json()) if arguments.json else report.table())
     return report.exit_code

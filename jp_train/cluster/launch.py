@@ -3,7 +3,7 @@
 `launch` is the whole way of a training run: configuration, preflight, command, `_start` (one start of all ranks), and
 the restarts. The parts are in `jp_train/cluster/`: hostfile, options, environment, command, running (signals, and
 nothing left behind), supervision (what no launcher notices), records (logs and ends of ranks), outcome (exit code and
-cause) and restarts. What DeepSpeed's runner does silently is refused or repaired there. One local host needs no ssh.
+cause) and restarts. What DeepSpeed's runner does silently is an error or repaired there. One local host needs no ssh.
 """
 
 from __future__ import annotations

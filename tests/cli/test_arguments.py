@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.cli.arguments import Parser, add_command, add_config, add_json, add_model, whole_number
+from jp_train.cli.arguments import Parser, add_command, add_config, add_json, add_model, launch_options, whole_number
+from jp_train.cli.main import parse
 from jp_train.cli.replay_arguments import add_replay, config_and_overrides
+from jp_train.cluster.options import LaunchOptions
 from jp_train.errors import ConfigError
 
 
@@ -19,6 +21,13 @@ def test_a_whole_number_has_a_lowest_value_and_no_fraction() -> None:
         with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
             parse(text)
     assert whole_number(0)("0") == 0
+
+
+def test_a_launch_has_the_options_that_its_command_was_given_and_the_defaults_of_the_others() -> None:
+    arguments = parse(["launch", "a.yaml", "--hostfile", "h", "--exclude", "n2", "--grace", "7", "--patience", "5"])
+    assert launch_options(arguments) == LaunchOptions(hostfile=Path("h"), exclude="n2", grace_s=7, patience_s=5)
+    arguments = parse(["data", "encode-images", "a.yaml", "--hostfile", "h", "--dry-run"])
+    assert launch_options(arguments) == LaunchOptions(hostfile=Path("h"), dry_run=True)
 
 
 def test_a_command_has_its_own_help_and_its_shared_arguments(capsys: pytest.CaptureFixture[str]) -> None:

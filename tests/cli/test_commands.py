@@ -96,8 +96,8 @@ def test_the_parser_accepts_every_example_of_the_help_for_the_command_that_it_na
     [
         ("train a.yaml seed=3", {"config": Path("a.yaml"), "overrides": ["seed=3"]}),
         ("check a.yaml", {"hostfile": None, "config_only": False, "json": False}),
-        ("launch a.yaml --hostfile h", {"master_port": 29500, "launcher": "pdsh", "max_restarts": 0, "grace": 600.0}),
-        ("launch a.yaml --hostfile h --patience 5", {"patience": 5.0, "dry_run": False, "skip_preflight": False}),
+        ("launch a.yaml --hostfile h", {"master_port": 29500, "launcher": "pdsh", "max_restarts": 0, "grace_s": 600.0}),
+        ("launch a.yaml --hostfile h --patience 5", {"patience_s": 5.0, "dry_run": False, "skip_preflight": False}),
         ("preflight --hostfile h", {"config": None, "timeout": 10.0, "skip": ""}),
         ("forecast a.yaml --world 64", {"world": 64, "gpu": "a100-40gb", "hardware": []}),
         ("import in out", {"dtype": "bf16"}),
