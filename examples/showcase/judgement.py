@@ -1,6 +1,6 @@
-"""Judge the showcase's model: emoji drawn from prompts and named from pictures, trained ones beside what was kept back.
+"""Judge the showcase's model: emoji drawn from prompts and named from images, trained ones beside what was kept back.
 
-A generated picture counts as right if, of all drawings of its style (trained, kept-back and of held-out names), the one
+A generated image counts as right if, of all drawings of its style (trained, kept-back and of held-out names), the one
 asked for is nearest by pixels; so chance is one in as many drawings, and the ceiling is the same figure for true
 drawings after the VQ round trip. The guidance scale is swept on a few trained prompts with another seed. Writes
 `stage3/evaluation.json` and `stage3/samples/*.png`.
@@ -22,7 +22,7 @@ from examples.showcase.shards import KIND_QUESTION, NAME_QUESTIONS, STYLE_QUESTI
 from examples.showcase.sources import STYLES
 from examples.smoke import evaluate
 from examples.smoke.judgement import TEMPERATURE
-from examples.smoke.reading import note_of, picture_of, read_source
+from examples.smoke.reading import image_of, note_of, read_source
 from examples.smoke.seeding import generator
 from jp_train.model.sampling import Sampling, write_sampling
 from jp_train.tools.inference import InferenceModel, answer_questions, generate_images, load_for_inference
@@ -37,9 +37,9 @@ GROUPS = ("trained", "held-out drawings", "held-out names")
 
 @dataclass(frozen=True)
 class Drawings:
-    """One group's drawings: pictures uint8 [n, S, S, 3], prompts and what is on them."""
+    """One group's drawings: images uint8 [n, S, S, 3], prompts and what is on them."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     prompts: list[str]
     names: list[str]
     kinds: list[str]
@@ -50,7 +50,7 @@ class Drawings:
 
     def take(self, rows: Sequence[int]) -> Drawings:
         return Drawings(
-            self.pictures[list(rows)],
+            self.images[list(rows)],
             *([values[n] for n in rows] for values in (self.prompts, self.names, self.kinds, self.styles)),
         )
 
@@ -61,11 +61,9 @@ def read_drawings(data: Path, sources: Sequence[str], side: int) -> Drawings:
     for source in sources:
         for sample in read_source(data / source):
             note = note_of(sample)
-            drawings.setdefault((note["name"], note["style"]), (picture_of(sample, side), note))
-    pictures, notes = zip(*drawings.values())
-    return Drawings(
-        np.stack(pictures), *([note[key] for note in notes] for key in ("caption", "name", "kind", "style"))
-    )
+            drawings.setdefault((note["name"], note["style"]), (image_of(sample, side), note))
+    images, notes = zip(*drawings.values())
+    return Drawings(np.stack(images), *([note[key] for note in notes] for key in ("caption", "name", "kind", "style")))
 
 
 def read_groups(data: Path, side: int) -> dict[str, Drawings]:
@@ -75,25 +73,23 @@ def read_groups(data: Path, side: int) -> dict[str, Drawings]:
 
 
 class NearestDrawing:
-    """Finds the true drawing that is nearest to a picture, by squared pixel difference, among those of one style."""
+    """Finds the true drawing that is nearest to an image, by squared pixel difference, among those of one style."""
 
     def __init__(self, groups: dict[str, Drawings]) -> None:
-        self.pictures = (
-            np.concatenate([g.pictures for g in groups.values()])
+        self.images = (
+            np.concatenate([g.images for g in groups.values()])
             .reshape(sum(map(len, groups.values())), -1)
             .astype(np.float32)
         )
         self.names = np.array([name for g in groups.values() for name in g.names])
         self.styles = np.array([style for g in groups.values() for style in g.styles])
 
-    def names_of(self, pictures: np.ndarray, styles: Sequence[str]) -> list[str]:
-        """The name of the drawing of `styles[n]` nearest to picture n."""
-        return [
-            self._nearest(picture, np.flatnonzero(self.styles == style)) for picture, style in zip(pictures, styles)
-        ]
+    def names_of(self, images: np.ndarray, styles: Sequence[str]) -> list[str]:
+        """The name of the drawing of `styles[n]` nearest to image n."""
+        return [self._nearest(image, np.flatnonzero(self.styles == style)) for image, style in zip(images, styles)]
 
-    def _nearest(self, picture: np.ndarray, rows: np.ndarray) -> str:
-        distance = np.square(self.pictures[rows] - picture.reshape(1, -1).astype(np.float32)).sum(1)
+    def _nearest(self, image: np.ndarray, rows: np.ndarray) -> str:
+        distance = np.square(self.images[rows] - image.reshape(1, -1).astype(np.float32)).sum(1)
         return str(self.names[rows[int(distance.argmin())]])
 
     def chance(self, styles: Sequence[str]) -> float:
@@ -132,16 +128,16 @@ def _sweep(model: InferenceModel, nearest: NearestDrawing, group: Drawings, seed
     few = group.take(range(0, len(group), max(len(group) // count, 1)))
     swept = {}
     for scale in CFG_SCALES:
-        pictures = generate_images(
+        images = generate_images(
             model, few.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed + 1, batch_size=64
         )
-        swept[scale] = float(np.mean(_right(nearest, pictures, few)))
+        swept[scale] = float(np.mean(_right(nearest, images, few)))
     best = max(swept, key=swept.__getitem__)
     return best, "; sweep " + ", ".join(f"{scale:g}: {value:.2f}" for scale, value in swept.items())
 
 
-def _right(nearest: NearestDrawing, pictures: np.ndarray, group: Drawings) -> list[bool]:
-    return [nearest_name == name for nearest_name, name in zip(nearest.names_of(pictures, group.styles), group.names)]
+def _right(nearest: NearestDrawing, images: np.ndarray, group: Drawings) -> list[bool]:
+    return [nearest_name == name for nearest_name, name in zip(nearest.names_of(images, group.styles), group.names)]
 
 
 def _drawn(
@@ -154,13 +150,13 @@ def _drawn(
     path: Path,
     note: str,
 ) -> list[dict]:
-    pictures = generate_images(model, group.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
-    ids = model.vq.encode(torch.from_numpy(group.pictures).permute(0, 3, 1, 2).contiguous())
+    images = generate_images(model, group.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
+    ids = model.vq.encode(torch.from_numpy(group.images).permute(0, 3, 1, 2).contiguous())
     ceiling = float(np.mean(_right(nearest, model.vq.decode(ids).permute(0, 2, 3, 1).numpy(), group)))
-    right = _right(nearest, pictures, group)
+    right = _right(nearest, images, group)
     _grid(
         path,
-        pictures,
+        images,
         group.prompts,
         right,
         f"Generated, {title}, CFG {scale:g}: {np.mean(right):.1%} nearest to the drawing asked for",
@@ -184,23 +180,23 @@ def _named(model: InferenceModel, title: str, group: Drawings, names: int, path:
         "kind": (KIND_QUESTION, group.kinds, _commonest(group.kinds), "chance: the commonest kind"),
         "style": (STYLE_QUESTION, group.styles, _commonest(group.styles), "chance: the commonest style"),
     }
-    images = [Image.fromarray(picture) for picture in group.pictures]
+    drawn = [Image.fromarray(image) for image in group.images]
     rows = []
     for what, (question, expected, chance, about) in questions.items():
-        answers = answer_questions(model, images, [question] * len(group), max_new_tokens=16, batch_size=64)
+        answers = answer_questions(model, drawn, [question] * len(group), max_new_tokens=16, batch_size=64)
         right = [evaluate.normalized(answer) == evaluate.normalized(truth) for answer, truth in zip(answers, expected)]
         rows.append(
             _row(
                 f"{what} of emoji, {title}",
                 float(np.mean(right)),
                 chance,
-                f"{len(group)} pictures, exact answer; {about}",
+                f"{len(group)} images, exact answer; {about}",
             )
         )
         if what == "name":
             _grid(
                 path,
-                group.pictures,
+                group.images,
                 answers,
                 right,
                 f"{title.capitalize()}, and the model's answer to “{question}”: {np.mean(right):.1%} right",
@@ -224,14 +220,14 @@ def _row(name: str, value: float, chance: float, note: str, *, ceiling: float | 
     }
 
 
-def _grid(path: Path, pictures: np.ndarray, titles: Sequence[str], right: Sequence[bool], title: str) -> None:
+def _grid(path: Path, images: np.ndarray, titles: Sequence[str], right: Sequence[bool], title: str) -> None:
     shown = GRID_COLUMNS * GRID_ROWS
     evaluate.save_grid(
         path.with_suffix(".png"),
-        pictures[:shown],
+        images[:shown],
         titles[:shown],
         columns=GRID_COLUMNS,
-        picture_side=96,
+        image_side=96,
         marks=right[:shown],
     )
     path.with_suffix(".json").write_text(json.dumps({"title": title, "text": "green frame: right, red: wrong"}))
@@ -244,8 +240,6 @@ def contact_sheet(data: Path, path: Path, *, side: int = 64) -> Path:
         group.take(generator(0, "contact sheet").permutation(len(group))[: 2 * GRID_COLUMNS].tolist())
         for group in groups.values()
     ]
-    pictures = np.concatenate([group.pictures for group in rows])
+    images = np.concatenate([group.images for group in rows])
     titles = [prompt for group in rows for prompt in group.prompts]
-    return evaluate.save_grid(
-        path, pictures, titles, columns=GRID_COLUMNS, heading=f"{', '.join(GROUPS)}: two rows each"
-    )
+    return evaluate.save_grid(path, images, titles, columns=GRID_COLUMNS, heading=f"{', '.join(GROUPS)}: two rows each")

@@ -57,7 +57,7 @@ class ShowcaseOptions(Options):
     def counts(self) -> ShowcaseCounts:
         if self.tiny:
             return ShowcaseCounts(
-                names=12, held_out_names=4, held_out_drawings=3, documents=600, dialogues=60, held_out_texts=40
+                names=12, held_out_names=4, held_out_drawings=3, documents=600, conversations=60, held_out_texts=40
             )
         return ShowcaseCounts()
 

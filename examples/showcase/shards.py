@@ -1,7 +1,7 @@
 """Write the showcase's WebDataset shards: emoji in three styles for both directions, WordNet's glosses as text.
 
 Per style ``emoji-{style}-gen`` (captions) and ``emoji-{style}-und`` (questions about name, kind and style, and
-descriptions); ``text`` (a gloss a document) and ``text-dialogues`` (what a word means). Two things are kept from
+descriptions); ``text`` (a gloss a document) and ``text-conversations`` (what a word means). Two things are kept from
 training:
 
 - *names*: no drawing of them in any style, no caption with them; ``emoji-{style}-gen-val`` and
@@ -27,7 +27,7 @@ from examples.smoke.seeding import generator
 from examples.smoke.shards import DETAIL_QUESTION, BuiltShards, conversation, png_bytes, write_source
 from jp_train.errors import ConfigError
 
-PICTURE_SIDE = 64
+IMAGE_SIDE = 64
 CAPTIONS = ("{a}, drawn in the {style} style", "an emoji of {a}, {style} style", "{style} drawing of {a}")
 NAME_QUESTIONS = ("What is this?", "What does the picture show?", "Name this emoji.")
 KIND_QUESTION = "What kind of thing is it?"
@@ -51,7 +51,7 @@ class ShowcaseCounts:
     held_out_drawings: int = 60
     """Trained names one of whose three drawings is kept back."""
     documents: int = 20_000
-    dialogues: int = 6_000
+    conversations: int = 6_000
     held_out_texts: int = 400
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class ShowcaseCounts:
                 self.held_out_names,
                 self.held_out_drawings,
                 self.documents,
-                self.dialogues,
+                self.conversations,
                 self.held_out_texts,
             )
             < 1
@@ -111,7 +111,7 @@ def with_article(name: str) -> str:
 
 
 def caption(item: Emoji, style: str, wording: int = 0) -> str:
-    """What a picture is asked for with; wording 0 is the one that evaluation uses."""
+    """What an image is asked for with; wording 0 is the one that evaluation uses."""
     return CAPTIONS[wording % len(CAPTIONS)].format(a=with_article(item.name), style=style)
 
 
@@ -128,22 +128,16 @@ def detail(item: Emoji, style: str) -> str:
     )
 
 
-def _sample(picture: Image.Image, note: dict, item: Emoji, style: str) -> dict:
+def _sample(image: Image.Image, note: dict, item: Emoji, style: str) -> dict:
     about = {"name": item.name, "kind": item.kind, "style": style}
-    return {
-        "png": png_bytes(picture),
-        "json": json.dumps({**note, **about}, ensure_ascii=False, sort_keys=True).encode(),
-    }
+    return {"png": png_bytes(image), "json": json.dumps({**note, **about}, ensure_ascii=False, sort_keys=True).encode()}
 
 
 def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iterator[dict]:
     for wording in range(wordings):
         for item, style in drawings:
             yield _sample(
-                open_drawing(item.pictures[style], PICTURE_SIDE),
-                {"caption": caption(item, style, wording)},
-                item,
-                style,
+                open_drawing(item.images[style], IMAGE_SIDE), {"caption": caption(item, style, wording)}, item, style
             )
 
 
@@ -159,20 +153,20 @@ def _understanding(seed: int, source: str, drawings: Sequence[tuple[Emoji, str]]
         dealt += [(item, style, question, answer) for question, answer in pairs]
     for number, row in enumerate(generator(seed, source, "order").permutation(len(dealt))):
         item, style, question, answer = dealt[row]
-        picture = open_drawing(item.pictures[style], PICTURE_SIDE)
+        image = open_drawing(item.images[style], IMAGE_SIDE)
         if trained:
-            picture = moved(picture, generator(seed, source, number))
-        yield _sample(picture, conversation(question, answer, picture=True), item, style)
+            image = moved(image, generator(seed, source, number))
+        yield _sample(image, conversation(question, answer, image=True), item, style)
 
 
-def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture a little smaller and off centre, on white."""
-    side = round(picture.width * (1 - SHRINK * rng.random()))
-    room = picture.width - side
-    most = round(SHIFT * picture.width)
+def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The image a little smaller and off centre, on white."""
+    side = round(image.width * (1 - SHRINK * rng.random()))
+    room = image.width - side
+    most = round(SHIFT * image.width)
     x, y = (int(np.clip(room // 2 + rng.integers(-most, most + 1), 0, room)) for _ in range(2))
-    paper = Image.new("RGB", picture.size, (255, 255, 255))
-    paper.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+    paper = Image.new("RGB", image.size, (255, 255, 255))
+    paper.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
     return paper
 
 
@@ -193,11 +187,11 @@ def _documents(synsets: Sequence[Synset], limit: int) -> Iterator[dict]:
         yield {"txt": f"{', '.join(synset.words)}: {synset.gloss}".encode()}
 
 
-def _dialogues(seed: int, source: str, synsets: Sequence[Synset], limit: int) -> Iterator[dict]:
+def _conversations(seed: int, source: str, synsets: Sequence[Synset], limit: int) -> Iterator[dict]:
     nouns = [synset for synset in synsets if synset.key.startswith("n") and synset.definition]
     for number, synset in enumerate(nouns[:limit]):
         wording = int(generator(seed, source, number).integers(len(MEANING_QUESTIONS)))
-        note = conversation(MEANING_QUESTIONS[wording].format(synset.words[0]), synset.definition, picture=False)
+        note = conversation(MEANING_QUESTIONS[wording].format(synset.words[0]), synset.definition, image=False)
         yield {"json": json.dumps(note, sort_keys=True).encode()}
 
 
@@ -230,8 +224,8 @@ def build_showcase_shards(out_dir: Path, cache: Path, seed: int, counts: Showcas
     sources["drawings-und-val"] = _understanding(seed, "drawings-und-val", split.drawings, trained=False)
     sources["text"] = _documents(text, counts.documents)
     sources["text-val"] = _documents(text_val, counts.held_out_texts)
-    sources["text-dialogues"] = _dialogues(seed, "text-dialogues", text, counts.dialogues)
-    sources["text-dialogues-val"] = _dialogues(seed, "text-dialogues-val", text_val, counts.held_out_texts)
+    sources["text-dialogues"] = _conversations(seed, "text-dialogues", text, counts.conversations)
+    sources["text-dialogues-val"] = _conversations(seed, "text-dialogues-val", text_val, counts.held_out_texts)
     written = {
         name: write_source(Path(out_dir) / name, name, samples, SAMPLES_PER_SHARD) for name, samples in sources.items()
     }
@@ -241,7 +235,7 @@ def build_showcase_shards(out_dir: Path, cache: Path, seed: int, counts: Showcas
 def link_pretraining_sources(data_dir: Path, folder: Path) -> Path:
     """Show the trained shards to `examples.smoke.pretrain` under the source names it reads; returns `folder`.
 
-    It reads two folders of either kind of picture, the smoke run's; here they hold links to this run's shards: google's
+    It reads two folders of either kind of image, the smoke run's; here they hold links to this run's shards: google's
     and fluent's drawings under the first name, twitter's under the second.
     """
     from examples.smoke.shards import GENERATION_SOURCES, UNDERSTANDING_SOURCES

@@ -36,7 +36,7 @@ LICENSES = {
     "fluent": "@lobehub/fluent-emoji-3d 1.1.0: MIT (Microsoft Fluent Emoji)",
 }
 _CODE = r"(?P<code>[0-9a-f]{2,6}(?:-fe0f)?)"
-_PICTURES = {
+_IMAGES = {
     "google": re.compile(rf"package/img/google/64/{_CODE}\.png"),
     "twitter": re.compile(rf"package/img/twitter/64/{_CODE}\.png"),
     "fluent": re.compile(rf"package/assets/{_CODE}\.webp"),
@@ -66,7 +66,7 @@ class Emoji:
     """Category in lower case, as "food and drink"."""
     gloss: str
     """WordNet's definition of the name, or empty."""
-    pictures: dict[str, Path]
+    images: dict[str, Path]
     """Style to file."""
 
 
@@ -116,7 +116,7 @@ def unpack_emoji(tarball: Path, style: str, folder: Path) -> int:
     try:
         with tarfile.open(tarball, "r|gz") as archive:
             for member, stream in _members(archive, tarball):
-                match = _PICTURES[style].fullmatch(member.name)
+                match = _IMAGES[style].fullmatch(member.name)
                 if match:
                     (folder / f"{match['code']}{PurePosixPath(member.name).suffix}").write_bytes(stream().read())
                     drawings += 1
@@ -252,22 +252,19 @@ def read_emoji(cache: Path, senses: dict[str, Synset]) -> list[Emoji]:
         ):
             continue
         code = entry["unified"].lower()
-        pictures = {style: picture for style in STYLES if (picture := _picture_file(cache / f"emoji-{style}", code))}
-        if len(pictures) == len(STYLES):
+        images = {style: image for style in STYLES if (image := _image_file(cache / f"emoji-{style}", code))}
+        if len(images) == len(STYLES):
             animal = name.removesuffix(" face") if kind == "Animals & Nature" else name
             sense = senses.get(name) or senses.get(animal)
             emoji_by_name[name] = Emoji(
-                name=name,
-                kind=kind.lower().replace("&", "and"),
-                gloss=sense.definition if sense else "",
-                pictures=pictures,
+                name=name, kind=kind.lower().replace("&", "and"), gloss=sense.definition if sense else "", images=images
             )
     if not emoji_by_name:
         raise DataError(f"{cache} holds no emoji that all of {', '.join(STYLES)} draw")
     return [emoji_by_name[name] for name in sorted(emoji_by_name)]
 
 
-def _picture_file(folder: Path, code: str) -> Path | None:
+def _image_file(folder: Path, code: str) -> Path | None:
     if not re.fullmatch(_CODE, code):
         return None
     names = [
@@ -281,7 +278,7 @@ def open_drawing(file: Path, side: int) -> Image.Image:
     try:
         drawing = Image.open(file).convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
     except OSError as error:
-        raise DataError(f"{file} is no picture: {error}") from error
+        raise DataError(f"{file} is no image: {error}") from error
     paper = Image.new("RGB", drawing.size, (255, 255, 255))
     paper.paste(drawing, mask=drawing.getchannel("A"))
     return paper

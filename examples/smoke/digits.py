@@ -1,7 +1,7 @@
-"""The "real" pictures of the smoke run: scikit-learn's 1,797 handwritten digits, drawn as dark ink on white paper.
+"""The "real" images of the smoke run: scikit-learn's 1,797 handwritten digits, drawn as dark ink on white paper.
 
 The 8x8 originals are split once, by writer-independent stratified sampling, into training and held-out digits.
-Training pictures may be drawn several times with a small rotation and shift; a held-out digit is never used for
+Training images may be drawn several times with a small rotation and shift; a held-out digit is never used for
 training anything, the judge included.
 """
 
@@ -24,10 +24,10 @@ CAPTIONS = ("a handwritten {}", "the digit {}", "a handwritten digit {}. It is d
 QUESTIONS = ("Which digit is this?", "What number is written here?")
 DETAIL = "the handwritten digit {} in dark ink on white paper."
 
-PICTURE_SIDE = 64
+IMAGE_SIDE = 64
 MAX_ROTATION_DEGREES = 8.0
 MAX_SHIFT = 0.03
-"""Largest shift of a training picture, as a share of its side."""
+"""Largest shift of a training image, as a share of its side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ def load_digit_split(seed: int, *, held_out_share: float = 0.2) -> tuple[DigitSe
     )
 
 
-def draw_digit(ink: np.ndarray, *, side: int = PICTURE_SIDE, rng: np.random.Generator | None = None) -> Image.Image:
-    """Draw one 8x8 digit as an RGB picture of ``side`` x ``side`` pixels, dark ink on white.
+def draw_digit(ink: np.ndarray, *, side: int = IMAGE_SIDE, rng: np.random.Generator | None = None) -> Image.Image:
+    """Draw one 8x8 digit as an RGB image of ``side`` x ``side`` pixels, dark ink on white.
 
     With ``rng`` the digit is turned by up to 8 degrees and shifted by up to 3% of the side; without, it is
     drawn straight, as the held-out digits are.
@@ -72,14 +72,14 @@ def draw_digit(ink: np.ndarray, *, side: int = PICTURE_SIDE, rng: np.random.Gene
     if ink.shape != (DIGIT_PIXELS, DIGIT_PIXELS):
         raise ValueError(f"a digit is 8x8 ink levels, got shape {ink.shape}")
     paper = 255 - np.clip(ink * (255 / INK_LEVELS), 0, 255)
-    picture = Image.fromarray(paper.astype(np.uint8), mode="L").resize((side, side), Image.Resampling.BICUBIC)
+    image = Image.fromarray(paper.astype(np.uint8), mode="L").resize((side, side), Image.Resampling.BICUBIC)
     if rng is not None:
         angle = rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES)
         shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, size=2) * side
-        picture = picture.rotate(
+        image = image.rotate(
             angle, resample=Image.Resampling.BILINEAR, translate=(round(shift[0]), round(shift[1])), fillcolor=255
         )
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def digit_caption(label: int, rng: np.random.Generator) -> str:
@@ -98,5 +98,5 @@ def digit_detail(label: int) -> str:
 
 
 def digit_question(label: int, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about the picture and its one-word answer."""
+    """A question about the image and its one-word answer."""
     return QUESTIONS[int(rng.integers(len(QUESTIONS)))], DIGIT_NAMES[label]

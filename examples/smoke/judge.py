@@ -1,4 +1,4 @@
-"""The independent judge of digit pictures: a support vector classifier on 8x8 ink amounts, trained on real digits
+"""The independent judge of digit images: a support vector classifier on 8x8 ink amounts, trained on real digits
 only."""
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from examples.smoke.digits import DIGIT_PIXELS, INK_LEVELS, draw_digit, load_dig
 from examples.smoke.seeding import generator
 
 
-def ink_of(pictures: np.ndarray) -> np.ndarray:
-    """Ink amounts float32 ``[n, 64]`` in 0..16 of uint8 pictures ``[n, H, W, 3]`` (dark ink on white), by area
+def ink_of(images: np.ndarray) -> np.ndarray:
+    """Ink amounts float32 ``[n, 64]`` in 0..16 of uint8 images ``[n, H, W, 3]`` (dark ink on white), by area
     averaging.
 
     Raises:
-        ValueError: if the pictures are not uint8 RGB.
+        ValueError: if the images are not uint8 RGB.
     """
-    if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
-        raise ValueError(f"pictures are uint8 [n, H, W, 3], got {pictures.dtype} {pictures.shape}")
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images are uint8 [n, H, W, 3], got {images.dtype} {images.shape}")
     rows = []
-    for picture in pictures:
-        small = Image.fromarray(picture).convert("L").resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BOX)
+    for image in images:
+        small = Image.fromarray(image).convert("L").resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BOX)
         rows.append((255 - np.asarray(small, dtype=np.float32)).ravel() * (INK_LEVELS / 255))
     return np.stack(rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigitJudge:
-    """Names digits in pictures.  ``held_out_accuracy`` is its share of right names on digits that nothing was trained
+    """Names digits in images.  ``held_out_accuracy`` is its share of right names on digits that nothing was trained
     on."""
 
     classifier: SVC
     held_out_accuracy: float
 
-    def name(self, pictures: np.ndarray) -> np.ndarray:
-        """Labels int64 ``[n]`` of uint8 pictures ``[n, H, W, 3]`` of any size."""
-        return self.classifier.predict(ink_of(pictures)).astype(np.int64)
+    def name(self, images: np.ndarray) -> np.ndarray:
+        """Labels int64 ``[n]`` of uint8 images ``[n, H, W, 3]`` of any size."""
+        return self.classifier.predict(ink_of(images)).astype(np.int64)
 
 
 def drawn(ink: np.ndarray, side: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def drawn(ink: np.ndarray, side: int) -> np.ndarray:
 
 
 def train_digit_judge(seed: int, *, side: int = 32) -> DigitJudge:
-    """Train the judge on the training digits, straight and slightly turned, seen at the model's picture side.
+    """Train the judge on the training digits, straight and slightly turned, seen at the model's image side.
 
     Equal seeds give the split that the shards were built from, so held-out digits are new to the judge too.
     """

@@ -1,4 +1,4 @@
-"""Judge the trained model: generated digits and scenes, answers about held-out pictures; figures, picture grids,
+"""Judge the trained model: generated digits and scenes, answers about held-out images; figures, image grids,
 transformers' own load.
 
 Writes `stage3/evaluation.json` (rows of name, value, chance, ceiling, target, note) and `stage3/samples/*.png`. The
@@ -36,7 +36,7 @@ TEMPERATURE = 0.6
 """The paper samples at 1; after minutes of training the head's distribution still has a long tail of codes that fit
 nowhere."""
 DIGITS_EACH = 20
-"""Pictures of every digit for the final figure (and a quarter of it for the sweep)."""
+"""Images of every digit for the final figure (and a quarter of it for the sweep)."""
 SCENES_EACH = 30
 """Scenes of every category."""
 GRID_ROWS = 4
@@ -64,9 +64,9 @@ class Bench:
     sweeps: list[dict[float, float]] = field(default_factory=list)
     """Share right at every guidance scale, of digits and of scenes."""
 
-    def round_trip(self, pictures: np.ndarray) -> np.ndarray:
+    def round_trip(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, 3] through VQ ids and back."""
-        ids = self.model.vq.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous())
+        ids = self.model.vq.encode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
         return self.model.vq.decode(ids).permute(0, 2, 3, 1).numpy()
 
     def generate(self, prompts: Sequence[str], scale: float, seed: int) -> np.ndarray:
@@ -122,21 +122,21 @@ def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
 
     sweep = {}
     for scale in CFG_SCALES:
-        pictures, labels = ask(max(bench.digits_each // 4, 1), scale, bench.seed + 1)
-        sweep[scale] = evaluate.score_digit_pictures(pictures, labels, bench.judge).accuracy
+        images, labels = ask(max(bench.digits_each // 4, 1), scale, bench.seed + 1)
+        sweep[scale] = evaluate.score_digit_images(images, labels, bench.judge).accuracy
     bench.sweeps.append(sweep)
     best = max(sweep, key=sweep.__getitem__)
-    pictures, labels = ask(bench.digits_each, best, bench.seed + 2)
-    score = evaluate.score_digit_pictures(pictures, labels, bench.judge)
+    images, labels = ask(bench.digits_each, best, bench.seed + 2)
+    score = evaluate.score_digit_images(images, labels, bench.judge)
     held_out = digits.load_digit_split(bench.seed)[1]
     ceiling = evaluate.digit_ceiling(
         held_out.ink, held_out.labels.tolist(), bench.judge, bench.round_trip, side=bench.side
     )
-    named = bench.judge.name(pictures)
-    shown = min(len(pictures), 10 * GRID_ROWS)
+    named = bench.judge.name(images)
+    shown = min(len(images), 10 * GRID_ROWS)
     _grid(
         samples / "1_digits_generated",
-        pictures[:shown],
+        images[:shown],
         [digits.DIGIT_NAMES[label] for label in labels[:shown]],
         [bool(n == label) for n, label in zip(named, labels)][:shown],
         title=f"Generated digits, CFG {best:g}: {score.accuracy:.1%} named as asked by the judge",
@@ -171,14 +171,14 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
     easy = [scene for scene in scenes if scene.category in SHOWN_CATEGORIES]
     sweep = {}
     for scale in CFG_SCALES:
-        scores = evaluate.score_scene_pictures(
+        scores = evaluate.score_scene_images(
             bench.generate([scene_prompt(s) for s in easy], scale, bench.seed + 1), easy
         )
         sweep[scale] = float(np.mean([scores[category].accuracy for category in SHOWN_CATEGORIES]))
     bench.sweeps.append(sweep)
     best = max(sweep, key=sweep.__getitem__)
-    pictures = bench.generate([scene_prompt(scene) for scene in scenes], best, bench.seed + 2)
-    scores = evaluate.score_scene_pictures(pictures, scenes)
+    images = bench.generate([scene_prompt(scene) for scene in scenes], best, bench.seed + 2)
+    scores = evaluate.score_scene_images(images, scenes)
     ceilings = evaluate.scene_ceiling(scenes, bench.round_trip, side=bench.side)
     chosen = [
         number
@@ -187,12 +187,12 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
     ]
     _grid(
         samples / "2_scenes_generated",
-        pictures[chosen],
+        images[chosen],
         [scene_prompt(scenes[n]) for n in chosen],
-        [satisfies(read_scene(pictures[n]), scenes[n]) for n in chosen],
+        [satisfies(read_scene(images[n]), scenes[n]) for n in chosen],
         title=f"Generated scenes, CFG {best:g}: one row per category ({', '.join(CATEGORIES)})",
         columns=SHEET_COLUMNS,
-        picture_side=SHEET_SIDE,
+        image_side=SHEET_SIDE,
         text=JUDGE_ERRS,
     )
     swept = ", ".join(f"{scale:g}: {value:.2f}" for scale, value in sweep.items())
@@ -209,7 +209,7 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
         for category in CATEGORIES
     ]
     unseen = _held_out_scenes(bench, "pairs-gen-val", ("colours",))
-    score = evaluate.score_scene_pictures(
+    score = evaluate.score_scene_images(
         bench.generate([scene_prompt(s) for s in unseen], best, bench.seed + 3), unseen
     )["colours"]
     return [
@@ -226,7 +226,7 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
 def _digits_named(bench: Bench, samples: Path) -> list[dict]:
     held_out = digits.load_digit_split(bench.seed)[1]
     count = min(len(held_out.labels), 18 * bench.digits_each)
-    pictures, labels = drawn(held_out.ink[:count], bench.side), held_out.labels[:count]
+    images, labels = drawn(held_out.ink[:count], bench.side), held_out.labels[:count]
     answers = answer_questions(
         bench.model,
         [digits.draw_digit(ink) for ink in held_out.ink[:count]],
@@ -238,7 +238,7 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
     shown = min(count, 10 * GRID_ROWS)
     _grid(
         samples / "3_digits_named",
-        pictures[:shown],
+        images[:shown],
         answers[:shown],
         right[:shown],
         title=f"Held-out digits and the model's answer to “{digits.QUESTIONS[0]}”: {np.mean(right):.1%} right",
@@ -259,7 +259,7 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
 def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
     scenes = _held_out_scenes(bench, "scenes-und-val", CATEGORIES)
     questions = [(scene, question) for scene in scenes for question in scene_questions(scene)]
-    pictures = evaluate.scene_pictures([scene for scene, _ in questions], bench.side)
+    images = evaluate.scene_images([scene for scene, _ in questions], bench.side)
     answers = answer_questions(
         bench.model,
         [draw_scene(scene) for scene, _ in questions],
@@ -273,12 +273,12 @@ def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
     chosen = [number for number in range(0, len(questions), max(len(questions) // SHEET_ANSWERS, 1))][:SHEET_ANSWERS]
     _grid(
         samples / "4_scenes_answered",
-        pictures[chosen],
+        images[chosen],
         [f"{questions[n][1].text}\nanswer: {answers[n] or '(none)'}" for n in chosen],
         [evaluate.normalized(answers[n]) == evaluate.normalized(questions[n][1].answer) for n in chosen],
         title="Held-out scenes: question and the model's answer",
         columns=SHEET_COLUMNS,
-        picture_side=SHEET_SIDE,
+        image_side=SHEET_SIDE,
         text="Green frame: the answer is exactly the expected one; red: another.",
     )
     return [
@@ -295,19 +295,17 @@ def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
 
 def _grid(
     path: Path,
-    pictures: np.ndarray,
+    images: np.ndarray,
     titles: Sequence[str],
     right: Sequence[bool],
     *,
     title: str,
     columns: int,
-    picture_side: int = 64,
+    image_side: int = 64,
     text: str = "Green frame: right; red: wrong.",
 ) -> None:
     """A sheet for the report: `path`.png, and its caption in `path`.json."""
-    evaluate.save_grid(
-        path.with_suffix(".png"), pictures, titles, columns=columns, picture_side=picture_side, marks=right
-    )
+    evaluate.save_grid(path.with_suffix(".png"), images, titles, columns=columns, image_side=image_side, marks=right)
     path.with_suffix(".json").write_text(json.dumps({"title": title, "text": text}))
 
 

@@ -16,7 +16,7 @@ from examples.smoke import tokenizer as names
 from examples.smoke.pretrain_llm import train_llm
 from examples.smoke.pretrain_vision import train_vision
 from examples.smoke.pretrain_vq import train_vq
-from examples.smoke.reading import picture_of, read_pictures, read_source, texts_of
+from examples.smoke.reading import image_of, read_images, read_source, texts_of
 from examples.smoke.shards import GENERATION_SOURCES, UNDERSTANDING_SOURCES
 from examples.smoke.sizes import SmokeSizes, janus_config
 from jp_train.errors import ConfigError
@@ -46,23 +46,23 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {name: vocabulary[string] for name, string in strings.items()}
 
 
-def as_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 pictures ``[n, S, S, 3]`` (numpy) to the model's layout, ``[n, 3, S, S]``."""
-    return torch.tensor(pictures).permute(0, 3, 1, 2).contiguous()
+def as_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 images ``[n, S, S, 3]`` (numpy) to the model's layout, ``[n, 3, S, S]``."""
+    return torch.tensor(images).permute(0, 3, 1, 2).contiguous()
 
 
 def image_text_pairs(
     data_dir: Path, tokenizer: PreTrainedTokenizerBase, side: int
 ) -> tuple[torch.Tensor, list[list[int]]]:
-    """Pictures uint8 ``[n, 3, side, side]`` of all training sources with the token lists of their captions or
-    dialogues."""
-    pictures, texts = [], []
+    """Images uint8 ``[n, 3, side, side]`` of all training sources with the token lists of their captions or
+    conversations."""
+    images, texts = [], []
     for source in (*UNDERSTANDING_SOURCES, *GENERATION_SOURCES):
         for sample in read_source(Path(data_dir) / source):
-            pictures.append(torch.from_numpy(picture_of(sample, side).copy()))
+            images.append(torch.from_numpy(image_of(sample, side).copy()))
             texts.append(" ".join(texts_of(sample)))
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [ids[:MAX_TEXT_TOKENS] for ids in encoded]
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), [ids[:MAX_TEXT_TOKENS] for ids in encoded]
 
 
 def text_documents(data_dir: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -114,9 +114,9 @@ def pretrain_all(
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as beside:
             vq = beside.submit(_train_vq_beside, Path(data_dir), tokenizer_dir, sizes, seed)
-            pictures, texts = image_text_pairs(data_dir, tokenizer, sizes.model.image_size)
+            images, texts = image_text_pairs(data_dir, tokenizer, sizes.model.image_size)
             vision = train_vision(
-                config.vision_config, pictures, texts, sizes.vision, vocab_size=len(tokenizer), seed=seed
+                config.vision_config, images, texts, sizes.vision, vocab_size=len(tokenizer), seed=seed
             )
             llm = train_llm(config.text_config, text_documents(data_dir, tokenizer), sizes.text, seed=seed)
             vq_weights = {name: torch.from_numpy(value) for name, value in vq.result().items()}
@@ -141,6 +141,6 @@ def _train_vq_beside(data_dir: Path, tokenizer_dir: Path, sizes: SmokeSizes, see
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = janus_config(sizes.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer))
     assert isinstance(config.vq_config, JanusVQVAEConfig)
-    drawn = as_tensor(read_pictures([data_dir / source for source in GENERATION_SOURCES], sizes.model.image_size))
+    drawn = as_tensor(read_images([data_dir / source for source in GENERATION_SOURCES], sizes.model.image_size))
     vq = train_vq(config.vq_config, drawn, sizes.vq, seed=seed)
     return {name: value.numpy() for name, value in vq.state_dict().items()}

@@ -79,23 +79,23 @@ def sigmoid_loss(
 
 def train_vision(
     config: JanusVisionConfig,
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     texts: list[list[int]],
     training: VisionTraining,
     *,
     vocab_size: int,
     seed: int,
 ) -> JanusVisionModel:
-    """Pretrain a vision encoder on uint8 pictures ``[n, 3, S, S]`` and the token lists of their texts; returns it in
+    """Pretrain a vision encoder on uint8 images ``[n, 3, S, S]`` and the token lists of their texts; returns it in
     eval mode.
 
     Raises:
-        ValueError: if pictures and texts do not pair up, or the pictures have another side than the config.
+        ValueError: if images and texts do not pair up, or the images have another side than the config.
     """
-    if len(pictures) != len(texts):
-        raise ValueError(f"{len(pictures)} pictures but {len(texts)} texts")
-    if pictures.shape[-1] != config.image_size:
-        raise ValueError(f"pictures are {pictures.shape[-1]} px, the encoder takes {config.image_size} px")
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images but {len(texts)} texts")
+    if images.shape[-1] != config.image_size:
+        raise ValueError(f"images are {images.shape[-1]} px, the encoder takes {config.image_size} px")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     ids, real = pad_ids(texts)
@@ -118,10 +118,10 @@ def train_vision(
     )
     progress = ProgressLine("vision encoder", sys.stderr, every_s=PROGRESS_S)
     for step in range(training.steps):
-        rows = torch.randint(len(pictures), (training.batch_pairs,), generator=generator)
+        rows = torch.randint(len(images), (training.batch_pairs,), generator=generator)
         length = int(real[rows].sum(1).max())
         with autocast(training.bfloat16):
-            tokens = vision(to_model_range(pictures[rows])).last_hidden_state
+            tokens = vision(to_model_range(images[rows])).last_hidden_state
             image = F.normalize(image_out(tokens.mean(1)).float(), dim=-1)
             text = F.normalize(tower(ids[rows, :length], real[rows, :length]).float(), dim=-1)
         same = text_number[rows, None] == text_number[None, rows]

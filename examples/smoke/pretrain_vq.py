@@ -35,7 +35,7 @@ class VQTraining:
     """How to train the VQ tokenizer.  Counts are optimizer steps unless said otherwise."""
 
     steps: int
-    batch_pictures: int
+    batch_images: int
     learning_rate: float
     continuous_steps: int
     """Steps at the start without quantization; then the codebook starts as k-means of the encoder's outputs."""
@@ -43,8 +43,8 @@ class VQTraining:
     colour_weight: float = 3.0
     """Extra weight of a fully saturated pixel's error over a grey one's: small coloured shapes on white would else
     hardly count."""
-    kmeans_pictures: int = 1500
-    """Pictures whose encoder outputs the codebook's k-means sees."""
+    kmeans_images: int = 1500
+    """Images whose encoder outputs the codebook's k-means sees."""
     codebook_decay: float = 0.98
     """Decay a step of the running means that codebook rows are."""
     restart_every: int = 50
@@ -61,7 +61,7 @@ class VQTraining:
 def scale_weights(module: nn.Module, generator: torch.Generator) -> None:
     """Give every convolution and linear layer normal weights of std 1/sqrt(inputs) and zero bias.
 
-    transformers starts them all with std 0.02, which suits wide layers.  In a narrow network it shrinks the picture
+    transformers starts them all with std 0.02, which suits wide layers.  In a narrow network it shrinks the image
     ten times at the first layer and at every shortcut, and training stays blind to colour for hundreds of steps.
     """
     for layer in module.modules():
@@ -130,14 +130,14 @@ class UnitCodebook:
         return F.normalize(unit[rows] + 1e-3 * torch.randn(count, unit.shape[1], generator=self.generator), dim=-1)
 
 
-def to_model_range(pictures: torch.Tensor) -> torch.Tensor:
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
     """uint8 ``[n, 3, S, S]`` to float32 in [-1, 1], the range that the VQ encoder and the vision encoder take."""
-    return pictures.float().div_(127.5).sub_(1.0)
+    return images.float().div_(127.5).sub_(1.0)
 
 
 @torch.no_grad()
 def encode_ids(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Nearest-row ids ``[n, tokens]`` of pictures ``[n, 3, S, S]`` in [-1, 1], both sides normalised as in the
+    """Nearest-row ids ``[n, tokens]`` of images ``[n, 3, S, S]`` in [-1, 1], both sides normalised as in the
     released code."""
     latent = vq.quant_conv(vq.encoder(pixels))
     unit = F.normalize(latent.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)
@@ -146,8 +146,8 @@ def encode_ids(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_pictures(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures ``[n, 3, S, S]`` decoded from ids ``[n, tokens]``."""
+def decode_images(vq: JanusVQVAE, ids: torch.Tensor) -> torch.Tensor:
+    """uint8 images ``[n, 3, S, S]`` decoded from ids ``[n, tokens]``."""
     decoded = vq.decode(ids)  # type: ignore[arg-type]  # annotated with the legacy LongTensor, which no function returns
     return decoded.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
@@ -164,33 +164,33 @@ def shows_something(pixels: torch.Tensor, stride: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _outputs_for_codes(
-    vq: JanusVQVAE, pictures: torch.Tensor, count: int, stride: int, generator: torch.Generator
+    vq: JanusVQVAE, images: torch.Tensor, count: int, stride: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Unit encoder outputs ``[m, dim]`` of those tokens of ``count`` random pictures that show something."""
-    rows = torch.randperm(len(pictures), generator=generator)[:count]
+    """Unit encoder outputs ``[m, dim]`` of those tokens of ``count`` random images that show something."""
+    rows = torch.randperm(len(images), generator=generator)[:count]
     outputs = []
     for part in rows.split(32):
-        pixels = to_model_range(pictures[part])
+        pixels = to_model_range(images[part])
         latent = vq.quant_conv(vq.encoder(pixels)).permute(0, 2, 3, 1)
         outputs.append(F.normalize(latent.reshape(-1, latent.shape[-1]), dim=-1)[shows_something(pixels, stride)])
     return torch.cat(outputs)
 
 
-def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
-    """Train a VQ tokenizer on uint8 pictures ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
+def train_vq(config: JanusVQVAEConfig, images: torch.Tensor, training: VQTraining, *, seed: int) -> JanusVQVAE:
+    """Train a VQ tokenizer on uint8 images ``[n, 3, S, S]``; returns it in eval mode with unit codebook rows.
 
     The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their
     rows (of plain patches: to the paper row, from the first step); gradients pass the quantizer straight through.  The
         learning rate falls linearly to zero after a short warm-up.
 
     Raises:
-        ValueError: if the picture side does not fit the configured grid.
+        ValueError: if the image side does not fit the configured grid.
     """
     stride = 2 ** (len(config.channel_multiplier) - 1)
-    if pictures.shape[-1] != config.num_patches * stride:
+    if images.shape[-1] != config.num_patches * stride:
         raise ValueError(
-            f"pictures are {pictures.shape[-1]} px but the VQ grid is {config.num_patches} x stride {stride}: "
-            f"use pictures of {config.num_patches * stride} px"
+            f"images are {images.shape[-1]} px but the VQ grid is {config.num_patches} x stride {stride}: "
+            f"use images of {config.num_patches * stride} px"
         )
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -205,8 +205,8 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
     )
     progress = ProgressLine("VQ tokenizer", sys.stderr, every_s=PROGRESS_S)
     for step in range(training.steps):
-        rows = torch.randint(len(pictures), (training.batch_pictures,), generator=generator)
-        pixels = to_model_range(pictures[rows])
+        rows = torch.randint(len(images), (training.batch_images,), generator=generator)
+        pixels = to_model_range(images[rows])
         with autocast(training.bfloat16):
             latent = vq.quant_conv(vq.encoder(pixels)).float()
         unit = F.normalize(latent, dim=1)
@@ -215,7 +215,7 @@ def train_vq(config: JanusVQVAEConfig, pictures: torch.Tensor, training: VQTrain
         chosen = torch.where(shows[:, None], flat.detach(), codebook.paper)
         if step >= training.continuous_steps:
             if step == training.continuous_steps:
-                codebook.kmeans(_outputs_for_codes(vq, pictures, training.kmeans_pictures, stride, generator))
+                codebook.kmeans(_outputs_for_codes(vq, images, training.kmeans_images, stride, generator))
             ids = codebook.nearest(flat.detach()).masked_fill(~shows, PAPER)
             chosen = codebook.weight[ids]
             codebook.update(flat.detach()[shows], ids[shows])

@@ -45,10 +45,10 @@ def note_of(sample: dict[str, bytes]) -> dict:
     return json.loads(sample["json"])
 
 
-def picture_of(sample: dict[str, bytes], side: int) -> np.ndarray:
-    """The sample's picture resized (bicubic, antialiased) to uint8 ``[side, side, 3]``; smoke pictures are square."""
-    picture = Image.open(io.BytesIO(sample["png"])).convert("RGB")
-    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+def image_of(sample: dict[str, bytes], side: int) -> np.ndarray:
+    """The sample's image resized (bicubic, antialiased) to uint8 ``[side, side, 3]``; smoke images are square."""
+    image = Image.open(io.BytesIO(sample["png"])).convert("RGB")
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def texts_of(sample: dict[str, bytes]) -> list[str]:
@@ -61,12 +61,12 @@ def texts_of(sample: dict[str, bytes]) -> list[str]:
     return [turn["value"].removeprefix("<image>\n") for turn in note["conversations"]]
 
 
-def read_pictures(folders: list[Path], side: int, *, limit_each: int | None = None) -> np.ndarray:
-    """Pictures of several sources as uint8 ``[n, side, side, 3]``, at most ``limit_each`` of each source."""
-    pictures = []
+def read_images(folders: list[Path], side: int, *, limit_each: int | None = None) -> np.ndarray:
+    """Images of several sources as uint8 ``[n, side, side, 3]``, at most ``limit_each`` of each source."""
+    images = []
     for folder in folders:
         for number, sample in enumerate(read_source(folder)):
             if limit_each is not None and number >= limit_each:
                 break
-            pictures.append(picture_of(sample, side))
-    return np.stack(pictures)
+            images.append(image_of(sample, side))
+    return np.stack(images)

@@ -1,4 +1,4 @@
-"""An independent reader of scene pictures: classical image analysis, no network, nothing learned from the model.
+"""An independent reader of scene images: classical image analysis, no network, nothing learned from the model.
 
 ``read_scene`` finds coloured regions by their distance from the white background, splits them by colour, names
 the colour by the nearest palette entry in a hue-dominated space, and the shape by comparing the region with
@@ -18,7 +18,7 @@ from examples.smoke.scene_text import relation
 from examples.smoke.scenes import CELLS, COLOURS, OBJECT_RADIUS, SHAPES, Scene, SceneObject, shape_outline
 
 WORK_SIDE = 96
-"""Pictures are resized to this side before they are read."""
+"""Images are resized to this side before they are read."""
 MIN_CHROMA = 70
 """Smallest max-minus-min over the RGB channels (0..255) of a pixel that belongs to an object."""
 MIN_AREA_SHARE = 0.18
@@ -58,10 +58,10 @@ def _templates() -> dict[str, np.ndarray]:
 def _stretched(mask: np.ndarray) -> np.ndarray:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    picture = Image.fromarray(crop.astype(np.uint8) * 255).resize(
+    image = Image.fromarray(crop.astype(np.uint8) * 255).resize(
         (_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.Resampling.BILINEAR
     )
-    return np.asarray(picture) > 127
+    return np.asarray(image) > 127
 
 
 def _name_shape(mask: np.ndarray) -> tuple[str, float]:
@@ -83,15 +83,15 @@ def _palette_index(pixels: np.ndarray) -> np.ndarray:
     return ((direction(pixels)[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
 
 
-def read_scene(picture: np.ndarray) -> tuple[FoundObject, ...]:
-    """Read the objects of a picture, uint8 ``[H, W, 3]``, in reading order.
+def read_scene(image: np.ndarray) -> tuple[FoundObject, ...]:
+    """Read the objects of an image, uint8 ``[H, W, 3]``, in reading order.
 
     Raises:
-        ValueError: if the picture is not uint8 RGB.
+        ValueError: if the image is not uint8 RGB.
     """
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {picture.shape}")
-    resized = Image.fromarray(picture).resize((WORK_SIDE, WORK_SIDE), Image.Resampling.BICUBIC)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"an image is uint8 [H, W, 3], got {image.dtype} {image.shape}")
+    resized = Image.fromarray(image).resize((WORK_SIDE, WORK_SIDE), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized, dtype=np.float32)
     coloured = (pixels.max(-1) - pixels.min(-1)) >= MIN_CHROMA
     regions, count = ndimage.label(coloured)
@@ -130,9 +130,9 @@ def _as_scene_object(item: FoundObject) -> SceneObject:
 
 
 def satisfies(objects: tuple[FoundObject, ...], scene: Scene) -> bool:
-    """Whether the objects read from a picture are what the scene's prompt (``scene_prompt``) asks for.
+    """Whether the objects read from an image are what the scene's prompt (``scene_prompt``) asks for.
 
-    The picture must show exactly the objects asked for, no more; properties that the prompt leaves free
+    The image must show exactly the objects asked for, no more; properties that the prompt leaves free
     (for instance the colour of "a circle") may be anything.
     """
     expected = scene.objects

@@ -1,6 +1,6 @@
 """Words about scenes: captions, detailed descriptions, and questions with exact answers.
 
-Every text here is true of the picture by construction.  Captions say only what the scene's category asks for
+Every text here is true of the image by construction.  Captions say only what the scene's category asks for
 ("a circle" leaves the colour free), as GenEval prompts do; descriptions say everything.
 """
 
@@ -18,7 +18,7 @@ SECOND_SENTENCE_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question about a picture.  ``skill`` is the scene category that it examines."""
+    """A question about an image.  ``skill`` is the scene category that it examines."""
 
     skill: str
     text: str
@@ -48,7 +48,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 
 
 def scene_prompt(scene: Scene) -> str:
-    """The shortest caption of the scene: what a picture must show to be right in its category."""
+    """The shortest caption of the scene: what an image must show to be right in its category."""
     first = scene.objects[0]
     if scene.category == "single":
         return article(first.shape)

@@ -1,7 +1,7 @@
-"""The "synthetic" pictures of the smoke run: scenes of coloured shapes in the six GenEval categories.
+"""The "synthetic" images of the smoke run: scenes of coloured shapes in the six GenEval categories.
 
 A scene is one to four objects on a two-by-two grid of cells (one object alone may also stand in the middle).
-Four shapes times six colours give 24 pairs; the pairs in ``HELD_OUT_PAIRS`` never occur in a training picture,
+Four shapes times six colours give 24 pairs; the pairs in ``HELD_OUT_PAIRS`` never occur in a training image,
 caption, question or answer, so that composing them can be tested.
 """
 
@@ -32,24 +32,24 @@ CELLS: dict[str, tuple[float, float]] = {
     "bottom right": (0.75, 0.75),
     "middle": (0.5, 0.5),
 }
-"""Cell name to the centre (x, y) of the cell, as shares of the picture's side; y grows downwards."""
+"""Cell name to the centre (x, y) of the cell, as shares of the image's side; y grows downwards."""
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 CATEGORIES = ("single", "colours", "two", "counting", "position", "attribution")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 HELD_OUT_PAIRS = frozenset({("circle", "orange"), ("square", "green"), ("triangle", "purple"), ("cross", "blue")})
 
-PICTURE_SIDE = 72
+IMAGE_SIDE = 72
 BACKGROUND = (255, 255, 255)
 OBJECT_RADIUS = 0.2
-"""Half the side of an object's bounding square, as a share of the picture's side."""
+"""Half the side of an object's bounding square, as a share of the image's side."""
 JITTER = 0.02
-"""Largest shift of an object from the centre of its cell, as a share of the picture's side."""
+"""Largest shift of an object from the centre of its cell, as a share of the image's side."""
 _SUPERSAMPLING = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneObject:
-    """One coloured shape; ``x``, ``y`` is its centre in shares of the picture's side, y downwards."""
+    """One coloured shape; ``x``, ``y`` is its centre in shares of the image's side, y downwards."""
 
     shape: str
     colour: str
@@ -64,7 +64,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What is in a picture.  Objects are in reading order: by row, then by column."""
+    """What is in an image.  Objects are in reading order: by row, then by column."""
 
     category: str
     objects: tuple[SceneObject, ...]
@@ -153,12 +153,12 @@ def shape_outline(shape: str, x: float, y: float, radius: float) -> tuple[str, l
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-def draw_scene(scene: Scene, *, side: int = PICTURE_SIDE) -> Image.Image:
-    """Draw a scene as an RGB picture of ``side`` x ``side`` pixels, antialiased by supersampling."""
+def draw_scene(scene: Scene, *, side: int = IMAGE_SIDE) -> Image.Image:
+    """Draw a scene as an RGB image of ``side`` x ``side`` pixels, antialiased by supersampling."""
     large = side * _SUPERSAMPLING
-    picture = Image.new("RGB", (large, large), BACKGROUND)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (large, large), BACKGROUND)
+    pen = ImageDraw.Draw(image)
     for item in scene.objects:
         primitive, points = shape_outline(item.shape, item.x * large, item.y * large, OBJECT_RADIUS * large)
         getattr(pen, primitive)(points, fill=COLOURS[item.colour])
-    return picture.reduce(_SUPERSAMPLING)
+    return image.reduce(_SUPERSAMPLING)

@@ -2,10 +2,10 @@
 
 Training sources: ``digits-gen``, ``scenes-gen`` (``{key}.png`` + ``{key}.json`` with ``caption``), ``digits-und``,
 ``scenes-und`` (``{key}.png`` + ``{key}.json`` with LLaVA ``conversations``), ``text`` (``{key}.txt``) and
-``text-dialogues`` (``{key}.json`` with ``conversations``, no picture).  Each has a held-out twin named ``…-val``; two
+``text-conversations`` (``{key}.json`` with ``conversations``, no image).  Each has a held-out twin named ``…-val``; two
 more, ``pairs-gen-val`` and ``pairs-und-val``, hold scenes of the colour-shape pairs that training never sees.
 
-Equal seed and sizes give equal bytes: pictures come from ``generator(seed, source, n)``, and tar headers carry no time.
+Equal seed and sizes give equal bytes: images come from ``generator(seed, source, n)``, and tar headers carry no time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ShardSizes:
     digits_und: int = 2500
     scenes_und: int = 5000
     val_each: int = 180
-    """Samples of each held-out picture source (at most the 360 held-out digits)."""
+    """Samples of each held-out image source (at most the 360 held-out digits)."""
     samples_per_shard: int = 2000
 
     def __post_init__(self) -> None:
@@ -65,10 +65,10 @@ class BuiltShards:
     samples: dict[str, int]
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as PNG, fast compression."""
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as PNG, fast compression."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1)
+    image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -76,9 +76,9 @@ def _json_bytes(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
 
 
-def conversation(question: str, answer: str, *, picture: bool) -> dict:
-    """One question and its answer in the LLaVA layout; ``picture`` puts ``<image>`` before the question."""
-    turn = f"<image>\n{question}" if picture else question
+def conversation(question: str, answer: str, *, image: bool) -> dict:
+    """One question and its answer in the LLaVA layout; ``image`` puts ``<image>`` before the question."""
+    turn = f"<image>\n{question}" if image else question
     return {"conversations": [{"from": "human", "value": turn}, {"from": "gpt", "value": answer}]}
 
 
@@ -104,14 +104,14 @@ def _digits(seed: int, source: str, count: int) -> Iterator[dict]:
         rng = generator(seed, source, number)
         row = int(order[number % len(order)])
         label = int(chosen.labels[row])
-        picture = digits.draw_digit(chosen.ink[row], rng=None if held_out else rng)
+        image = digits.draw_digit(chosen.ink[row], rng=None if held_out else rng)
         if "-gen" in source:
             note = {"caption": digits.digit_prompt(label) if held_out else digits.digit_caption(label, rng)}
         elif not held_out and rng.random() < DETAIL_SHARE:
-            note = conversation(DETAIL_QUESTION, digits.digit_detail(label), picture=True)
+            note = conversation(DETAIL_QUESTION, digits.digit_detail(label), image=True)
         else:
-            note = conversation(*digits.digit_question(label, rng), picture=True)
-        yield {"png": png_bytes(picture), "json": _json_bytes({**note, "label": label})}
+            note = conversation(*digits.digit_question(label, rng), image=True)
+        yield {"png": png_bytes(image), "json": _json_bytes({**note, "label": label})}
 
 
 def _scenes(seed: int, source: str, count: int) -> Iterator[dict]:
@@ -124,18 +124,18 @@ def _scenes(seed: int, source: str, count: int) -> Iterator[dict]:
         if "-gen" in source:
             note = {"caption": scene_prompt(scene) if held_out else scene_caption(scene, rng)}
         elif rng.random() < DETAIL_SHARE:
-            note = conversation(DETAIL_QUESTION, scene_detail(scene), picture=True)
+            note = conversation(DETAIL_QUESTION, scene_detail(scene), image=True)
         else:
             question = scene_question(scene, rng)
-            note = conversation(question.text, question.answer, picture=True)
+            note = conversation(question.text, question.answer, image=True)
         yield {"png": png_bytes(scenes.draw_scene(scene)), "json": _json_bytes({**note, "category": scene.category})}
 
 
 def _texts(seed: int, source: str) -> Iterator[dict]:
     held_out = int(source.endswith("-val"))
     if source.startswith("text-dialogues"):
-        for dialogue in text.split_dialogues(seed)[held_out]:
-            yield {"json": _json_bytes(conversation(dialogue.question, dialogue.answer, picture=False))}
+        for pair in text.split_conversations(seed)[held_out]:
+            yield {"json": _json_bytes(conversation(pair.question, pair.answer, image=False))}
     else:
         for document in text.split_documents(seed)[held_out]:
             yield {"txt": document.encode()}

@@ -23,7 +23,7 @@ class ModelSizes:
     """Shape of the tiny Janus-Pro: the 1B's modules, with these numbers."""
 
     image_size: int = 32
-    """Picture side in pixels, for understanding and generation alike."""
+    """Image side in pixels, for understanding and generation alike."""
     patch_size: int = 8
     """Side of a vision patch; the VQ stride must be the same, so that both image kinds take the same slots."""
     vision_hidden: int = 128
@@ -112,7 +112,7 @@ class SmokeSizes:
     model: ModelSizes = field(default_factory=ModelSizes)
     shards: ShardSizes = field(default_factory=ShardSizes)
     vq: VQTraining = field(
-        default_factory=lambda: VQTraining(steps=580, batch_pictures=16, learning_rate=1.5e-3, continuous_steps=150)
+        default_factory=lambda: VQTraining(steps=580, batch_images=16, learning_rate=1.5e-3, continuous_steps=150)
     )
     vision: VisionTraining = field(
         default_factory=lambda: VisionTraining(steps=300, batch_pairs=112, learning_rate=1e-3)
@@ -129,7 +129,7 @@ class SmokeSizes:
             shards=ShardSizes(
                 digits_gen=60, scenes_gen=60, digits_und=60, scenes_und=60, val_each=12, samples_per_shard=40
             ),
-            vq=replace(full.vq, steps=6, continuous_steps=3, freeze_codebook_last=1, batch_pictures=8),
+            vq=replace(full.vq, steps=6, continuous_steps=3, freeze_codebook_last=1, batch_images=8),
             vision=replace(full.vision, steps=3, batch_pairs=16),
             text=replace(full.text, steps=3, batch_rows=2, row_tokens=64),
         )

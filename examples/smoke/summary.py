@@ -37,8 +37,8 @@ def format_summary(out: Path, *, seconds: float) -> str:
             lines += [MISS]
     lines += [
         "",
-        f"curves, pictures, tables   {out / 'report.html'}",
-        f"generated pictures         {out / 'stage3' / 'samples'}",
+        f"curves, images, tables     {out / 'report.html'}",
+        f"generated images           {out / 'stage3' / 'samples'}",
         f"weights (transformers)     {out / 'stage3' / 'export'}",
         f"wandb, offline             {out / 'stage3' / 'wandb'}",
     ]

@@ -17,7 +17,7 @@ MAX_SENTENCE_CHARACTERS = 160
 """A longer sentence is cut between words: grammars and tables of thousands of characters would fill whole steps with
 text."""
 MAX_ANSWER_CHARACTERS = 80
-DIALOGUE_QUESTIONS = ('What does Python say about "{}"?', 'Explain "{}" in Python.', 'Tell me about "{}".')
+CONVERSATION_QUESTIONS = ('What does Python say about "{}"?', 'Explain "{}" in Python.', 'Tell me about "{}".')
 
 _WRAPPER = textwrap.TextWrapper(MAX_SENTENCE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 _RULE = re.compile(r"^[*=~\-^\"]{4,}$", re.MULTILINE)
@@ -95,10 +95,10 @@ def _first_sentences(paragraph: str) -> str:
     return answer[:MAX_ANSWER_CHARACTERS]
 
 
-def split_dialogues(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Return training and held-out dialogues: every paragraph of a topic answers one question about the topic.
+def split_conversations(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Return training and held-out conversations: every paragraph of a topic answers one question about the topic.
 
-    No two dialogues have the same answer, so none is on both sides of the split. One dialogue a paragraph, and not many
+    No two conversations have the same answer, so none is on both sides of the split. One conversation a paragraph, and not many
     a topic: with few distinct answers a run of minutes learns them by heart, and its held-out loss rises.
     """
     sides: tuple[list[Dialogue], list[Dialogue]] = ([], [])
@@ -111,6 +111,6 @@ def split_dialogues(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Dia
             seen.add(answer)
             rng = generator(seed, "dialogue", answer)
             held_out = rng.random() < held_out_share
-            wording = DIALOGUE_QUESTIONS[int(rng.integers(len(DIALOGUE_QUESTIONS)))]
+            wording = CONVERSATION_QUESTIONS[int(rng.integers(len(CONVERSATION_QUESTIONS)))]
             sides[held_out].append(Dialogue(question=wording.format(topic.title), answer=answer))
     return sides

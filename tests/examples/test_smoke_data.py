@@ -1,4 +1,4 @@
-"""Pictures, texts and shards of the smoke run."""
+"""Images, texts and shards of the smoke run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from examples.smoke import digits, scene_text, scenes, text
-from examples.smoke.reading import note_of, picture_of, read_source, texts_of
+from examples.smoke.reading import image_of, note_of, read_source, texts_of
 from examples.smoke.scene_judge import read_scene, satisfies
 from examples.smoke.seeding import generator
 from examples.smoke.shards import (
@@ -48,11 +48,11 @@ def folder_digest(root: Path) -> str:
 
 @pytest.mark.parametrize("side", [32, 72])
 @pytest.mark.parametrize("category", scenes.CATEGORIES)
-def test_the_scene_judge_reads_true_pictures_without_error_at_every_side(category: str, side: int) -> None:
+def test_the_scene_judge_reads_true_images_without_error_at_every_side(category: str, side: int) -> None:
     for number in range(15):
         scene = scenes.sample_scene(generator(5, category, number), category, pairs=ALL_PAIRS)
-        picture = scenes.draw_scene(scene).resize((side, side), Image.Resampling.BICUBIC)
-        read = read_scene(np.asarray(picture))
+        image = scenes.draw_scene(scene).resize((side, side), Image.Resampling.BICUBIC)
+        read = read_scene(np.asarray(image))
         assert satisfies(read, scene)
         assert sorted(f.pair for f in read) == sorted(o.pair for o in scene.objects)
 
@@ -66,7 +66,7 @@ def test_the_scene_judge_reads_true_pictures_without_error_at_every_side(categor
         ({"y": 0.75, "x": 0.75}, "position"),
     ],
 )
-def test_the_scene_judge_refuses_a_picture_that_differs_in_what_the_category_asks(change: dict, category: str) -> None:
+def test_the_scene_judge_refuses_a_image_that_differs_in_what_the_category_asks(change: dict, category: str) -> None:
     blue_cross = scenes.SceneObject(shape="cross", colour="blue", cell="top left", x=0.25, y=0.25)
     green_square = scenes.SceneObject(shape="square", colour="green", cell="bottom left", x=0.25, y=0.75)
     objects = (blue_cross,) if category in ("single", "colours") else (blue_cross, green_square)
@@ -97,11 +97,11 @@ def test_held_out_pairs_never_occur_in_a_training_scene_or_its_words() -> None:
 
 def test_the_pairs_sources_show_only_held_out_pairs() -> None:
     for sample in source_samples(1, "pairs-gen-val", 24):
-        read = read_scene(picture_of(sample, 72))
+        read = read_scene(image_of(sample, 72))
         assert read and {f.pair for f in read} <= scenes.HELD_OUT_PAIRS
 
 
-def test_captions_and_answers_are_true_of_the_picture_as_the_judge_reads_it() -> None:
+def test_captions_and_answers_are_true_of_the_image_as_the_judge_reads_it() -> None:
     for number in range(60):
         category = scenes.CATEGORIES[number % 6]
         scene = scenes.sample_scene(generator(4, number), category, pairs=ALL_PAIRS)
@@ -129,7 +129,7 @@ def test_text_splits_are_disjoint_and_lose_no_words() -> None:
     assert train and held_out and not set(train) & set(held_out)
     words = {word for topic in text.load_topics() for paragraph in topic.paragraphs for word in paragraph.split()}
     assert {word for d in train + held_out for word in d.split()} == words
-    trained, kept_back = text.split_dialogues(0)
+    trained, kept_back = text.split_conversations(0)
     assert trained and kept_back and not {d.answer for d in trained} & {d.answer for d in kept_back}
 
 

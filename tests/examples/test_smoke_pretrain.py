@@ -16,7 +16,7 @@ from examples.smoke.pretrain_vision import sigmoid_loss
 from examples.smoke.pretrain_vq import (
     PAPER,
     UnitCodebook,
-    decode_pictures,
+    decode_images,
     encode_ids,
     scale_weights,
     shows_something,
@@ -46,7 +46,7 @@ def model(made: Path) -> JanusForConditionalGeneration:
     return JanusForConditionalGeneration.from_pretrained(made)
 
 
-def random_pictures(count: int) -> torch.Tensor:
+def random_images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -67,7 +67,7 @@ def test_generation_embeddings_are_the_codebook_and_its_rows_have_unit_length(
 
 def test_vq_ids_are_the_nearest_unit_rows_in_transformers_too(model: JanusForConditionalGeneration) -> None:
     vq = model.model.vqmodel.eval()
-    pixels = to_model_range(random_pictures(6))
+    pixels = to_model_range(random_images(6))
     ours = encode_ids(vq, pixels)
     with torch.no_grad():
         latent = vq.quant_conv(vq.encoder(pixels)).permute(0, 2, 3, 1).reshape(-1, 8)
@@ -75,7 +75,7 @@ def test_vq_ids_are_the_nearest_unit_rows_in_transformers_too(model: JanusForCon
     distances = torch.cdist(F.normalize(latent, dim=-1).double(), vq.quantize.embedding.weight.double())
     assert torch.equal(ours.flatten(), distances.argmin(-1))
     assert torch.equal(ours.flatten(), theirs.flatten())
-    assert decode_pictures(vq, ours).shape == (6, 3, 32, 32)
+    assert decode_images(vq, ours).shape == (6, 3, 32, 32)
 
 
 def test_adaptors_and_image_head_start_at_the_scale_of_their_inputs_and_without_bias(
@@ -92,8 +92,8 @@ def test_adaptors_and_image_head_start_at_the_scale_of_their_inputs_and_without_
 def test_both_image_kinds_take_the_same_number_of_slots(model: JanusForConditionalGeneration) -> None:
     config = model.config
     assert config.vision_config.num_image_tokens == config.vq_config.num_patches**2 == ModelSizes().image_tokens
-    features = model.model.vision_model(to_model_range(random_pictures(1))).last_hidden_state
-    assert features.shape[1] == encode_ids(model.model.vqmodel, to_model_range(random_pictures(1))).shape[1]
+    features = model.model.vision_model(to_model_range(random_images(1))).last_hidden_state
+    assert features.shape[1] == encode_ids(model.model.vqmodel, to_model_range(random_images(1))).shape[1]
 
 
 def test_a_patch_that_differs_from_the_vq_stride_is_refused() -> None:
@@ -104,15 +104,14 @@ def test_a_patch_that_differs_from_the_vq_stride_is_refused() -> None:
 def test_equal_seeds_train_equal_vq_weights() -> None:
     config = janus_config(SMALL, vocab_size=16, special_ids=IDS).vq_config
     first, second = (
-        train_vq(config, random_pictures(12), replace(SIZES.vq, batch_pictures=4), seed=1).state_dict()
-        for _ in range(2)
+        train_vq(config, random_images(12), replace(SIZES.vq, batch_images=4), seed=1).state_dict() for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_images_of_the_wrong_side_are_refused_with_the_right_side() -> None:
     config = janus_config(SMALL, vocab_size=16, special_ids=IDS).vq_config
-    with pytest.raises(ValueError, match="use pictures of 32 px"):
+    with pytest.raises(ValueError, match="use images of 32 px"):
         train_vq(config, torch.zeros(2, 3, 48, 48, dtype=torch.uint8), SIZES.vq, seed=0)
 
 
@@ -131,20 +130,20 @@ def test_kmeans_and_restarts_leave_unit_rows_and_no_dead_row() -> None:
 
 def test_plain_patches_take_the_paper_code_and_only_they_are_taught_to() -> None:
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
-    pictures[:, :, 8:16, 8:16] = torch.randint(0, 200, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
+    images[:, :, 8:16, 8:16] = torch.randint(0, 200, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
     config = janus_config(SMALL, vocab_size=16, special_ids=IDS).vq_config
-    training = replace(SIZES.vq, steps=60, continuous_steps=20, freeze_codebook_last=10, batch_pictures=16)
-    ids = encode_ids(train_vq(config, pictures, training, seed=0), to_model_range(pictures))
-    shows = shows_something(to_model_range(pictures), 8).view_as(ids)
+    training = replace(SIZES.vq, steps=60, continuous_steps=20, freeze_codebook_last=10, batch_images=16)
+    ids = encode_ids(train_vq(config, images, training, seed=0), to_model_range(images))
+    shows = shows_something(to_model_range(images), 8).view_as(ids)
     assert (ids[~shows] == PAPER).float().mean() > 0.9
     assert (ids[shows] == PAPER).float().mean() < 0.1
 
 
 def test_only_patches_that_show_something_ask_for_codes() -> None:
-    pictures = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
-    pictures[0, 0, 9, 18] = 40  # one bluish pixel in the patch of row 1, column 2
-    assert torch.nonzero(shows_something(to_model_range(pictures), 8)).flatten().tolist() == [6]
+    images = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    images[0, 0, 9, 18] = 40  # one bluish pixel in the patch of row 1, column 2
+    assert torch.nonzero(shows_something(to_model_range(images), 8)).flatten().tolist() == [6]
 
 
 def test_scaled_weights_keep_the_signal_where_the_default_start_loses_it() -> None:

@@ -26,7 +26,7 @@ from examples.showcase.shards import (
     with_article,
 )
 from examples.showcase.sources import STYLES, download, first_senses, read_emoji, read_wordnet, unpack_emoji
-from examples.smoke.reading import note_of, picture_of, read_source, texts_of
+from examples.smoke.reading import image_of, note_of, read_source, texts_of
 from examples.smoke.run import ROOT, STAGES, stage_overrides
 from examples.smoke.shards import GENERATION_SOURCES, UNDERSTANDING_SOURCES
 from jp_train.config import load_config
@@ -46,7 +46,9 @@ NAMES = (
     "kite",
     "lemon",
 )
-COUNTS = ShowcaseCounts(names=8, held_out_names=3, held_out_drawings=4, documents=50, dialogues=50, held_out_texts=2)
+COUNTS = ShowcaseCounts(
+    names=8, held_out_names=3, held_out_drawings=4, documents=50, conversations=50, held_out_texts=2
+)
 DATA_NOUN = """  1 This software and database is being provided to you
 02190166 05 n 01 beetle 0 001 @ 02159955 n 0000 | insect having biting mouthparts and front wings \
 modified to form horny covers
@@ -66,10 +68,10 @@ hammer n 1 1 @ 1 1 03481172
 
 def png(number: int, style: str) -> bytes:
     colour = (17 * number % 256, 90 * STYLES.index(style), 255 - 20 * number, 255)
-    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    picture.paste(colour, (8 + number, 8, 56, 56 - number))
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    image.paste(colour, (8 + number, 8, 56, 56 - number))
     buffer = io.BytesIO()
-    picture.save(
+    image.save(
         buffer, format="PNG" if style != "fluent" else "WEBP", **({"lossless": True} if style == "fluent" else {})
     )
     return buffer.getvalue()
@@ -280,7 +282,7 @@ def test_pretraining_reads_every_trained_drawing_under_its_names(data: Path, tmp
     folder = link_pretraining_sources(data, tmp_path / "parts")
     for names, kind in ((GENERATION_SOURCES, "gen"), (UNDERSTANDING_SOURCES, "und")):
         linked = sum(
-            1 for name in names for sample in read_source(folder / name) if picture_of(sample, 8).shape == (8, 8, 3)
+            1 for name in names for sample in read_source(folder / name) if image_of(sample, 8).shape == (8, 8, 3)
         )
         assert linked == sum(1 for style in STYLES for _ in read_source(data / f"emoji-{style}-{kind}"))
     assert list(read_source(folder / "text"))
@@ -292,7 +294,7 @@ def test_the_judge_finds_true_drawings_and_its_chance_is_1_in_as_many(data: Path
     nearest = NearestDrawing(groups)
     for group in groups.values():
         noisy = np.clip(
-            group.pictures.astype(int) + np.random.default_rng(0).integers(-9, 10, group.pictures.shape), 0, 255
+            group.images.astype(int) + np.random.default_rng(0).integers(-9, 10, group.images.shape), 0, 255
         ).astype(np.uint8)
         assert nearest.names_of(noisy, group.styles) == group.names
         assert nearest.chance(group.styles) == pytest.approx(1 / 11)

@@ -136,7 +136,7 @@ class Replay:
             if done < len(numbers):
                 line.show(done, len(numbers), f"rebuilding: micro-batch {done} of {len(numbers)}")
 
-    def with_pictures(self, spec: RowSpec) -> Row:
+    def with_images(self, spec: RowSpec) -> Row:
         """The row of `spec` with every image read, also where training takes stored VQ ids instead; samples
         without an image are skipped."""
         locators = [

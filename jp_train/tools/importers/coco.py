@@ -38,7 +38,7 @@ class CocoReader(Reader):
             identity={self.source.name: file_identity(self.source)}, total=len(entries), chunks=lambda: chunked(entries)
         )
 
-    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+    def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         for place, (where, path, slug, caption, problem) in enumerate(chunk.payload):
             name, number = f"{self.source.name} {where}", chunk.first + place
             if problem is not None:

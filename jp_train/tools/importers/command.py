@@ -22,7 +22,7 @@ from jp_train.tools.importers.tars import find_tars
 from jp_train.tools.importers.tars_run import import_tars, usable_samples
 from jp_train.types import Kind
 
-SAMPLED_PICTURES = 200
+SAMPLED_IMAGES = 200
 """Images that a dry run reads to estimate the size of the shards."""
 
 
@@ -98,8 +98,8 @@ class _Survey:
     text_only: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    pictures_read: int = 0
-    pictures_bad: int = 0
+    images_read: int = 0
+    images_bad: int = 0
     sizes: list[int] = field(default_factory=list)
 
     def add(self, entry: Entry, images: Path | None, *, look: bool) -> bool:
@@ -119,12 +119,12 @@ class _Survey:
         self.text_only += entry.text_only
         if not look or path is None or images is None:
             return False
-        self.pictures_read += 1
+        self.images_read += 1
         try:
             self.sizes.append(len(read_inside(images, path)))
         except Skip as bad:
-            self.pictures_bad += 1
-            self._example("pictures", entry, bad)
+            self.images_bad += 1
+            self._example("images", entry, bad)
         return True
 
     def _example(self, reason: str, entry: Entry, skip: Skip) -> None:
@@ -139,11 +139,8 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
     survey, line = _Survey(), ProgressLine("import", stream)
     for chunk in listing.chunks():
         # The first image of every so many chunks: spread over the listing, the same every time.
-        look = (
-            survey.pictures_read < SAMPLED_PICTURES
-            and chunk.done * SAMPLED_PICTURES >= survey.pictures_read * listing.total
-        )
-        for entry in reader.entries(chunk, pictures=False):
+        look = survey.images_read < SAMPLED_IMAGES and chunk.done * SAMPLED_IMAGES >= survey.images_read * listing.total
+        for entry in reader.entries(chunk, image_bytes=False):
             look = not survey.add(entry, reader.images, look=look) and look
         line.show(
             chunk.done,
@@ -161,8 +158,8 @@ def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[
         "samples": samples,
         "text_only": survey.text_only,
         "skipped": dict(survey.skipped),
-        "pictures_read": survey.pictures_read,
-        "pictures_bad": survey.pictures_bad,
+        "pictures_read": survey.images_read,
+        "pictures_bad": survey.images_bad,
         "estimated_mib": None if mib is None else round(mib, 1),
         "estimated_shards": shards,
     }
@@ -186,6 +183,6 @@ def _survey_lines(survey: _Survey, settings: ImportSettings) -> Iterator[str]:
             else "would be skipped: give --text-out FOLDER to keep them"
         )
         yield f"  {survey.text_only:,} conversations without an image {kept}"
-    if survey.pictures_read:
-        yield f"  {survey.pictures_read:,} images looked at, {survey.pictures_bad:,} of them missing or refused"
-        yield from (f"             e.g. {printable(example)}" for example in survey.examples.get("pictures", []))
+    if survey.images_read:
+        yield f"  {survey.images_read:,} images looked at, {survey.images_bad:,} of them missing or refused"
+        yield from (f"             e.g. {printable(example)}" for example in survey.examples.get("images", []))

@@ -36,7 +36,7 @@ class DocumentReader(Reader):
         chunks = {"file": _file_chunks, "paragraph": _paragraph_chunks, "line": line_chunks}[self.document]
         return Listing(identity=identity_of(files), total=total_bytes(files), chunks=lambda: chunks(files))
 
-    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+    def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         for number, (name, slug, content) in enumerate(_named(*chunk.payload), chunk.first):
             try:
                 text = (content if isinstance(content, bytes) else _read(content)).decode("utf-8-sig").strip()

@@ -104,8 +104,8 @@ class Reader(ABC):
         """Raises ConfigError for a source that is not this layout, DataError for one that cannot be read."""
 
     @abstractmethod
-    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
-        """The entries of a chunk, numbered; `pictures=False` lets a reader leave out image bytes (a dry run)."""
+    def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
+        """The entries of a chunk, numbered; `image_bytes=False` lets a reader leave them out (a dry run)."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class ImageNetReader(Reader):
 
         return Listing(identity=identity, total=sum(map(len, files.values())), chunks=chunks, remarks=(remark,))
 
-    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+    def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         folder, name, files = chunk.payload
         for place, file in enumerate(files):
             path = f"{folder}/{file}"

@@ -59,20 +59,20 @@ class ParquetReader(Reader):
 
         return Listing(identity=identity, total=sum(group[-1] for group in groups), chunks=chunks)
 
-    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+    def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         path, name, group, before = chunk.payload
         file = _open(_pyarrow(), path)
         present = set(file.schema_arrow.names)
         columns = [
             column
             for column in self.columns.used(self.kind)
-            if column in present and (pictures or column != self.columns.image)
+            if column in present and (image_bytes or column != self.columns.image)
         ]
         place = 0
         try:
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=[group], columns=columns):
                 for record in batch.to_pylist():
-                    if not pictures:
+                    if not image_bytes:
                         record[self.columns.image] = _UNREAD
                     row = f"{name}:{before + place + 1}"
                     yield record_entry(record, chunk.first + place, row, self.columns, self.kind)

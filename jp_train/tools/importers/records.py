@@ -171,7 +171,7 @@ class RecordReader(Reader):
         most = CHUNK_LINES if self.kind is Kind.TEXT else CHUNK_ENTRIES
         return Listing(identity=identity_of(files), total=total_bytes(files), chunks=lambda: chunks(files, most))
 
-    def entries(self, chunk: Chunk, *, pictures: bool = True) -> Iterator[Entry]:
+    def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         file, start, payload = chunk.payload
         for place, item in enumerate(payload):
             number, name = chunk.first + place, f"{file}:{start + place}"

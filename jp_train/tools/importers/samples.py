@@ -68,7 +68,7 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
             kind = Kind.TEXT
         elif kind is not Kind.TEXT:
             extension, data, converted = shard_image(
-                _picture(entry, reader.images), rules.max_image_pixels, decode=rules.decode
+                _image_bytes(entry, reader.images), rules.max_image_pixels, decode=rules.decode
             )
             fields[extension] = data
         key = sample_key(entry)
@@ -103,7 +103,7 @@ def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: s
         raise Skip(error.fault, str(error)) from None
 
 
-def _picture(entry: Entry, images: Path | None) -> bytes:
+def _image_bytes(entry: Entry, images: Path | None) -> bytes:
     if isinstance(entry.image, bytes):
         return entry.image
     if entry.image is None:

@@ -115,7 +115,7 @@ def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndar
     stored = [place for place, document in enumerate(row.documents) if document.vq_ids is not None]
     if not stored:
         return {}
-    again = replay.with_pictures(spec)
+    again = replay.with_images(spec)
     by_place = {of: document.gen_image for of, document in zip(again.provenance, again.documents, strict=True)}
     return {place: image for place in stored if (image := by_place.get(row.provenance[place])) is not None}
 

@@ -23,16 +23,16 @@ INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
 def save_forecast(forecast: dict[str, Any], folder: Path) -> str:
     """Write `simulate.png` and `simulate.json` into `folder`; returns their paths in words. Raises DataError if it
     cannot be written."""
-    picture, numbers = folder / "simulate.png", folder / "simulate.json"
+    image, numbers = folder / "simulate.png", folder / "simulate.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps(forecast, indent=1), encoding="utf-8")
-        draw_forecast(forecast, picture)
+        draw_forecast(forecast, image)
     except OSError as error:
         raise DataError(
             f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written"
         ) from error
-    return f"{picture}, {numbers}"
+    return f"{image}, {numbers}"
 
 
 def draw_forecast(forecast: dict[str, Any], path: Path) -> None:

@@ -33,7 +33,7 @@ def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceRead
     shards = index.shards
     chosen = sorted({round(number) for number in np.linspace(0, len(shards) - 1, min(len(shards), SAMPLED_SHARDS))})
     samples = embedded = 0
-    sums = {"pictures": 0, "ids": 0, "others": 0}
+    sums = {"images": 0, "ids": 0, "others": 0}
     for number in chosen:
         members = load_members(shards[number])
         if members is None:
@@ -48,17 +48,17 @@ def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceRead
         if VQ_EXTENSION in members.extensions:
             embedded += int((members.extension == members.extensions.index(VQ_EXTENSION)).sum())
         for extension in set(by_extension) & {*needed_fields(index.kind, by_extension, data.crop), *IMAGE_EXTENSIONS}:
-            what = "pictures" if extension in IMAGE_EXTENSIONS else "ids" if extension == VQ_EXTENSION else "others"
+            what = "images" if extension in IMAGE_EXTENSIONS else "ids" if extension == VQ_EXTENSION else "others"
             sums[what] += by_extension[extension]
-    others, pictures = sums["others"] / max(samples, 1), sums["pictures"] / max(samples, 1)
+    others, images = sums["others"] / max(samples, 1), sums["images"] / max(samples, 1)
     if index.locator.token_ids:
         others = index.ids_bytes / max(len(index), 1)
     if index.kind is not Kind.GENERATION:
-        with_pictures = others + pictures * (index.kind is Kind.UNDERSTANDING)
-        return SourceReads(with_pictures=with_pictures, with_ids=with_pictures, stored=0.0, samples=len(index))
+        with_images = others + images * (index.kind is Kind.UNDERSTANDING)
+        return SourceReads(with_images=with_images, with_ids=with_images, stored=0.0, samples=len(index))
     beside = max(ids_summary(index).values(), default=0) / len(shards)
-    stored = 0.0 if data.vq_ids is VqIds.off and pictures else max(beside, embedded / max(samples, 1))
+    stored = 0.0 if data.vq_ids is VqIds.off and images else max(beside, embedded / max(samples, 1))
     with_ids = others + 2 * slots + NPY_HEADER * (embedded > 0)
     return SourceReads(
-        with_pictures=others + pictures if pictures else with_ids, with_ids=with_ids, stored=stored, samples=len(index)
+        with_images=others + images if images else with_ids, with_ids=with_ids, stored=stored, samples=len(index)
     )

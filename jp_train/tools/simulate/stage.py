@@ -167,7 +167,7 @@ def _without_data(
     generation = {name for name, source in cfg.data.sources.items() if Kind(source.kind.value) is Kind.GENERATION}
     reads = {
         name: SourceReads(
-            with_pictures=stated.bytes,
+            with_images=stated.bytes,
             with_ids=1_000 + 2 * slots if name in generation else stated.bytes,
             stored=0.0,
             samples=int(stated.samples),

@@ -42,7 +42,7 @@ class SourceReads:
     stored. `stored`: share of the source's images whose ids are stored now. `samples`: how many there are (of a
     synthetic source, more than lengths)."""
 
-    with_pictures: float
+    with_images: float
     with_ids: float
     stored: float
     samples: int
@@ -146,15 +146,15 @@ def row_statistics(sample: Sample, setup: StageSetup) -> dict[str, np.ndarray]:
         return np.bincount(row, weights=values, minlength=sample.steps * sample.rows_per_step)
 
     tokens = summed(length)
-    pictures = summed(gen)
+    images = summed(gen)
     on_the_fly = np.array([1 - reads.stored for reads in setup.reads.values()])
     return {
         "tokens": tokens,
         "squared_lengths": tokens**2 if setup.causal else summed(length**2),
         "und_images": summed(und),
-        "gen_images": pictures,
+        "gen_images": images,
         "text_positions": summed(text_positions),
-        "image_positions": pictures * setup.image_slots,
+        "image_positions": images * setup.image_slots,
         "encoded_images": summed(gen * on_the_fly[sample.source]),
     }
 
@@ -302,9 +302,9 @@ def _reads(sample: Sample, plan: Plan, setup: StageSetup, step_seconds: float | 
     spans = np.bincount(sample.source, minlength=len(plan.sources)) / sample.steps
     per_step = {"samples": float(spans.sum())}
     for name, choose in (
-        ("bytes_with_pictures", lambda reads: reads.with_pictures),
+        ("bytes_with_pictures", lambda reads: reads.with_images),
         ("bytes_with_ids", lambda reads: reads.with_ids),
-        ("bytes_as_stored_now", lambda reads: reads.stored * reads.with_ids + (1 - reads.stored) * reads.with_pictures),
+        ("bytes_as_stored_now", lambda reads: reads.stored * reads.with_ids + (1 - reads.stored) * reads.with_images),
     ):
         per_step[name] = float(
             sum(spans[index] * choose(setup.reads[source.name]) for index, source in enumerate(plan.sources))

@@ -32,8 +32,8 @@ def reads(mixed, tokenizer):
 def test_understanding_and_text_read_what_their_rows_need(reads):
     measured = reads()
     samples = understanding_samples(17)
-    assert measured["und"].with_pictures == measured["und"].with_ids == mean_bytes(samples, "png", "json")
-    assert measured["text"].with_pictures == measured["text"].with_ids == mean_bytes(text_samples(21), "txt")
+    assert measured["und"].with_images == measured["und"].with_ids == mean_bytes(samples, "png", "json")
+    assert measured["text"].with_images == measured["text"].with_ids == mean_bytes(text_samples(21), "txt")
     assert (measured["und"].samples, measured["text"].samples) == (17, 21)
     assert measured["und"].stored == measured["text"].stored == 0
 
@@ -41,7 +41,7 @@ def test_understanding_and_text_read_what_their_rows_need(reads):
 def test_ids_take_two_bytes_a_slot_in_place_of_the_image(reads):
     real = reads()["real"]
     samples = generation_samples(13) + generation_samples(12, 13)
-    assert real.with_pictures == pytest.approx(mean_bytes(samples, "png", "json"))
+    assert real.with_images == pytest.approx(mean_bytes(samples, "png", "json"))
     assert real.with_ids == pytest.approx(mean_bytes(samples, "json") + 2 * SLOTS)
     assert (real.stored, real.samples) == (0, 25), "no image has stored ids yet"
 
@@ -50,7 +50,7 @@ def test_ids_take_two_bytes_a_slot_in_place_of_the_image(reads):
 def test_ids_inside_the_shards_are_read_with_their_header_where_there_is_no_image(reads, vq_ids):
     stored = reads(vq_ids=vq_ids)["stored"]
     expected = mean_bytes(stored_samples(9), "json") + 2 * SLOTS + NPY_HEADER
-    assert stored.with_pictures == stored.with_ids == pytest.approx(expected)
+    assert stored.with_images == stored.with_ids == pytest.approx(expected)
     assert stored.stored == 1
 
 

@@ -59,7 +59,7 @@ def setup(plan: Plan, steps: int) -> StageSetup:
         micro_batch_rows=2,
         flops=dict.fromkeys(STATISTICS, 1.0),
         reads={
-            s.name: SourceReads(with_pictures=1000, with_ids=100, stored=0.25, samples=len(s.tokens))
+            s.name: SourceReads(with_images=1000, with_ids=100, stored=0.25, samples=len(s.tokens))
             for s in plan.sources
         },
         image_slots=576,
@@ -245,9 +245,9 @@ def test_reads_are_the_fields_that_training_reads(tiny, token_ids) -> None:
     ids = 2 * 16 + 128  # of samples without an image: the ids and their .npy header, and a short JSON or its token ids
     assert ids < stored / spans["stored"] < ids + 120
     assert forecast["reads"]["per_node_per_second"]["samples"] == pytest.approx(2 * sum(spans.values()) / 6)
-    pictures = np.mean([len(fields["png"]) for _, fields in generation_samples(13) + generation_samples(12, 13)])
+    images = np.mean([len(fields["png"]) for _, fields in generation_samples(13) + generation_samples(12, 13)])
     saved = forecast["reads"]["per_step"]["bytes_with_pictures"] - forecast["reads"]["per_step"]["bytes_with_ids"]
-    assert saved == pytest.approx(spans["real"] / 6 * (pictures - 2 * 16))
+    assert saved == pytest.approx(spans["real"] / 6 * (images - 2 * 16))
 
 
 def _tokenizer(cfg):
