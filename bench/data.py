@@ -6,11 +6,11 @@
 Every loader works in turn, A B A B ..., each round on the same number of samples, and a ratio is taken within each
 round (the median and the quartiles are shown), because other work on the machine changes a speed by far more than the
 loaders differ. CPU is user and system time of the process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids as
-.vq.npy members, no picture read; "stored": VQ ids beside the shards of photos, as `jp-train data encode-images` leaves
+.vq.npy members, no image read; "stored": VQ ids beside the shards of photos, as `jp-train data encode-images` leaves
 them; "large": 2048 x 1536 JPEG, also with data.image_decode=fast. The last two are cases that the other loaders do not
 have. The bare loop packs nothing and
 checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms
-(the same function). The loader takes the token ids that its index stores, as it does by default; where no picture is
+(the same function). The loader takes the token ids that its index stores, as it does by default; where no image is
 decoded, it is shown with data.token_ids=off too, where it tokenises as the others do. The files are made once, in
 .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that moving
 rows between processes counts too; the bare loop has none.

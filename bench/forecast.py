@@ -87,7 +87,7 @@ def configuration(
     hpz: int = 1,
     world: int = 2,
 ) -> RunConfig:
-    """A Janus-Pro of about `size` parameters; 36 tokens a picture, rows of 512 tokens."""
+    """A Janus-Pro of about `size` parameters; 36 tokens an image, rows of 512 tokens."""
     from jp_train.config import RunConfig
     from jp_train.config.choices import BatchUnit, Precision
     from jp_train.config.schema import LanguageConfig, MixtureConfig, VisionConfig, VQConfig
@@ -129,7 +129,7 @@ def configuration(
 
 
 def synthetic_batch(cfg: Any, rows: int, *, device: str = "cpu", documents: str = "ugt") -> PackedBatch:
-    """`rows` full rows that repeat the kinds of `documents` (u, g: a picture and 40 tokens; t: what is left of a
+    """`rows` full rows that repeat the kinds of `documents` (u, g: an image and 40 tokens; t: what is left of a
     third of the row)."""
     import torch
 

@@ -1,8 +1,8 @@
-"""Pictures in threads inside a worker beside more workers: wall and CPU time and memory a picture, in one run.
+"""Images in threads inside a worker beside more workers: wall and CPU time and memory an image, in one run.
 
     python bench/image_threads.py [--rounds 5] [--samples 2400] [--json] [--save FILE]
 
-Loaders of W worker processes x T threads (`data.workers`, `data.image_threads`) work in turn on the same pictures, A B
+Loaders of W worker processes x T threads (`data.workers`, `data.image_threads`) work in turn on the same images, A B
 A B ...; each ratio is to 1 x 1 within a round (medians). CPU is user and system time of the process and its workers;
 memory is what a worker has for itself (unique set), the sum over workers. "photos": 640 x 480 JPEG; "large": 2048 x
 1536. The files are those of bench/data.py.
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
 WORKLOADS = {"photos": ("photos-*.tar", 112), "large": ("large-*.tar", 28)}
-"""Shards, and pictures of one round."""
+"""Shards, and images of one round."""
 SETTINGS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1))
-"""Workers (0: none, the pictures are decoded in the trainer), threads in each."""
+"""Workers (0: none, the images are decoded in the trainer), threads in each."""
 
 
-def measure(shards: str, pictures: int, tokenizer: TokenizerConfig, rounds: int) -> list[dict]:
+def measure(shards: str, images: int, tokenizer: TokenizerConfig, rounds: int) -> list[dict]:
     """A figure for each of SETTINGS."""
     from loaders.sides import Ours, config
 
@@ -43,7 +43,7 @@ def measure(shards: str, pictures: int, tokenizer: TokenizerConfig, rounds: int)
         for setting in SETTINGS if number % 2 else SETTINGS[::-1]:
             side = sides[setting]
             cpu_before, began = cpu_seconds(side), time.perf_counter()
-            done, _ = side.advance(pictures)
+            done, _ = side.advance(images)
             if number:
                 spent[setting].append(((cpu_seconds(side) - cpu_before) / done, (time.perf_counter() - began) / done))
     figures = []
@@ -85,13 +85,13 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = prepare(CACHE / "data", arguments.samples)
     tables = {
-        kind: measure(shards, pictures, tokenizer, arguments.rounds) for kind, (shards, pictures) in WORKLOADS.items()
+        kind: measure(shards, images, tokenizer, arguments.rounds) for kind, (shards, images) in WORKLOADS.items()
     }
     if delivered(arguments, {"rounds": arguments.rounds, **tables}):
         return
     for kind, figures in tables.items():
         print(
-            f"{kind}   workers x threads   CPU ms   wall ms a picture   over 1 x 1: "
+            f"{kind}   workers x threads   CPU ms   wall ms an image   over 1 x 1: "
             "CPU   wall   own memory of the workers, MiB"
         )
         for figure in figures:

@@ -1,7 +1,7 @@
 """The loaders that others use, on the same samples: webdataset, Megatron-Energon, MosaicML Streaming. Each reads,
 decodes, tokenises and packs.
 
-All use the loader's own picture function and the bare loop's tokenizer call, and lay rows out with the same few array
+All use the loader's own image function and the bare loop's tokenizer call, and lay rows out with the same few array
 operations (`RowMaker`), so that what differs is the loader. None shuffles, which is to their advantage. Energon and
 Streaming pin other versions of what jp_train uses; `install` puts them, without their dependencies' dependencies, into
 a folder that only this benchmark looks into.
@@ -95,7 +95,7 @@ def install(folder: Path) -> None:
 
 
 class RowMaker:
-    """Samples -> rows ready for the device: ids, labels and image labels int64 [T], cu_seqlens, pictures uint8 or
+    """Samples -> rows ready for the device: ids, labels and image labels int64 [T], cu_seqlens, images uint8 or
     ids stacked."""
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -108,27 +108,27 @@ class RowMaker:
         self._tail = np.array([special.boi, *[special.image_placeholder] * slots, special.eoi, special.eos])
         self._after = np.full(3, -100)
 
-    def encode(self, picture: bytes, caption: bytes, *, is_picture: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a document, and its picture or ids."""
+    def encode(self, image: bytes, caption: bytes, *, is_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a document, and its image or ids."""
         ids = np.concatenate([self._lead, self._encode(json.loads(caption)["caption"]), self._tail])
-        if is_picture:
-            return ids, load_generation_image(picture, self._size)
-        return ids, np.frombuffer(picture, np.uint16, offset=NPY_HEADER)
+        if is_image:
+            return ids, load_generation_image(image, self._size)
+        return ids, np.frombuffer(image, np.uint16, offset=NPY_HEADER)
 
     def row(self, documents: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
         """One packed row."""
         lengths = [len(ids) for ids, _ in documents]
         targets = []
-        for ids, picture in documents:
-            image = np.full(len(self._tail) - 3, -1) if picture.ndim == 3 else picture
-            targets += [np.full(len(ids) - len(self._tail), -100), image, self._after]
+        for ids, image in documents:
+            slots = np.full(len(self._tail) - 3, -1) if image.ndim == 3 else image
+            targets += [np.full(len(ids) - len(self._tail), -100), slots, self._after]
         row = {
             "input_ids": np.concatenate([ids for ids, _ in documents]),
             "labels": np.full(sum(lengths), -100),
             "gen_labels": np.concatenate(targets, dtype=np.int64),
             "position_ids": np.concatenate([np.arange(length) for length in lengths]),
             "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32),
-            "pictures": np.stack([picture for _, picture in documents]),
+            "images": np.stack([image for _, image in documents]),
         }
         return {name: torch.from_numpy(array) for name, array in row.items()}
 
@@ -173,11 +173,11 @@ def webdataset_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch
     """webdataset 1.0: tars read from front to back, decode and transform in `map`, next-fit."""
     import webdataset
 
-    is_picture = cfg.data.sources["bench"].shards.startswith("photos")
-    member = "jpg" if is_picture else "vq.npy"
+    is_image = cfg.data.sources["bench"].shards.startswith("photos")
+    member = "jpg" if is_image else "vq.npy"
     urls = expand_shards(cfg.data.sources["bench"].shards, cfg.data.root)
     samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).repeat()
-    samples = samples.map(lambda sample: maker.encode(sample[member], sample["json"], is_picture=is_picture))
+    samples = samples.map(lambda sample: maker.encode(sample[member], sample["json"], is_image=is_image))
     return _loaded(_Packed(samples, maker), cfg.data.workers)
 
 
@@ -187,8 +187,8 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
     from megatron import energon
 
     folder = _energon_folder(cfg)
-    is_picture = cfg.data.sources["bench"].shards.startswith("photos")
-    member = "jpg" if is_picture else "vq.npy"
+    is_image = cfg.data.sources["bench"].shards.startswith("photos")
+    member = "jpg" if is_image else "vq.npy"
 
     @energon.stateless
     def cook(sample: dict) -> dict:
@@ -200,7 +200,7 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
 
         @energon.stateless
         def encode_sample(self, sample):
-            return maker.encode(sample[member], sample["json"], is_picture=is_picture)
+            return maker.encode(sample[member], sample["json"], is_image=is_image)
 
         def select_samples_to_pack(self, samples):
             rows: list[list[Any]] = []
@@ -233,21 +233,21 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
 def streaming_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Tensor]]:
     """MosaicML Streaming: MDS shards of the same bytes, next-fit."""
     streaming = _import_streaming()
-    is_picture = cfg.data.sources["bench"].shards.startswith("photos")
-    folder = Path(cfg.data.root) / ("mds-photos" if is_picture else "mds-ids")
+    is_image = cfg.data.sources["bench"].shards.startswith("photos")
+    folder = Path(cfg.data.root) / ("mds-photos" if is_image else "mds-ids")
     if not (folder / "index.json").exists():
         import webdataset
 
         urls = expand_shards(cfg.data.sources["bench"].shards, cfg.data.root)
-        with streaming.MDSWriter(out=str(folder), columns={"picture": "bytes", "json": "bytes"}) as writer:
+        with streaming.MDSWriter(out=str(folder), columns={"image": "bytes", "json": "bytes"}) as writer:
             for sample in webdataset.WebDataset(urls, shardshuffle=False):
-                writer.write({"picture": sample["jpg" if is_picture else "vq.npy"], "json": sample["json"]})
+                writer.write({"image": sample["jpg" if is_image else "vq.npy"], "json": sample["json"]})
     streaming.base.util.clean_stale_shared_memory()
     samples = streaming.StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
 
     def encoded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for sample in itertools.chain.from_iterable(itertools.repeat(samples)):
-            yield maker.encode(sample["picture"], sample["json"], is_picture=is_picture)
+            yield maker.encode(sample["image"], sample["json"], is_image=is_image)
 
     return _loaded(_Packed(encoded, maker), cfg.data.workers)
 
@@ -289,7 +289,7 @@ def _loaded(dataset: IterableDataset, workers: int) -> Iterable[dict[str, torch.
 
 
 def _import_streaming() -> types.ModuleType:
-    """Streaming imports torchvision for its ready-made picture datasets, which are not used here: a stand-in serves
+    """Streaming imports torchvision for its ready-made image datasets, which are not used here: a stand-in serves
     while it is imported."""
     import transformers  # noqa: F401  - it looks for torchvision while it is imported, and must not find the stand-in
 

@@ -46,7 +46,7 @@ class Side(Protocol):
 
 
 def config(folder: Path, shards: str, tokenizer: TokenizerConfig, workers: int = 0, **data: Any) -> RunConfig:
-    """A run over generation samples alone, as in stage 2: 384-pixel pictures, rows of SEQ_LEN tokens, whole
+    """A run over generation samples alone, as in stage 2: 384-pixel images, rows of SEQ_LEN tokens, whole
     captions."""
     cfg = RunConfig(tokenizer=tokenizer)
     cfg.data.root, cfg.data.workers, cfg.data.seq_len = str(folder), workers, SEQ_LEN
@@ -90,10 +90,10 @@ class Ours:
 
 class Bare:
     """The limit: in tar order, one sample at a time, read its members at known offsets, parse the JSON, tokenise the
-    caption, decode and transform the picture (or view the stored ids). No checks, no labels, no packing, no batch;
+    caption, decode and transform the image (or view the stored ids). No checks, no labels, no packing, no batch;
     results are dropped.
 
-    It uses the loader's own picture function and the loader's own tokenizer call, on descriptors that stay open.
+    It uses the loader's own image function and the loader's own tokenizer call, on descriptors that stay open.
     """
 
     name = "bare loop"
@@ -110,8 +110,8 @@ class Bare:
         self._samples = itertools.cycle(list(self._locate(cfg)))
 
     def _locate(self, cfg: RunConfig) -> Iterator[tuple[int, int, int, int, int, int, bool]]:
-        """Of each sample: descriptor, offset and size of the picture or ids, then of the JSON, and whether it is a
-        picture."""
+        """Of each sample: descriptor, offset and size of the image or ids, then of the JSON, and whether it is a
+        image."""
         reader = ShardReader()
         for path in expand_shards(cfg.data.sources["bench"].shards, cfg.data.root):
             shard = reader.stat(path)
@@ -125,8 +125,8 @@ class Bare:
             for number in range(len(members.keys)):
                 first = int(members.member_start[number])
                 where = {members.extensions[members.extension[first + k]]: first + k for k in (0, 1)}
-                picture, text = where.get("jpg", where.get("vq.npy")), where["json"]
-                read = (descriptor, int(members.offset[picture]), int(members.size[picture]))
+                image, text = where.get("jpg", where.get("vq.npy")), where["json"]
+                read = (descriptor, int(members.offset[image]), int(members.size[image]))
                 if stored is not None:
                     read = (stored, NPY_HEADER + number * 2 * SLOTS, 2 * SLOTS)
                 elif "vq.npy" in where:
@@ -146,13 +146,13 @@ class Bare:
 
     def advance(self, samples: int) -> tuple[int, int]:
         pread, loads, encode, load, size = os.pread, json.loads, self._encode, self._load, self._size
-        for descriptor, offset, length, text, text_offset, text_length, is_picture in itertools.islice(
+        for descriptor, offset, length, text, text_offset, text_length, is_image in itertools.islice(
             self._samples, samples
         ):
             data = pread(descriptor, length, offset)
             caption = loads(pread(text, text_length, text_offset))["caption"]
             encode(caption)
-            if is_picture:
+            if is_image:
                 load(data, size)
             else:
                 np.frombuffer(data, np.uint16)

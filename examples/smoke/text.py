@@ -35,7 +35,7 @@ class Topic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dialogue:
+class Conversation:
     """One question about Python and its answer."""
 
     question: str
@@ -95,13 +95,14 @@ def _first_sentences(paragraph: str) -> str:
     return answer[:MAX_ANSWER_CHARACTERS]
 
 
-def split_conversations(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Dialogue], list[Dialogue]]:
+def split_conversations(seed: int, *, held_out_share: float = 0.1) -> tuple[list[Conversation], list[Conversation]]:
     """Return training and held-out conversations: every paragraph of a topic answers one question about the topic.
 
-    No two conversations have the same answer, so none is on both sides of the split. One conversation a paragraph, and not many
-    a topic: with few distinct answers a run of minutes learns them by heart, and its held-out loss rises.
+    No two conversations have the same answer, so none is on both sides of the split. There is one conversation a
+    paragraph, and not many a topic: with few distinct answers a run of minutes learns them by heart, and its held-out
+    loss rises.
     """
-    sides: tuple[list[Dialogue], list[Dialogue]] = ([], [])
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
     seen: set[str] = set()
     for topic in load_topics():
         for paragraph in topic.paragraphs:
@@ -112,5 +113,5 @@ def split_conversations(seed: int, *, held_out_share: float = 0.1) -> tuple[list
             rng = generator(seed, "dialogue", answer)
             held_out = rng.random() < held_out_share
             wording = CONVERSATION_QUESTIONS[int(rng.integers(len(CONVERSATION_QUESTIONS)))]
-            sides[held_out].append(Dialogue(question=wording.format(topic.title), answer=answer))
+            sides[held_out].append(Conversation(question=wording.format(topic.title), answer=answer))
     return sides

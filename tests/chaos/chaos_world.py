@@ -25,19 +25,19 @@ class World:
 
 
 def build_world(folder: Path, seed: int) -> World:
-    """Write shards and tokenizer, with one undecodable picture in two sources: the ledger has something to remember."""
+    """Write shards and tokenizer, with one undecodable image in two sources: the ledger has something to remember."""
     world = World(folder / "data", folder / "tokenizer")
     if not (folder / "complete").exists():
         build_shards(world.data, seed, SIZES)
         for shard in (world.data / "digits-gen" / "00000.tar", world.data / "scenes-und" / "00000.tar"):
-            _break_a_picture(shard)
+            _break_a_image(shard)
         train_tokenizer(world.data, world.tokenizer)
         (folder / "complete").touch()
     return world
 
 
-def _break_a_picture(shard: Path) -> None:
-    """Zero the middle of the shard's first PNG: the tar stays whole, the picture cannot be decoded."""
+def _break_a_image(shard: Path) -> None:
+    """Zero the middle of the shard's first PNG: the tar stays whole, the image cannot be decoded."""
     data = bytearray(shard.read_bytes())
     start = data.index(b"\x89PNG") + 60
     data[start : start + 40] = bytes(40)
