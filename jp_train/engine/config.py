@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig
-from jp_train.config.schema import Precision
+from jp_train.config.choices import Precision
 from jp_train.errors import ConfigError
 
 OWNED_KEYS = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jp_train.config.schema import Precision
+from jp_train.config.choices import Precision
 from jp_train.engine.init import Engine, gather_for_reading
 from jp_train.errors import CheckpointError, JpTrainError
 from jp_train.model.export import write_export

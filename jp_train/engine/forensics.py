@@ -39,7 +39,7 @@ class Forensics:
         self, cfg: RunConfig, ranks: Ranks, tokenizer: Tokenizer, model: torch.nn.Module, optimizer: Any
     ) -> None:
         self._cfg, self._ranks, self._tokenizer, self._model, self._optimizer = cfg, ranks, tokenizer, model, optimizer
-        self._norms: dict[str, dict[str, float]] = {}
+        self._norms: dict[str, dict[str, float | None]] = {}
 
     def inspect(self) -> None:
         """Take the norms of weights and gradients of the present step. Collective: one reduction."""
@@ -65,7 +65,8 @@ class Forensics:
                 "losses": {key: value for key, value in values.items() if key.startswith("loss/")},
                 "lr": values.get("optim/lr"),
                 "blocks": self._norms,
-                "explain": f"jp-train data explain {self._cfg.run_dir}/config.yaml --step {step} --run {self._cfg.run_dir}",
+                "explain": f"jp-train data explain {self._cfg.run_dir}/config.yaml --step {step} --run "
+                f"{self._cfg.run_dir}",
                 "rows": [row for rows in everybodys for row in rows],
             }
             try:
@@ -111,7 +112,7 @@ def block_of(name: str) -> str:
 @torch.no_grad()
 def block_norms(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """{block: {"weights": norm, "gradients": norm or None where frozen, "gradients_not_finite": elements}} from
     partitions alone. Collective.
 
@@ -122,6 +123,7 @@ def block_norms(
     sums: dict[str, torch.Tensor] = {}
     trained: set[str] = set()
     for name, parameter in named_parameters:
+        assert hasattr(parameter, "ds_tensor") and hasattr(parameter, "ds_numel"), f"{name} is not partitioned"
         block = block_of(name)
         row = sums.setdefault(block, torch.zeros(3, dtype=torch.float64, device=parameter.ds_tensor.device))
         weights = parameter.ds_tensor.data.flatten()

@@ -24,7 +24,7 @@ class HeldOut:
     ) -> None:
         self._kinds = {name: cfg.validation.sources[name].kind.value for name in batches}
         self._device = ranks.device
-        self._batches = {name: [self._prepare(batch, engine) for batch in own] for name, own in batches.items()}
+        self._batches = {name: [self._prepare(batch, engine) for batch in local] for name, local in batches.items()}
 
     def __bool__(self) -> bool:
         return bool(self._batches)

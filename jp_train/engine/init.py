@@ -83,7 +83,8 @@ def init_process_group(cfg: RunConfig) -> Ranks:
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(
-            f"rank {os.environ['RANK']} could not meet the other ranks at {where} within {timeout.total_seconds():.0f} s "
+            f"rank {os.environ['RANK']} could not meet the other ranks at {where} within "
+            f"{timeout.total_seconds():.0f} s "
             f"(engine.collective_timeout_s): {error}. A rank did not start or ended first: its own output is the cause"
         ) from error
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
@@ -101,7 +102,8 @@ def leave_process_group(exit_code: int = 0, *, within_s: float = LEAVE_S) -> Non
 
     def end() -> None:
         print(
-            f"rank {os.environ.get('RANK', '0')}: the process group does not close within {within_s:g} s; ending without it (everything is saved)",
+            f"rank {os.environ.get('RANK', '0')}: the process group does not close within {within_s:g} s; ending "
+            "without it (everything is saved)",
             file=sys.stderr,
             flush=True,
         )

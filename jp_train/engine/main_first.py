@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from jp_train.engine.init import Ranks
 from jp_train.errors import JpTrainError, LaunchError
@@ -40,13 +40,13 @@ def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
     `action` may take as long as it likes on rank 0, and may not run collectives. Raises LaunchError on the others when
     rank 0 is gone.
     """
-    result: T | None = None
+    results: list[T] = []
     box: list[JpTrainError | None] = [None]
     turn = next(_turns)
     if ranks.is_main:
         with _signs_of_life(ranks, turn):
             try:
-                result = action()
+                results.append(action())
             except JpTrainError as error:
                 box[0] = error
     elif ranks.dp_world_size > 1:
@@ -55,11 +55,11 @@ def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         raise box[0]
-    return result if ranks.is_main else action()  # type: ignore[return-value]
+    return results[0] if results else action()
 
 
-def _store() -> Any:
-    return dist.PrefixStore("jp_train/main_first", _get_default_store())
+def _store() -> PrefixStore:
+    return PrefixStore("jp_train/main_first", _get_default_store())
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _signs_of_life(ranks: Ranks, turn: int) -> Iterator[None]:
 
 def _await(ranks: Ranks, turn: int) -> None:
     """Until rank 0 is done. The store is asked by a thread: it may not answer at all when rank 0's host is frozen."""
-    store, over, heard = _store(), threading.Event(), threading.Event()
+    store, over, answered = _store(), threading.Event(), threading.Event()
     lost: list[str] = []
 
     def ask() -> None:
@@ -98,7 +98,7 @@ def _await(ranks: Ranks, turn: int) -> None:
                     over.set()
                 elif (now := store.add("alive", 0)) != counted:
                     counted = now
-                    heard.set()
+                    answered.set()
                 pause = min(BEAT_S, 2 * pause)
         except RuntimeError as error:
             lost.append(str(error).partition("\n")[0])
@@ -107,8 +107,8 @@ def _await(ranks: Ranks, turn: int) -> None:
     threading.Thread(target=ask, name="await-main", daemon=True).start()
     since = time.monotonic()
     while not over.wait(LOOK_S):
-        if heard.is_set():
-            heard.clear()
+        if answered.is_set():
+            answered.clear()
             since = time.monotonic()
         elif time.monotonic() - since > SILENT_S:
             over.set()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from jp_train.config.schema import RatioUnit
+from jp_train.config.choices import RatioUnit
 from jp_train.types import KINDS, LossTerms, PackedBatch, Provenance
 
 GIB = 2**30

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from jp_train.config.schema import LossConfig, Reduction
+from jp_train.config.choices import Reduction
+from jp_train.config.schema import LossConfig
 from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from jp_train.config.schema import OptimizerConfig, Schedule
+from jp_train.config.choices import Schedule
+from jp_train.config.schema import OptimizerConfig
 
 
 def lr_factor(step: int, *, warmup_steps: int, warmup_from: float, schedule: Schedule, training_steps: int) -> float:

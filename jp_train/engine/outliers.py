@@ -1,11 +1,10 @@
-"""Which steps are bad: not finite, or far above what the steps before them were. The same numbers give the same decision
-on every rank.
+"""Which steps are bad: not finite, or far above the steps before them. The same numbers give the same decision on
+every rank.
 
-Median and median distance are used because one spike moves a mean and a standard deviation so far that the next one
-looks usual. Only values above the
-median count: a loss that falls is what training is for. Every finite step enters the window, outliers too: after a
-lasting shift (another mixture, a new source) the window learns the new level within half its length instead of crying
-for ever.
+Median and median distance are used because one spike moves a mean and a standard deviation so far that the next spike
+looks normal. Only values above the median count: a falling loss is the purpose of training. Every finite step enters
+the window, outliers too: after a lasting shift (another mixture, a new source) the window learns the new level within
+half its length and stops reporting.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from jp_train.config.schema import GuardConfig, OutlierAction
+from jp_train.config.choices import OutlierAction
+from jp_train.config.schema import GuardConfig
 
 SPREAD_OF_MEDIAN_DISTANCE = 1.4826
 """Makes the median distance from the median the standard deviation of a normal distribution."""
@@ -60,26 +60,27 @@ class RollingStatistics:
 
     def judge(self, loss: float, grad_norm: float) -> UpdateDecision:
         """Decide about a step with these values, and remember them."""
-        cfg, found = self._cfg, {"loss": loss, "grad_norm": grad_norm}
-        broken = [name.replace("_", " ") for name, value in found.items() if not math.isfinite(value)]
+        cfg, values = self._cfg, {"loss": loss, "grad_norm": grad_norm}
+        broken = [name.replace("_", " ") for name, value in values.items() if not math.isfinite(value)]
         if broken:
             return UpdateDecision(
                 loss, grad_norm, cfg.nonfinite_action.value, f"{' and '.join(broken)} not finite", self.summary()
             )
         statistics, before = self.summary(), len(self._values["loss"])
-        for name, value in found.items():
+        for name, value in values.items():
             self._values[name].append(value)
         if cfg.outlier_action is OutlierAction.off:
             return UpdateDecision(loss, grad_norm)
-        high = [name for name, value in found.items() if name in statistics and value > statistics[name]["limit"]]
+        high = [name for name, value in values.items() if name in statistics and value > statistics[name]["limit"]]
         if not high:
             return UpdateDecision(loss, grad_norm)
-        told = [
-            f"{name.replace('_', ' ')} {found[name]:.4g} is {(found[name] - statistics[name]['median']) / statistics[name]['spread']:.0f} spreads above the median "
+        reasons = [
+            f"{name.replace('_', ' ')} {values[name]:.4g} is "
+            f"{(values[name] - statistics[name]['median']) / statistics[name]['spread']:.0f} spreads above the median "
             f"{statistics[name]['median']:.4g} of the last {before} steps"
             for name in high
         ]
-        return UpdateDecision(loss, grad_norm, cfg.outlier_action.value, " and ".join(told), statistics)
+        return UpdateDecision(loss, grad_norm, cfg.outlier_action.value, " and ".join(reasons), statistics)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """{"loss" | "grad_norm": {"median", "spread", "limit"}}; empty while the window is shorter than a quarter of

@@ -95,13 +95,16 @@ class FreezeWatch:
         ]
         if changed:
             raise FreezeProofError(
-                f"{len(changed)} frozen parameter(s) changed in step {step}: {_some(changed)}. stage.trainable does not list their modules, so no code "
+                f"{len(changed)} frozen parameter(s) changed in step {step}: {_some(changed)}. stage.trainable does "
+                "not list their modules, so no code "
                 "may write to them: look for in-place updates outside the optimizer"
             )
         if missed:
             raise FreezeProofError(
-                f"{len(missed)} trainable parameter(s) got no gradient in some micro-batch of step {step} on some rank: {_some(missed)}. Every trainable "
-                "parameter must take part in every micro-batch (ZeRO-3 would re-apply old gradients): the model's forward pass skips them"
+                f"{len(missed)} trainable parameter(s) got no gradient in some micro-batch of step {step} on some "
+                f"rank: {_some(missed)}. Every trainable "
+                "parameter must take part in every micro-batch (ZeRO-3 would re-apply old gradients): the model's "
+                "forward pass skips them"
             )
         if applied and not grad_norm < float("inf"):
             raise FreezeProofError(f"step {step} was applied with a gradient norm of {grad_norm}")
@@ -135,15 +138,16 @@ def refuse_leaks(
     What the stage trains is asked of its configuration, not of `requires_grad`: code that sets the flag is one way in
     which a frozen weight learns.
     """
-    named, wanted = list(named_parameters), set(trainable)
+    named, expected = list(named_parameters), set(trainable)
     ids = {id(parameter) for parameter in held}
     leaked = [
-        name for name, parameter in named if name not in wanted and (id(parameter) in ids or parameter.requires_grad)
+        name for name, parameter in named if name not in expected and (id(parameter) in ids or parameter.requires_grad)
     ]
-    missing = [name for name, parameter in named if name in wanted and id(parameter) not in ids]
+    missing = [name for name, parameter in named if name in expected and id(parameter) not in ids]
     if leaked:
         raise FreezeProofError(
-            f"{len(leaked)} frozen parameter(s) are open to training, in the optimizer or by requires_grad: {_some(leaked)}. stage.trainable does not list "
+            f"{len(leaked)} frozen parameter(s) are open to training, in the optimizer or by requires_grad: "
+            f"{_some(leaked)}. stage.trainable does not list "
             "their modules: only `freeze.set_trainable` may decide what learns, and before the engine is built"
         )
     if missing:
@@ -160,8 +164,8 @@ def checksums(parameters: Iterable[torch.Tensor]) -> list[int]:
     the number of ranks nor padding matters.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = [_slice_checksum(parameter, rank, world) for parameter in parameters]
-    return _over_ranks(torch.tensor(own, dtype=torch.int64), dist.ReduceOp.SUM)
+    local = [_slice_checksum(parameter, rank, world) for parameter in parameters]
+    return _over_ranks(torch.tensor(local, dtype=torch.int64), dist.ReduceOp.SUM)
 
 
 def copies_checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -181,7 +185,9 @@ def combined(values: list[int]) -> str:
 
 
 def _slice_checksum(parameter: torch.Tensor, rank: int, world: int) -> int:
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: a contiguous slice of the flattened parameter, the last one padded
+    if hasattr(parameter, "ds_tensor") and hasattr(
+        parameter, "ds_numel"
+    ):  # ZeRO-3: a contiguous slice of the flattened parameter, the last one padded
         held = parameter.ds_tensor.data.flatten()
         start = held.numel() * rank
         values = held[: max(0, min(held.numel(), parameter.ds_numel - start))]

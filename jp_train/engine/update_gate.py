@@ -38,7 +38,8 @@ class UpdateGate:
     ) -> None:
         if not callable(getattr(optimizer, _HOOK, None)) or not hasattr(optimizer, "grad_partitions_flat_buffer"):
             raise JpTrainError(
-                f"{type(optimizer).__name__} of this DeepSpeed has no {_HOOK}, where jp_train decides about an update; install the version in setup.cfg"
+                f"{type(optimizer).__name__} of this DeepSpeed has no {_HOOK}, where jp_train decides about an "
+                "update; install the version in setup.cfg"
             )
         from deepspeed.utils import logger
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jp_train.config.schema import RunConfig, SourceKind
+from jp_train.config.choices import SourceKind
+from jp_train.config.schema import RunConfig
 from jp_train.data.image import TRANSFORM_VERSION
 from jp_train.data.vq_ids import IdsRecipe
 from jp_train.model.pretrained import load_vq

@@ -62,7 +62,8 @@ def packed_attention(
     """
     if cu_seqlens is None or max_seqlen is None:
         raise ValueError(
-            f"{PACKED_ATTENTION} was called without cu_seqlens and max_seqlen: documents would see each other. Pass both to the language "
+            f"{PACKED_ATTENTION} was called without cu_seqlens and max_seqlen: documents would see each other. Pass "
+            "both to the language "
             "model's forward, or set its attention implementation to 'sdpa' for inference"
         )
     if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1:
@@ -102,12 +103,14 @@ def _varlen_attention(
     max_seqlen: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """The fused kernel over all documents at once.  ``[H|K, T, C]`` in, ``[T, H, C]`` out; window (-1, 0) means causal."""
+    """The fused kernel over all documents at once.  ``[H|K, T, C]`` in, ``[T, H, C]`` out; window (-1, 0) is causal."""
     q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(
+    out = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
     )
+    assert isinstance(out, torch.Tensor)  # a pair only where return_aux asks for it
+    return out
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from jp_train.config.schema import LanguageConfig, ModelConfig, VisionConfig, VQConfig
 from jp_train.errors import CheckpointError
 from jp_train.model.parameters import check_sizes
+
+
+class Parts(NamedTuple):
+    """The configurations of a model's three parts."""
+
+    vision: JanusVisionConfig
+    vq: JanusVQVAEConfig
+    text: LlamaConfig
+
+
+def parts_of(config: JanusConfig) -> Parts:
+    """Its parts, which transformers declares as a dictionary or any configuration.
+
+    Raises:
+        CheckpointError: if one is of another kind.
+    """
+    vision, vq, text = config.vision_config, config.vq_config, config.text_config
+    if isinstance(vision, JanusVisionConfig) and isinstance(vq, JanusVQVAEConfig) and isinstance(text, LlamaConfig):
+        return Parts(vision, vq, text)
+    kinds = ", ".join(type(part).__name__ for part in (vision, vq, text))
+    raise CheckpointError(f"the model has parts {kinds}; expected Janus' vision tower and tokenizer, and a Llama")
+
+
+def rope_theta(text: LlamaConfig) -> float:
+    """The base of the rotary position embedding."""
+    theta = (text.rope_parameters or {}).get("rope_theta")
+    if not isinstance(theta, (int, float)):
+        raise CheckpointError(f"rope_parameters {text.rope_parameters} name no rope_theta")
+    return float(theta)
 
 
 def build_config(
@@ -95,18 +124,18 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         return _from_released_config(raw)
     if raw.get("model_type") != "janus":
         raise CheckpointError(
-            f"{file} has model_type {raw.get('model_type')!r}; expected 'janus' (transformers) or 'multi_modality' (deepseek-ai)"
+            f"{file} has model_type {raw.get('model_type')!r}; expected 'janus' (transformers) or 'multi_modality' "
+            "(deepseek-ai)"
         )
-    config = JanusConfig.from_dict(raw)
-    vision, vq = config.vision_config, config.vq_config
+    vision, vq, text = parts_of(JanusConfig.from_dict(raw))
     return ModelConfig(
         vision=VisionConfig(
             hidden_size=vision.hidden_size,
             layers=vision.num_hidden_layers,
             heads=vision.num_attention_heads,
             mlp_ratio=float(vision.mlp_ratio),
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
+            image_size=_side(vision.image_size, file),
+            patch_size=_side(vision.patch_size, file),
         ),
         vq=VQConfig(
             codebook_size=vq.num_embeddings,
@@ -116,7 +145,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
             res_blocks=vq.num_res_blocks,
             latent_channels=vq.latent_channels,
         ),
-        language=_language(config.text_config, file),
+        language=_language(text, file),
     )
 
 
@@ -126,16 +155,24 @@ def _from_released_config(raw: dict[str, Any]) -> ModelConfig:
     tower, vq = raw["vision_config"]["params"]["model_name"], raw["gen_vision_config"]["cls"]
     if tower != "siglip_large_patch16_384" or vq != "VQ-16":
         raise CheckpointError(
-            f"config.json names the vision tower {tower!r} and the tokenizer {vq!r}; siglip_large_patch16_384 and VQ-16 are known"
+            f"config.json names the vision tower {tower!r} and the tokenizer {vq!r}; siglip_large_patch16_384 and "
+            "VQ-16 are known"
         )
     given = {k: v for k, v in raw["language_config"].items() if k not in ("torch_dtype", "model_type")}
     return ModelConfig(language=_language(LlamaConfig(**given), Path("config.json")))
 
 
+def _side(value: int | list[int] | tuple[int, int], file: Path) -> int:
+    if not isinstance(value, int):
+        raise CheckpointError(f"{file} has images or patches of {value}; only squares, given as one number, are known")
+    return value
+
+
 def _language(text: LlamaConfig, file: Path) -> LanguageConfig:
     if text.num_key_value_heads != text.num_attention_heads:
         raise CheckpointError(
-            f"{file} has {text.num_key_value_heads} key/value heads for {text.num_attention_heads} heads: grouped attention is not supported"
+            f"{file} has {text.num_key_value_heads} key/value heads for {text.num_attention_heads} heads: grouped "
+            "attention is not supported"
         )
     return LanguageConfig(
         hidden_size=text.hidden_size,
@@ -144,6 +181,6 @@ def _language(text: LlamaConfig, file: Path) -> LanguageConfig:
         heads=text.num_attention_heads,
         vocab_size=text.vocab_size,
         rms_norm_eps=float(text.rms_norm_eps),
-        rope_theta=float(text.rope_parameters["rope_theta"]),
+        rope_theta=rope_theta(text),
         max_position_embeddings=text.max_position_embeddings,
     )

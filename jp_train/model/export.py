@@ -15,6 +15,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 from jp_train.errors import CheckpointError
 from jp_train.files import fsync
 from jp_train.model import layouts
+from jp_train.model.configuration import parts_of, rope_theta
 from jp_train.model.partition_files import StreamedShard
 from jp_train.model.sampling import GENERATION_FILE, Sampling
 from jp_train.model.vq import unit_rows
@@ -185,7 +186,8 @@ def _check_complete(janus_config: JanusConfig, seen: set[str]) -> None:
     missing, unknown = sorted(expected - seen), sorted(seen - expected)
     if missing or unknown:
         raise CheckpointError(
-            f"export: {len(missing)} tensors missing ({', '.join(missing[:4])}), {len(unknown)} unknown ({', '.join(unknown[:4])}): "
+            f"export: {len(missing)} tensors missing ({', '.join(missing[:4])}), {len(unknown)} unknown "
+            f"({', '.join(unknown[:4])}): "
             "give the trained module's and the VQ tokenizer's tensors under transformers' names"
         )
 
@@ -219,7 +221,7 @@ def _generation_config(special: SpecialTokens, sampling: Sampling) -> dict[str, 
 
 
 def _image_processor(janus_config: JanusConfig) -> dict[str, Any]:
-    side = janus_config.vision_config.image_size
+    side = parts_of(janus_config).vision.image_size
     return {
         "image_processor_type": "JanusImageProcessor",
         "size": {"height": side, "width": side},
@@ -238,7 +240,7 @@ def _image_processor(janus_config: JanusConfig) -> dict[str, Any]:
 def _released_config(janus_config: JanusConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of ``MultiModalityCausalLM``.  The key ``jp_train`` adds the sizes that the released classes
     hard-code."""
-    vision, vq, text = janus_config.vision_config, janus_config.vq_config, janus_config.text_config
+    vision, vq, text = parts_of(janus_config)
     width = text.hidden_size
 
     def module(cls: str, model_type: str, **params: Any) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def _released_config(janus_config: JanusConfig, dtype: torch.dtype) -> dict[str,
             "num_key_value_heads": text.num_key_value_heads,
             "vocab_size": text.vocab_size,
             "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": text.rope_parameters["rope_theta"],
+            "rope_theta": rope_theta(text),
             "max_position_embeddings": text.max_position_embeddings,
             "torch_dtype": str(dtype).removeprefix("torch."),
         },

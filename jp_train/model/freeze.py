@@ -76,23 +76,23 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
     Raises:
         ConfigError: for a name that is no module (with the nearest valid one), a name given twice, or no name at all.
     """
-    wanted = list(names)
-    for name in wanted:
+    trainable = list(names)
+    for name in trainable:
         if name not in PREFIXES:
             close = difflib.get_close_matches(name, PREFIXES, n=1, cutoff=0.4)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             extra = " (the VQ tokenizer is never trained here)" if name == VQ_MODULE else ""
             raise ConfigError(f"stage.trainable: unknown module {name!r}{extra}{hint} Known: {', '.join(PREFIXES)}")
-    if not wanted or len(set(wanted)) != len(wanted):
+    if not trainable or len(set(trainable)) != len(trainable):
         raise ConfigError(
-            f"stage.trainable={wanted}: list each module that learns once, and at least one of {', '.join(PREFIXES)}"
+            f"stage.trainable={trainable}: list each module that learns once, and at least one of {', '.join(PREFIXES)}"
         )
 
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     lists: dict[bool, list[str]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         module = module_of(name)
-        learns = module in wanted
+        learns = module in trainable
         parameter.requires_grad_(learns)
         counts[learns][module] = counts[learns].get(module, 0) + getattr(parameter, "ds_numel", parameter.numel())
         lists[learns].append(name)

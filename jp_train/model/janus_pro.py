@@ -30,9 +30,10 @@ from transformers.models.janus.modeling_janus import (
 )
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from jp_train.config.schema import LossConfig, ModelConfig, Reduction
+from jp_train.config.choices import Reduction
+from jp_train.config.schema import LossConfig, ModelConfig
 from jp_train.model.attention import PACKED_ATTENTION
-from jp_train.model.configuration import build_config
+from jp_train.model.configuration import build_config, parts_of, rope_theta
 from jp_train.model.loss import (
     N_KINDS,
     CrossEntropyLinear,
@@ -57,7 +58,7 @@ class Float32Rotary(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.theta = float(config.rope_parameters["rope_theta"])
+        self.theta = rope_theta(config)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,13 +88,14 @@ class JanusBody(nn.Module):
 
     def __init__(self, config: JanusConfig) -> None:
         super().__init__()
-        self.vision_model = JanusVisionModel(config.vision_config)
-        self.aligner = JanusVisionAlignerMLP(config.vision_config)
-        self.generation_embeddings = nn.Embedding(config.vq_config.num_embeddings, config.vq_config.embed_dim)
-        self.generation_aligner = JanusVQVAEAlignerMLP(config.vq_config)
-        self.generation_head = GenerationHead(config.vq_config)
-        self.language_model = LlamaModel(config.text_config)
-        self.language_model.rotary_emb = Float32Rotary(config.text_config)
+        vision, vq, text = parts_of(config)
+        self.vision_model = JanusVisionModel(vision)
+        self.aligner = JanusVisionAlignerMLP(vision)
+        self.generation_embeddings = nn.Embedding(vq.num_embeddings, vq.embed_dim)
+        self.generation_aligner = JanusVQVAEAlignerMLP(vq)
+        self.generation_head = GenerationHead(vq)
+        self.language_model = LlamaModel(text)
+        self.language_model.register_module("rotary_emb", Float32Rotary(text))
 
 
 class JanusPro(nn.Module):
@@ -113,14 +115,16 @@ class JanusPro(nn.Module):
     ) -> None:
         super().__init__()
         config = build_config(cfg, image_token_id)
-        config.vision_config._attn_implementation = "sdpa"
-        config.text_config._attn_implementation = PACKED_ATTENTION
+        self.parts = parts_of(config)
+        self.parts.vision._attn_implementation = "sdpa"
+        self.parts.text._attn_implementation = PACKED_ATTENTION
         self.janus_config = config
         self.loss_config = loss
         self.n_sources = n_sources
-        self.slots = config.vision_config.num_image_tokens
+        self.side = cfg.vision.image_size
+        self.slots = self.parts.vision.num_image_tokens
         self.model = JanusBody(config)
-        self.lm_head = CrossEntropyLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = CrossEntropyLinear(self.parts.text.hidden_size, self.parts.text.vocab_size, bias=False)
         if activation_checkpointing:
             for part in (self.model.vision_model, self.model.language_model):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,7 +136,7 @@ class JanusPro(nn.Module):
             ValueError: if VQ ids are still pending (``vq.fill_pending`` comes first), or slots and pictures do not
             match.
         """
-        batch = _at_least_one_token(batch)
+        batch = _never_empty(batch)
         hidden = self.hidden_states(batch)
         owner = document_of_token(batch)
         chunk = self.loss_config.chunk_tokens
@@ -142,12 +146,12 @@ class JanusPro(nn.Module):
         image_losses = self.model.generation_head(hidden[image.positions], image.labels, chunk)
 
         heads = ((text_losses, text), (image_losses, image))
-        kinds = [grouped_sums(x, found, batch.document_kinds, N_KINDS) for x, found in heads]
-        sources = [grouped_sums(x, found, batch.document_sources, self.n_sources) for x, found in heads]
+        kinds = [grouped_sums(x, supervised, batch.document_kinds, N_KINDS) for x, supervised in heads]
+        sources = [grouped_sums(x, supervised, batch.document_sources, self.n_sources) for x, supervised in heads]
         mean_sum = None
         if self.loss_config.reduction is Reduction.sample_mean:
             weights = (self.loss_config.text_weight, self.loss_config.image_weight)
-            parts = [(x, found, w) for (x, found), w in zip(heads, weights, strict=True)]
+            parts = [(x, supervised, w) for (x, supervised), w in zip(heads, weights, strict=True)]
             mean_sum = document_mean_sum(parts, len(batch.document_lengths))
         return LossTerms(
             text_sum=text_losses.sum(),
@@ -163,7 +167,7 @@ class JanusPro(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """The language model's output ``[T, d]``, after its final norm."""
-        if self.janus_config.text_config._attn_implementation != PACKED_ATTENTION:
+        if self.parts.text._attn_implementation != PACKED_ATTENTION:
             raise ValueError("packed rows inside `plain_attention()`: documents would see each other")
         embeddings = self.input_embeddings(batch)
         out = self.model.language_model(
@@ -182,8 +186,7 @@ class JanusPro(nn.Module):
         embeddings = self.model.language_model.embed_tokens(batch.input_ids)
 
         present = len(batch.und_images) > 0
-        side = self.janus_config.vision_config.image_size
-        images = batch.und_images if present else batch.und_images.new_zeros(1, 3, side, side)
+        images = batch.und_images if present else batch.und_images.new_zeros(1, 3, self.side, self.side)
         features = self.image_features(images).flatten(0, 1)
         embeddings = _place(embeddings, batch.und_slots if present else None, features)
 
@@ -204,7 +207,7 @@ class JanusPro(nn.Module):
     def plain_attention(self) -> Iterator[None]:
         """Within it the language model takes ordinary batches with a padding mask and a KV cache; packed rows are
         refused."""
-        config = self.janus_config.text_config
+        config = self.parts.text
         config._attn_implementation = "sdpa"
         try:
             yield
@@ -223,33 +226,36 @@ def _check_slots(batch: PackedBatch, slots: int) -> None:
     """Shapes only: reads no device value."""
     if len(batch.gen_pending):
         raise ValueError(
-            f"{len(batch.gen_pending)} generation pictures have no VQ ids yet: call vq.fill_pending(batch, vq) before the model"
+            f"{len(batch.gen_pending)} generation pictures have no VQ ids yet: call vq.fill_pending(batch, vq) before "
+            "the model"
         )
     for name, pictures in (("und", len(batch.und_images)), ("gen", len(batch.gen_ids))):
-        found = len(getattr(batch, f"{name}_slots"))
-        if found != pictures * slots:
+        positions = len(getattr(batch, f"{name}_slots"))
+        if positions != pictures * slots:
             raise ValueError(
-                f"{name}_slots has {found} positions for {pictures} pictures of {slots} slots: the data was encoded for another image size or "
+                f"{name}_slots has {positions} positions for {pictures} pictures of {slots} slots: the data was "
+                f"encoded "
+                "for another image size or "
                 "patch size than model.vision says"
             )
 
 
-def _at_least_one_token(batch: PackedBatch) -> PackedBatch:
+def _never_empty(batch: PackedBatch) -> PackedBatch:
     """A micro-batch without a token (an idle rank in validation) becomes one unsupervised token, so that every
     module still runs."""
     if len(batch.input_ids):
         return batch
-    one = batch.input_ids.new_zeros(1)
-    ignored = torch.full_like(one, IGNORE_INDEX)
+    zero = batch.input_ids.new_zeros(1)
+    ignored = torch.full_like(zero, IGNORE_INDEX)
     return replace(
         batch,
-        input_ids=one,
-        position_ids=one,
+        input_ids=zero,
+        position_ids=zero,
         labels=ignored,
         gen_labels=ignored,
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=one.device),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=zero.device),
         max_seqlen=1,
-        document_lengths=torch.ones_like(one),
-        document_kinds=one,
-        document_sources=one,
+        document_lengths=torch.ones_like(zero),
+        document_kinds=zero,
+        document_sources=zero,
     )

@@ -101,14 +101,14 @@ def from_released(key: str) -> list[tuple[str, Piece]]:
     """
     if _DROPPED.fullmatch(key):
         return []
-    found = [
+    pieces = [
         (rule.canonical.format(**match.groupdict()), rule.piece)
         for rule in RULES
         if (match := rule.released_pattern.fullmatch(key))
     ]
-    if not found:
+    if not pieces:
         raise KeyError(key)
-    return found
+    return pieces
 
 
 def to_released(name: str) -> tuple[str, Piece]:
@@ -157,6 +157,6 @@ def vq_part(key: str) -> str | None:
     if key.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) or re.match(
         r"(en|de)coder\.mid\.\d|quantize\.codebook_used", key
     ):
-        found = from_released("gen_vision_model." + key)
-        return found[0][0] if found else None
+        pieces = from_released("gen_vision_model." + key)
+        return pieces[0][0] if pieces else None
     return "model.vqmodel." + key

@@ -134,13 +134,13 @@ def document_of_token(batch: PackedBatch) -> torch.Tensor:
 
 
 def grouped_sums(
-    losses: torch.Tensor, found: SupervisedPositions, groups: torch.Tensor, n_groups: int
+    losses: torch.Tensor, positions: SupervisedPositions, groups: torch.Tensor, n_groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums float32 ``[n_groups]`` and counts int64 ``[n_groups]`` of losses by a property ``groups`` int64 ``[D]``
     of their document."""
-    index = groups[found.documents]
+    index = groups[positions.documents]
     sums = torch.zeros(n_groups, dtype=torch.float32, device=losses.device).index_add_(0, index, losses.detach())
-    ones = (found.labels != IGNORE_INDEX).to(torch.int64)
+    ones = (positions.labels != IGNORE_INDEX).to(torch.int64)
     return sums, torch.zeros(n_groups, dtype=torch.int64, device=losses.device).index_add_(0, index, ones)
 
 
@@ -151,9 +151,9 @@ def document_mean_sum(parts: list[tuple[torch.Tensor, SupervisedPositions, float
     """
     total = parts[0][0].new_zeros(n_documents)
     count = torch.zeros(n_documents, dtype=torch.int64, device=total.device)
-    for losses, found, weight in parts:
-        total = total.index_add(0, found.documents, losses * weight)
-        count.index_add_(0, found.documents, (found.labels != IGNORE_INDEX).to(torch.int64))
+    for losses, positions, weight in parts:
+        total = total.index_add(0, positions.documents, losses * weight)
+        count.index_add_(0, positions.documents, (positions.labels != IGNORE_INDEX).to(torch.int64))
     return (total / count.clamp(min=1)).sum()
 
 

@@ -14,6 +14,7 @@ one process can read a whole parameter. Nothing here knows DeepSpeed or torch.di
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -115,8 +116,8 @@ def write_shard(path: Path, tensors: NamedTensors) -> dict[str, Any]:
     tensors = sorted(tensors, key=lambda item: -item[1].element_size())
     size = crc = 0
     with path.open("xb") as file:
-        for data in (shard_header(tensors), *(tensor for _, tensor in tensors)):
-            view = memoryview(data) if isinstance(data, bytes) else _bytes_of(data.detach().to("cpu").contiguous())
+        parts = (_bytes_of(tensor.detach().to("cpu").contiguous()) for _, tensor in tensors)
+        for view in itertools.chain((memoryview(shard_header(tensors)),), parts):
             for start in range(0, len(view), BLOCK):
                 block = view[start : start + BLOCK]
                 file.write(block)
@@ -181,7 +182,7 @@ def index_text(parameters: Sequence[Parameter], *, world: int, with_frozen: bool
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file = path.open("rb")
             self._entries, self._start = self._header(path.stat().st_size)
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
@@ -236,7 +237,7 @@ class ShardReader:
         try:
             self._file.seek(self._start + first + start * dtype.itemsize)
             done = 0
-            while done < len(view) and (got := self._file.readinto(view[done : done + BLOCK])):  # type: ignore[attr-defined]
+            while done < len(view) and (got := self._file.readinto(view[done : done + BLOCK])):
                 done += got
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error

@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from jp_train.config.schema import GenEmbedInit, ModelConfig
+from jp_train.config.choices import GenEmbedInit
+from jp_train.config.schema import ModelConfig
 from jp_train.errors import ConfigError
 from jp_train.model.export import write_export
 from jp_train.model.freeze import module_of
@@ -155,8 +156,8 @@ def prepare_weights(
     if cfg.gen_embed_init is GenEmbedInit.codebook:
         gen_embed_from_codebook(model, vq, gather=gather, is_writer=is_writer)
     fresh = [name for name in (*parts, "aligner", "gen_aligner", "gen_head") if name not in loaded]
-    told = [f"{name} from {parts[name]}" for name in loaded]
-    return "; ".join([*told, f"fresh (seed {seed}): {', '.join(fresh)}; gen_embed: {cfg.gen_embed_init.value}"])
+    sources = [f"{name} from {parts[name]}" for name in loaded]
+    return "; ".join([*sources, f"fresh (seed {seed}): {', '.join(fresh)}; gen_embed: {cfg.gen_embed_init.value}"])
 
 
 def init_fresh(model: nn.Module, std: float, seed: int, *, gather: Gather = no_gather, is_writer: bool = True) -> None:

@@ -93,7 +93,8 @@ class VQTokenizer(nn.Module):
         """
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
-                f"expected uint8 pictures [n, 3, {self.image_size}, {self.image_size}], got {images.dtype} {list(images.shape)}"
+                f"expected uint8 pictures [n, 3, {self.image_size}, {self.image_size}], got {images.dtype} "
+                f"{list(images.shape)}"
             )
         codebook = self.codebook
         ids = [torch.empty(0, self.grid**2, dtype=torch.int64, device=images.device)]

@@ -13,6 +13,7 @@ import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,7 +128,8 @@ def open_weights(path: str | Path) -> WeightSource:
         return source.canonical()
     raise CheckpointError(
         f"{path} holds no Janus model: expected tensors like 'model.language_model.layers.0…' (transformers) or "
-        f"'language_model.model.layers.0…' (released), found {_some(keys)}. A part of a model goes into model.init_parts instead"
+        f"'language_model.model.layers.0…' (released), found {_some(keys)}. A part of a model goes into "
+        "model.init_parts instead"
     )
 
 
@@ -148,13 +150,13 @@ def open_part(path: str | Path, part: str) -> WeightSource:
         "vision_model": layouts.vision_part,
         "gen_vision_model": layouts.vq_part,
     }
-    wanted = prefixes.get(part, ("model.vqmodel.",))
+    selected = prefixes.get(part, ("model.vqmodel.",))
     source = _open(Path(path))
     keys = source.keys()
     if layouts.is_canonical(keys):
-        return source.select(wanted)
+        return source.select(selected)
     if layouts.is_released(keys):
-        return source.canonical().select(wanted)
+        return source.canonical().select(selected)
     source = source.renamed(renames[part])
     embeddings = "model.language_model.embed_tokens.weight"
     if part == "language_model" and "lm_head.weight" not in source.keys() and embeddings in source.keys():  # noqa: SIM118
@@ -176,7 +178,7 @@ def _open_checkpoint(path: Path) -> WeightSource:
         raise CheckpointError(f"{path} is no complete checkpoint: {_some(absent)} missing")
     reader = PartitionReader(path)
     held = [p for p in reader.parameters.values() if p.trained or reader.with_frozen]
-    entries = {p.name: _Entry(p.shape, lambda name=p.name: reader.whole(name)) for p in held}  # type: ignore[misc]
+    entries = {p.name: _Entry(p.shape, partial(reader.whole, p.name)) for p in held}
     if reader.with_frozen:
         entries.update(_open_file(path / "vq.safetensors"))
     else:
@@ -227,7 +229,7 @@ def _open_file(path: Path) -> dict[str, _Entry]:
         try:
             file = safe_open(path, framework="pt")
             return {
-                key: _Entry(tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key))  # type: ignore[misc]
+                key: _Entry(tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key))
                 for key in file.keys()  # noqa: SIM118 - safe_open is no dict
             }
         except (SafetensorError, OSError) as error:
@@ -244,7 +246,7 @@ def _open_file(path: Path) -> dict[str, _Entry]:
             state = state[wrapper]
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
-    return {k: _Entry(tuple(t.shape), lambda t=t: t) for k, t in state.items() if isinstance(t, torch.Tensor)}  # type: ignore[misc]
+    return {k: _Entry(tuple(t.shape), t.detach) for k, t in state.items() if isinstance(t, torch.Tensor)}
 
 
 def check_keys(expected: Mapping[str, tuple[int, ...]], source: WeightSource) -> None:
@@ -253,10 +255,10 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], source: WeightSource) ->
     Raises:
         CheckpointError: listing missing (each with the nearest name), unexpected and wrongly shaped tensors, shortened.
     """
-    found = source.keys()
-    missing = [name for name in expected if name not in set(found)]
-    unexpected = [name for name in found if name not in expected]
-    shapes = [name for name in expected if name in set(found) and source.shape(name) != tuple(expected[name])]
+    names = source.keys()
+    missing = [name for name in expected if name not in set(names)]
+    unexpected = [name for name in names if name not in expected]
+    shapes = [name for name in expected if name in set(names) and source.shape(name) != tuple(expected[name])]
     problems = []
     if missing:
         near = _nearest(missing[0], unexpected)
@@ -268,7 +270,8 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], source: WeightSource) ->
         problems.append(f"{len(shapes)} of another shape: {'; '.join(first)}")
     if problems:
         raise CheckpointError(
-            f"{source.path} does not fit the model of this configuration. {'. '.join(problems)}. Check model.* in the config"
+            f"{source.path} does not fit the model of this configuration. {'. '.join(problems)}. Check model.* in the "
+            "config"
         )
 
 

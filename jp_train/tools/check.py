@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +18,39 @@ def check(config: RunConfig, hostfile: Path | None = None, *, config_only: bool 
     `problems` lists, in words, what would stop the run; everything else is information. `config_only` leaves tokenizer,
     weights and shards alone.
     """
-    found: dict[str, Any] = {"problems": [], "run_dir": config.run_dir, "stage": config.stage.name}
+    plan: dict[str, Any] = {"problems": [], "run_dir": config.run_dir, "stage": config.stage.name}
     stage = config.stage
     steps = stage.early_stop.at_step or stage.training_steps
-    found["steps"] = {"training_steps": stage.training_steps, "stops_at": steps}
-    found["optimizer"] = {
+    plan["steps"] = {"training_steps": stage.training_steps, "stops_at": steps}
+    plan["optimizer"] = {
         "lr": config.optimizer.lr,
         "schedule": config.optimizer.schedule.value,
         "warmup_steps": config.optimizer.warmup_steps,
         "weight_decay": config.optimizer.weight_decay,
         "clip": config.optimizer.clip,
     }
-    found["mixture"] = {
+    plan["mixture"] = {
         "unit": stage.ratio_unit.value,
         "shares": {str(kind): getattr(stage.mixture, str(kind)) for kind in KINDS},
     }
-    _attempt(found, "batch", lambda: _batch(config, hostfile))
-    _attempt(found, "parameters", lambda: _parameters(config))
+    _attempt(plan, "batch", lambda: _batch(config, hostfile))
+    _attempt(plan, "parameters", lambda: _parameters(config))
     if not config.data.sources:
-        found["problems"].append("data.sources is empty: name a recipe (`recipe: data_recipes/...`) or sources")
+        plan["problems"].append("data.sources is empty: name a recipe (`recipe: data_recipes/...`) or sources")
     if not config_only:
-        _attempt(found, "tokenizer", lambda: _tokenizer(config))
-        _attempt(found, "weights", lambda: _weights(config))
-        if "tokenizer" in found:
-            _attempt(found, "sources", lambda: _sources(config, steps))
-    return found
+        _attempt(plan, "tokenizer", lambda: _tokenizer(config))
+        _attempt(plan, "weights", lambda: _weights(config))
+        if "tokenizer" in plan:
+            _attempt(plan, "sources", lambda: _sources(config, steps))
+    return plan
 
 
-def _attempt(found: dict[str, Any], name: str, action) -> None:
+def _attempt(plan: dict[str, Any], name: str, action: Callable[[], Any]) -> None:
     """Put the result of `action` under `name`, or its error among the problems."""
     try:
-        found[name] = action()
+        plan[name] = action()
     except JpTrainError as error:
-        found["problems"].append(str(error))
+        plan["problems"].append(str(error))
 
 
 def _batch(config: RunConfig, hostfile: Path | None) -> dict[str, Any]:
@@ -88,7 +89,8 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise ConfigError(
-            f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} entries but model.language.vocab_size is "
+            f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} entries but model.language.vocab_size "
+            "is "
             f"{config.model.language.vocab_size}; the embedding needs a row for each"
         )
     return {"path": config.tokenizer.path, "entries": tokenizer.vocab_size}
@@ -116,7 +118,7 @@ def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     """One entry a source: shards, samples, tokens, and epochs over the stage from the mean document length of every
     kind."""
     from jp_train.config.batch import rows_per_step
-    from jp_train.config.schema import BatchUnit, RatioUnit
+    from jp_train.config.choices import BatchUnit, RatioUnit
     from jp_train.data.index import index_sources
     from jp_train.data.tokenizer import load_tokenizer
     from jp_train.data.vq_use import ids_summary
@@ -135,7 +137,7 @@ def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     if config.stage.ratio_unit is RatioUnit.tokens:
         share = {name: value / mean[name] for name, value in share.items()}
     if config.stage.batch_unit is BatchUnit.samples:
-        documents = steps * config.stage.batch_size
+        documents = float(steps * config.stage.batch_size)
     else:
         per_document = sum(share[name] * mean[name] for name in share) / sum(share.values())
         documents = steps * rows_per_step(config) * config.data.seq_len / per_document
@@ -156,43 +158,46 @@ def _sources(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def format_check(found: dict[str, Any]) -> str:
+def format_check(plan: dict[str, Any]) -> str:
     """The same for people: problems first."""
-    lines = [f"PROBLEM: {problem}" for problem in found["problems"]] or ["no problem found"]
-    steps = found["steps"]
+    lines = [f"PROBLEM: {problem}" for problem in plan["problems"]] or ["no problem found"]
+    steps = plan["steps"]
     early = f", stopped early at {steps['stops_at']:,}" if steps["stops_at"] != steps["training_steps"] else ""
-    lines += ["", f"{found['stage']} -> {found['run_dir']}", f"  steps       {steps['training_steps']:,}{early}"]
-    if "batch" in found:
-        lines.append(f"  batch       {found['batch']['text']}")
-    optimizer = found["optimizer"]
+    lines += ["", f"{plan['stage']} -> {plan['run_dir']}", f"  steps       {steps['training_steps']:,}{early}"]
+    if "batch" in plan:
+        lines.append(f"  batch       {plan['batch']['text']}")
+    optimizer = plan["optimizer"]
     lines.append(
-        f"  optimizer   lr {optimizer['lr']:g} {optimizer['schedule']}, warm-up {optimizer['warmup_steps']:,}, decay {optimizer['weight_decay']:g}"
+        f"  optimizer   lr {optimizer['lr']:g} {optimizer['schedule']}, warm-up {optimizer['warmup_steps']:,}, decay "
+        f"{optimizer['weight_decay']:g}"
     )
-    shares = found["mixture"]["shares"]
+    shares = plan["mixture"]["shares"]
     lines.append(
-        f"  mixture     {' : '.join(f'{value:g}' for value in shares.values())} ({' : '.join(shares)}, in {found['mixture']['unit']})"
+        f"  mixture     {' : '.join(f'{value:g}' for value in shares.values())} ({' : '.join(shares)}, in "
+        f"{plan['mixture']['unit']})"
     )
-    if "parameters" in found:
-        counts = found["parameters"]
+    if "parameters" in plan:
+        counts = plan["parameters"]
         lines.append(f"  parameters  {counts['total']:,}, of which {counts['trainable']:,} learn:")
         for name, number in counts["modules"].items():
             lines.append(
                 f"    {name:<18}{number:>16,}  {'learns' if name in counts['trainable_modules'] else 'frozen'}"
             )
-    if "tokenizer" in found:
-        lines.append(f"  tokenizer   {found['tokenizer']['path']}, {found['tokenizer']['entries']:,} entries")
-    if "weights" in found:
-        lines.append(f"  weights     {_weights_text(found['weights'])}")
-    if "sources" in found:
+    if "tokenizer" in plan:
+        lines.append(f"  tokenizer   {plan['tokenizer']['path']}, {plan['tokenizer']['entries']:,} entries")
+    if "weights" in plan:
+        lines.append(f"  weights     {_weights_text(plan['weights'])}")
+    if "sources" in plan:
         lines += [
             "",
             f"  {'source':<22}{'kind':<15}{'shards':>8}{'samples':>12}{'bad':>6}{'tokens each':>13}{'epochs':>9}",
         ]
-        for row in found["sources"]:
+        for row in plan["sources"]:
             lines.append(
-                f"  {row['name']:<22}{row['kind']:<15}{row['shards']:>8,}{row['samples']:>12,}{row['bad']:>6,}{row['mean_tokens']:>13,.1f}{row['epochs']:>9.2f}"
+                "  "
+                f"{row['name']:<22}{row['kind']:<15}{row['shards']:>8,}{row['samples']:>12,}{row['bad']:>6,}{row['mean_tokens']:>13,.1f}{row['epochs']:>9.2f}"
             )
-        lines += _ids_lines(found["sources"])
+        lines += _ids_lines(plan["sources"])
     return "\n".join(lines)
 
 
@@ -207,7 +212,8 @@ def _ids_lines(sources: list[dict[str, Any]]) -> list[str]:
     without = [row["name"] for row in sources if row["kind"] == str(Kind.GENERATION) and not row["vq_ids"]]
     if without:
         lines.append(
-            f"  no VQ ids stored for {', '.join(without)}: pictures are encoded in training (jp-train data encode-images does it once)"
+            f"  no VQ ids stored for {', '.join(without)}: pictures are encoded in training (jp-train data "
+            "encode-images does it once)"
         )
     return lines
 

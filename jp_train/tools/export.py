@@ -87,14 +87,15 @@ def _checked(folder: Path, weights: WeightSource, run_dtype: torch.dtype) -> Ite
     from jp_train.model.partition_files import PartitionReader
 
     parameters = PartitionReader(folder).parameters
-    found = []
+    sums = []
     for name in weights.keys():  # noqa: SIM118 - a WeightSource is no dict
         tensor = weights.get(name)
         if name in parameters and not parameters[name].trained:
-            found += checksums([tensor.to(run_dtype)])
+            sums += checksums([tensor.to(run_dtype)])
         yield name, tensor
     expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("frozen_checksum")
-    if expected is not None and combined(found) != expected:
+    if expected is not None and combined(sums) != expected:
         raise CheckpointError(
-            f"the frozen weights that {folder} was trained with are not those found now (model.init_from has other contents): put the old files back"
+            f"the frozen weights that {folder} was trained with are not those found now (model.init_from has other "
+            "contents): put the old files back"
         )

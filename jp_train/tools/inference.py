@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from transformers import DynamicCache
 
-from jp_train.config.schema import LossConfig, RunConfig, Template
+from jp_train.config.choices import Template
+from jp_train.config.schema import LossConfig, RunConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.image import load_understanding_image, understanding_transform
 from jp_train.data.tokenizer import Tokenizer, load_saved_tokenizer
@@ -88,7 +89,8 @@ def load_for_inference(
     janus.to(dtype).to_empty(device=device)
     embeddings = janus.model.vision_model.embeddings
     # the only buffer; not stored
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)
+    positions = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)
+    embeddings.register_buffer("position_ids", positions, persistent=False)
     vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size).to(device)
     load_weights(janus, vq, source)
     janus.requires_grad_(False).eval()
@@ -105,9 +107,11 @@ def _run_config(folder: Path) -> RunConfig:
         cfg.stage.template = Template.stage3
         return cfg
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file)))
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file)))
     except OmegaConfBaseException as error:
         raise CheckpointError(f"{file} is no jp_train configuration: {error}") from error
+    assert isinstance(merged, RunConfig)
+    return merged
 
 
 def generate_images(
@@ -274,7 +278,7 @@ def _sample(logits: torch.Tensor, temperature: float, generators: Sequence[torch
 
 def _pixels(image: Picture, model: InferenceModel) -> torch.Tensor:
     """uint8 ``[3, H, W]`` at the model's side."""
-    side = model.janus.janus_config.vision_config.image_size
+    side = model.janus.side
     if isinstance(image, bytes):
         image = load_understanding_image(image, side)
     elif isinstance(image, Image.Image):
@@ -282,6 +286,7 @@ def _pixels(image: Picture, model: InferenceModel) -> torch.Tensor:
     pixels = torch.as_tensor(image)
     if pixels.dtype != torch.uint8 or pixels.shape != (3, side, side):
         raise ValueError(
-            f"a picture array must be uint8 [3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}; or give the file's bytes"
+            f"a picture array must be uint8 [3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}; or give the "
+            "file's bytes"
         )
     return pixels

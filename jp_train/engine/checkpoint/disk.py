@@ -23,14 +23,15 @@ def require_space(folder: Path, needed: int, what: str, damaged: Collection[str]
     free = free_bytes(folder)
     if free < needed + SPARE:
         raise CheckpointError(
-            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. {space_advice(folder, needed + SPARE - free, damaged)}"
+            f"{what} needs {gib(needed)}, and only {gib(free)} are free at {folder}. "
+            f"{space_advice(folder, needed + SPARE - free, damaged)}"
         )
 
 
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write there."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def with_advice(error: OSError, folder: Path, damaged: Collection[str] = ()) -> str:
@@ -53,7 +54,10 @@ def space_advice(folder: Path, missing: int = 0, damaged: Collection[str] = ()) 
     sizes = [(path, size) for path, size in sizes if path.name not in damaged]
     first = f"delete what is damaged: {bad}" if bad else ""
     if len(sizes) > 1:
-        then = f"{'; then ' if bad else 'delete '}old checkpoints, but not the newest{' whole one' if bad else ''} ({sizes[-1][0].name})"
+        then = (
+            f"{'; then ' if bad else 'delete '}old checkpoints, but not the newest{' whole one' if bad else ''} "
+            f"({sizes[-1][0].name})"
+        )
         return f"Free{at_least}: {first}{then}: {_listed(sizes[:-1])}; then lower checkpoint.keep_last"
     kept = f"; {_listed(sizes)} is the only complete checkpoint: keep it" if sizes else ""
     if bad:

@@ -101,10 +101,10 @@ def checkpoint_names(folder: Path, until: int | None = None) -> list[str]:
     attempt resumed."""
     if not folder.is_dir():
         return []
-    found = [
+    checkpoints = [
         (step, path.name) for path in folder.iterdir() if path.is_dir() and (step := step_of(path.name)) is not None
     ]
-    return [name for step, name in sorted(found) if until is None or step <= until]
+    return [name for step, name in sorted(checkpoints) if until is None or step <= until]
 
 
 def size_and_checksum(file: Path, *, crc: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jp_train.config import RunConfig
-from jp_train.config.schema import Schedule
+from jp_train.config.choices import Schedule
 from jp_train.errors import CheckpointError
 
 FREE_KEYS = (
@@ -73,12 +73,12 @@ def training_identity(cfg: RunConfig) -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
     """{key: `key: saved -> current`} for every difference between two identities."""
-    found = {}
+    changes = {}
     for key in sorted(saved.keys() | current.keys()):
         old, new = saved.get(key, "(not there)"), current.get(key, "(not there)")
         if old != new:
-            found[key] = f"{key}: {old!r} -> {new!r}"
-    return found
+            changes[key] = f"{key}: {old!r} -> {new!r}"
+    return changes
 
 
 def accepted_differences(
@@ -90,22 +90,26 @@ def accepted_differences(
     difference and what to pass to go on all the same. What fixes the shape of the checkpoint (FIXED_KEYS) cannot be
     accepted.
     """
-    found = differences(saved, current)
+    changes = differences(saved, current)
     accept = list(accept)
-    fixed = [key for key in found if _under(key, FIXED_KEYS)]
-    refused = [key for key in found if key in fixed or not _under(key, accept)]
+    fixed = [key for key in changes if _under(key, FIXED_KEYS)]
+    refused = [key for key in changes if key in fixed or not _under(key, accept)]
     if not refused:
-        return list(found.values())
+        return list(changes.values())
     may = [key for key in refused if key not in fixed]
-    lines = [found[key] for key in refused]
+    lines = [changes[key] for key in refused]
     more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     advice = (
         f"To go on with the change on purpose, pass checkpoint.accept=[{','.join([*accept, *may])}]. " if may else ""
     )
     if fixed:
-        advice += f"{', '.join(fixed[:SHOWN])} cannot change within a run: use another run_dir, with model.init_from naming {origin} for the weights. "
+        advice += (
+            f"{', '.join(fixed[:SHOWN])} cannot change within a run: use another run_dir, with model.init_from naming "
+            f"{origin} for the weights. "
+        )
     raise CheckpointError(
-        f"{origin} belongs to another configuration ({len(lines)} difference(s), saved -> now): {'; '.join(lines[:SHOWN])}{more}. "
+        f"{origin} belongs to another configuration ({len(lines)} difference(s), saved -> now): "
+        f"{'; '.join(lines[:SHOWN])}{more}. "
         f"Undo the changes to resume. {advice}".strip()
     )
 

@@ -46,15 +46,15 @@ def optimizer_step(engine: Any) -> int:
 def local_slices(engine: Any, *, with_frozen: bool) -> NamedTensors:
     """This rank's slices without padding, named as in `model/partition_files.py`. They are views: an optimizer step
     changes them."""
-    found: list[tuple[str, torch.Tensor]] = []
+    slices: list[tuple[str, torch.Tensor]] = []
     for name, parameter, buffers in _trained(engine):
         keep = _stored(parameter)
         for kind, values in buffers.items():
-            found.append((f"{kind}/{name}", values[:keep]))
+            slices.append((f"{kind}/{name}", values[:keep]))
     if with_frozen:
         for name, parameter in _frozen(engine):
-            found.append((f"{FROZEN}/{name}", parameter.ds_tensor.detach().flatten()[: _stored(parameter)]))
-    return [(name, values) for name, values in found if values.numel()]
+            slices.append((f"{FROZEN}/{name}", parameter.ds_tensor.detach().flatten()[: _stored(parameter)]))
+    return [(name, values) for name, values in slices if values.numel()]
 
 
 def partition_gathered(engine: Any) -> None:
@@ -151,7 +151,8 @@ def _compare(here: list[Parameter], reader: PartitionReader) -> None:
             problems.append(f"{p.name} is {list(there[p.name].shape)} there and {list(p.shape)} here")
         elif p.name in there and there[p.name].trained != p.trained:
             problems.append(
-                f"{p.name} is {'trained' if there[p.name].trained else 'frozen'} there and {'trained' if p.trained else 'frozen'} here"
+                f"{p.name} is {'trained' if there[p.name].trained else 'frozen'} there and "
+                f"{'trained' if p.trained else 'frozen'} here"
             )
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,16 @@ class CheckpointReader:
         self.damaged = []
         for name in reversed(on_main(lambda: checkpoint_names(self.folder), f"cannot list {self.folder}", self.folder)):
             path = self.folder / name
-            manifest, problem = on_main(lambda path=path: _read_manifest(path), f"cannot read {path}", self.folder)
+            manifest, problem = on_main(partial(_read_manifest, path), f"cannot read {path}", self.folder)
             if problem is None:
                 _refuse_other_format(path, manifest)
                 problem = self._contents_fault(path, manifest)
             if problem is None:
-                self.damaged += on_main(
-                    lambda path=path: _marked_before(path), f"cannot list {self.folder}", self.folder
+                self.damaged += on_main(partial(_marked_before, path), f"cannot list {self.folder}", self.folder)
+                text = on_main(
+                    partial((path / "state.json").read_text, encoding="utf-8"), f"cannot read {path}", self.folder
                 )
-                state = on_main(
-                    lambda path=path: json.loads((path / "state.json").read_text(encoding="utf-8")),
-                    f"cannot read {path}",
-                    self.folder,
-                )
-                return Checkpoint(path, int(manifest["step"]), manifest, state)
+                return Checkpoint(path, int(manifest["step"]), manifest, json.loads(text))
             problems.append(f"{path}: {problem}")
             self.damaged.append(name)
             if self._group.rank == 0:
@@ -95,9 +92,9 @@ class CheckpointReader:
             if vq is not None and (checkpoint.path / VQ_FILE).exists():
                 _load_vq(vq, checkpoint.path / VQ_FILE)
             if rank < reader.world:
-                own = ShardReader(checkpoint.path / rank_file(rank))
-                restore_rng({name: own.read(name) for name in own.keys() if name.startswith(PREFIX)})  # noqa: SIM118 - not a dict
-                own.close()
+                shard = ShardReader(checkpoint.path / rank_file(rank))
+                restore_rng({name: shard.read(name) for name in shard.keys() if name.startswith(PREFIX)})  # noqa: SIM118 - not a dict
+                shard.close()
             else:
                 derive_rng(checkpoint.manifest["identity"].get("seed"), checkpoint.step, rank)
         except CheckpointError as error:
@@ -117,22 +114,23 @@ class CheckpointReader:
             if (file_rank(name) or 0) % self._group.world != self._group.rank:
                 continue
             try:
-                found = size_and_checksum(path / name, crc="crc32" in expected)
+                actual = size_and_checksum(path / name, crc="crc32" in expected)
             except (FileNotFoundError, PermissionError) as error:
                 unseen = f"rank {self._group.rank} on {platform.node()}: {error}"
                 break
             except OSError as error:
-                found = {"error": str(error)}
-            if found != expected:
-                fault = f"{name} is damaged: expected {expected}, found {found}"
+                actual = {"error": str(error)}
+            if actual != expected:
+                fault = f"{name} is damaged: expected {expected}, found {actual}"
                 break
-        told = self._group.gather((fault, unseen))
-        if blind := [text for _, text in told if text]:
+        results = self._group.gather((fault, unseen))
+        if blind := [text for _, text in results if text]:
             raise CheckpointError(
-                f"{path} is there, but not every rank can read it: {joined_errors(blind)}. run_dir must lie on a file system that all hosts share, "
+                f"{path} is there, but not every rank can read it: {joined_errors(blind)}. run_dir must lie on a file "
+                "system that all hosts share, "
                 "readable for this user on each of them"
             )
-        return next((text for text, _ in told if text), None)
+        return next((text for text, _ in results if text), None)
 
 
 def _marked_before(whole: Path) -> list[str]:
@@ -170,8 +168,10 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
 def _refuse_other_format(path: Path, manifest: dict[str, Any]) -> None:
     if manifest["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}, this jp_train reads format {FORMAT}. Resume it with the version that wrote it "
-            f"(git commit {manifest.get('git_commit')}), or end it there and start a new run_dir with model.init_from its export"
+            f"{path} has format {manifest['format']}, this jp_train reads format {FORMAT}. Resume it with the version "
+            "that wrote it "
+            f"(git commit {manifest.get('git_commit')}), or end it there and start a new run_dir with model.init_from "
+            "its export"
         )
 
 
@@ -181,7 +181,8 @@ def _load_vq(vq: torch.nn.Module, path: Path) -> None:
         for name, parameter in vq.named_parameters():
             if reader.shape(f"model.{name}") != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"{path}: model.{name} is {list(reader.shape(f'model.{name}'))}, model.vq says {list(parameter.shape)}"
+                    f"{path}: model.{name} is {list(reader.shape(f'model.{name}'))}, model.vq says "
+                    f"{list(parameter.shape)}"
                 )
             parameter.copy_(reader.read(f"model.{name}").view(parameter.shape))
     reader.close()

@@ -17,7 +17,7 @@ def rng_tensors() -> list[tuple[str, torch.Tensor]]:
     _, words, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)
     assert isinstance(legacy, dict)
-    found = {
+    states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.tensor(
@@ -26,8 +26,8 @@ def rng_tensors() -> list[tuple[str, torch.Tensor]]:
         "gauss": torch.tensor([float("nan") if gauss is None else gauss, float(legacy["gauss"])], dtype=torch.float64),
     }
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return [(PREFIX + name, value) for name, value in found.items()]
+        states["cuda"] = torch.cuda.get_rng_state()
+    return [(PREFIX + name, value) for name, value in states.items()]
 
 
 def restore_rng(saved: dict[str, torch.Tensor]) -> None:

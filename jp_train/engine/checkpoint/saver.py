@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jp_train.config import RunConfig, dump_config
-from jp_train.config.schema import SaveErrorAction
+from jp_train.config.choices import SaveErrorAction
 from jp_train.data.ledger import LEDGER_FILE
 from jp_train.data.snapshots import SNAPSHOTS_FILE
 from jp_train.engine.checkpoint import partitions
@@ -108,10 +108,10 @@ class Saver:
         engine.global_steps = checkpoint.step
 
     def _content(self, state: dict[str, Any], about: dict[str, Any]) -> Content:
-        with_frozen = self._with_frozen
-        engine = self._engine.deepspeed
-        if not with_frozen:
-            about = {**about, "frozen_from": str(Path(self._cfg.model.init_from).resolve())}
+        engine, init_from = self._engine.deepspeed, self._cfg.model.init_from
+        with_frozen = self._with_frozen or init_from is None
+        if init_from is not None and not with_frozen:
+            about = {**about, "frozen_from": str(Path(init_from).resolve())}
         return Content(
             tensors=partitions.local_slices(engine, with_frozen=with_frozen),
             parameters=partitions.parameters(engine),

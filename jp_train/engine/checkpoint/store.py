@@ -134,11 +134,11 @@ class CheckpointStore(CheckpointReader):
         began = time.perf_counter()
         target = self.folder / step_name(step)
         partial = self.folder / f".saving_{target.name}"
-        tensors = [*content.tensors, *rng_tensors()]
+        tensors: NamedTensors = [*content.tensors, *rng_tensors()]
         texts = self._texts(content) if self._group.rank == 0 else {}
         vq, logs = (content.vq, content.logs) if self._group.rank == 0 else ((), ())
-        own = shard_bytes(tensors) + (shard_bytes(vq) if vq else 0) + sum(map(len, texts.values()))
-        needed = sum(self._group.gather(own))
+        local_bytes = shard_bytes(tensors) + (shard_bytes(vq) if vq else 0) + sum(map(len, texts.values()))
+        needed = sum(self._group.gather(local_bytes))
         self._on_main(lambda: self._start(target, partial, needed), f"cannot start {partial}")
         manifest = {
             "format": FORMAT,
@@ -158,7 +158,10 @@ class CheckpointStore(CheckpointReader):
                     [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in vq],
                 )
             except (MemoryError, RuntimeError) as error:  # on one rank perhaps; the others need not know
-                pending.note = f"rank {self._group.rank}: no host memory for a copy ({error}): training waited while step {step} was written"
+                pending.note = (
+                    f"rank {self._group.rank}: no host memory for a copy ({error}): training waited while step {step} "
+                    "was written"
+                )
                 background = False
         self._pending = pending
         if background:
@@ -189,14 +192,14 @@ class CheckpointStore(CheckpointReader):
             errors = [report["error"] for report in reports if report["error"]]
             if errors:
                 raise CheckpointError(f"cannot complete {pending.target}: {joined_errors(errors)}")
-            files = {name: found for report in reports for name, found in report["files"].items()}
+            files = {name: entry for report in reports for name, entry in report["files"].items()}
             self._on_main(lambda: self._publish(pending, files), f"cannot complete {pending.target}")
             self._forget(pending.target.name)
         except CheckpointError:
             if self._group.rank == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
-        size = sum(found["size"] for found in files.values())
+        size = sum(entry["size"] for entry in files.values())
         return Saved(pending.target, pending.step, size, time.perf_counter() - pending.began)
 
     def settle(self) -> Saved | None:
@@ -254,7 +257,7 @@ class CheckpointStore(CheckpointReader):
         for leftover in self.folder.glob(".*"):  # of saves and deletions that a crash interrupted
             if leftover.is_dir():
                 self._delete(leftover)
-        for name in sorted(self.damaged, key=lambda name: (name != target.name, step_of(name))):
+        for name in sorted(self.damaged, key=lambda name: (name != target.name, step_of(name) or 0)):
             if free_bytes(self.folder) >= needed + SPARE:
                 break
             self._remove(name)  # this run went on from an older one: its steps are trained again
@@ -263,9 +266,9 @@ class CheckpointStore(CheckpointReader):
 
     def _publish(self, pending: _Pending, files: dict[str, Any]) -> None:
         partial, target = pending.partial, pending.target
-        for name, found in files.items():
+        for name, entry in files.items():
             file = partial / name
-            if not file.is_file() or file.stat().st_size != found["size"]:
+            if not file.is_file() or file.stat().st_size != entry["size"]:
                 raise CheckpointError(
                     f"{file} is not visible to rank 0; run_dir must lie on a file system that all hosts share"
                 )
@@ -286,15 +289,15 @@ class CheckpointStore(CheckpointReader):
 
     def _best(self, newest: int) -> str | None:
         """The complete checkpoint with the lowest held-out loss, the oldest of equals."""
-        found = []
+        losses = []
         for name in self._sound(newest):
             try:
                 loss = json.loads((self.folder / name / "manifest.json").read_text(encoding="utf-8")).get("val/total")
             except (OSError, ValueError):
                 continue
             if isinstance(loss, (int, float)) and loss == loss:
-                found.append((loss, name))
-        return min(found)[1] if found else None
+                losses.append((loss, name))
+        return min(losses)[1] if losses else None
 
     def _sound(self, until: int) -> list[str]:
         """Complete checkpoints of steps until `until`, oldest first: a later one is damaged, and may not push out a
@@ -305,11 +308,11 @@ class CheckpointStore(CheckpointReader):
         sound = self._sound(newest)
         try:
             for name in sound[: -self._cfg.keep_last]:
-                if name == best or (self._cfg.keep_every and step_of(name) % self._cfg.keep_every == 0):
+                if name == best or (self._cfg.keep_every and (step_of(name) or 0) % self._cfg.keep_every == 0):
                     continue
                 self._remove(name)
             for name in list(self.damaged):  # only while it may be the last trace of its steps is it worth its space
-                if sum(step_of(other) >= step_of(name) for other in sound) >= self._cfg.keep_last:
+                if sum((step_of(other) or 0) >= (step_of(name) or 0) for other in sound) >= self._cfg.keep_last:
                     self._remove(name)
             for replaced in self.folder.glob(".replaced_*"):
                 self._delete(replaced)

@@ -31,13 +31,13 @@ class Diagnosis:
 
 def moving(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> list[int]:
     """Ranks that made progress between two readings, or so recently that they must count as working."""
-    found = []
+    ranks = []
     for rank, beat in after.items():
         first = before.get(rank)
         fresh = beat.limit_s is None or beat.idle_s < STILL_MOVING * beat.limit_s
         if first is not None and beat.beat > first.beat and (beat.progress > first.progress or fresh):
-            found.append(rank)
-    return sorted(found)
+            ranks.append(rank)
+    return sorted(ranks)
 
 
 def silent(before: Mapping[int, Beat], after: Mapping[int, Beat], world: int) -> list[int]:
@@ -68,16 +68,16 @@ def diagnose(
     """
     ended = [rank for rank in sorted(after) if after[rank].ended]
     if ended:
-        told = _listed([f"rank {rank} ended with {after[rank].ended}" for rank in ended])
-        return Diagnosis("missing", told, tuple(ended), LaunchError)
+        text = _listed([f"rank {rank} ended with {after[rank].ended}" for rank in ended])
+        return Diagnosis("missing", text, tuple(ended), LaunchError)
     lost = silent(before, after, world)
     if lost:
-        told = _listed([_lost(rank, after.get(rank), host, state) for rank in lost])
-        return Diagnosis("missing", told, tuple(lost), LaunchError)
+        text = _listed([_lost(rank, after.get(rank), host, state) for rank in lost])
+        return Diagnosis("missing", text, tuple(lost), LaunchError)
     hungry = [rank for rank in sorted(after) if after[rank].phase == WAITING_FOR_DATA]
     if hungry:
-        told = _listed([_hungry(after[rank]) for rank in hungry])
-        return Diagnosis("data", told, tuple(hungry), DataError)
+        text = _listed([_hungry(after[rank]) for rank in hungry])
+        return Diagnosis("data", text, tuple(hungry), DataError)
     unequal = _unequal(after)
     if unequal is not None:
         return unequal
@@ -88,10 +88,10 @@ def diagnose(
     if len(places) > 1:
         odd = places[min(places, key=lambda place: (place[0], place[2]))]  # the fewest steps and modules done
         others = [ranks for ranks in places.values() if ranks is not odd]
-        told = f"rank(s) {_numbers(odd)} are behind: {after[odd[0]].place}{_frame(after[odd[0]])}, where " + _listed(
+        text = f"rank(s) {_numbers(odd)} are behind: {after[odd[0]].place}{_frame(after[odd[0]])}, where " + _listed(
             [f"rank(s) {_numbers(ranks)} are at {after[ranks[0]].place}{_frame(after[ranks[0]])}" for ranks in others]
         )
-        return Diagnosis("behind", told, tuple(odd), JpTrainError)
+        return Diagnosis("behind", text, tuple(odd), JpTrainError)
     beat = after[min(after)]
     who = f"all {len(after)} ranks stand" if len(after) > 1 else f"rank {beat.rank} stands"
     why = ": a collective that does not end (network, device or driver)" if len(after) > 1 else ""
@@ -102,13 +102,13 @@ def diagnose(
 def _lost(rank: int, beat: Beat | None, host: str, state: Callable[[int], str]) -> str:
     if beat is None:
         return f"rank {rank} has left no heartbeat in this attempt: it did not start, or does not see this run folder"
-    known = state(beat.pid) if beat.host == host else ""
+    process = state(beat.pid) if beat.host == host else ""
     what = {
         "gone": "is gone (killed, or crashed without a word)",
         "stopped": "is stopped (SIGSTOP, a debugger or a frozen container)",
         "waiting for a disk": "hangs in the kernel, waiting for a disk or a network file system",
         "running": "runs, but its watchdog does not (something holds Python's global lock)",
-    }.get(known, "does not answer: look whether that host is up")
+    }.get(process, "does not answer: look whether that host is up")
     return f"rank {rank} (process {beat.pid} on {beat.host}) {what}; last seen at {beat.place}"
 
 
@@ -146,14 +146,16 @@ def _first_difference(
 ) -> Diagnosis:
     counted = Counter({name: len(ranks) for name, ranks in names.items()})
     # what most did, else what rank 0 did
-    usual, _ = max(counted.items(), key=lambda item: (item[1], 0 in names[item[0]]))
-    odd = sorted(rank for name, ranks in names.items() if name != usual for rank in ranks)
+    common, _ = max(counted.items(), key=lambda item: (item[1], 0 in names[item[0]]))
+    odd = sorted(rank for name, ranks in names.items() if name != common for rank in ranks)
     beat = beats[odd[0]]
     micro = f" micro-batch {beat.micro_batch}" if beat.micro_batch >= 0 else ""
     entered = next(name for name, ranks in names.items() if odd[0] in ranks)
     text = (
-        f"rank {odd[0]} at step {step}{micro} entered {entered} where rank {min(names[usual])} entered {usual} (module call {number} of the step"
-        f"{f'; rank(s) {_numbers(odd)} differ' if len(odd) > 1 else ''}). Under ZeRO-3 every module must run once in every micro-batch on every rank: "
+        f"rank {odd[0]} at step {step}{micro} entered {entered} where rank {min(names[common])} entered {common} "
+        f"(module call {number} of the step"
+        f"{f'; rank(s) {_numbers(odd)} differ' if len(odd) > 1 else ''}). Under ZeRO-3 every module must run once in "
+        "every micro-batch on every rank: "
         "the model's forward pass may not branch on what a batch holds"
     )
     return Diagnosis("sequence", text, tuple(odd), JpTrainError)

@@ -64,7 +64,7 @@ class SequenceGuard:
             if next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(self._hook(name, zlib.crc32(name.encode())))
 
-    def _hook(self, name: str, number: int):
+    def _hook(self, name: str, number: int) -> Callable[[torch.nn.Module, object], None]:
         def note(_module: torch.nn.Module, _inputs: object) -> None:
             self.last = name
             self.entered += 1
@@ -109,8 +109,10 @@ class SequenceGuard:
 
 
 ADVICE = (
-    "Either another rank ended first (its message is the cause), or the ranks ran different modules: compare the step, the micro-batch and the "
-    "last module that each rank names. A slow file system or a very long save needs a larger engine.collective_timeout_s"
+    "Either another rank ended first (its message is the cause), or the ranks ran different modules: compare the "
+    "step, the micro-batch and the "
+    "last module that each rank names. A slow file system or a very long save needs a larger "
+    "engine.collective_timeout_s"
 )
 
 _MARKS = (
@@ -140,8 +142,10 @@ def compare_signatures(signatures: list[int], step: int, explain: Callable[[], s
     if odd:
         detail = explain()
         raise JpTrainError(
-            f"step {step}: rank(s) {', '.join(map(str, odd))} ran another sequence of modules than rank 0{': ' if detail else ''}{detail}. Under ZeRO-3 that mixes up the collectives: "
-            "every module must run once in every micro-batch on every rank, so the model's forward pass may not branch on what a batch holds"
+            f"step {step}: rank(s) {', '.join(map(str, odd))} ran another sequence of modules than rank "
+            f"0{': ' if detail else ''}{detail}. Under ZeRO-3 that mixes up the collectives: "
+            "every module must run once in every micro-batch on every rank, so the model's forward pass may not "
+            "branch on what a batch holds"
         )
 
 

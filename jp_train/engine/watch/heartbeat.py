@@ -95,17 +95,17 @@ class HeartbeatFolder:
 
     def read_beat(self, rank: int) -> Beat | None:
         """The rank's newest heartbeat of this attempt, None without one."""
-        found = self._read(rank_name(rank))
-        return None if found is None else beat_of(found)
+        values = self._read(rank_name(rank))
+        return None if values is None else beat_of(values)
 
     def ask(self, name: str, rank: int, reason: str) -> None:
         """Ask every rank for stacks and last modules."""
         self._replace(REQUEST, {"attempt": self.attempt, "name": name, "rank": rank, "reason": reason})
 
-    def asked(self) -> str:
+    def requested(self) -> str:
         """The name of the newest request, empty without one."""
-        found = self._read(REQUEST)
-        return str(found.get("name", "")) if found else ""
+        request = self._read(REQUEST)
+        return str(request.get("name", "")) if request else ""
 
     def announce_end(self, end: dict[str, Any]) -> None:
         self._replace(END_FILE, {"attempt": self.attempt, **end})
@@ -123,10 +123,10 @@ class HeartbeatFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            value = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.get("attempt") == self.attempt else None
+        return value if isinstance(value, dict) and value.get("attempt") == self.attempt else None
 
 
 def rank_name(rank: int) -> str:
@@ -136,7 +136,8 @@ def rank_name(rank: int) -> str:
 def beat_of(values: dict[str, Any]) -> Beat | None:
     """A heartbeat from its JSON object; None when it is not one."""
     known = {item.name for item in fields(Beat)}
+    given: dict[str, Any] = {key: value for key, value in values.items() if key in known}
     try:
-        return Beat(**{key: tuple(value) if key == "trail" else value for key, value in values.items() if key in known})
+        return Beat(**{**given, "trail": tuple(given.get("trail", ()))})
     except TypeError:
         return None

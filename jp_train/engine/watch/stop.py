@@ -55,19 +55,20 @@ class SignalFlag:
             self.number, self._since = int(number), now
 
     def _leave(self, code: int) -> None:
-        said: list[bool] = []
+        hook = self._exit_hook
+        if hook is not None:
+            done: list[bool] = []
 
-        def say() -> None:
-            try:
-                self._exit_hook(code)  # type: ignore[misc]
-            finally:
-                said.append(True)
+            def call() -> None:
+                try:
+                    hook(code)
+                finally:
+                    done.append(True)
 
-        if self._exit_hook is not None:
             # threading.Thread.start waits for locks that the interrupted thread may hold
-            _thread.start_new_thread(say, ())
+            _thread.start_new_thread(call, ())
             until = time.monotonic() + EXIT_HOOK_S
-            while not said and time.monotonic() < until:
+            while not done and time.monotonic() < until:
                 time.sleep(0.01)
         self._end(code)
 
@@ -170,7 +171,10 @@ class SkipCounter:
         if self.consecutive >= limits.max_consecutive_skips:
             return f"{self.consecutive} updates in a row were left out (guard.max_consecutive_skips)"
         if len(self.recent) > allowed:
-            return f"{len(self.recent)} updates of the last {limits.skip_window} steps were left out, {allowed} are allowed (guard.max_skip_share)"
+            return (
+                f"{len(self.recent)} updates of the last {limits.skip_window} steps were left out, {allowed} are "
+                "allowed (guard.max_skip_share)"
+            )
         return ""
 
     def state(self) -> dict[str, Any]:
@@ -199,8 +203,10 @@ class GraceCheck:
             return ""
         self._warned_s = needed
         return (
-            f"a stop signal would come too late: the longest step ({self._step_s:.0f} s) and save ({save_s:.0f} s) take {needed:.0f} s, engine.grace_s is "
-            f"{self._grace_s:g} s. Ask the scheduler for its signal earlier (launch/slurm.sbatch: --signal=B:USR1@{int(needed * 1.5) + 1}) and set engine.grace_s "
+            f"a stop signal would come too late: the longest step ({self._step_s:.0f} s) and save ({save_s:.0f} s) "
+            f"take {needed:.0f} s, engine.grace_s is "
+            f"{self._grace_s:g} s. Ask the scheduler for its signal earlier (launch/slurm.sbatch: "
+            f"--signal=B:USR1@{int(needed * 1.5) + 1}) and set engine.grace_s "
             "to that; else the work since the last checkpoint is lost"
         )
 

@@ -8,11 +8,10 @@ status.json and the console, and (4) every rank ends its process, by force: a th
 be woken. While any rank still makes progress nobody is ended: the others only wait for a slow one.
 
 The other ranks' files are read by one rank and only then, so 256 ranks cost a shared file system 26 small writes a
-second and nothing else. Every
-access of the run folder runs beside the thread with a time limit: a folder that hangs or refuses writes costs what the
-other ranks would have said,
-not the watch itself: without them a rank ends the run only when the collectives are about to. Time in which this thread
-itself did not run (a suspended machine, a stopped process) does not count as standing still.
+second and nothing else. Every access of the run folder runs beside the thread with a time limit. When the folder hangs
+or refuses writes, the watch goes on without the other ranks' heartbeats: a rank then ends the run only shortly before
+the collectives would fail. Time in which this thread itself did not run (a suspended machine, a stopped process) does
+not count as standing still.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -156,7 +156,8 @@ class Watchdog:
         code = self._flag.must_exit(starting=starting)
         if code:
             self._say(
-                f"rank {self.rank}: signal {code - 128}: ends at once, {'nothing to save yet' if starting else 'asked twice'}"
+                f"rank {self.rank}: signal {code - 128}: ends at once, "
+                f"{'nothing to save yet' if starting else 'asked twice'}"
             )
             self._bounded(lambda: self._stopped(code), within_s=REPORT_S if starting else EXIT_HOOK_S)
             self._leave(code)
@@ -183,9 +184,9 @@ class Watchdog:
     def _correspond(self) -> None:
         """Say where this rank stands, and do what other ranks ask for: stacks and last modules, or to end."""
         self._beat()
-        asked, end = self._access(lambda: (self._files.asked(), self._files.announced_end())) or ("", None)
-        if asked and asked != self._answered:
-            self._answer(asked)
+        request, end = self._access(lambda: (self._files.requested(), self._files.announced_end())) or ("", None)
+        if request and request != self._answered:
+            self._answer(request)
         if end is not None:
             self._say(
                 f"rank {self.rank} ends on the word of rank {end['rank']}"
@@ -199,11 +200,11 @@ class Watchdog:
         """The training thread stands still. Leave it to a lower rank that answers, else find the cause, and end the
         run if nobody moves."""
         lower = range(min(self.rank, DEPUTIES))
-        first = {rank: beat for rank in lower if (beat := self._access(lambda rank=rank: self._files.read_beat(rank)))}
+        first = {rank: beat for rank in lower if (beat := self._access(partial(self._files.read_beat, rank)))}
         if first:
             self._wait(self._settle_s)
             for rank, beat in first.items():
-                again = self._access(lambda rank=rank: self._files.read_beat(rank))
+                again = self._access(partial(self._files.read_beat, rank))
                 if again and again.beat > beat.beat and not again.ended:
                     return
         before = self._read_all()
@@ -217,14 +218,16 @@ class Watchdog:
         idle = time.monotonic() - self._since
         if self.world > 1 and idle < self._slow_s and not (self.rank in before and self.rank in after):
             self._say(
-                f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; {self._files.folder} does not say why"
+                f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; {self._files.folder} does not "
+                "say why"
             )
             self._next_check = time.monotonic() + max(self._normal_s / 4, self._settle_s)
             return
         at_work = [rank for rank in diagnosis.moving(before, after) if rank != self.rank]
         if at_work:
             self._say(
-                f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; rank {at_work[0]} still works, at {after[at_work[0]].place}"
+                f"rank {self.rank} has waited {idle:.0f} s at {self._describe().place}; rank {at_work[0]} still "
+                f"works, at {after[at_work[0]].place}"
             )
             self._next_check = time.monotonic() + max(self._normal_s / 4, self._settle_s)
             return
@@ -233,25 +236,29 @@ class Watchdog:
     def _cause(self, before: dict[int, Beat], after: dict[int, Beat]) -> diagnosis.Diagnosis:
         # the folder does not work: this rank can only speak for itself
         if self.rank not in before or self.rank not in after:
-            own = self._describe(full=True)
-            before, after = {}, {self.rank: own}
-            found = diagnosis.diagnose(
-                {self.rank: own}, {self.rank: Beat(**{**vars(own), "beat": own.beat + 1})}, 1, self._host
+            local = self._describe(full=True)
+            before, after = {}, {self.rank: local}
+            result = diagnosis.diagnose(
+                {self.rank: local}, {self.rank: Beat(**{**vars(local), "beat": local.beat + 1})}, 1, self._host
             )
             if self.world == 1:
-                return found
-            text = f"{found.text}. The heartbeats of the other ranks cannot be read in {self._files.folder}: look at each rank's own message"
-            return diagnosis.Diagnosis(found.kind, text, found.ranks, found.error)
+                return result
+            text = (
+                f"{result.text}. The heartbeats of the other ranks cannot be read in {self._files.folder}: look at "
+                f"each "
+                "rank's own message"
+            )
+            return diagnosis.Diagnosis(result.kind, text, result.ranks, result.error)
         return diagnosis.diagnose(before, after, self.world, self._host)
 
-    def _conclude(self, found: diagnosis.Diagnosis) -> None:
+    def _conclude(self, result: diagnosis.Diagnosis) -> None:
         stacks = f"; stacks: {self._files.stacks}" if self._folder_works else ""
-        text = f"no progress for {time.monotonic() - self._since:.0f} s: {found.text}{stacks}"
-        error = found.error(text)
+        text = f"no progress for {time.monotonic() - self._since:.0f} s: {result.text}{stacks}"
+        error = result.error(text)
         details = {
             "step": self.guard.step,
-            "kind": found.kind,
-            "ranks": list(found.ranks),
+            "kind": result.kind,
+            "ranks": list(result.ranks),
             "found_by": self.rank,
             "place": self._describe().place,
         }
@@ -289,8 +296,8 @@ class Watchdog:
             time.sleep(self._look_s)
         if self.rank not in after:
             return ""
-        found = diagnosis.diagnose(before, after, self.world, self._host)
-        return found.text if found.kind in ("missing", "sequence", "behind") else ""
+        result = diagnosis.diagnose(before, after, self.world, self._host)
+        return result.text if result.kind in ("missing", "sequence", "behind") else ""
 
     def _has_spoken(self, before: Beat | None, now: Beat | None) -> bool:
         """Whether a rank has said where it stands since `before`, or never will."""
@@ -309,10 +316,12 @@ class Watchdog:
             if guard.phase == WAITING_FOR_DATA and self.loader is not None:
                 more["awaited"] = self._bounded(self.loader.awaited) or {}
         return Beat(
-            attempt=self._files.attempt, rank=self.rank, pid=os.getpid(), host=self._host, beat=self._beats, time=round(time.time(), 3),
-            monotonic=round(time.monotonic(), 3), step=guard.step, phase=guard.phase, micro_batch=guard.micro_batch, module=guard.last,
-            entered=guard.entered, signature=guard.signature, progress=guard.progress + (self.loader.received if self.loader else 0),
-            idle_s=round(time.monotonic() - self._since, 3), limit_s=self.limit_s(), answers=answers, ended=ended, **more,
+            attempt=self._files.attempt, rank=self.rank, pid=os.getpid(), host=self._host, beat=self._beats,
+            time=round(time.time(), 3), monotonic=round(time.monotonic(), 3), step=guard.step, phase=guard.phase,
+            micro_batch=guard.micro_batch, module=guard.last, entered=guard.entered, signature=guard.signature,
+            progress=guard.progress + (self.loader.received if self.loader else 0),
+            idle_s=round(time.monotonic() - self._since, 3), limit_s=self.limit_s(), answers=answers, ended=ended,
+            **more,
         )  # fmt: skip
 
     def _beat(self, *, ended: str = "") -> None:
@@ -333,7 +342,8 @@ class Watchdog:
     def _dump(self, path: Path) -> bool:
         with path.open("w", encoding="utf-8") as file:
             file.write(
-                f"rank {self.rank}, process {os.getpid()} on {self._host}, {time.strftime('%Y-%m-%d %H:%M:%S')}, {self._describe().place}\n\n"
+                f"rank {self.rank}, process {os.getpid()} on {self._host}, {time.strftime('%Y-%m-%d %H:%M:%S')}, "
+                f"{self._describe().place}\n\n"
             )
             file.flush()
             self._dump_to(file)
@@ -352,17 +362,18 @@ class Watchdog:
     def _access(self, action: Callable[[], T], within_s: float = ACCESS_S) -> T | None:
         """Use the run folder; None when that fails or hangs, which is said once."""
         try:
-            found = self._bounded(action, strict=True, within_s=within_s)
+            result = self._bounded(action, strict=True, within_s=within_s)
         except OSError as error:
             self._folder_works = False
             if not self._complained:
                 self._complained = True
                 self._say(
-                    f"rank {self.rank}: the watchdog cannot use {self._run_dir}: {error}. As long as that lasts, a stall is named on the console only"
+                    f"rank {self.rank}: the watchdog cannot use {self._run_dir}: {error}. As long as that lasts, a "
+                    "stall is named on the console only"
                 )
             return None
         self._folder_works = True
-        return found
+        return result
 
     def _bounded(self, action: Callable[[], T], *, strict: bool = False, within_s: float = ACCESS_S) -> T | None:
         """Run `action` in a thread of its own for at most `within_s`; None when it hangs or fails. `strict`: an

@@ -48,7 +48,7 @@ def encode_images(
         raise ConfigError(f"--max-mismatch {max_mismatch} must be a share between 0 and 1")
     encoder = ImageEncoder(cfg, place, batch=batch)
     table = table or sys.stdout
-    told: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "fingerprint": encoder.recipe.fingerprint,
         "recipe": asdict(encoder.recipe),
         "rank": place.rank,
@@ -56,38 +56,50 @@ def encode_images(
     }
     try:
         if verify_sample:
-            found = encoder.verify(-(-verify_sample // place.world_size), random.SystemRandom().randrange(2**32))
-            told |= {"verified": asdict(found) | {"rate": found.rate}}
-            told["code"] = int(bool(found.problems) or found.rate > max_mismatch) * DataError.exit_code
-            print(_verified_text(place, found), file=table)
-            return told, told["code"]
+            verification = encoder.verify(-(-verify_sample // place.world_size), random.SystemRandom().randrange(2**32))
+            summary |= {"verified": asdict(verification) | {"rate": verification.rate}}
+            summary["code"] = int(bool(verification.problems) or verification.rate > max_mismatch) * DataError.exit_code
+            print(_verified_text(place, verification), file=table)
+            return summary, summary["code"]
         if not dry_run:
             tally = encoder.encode()
-            told |= asdict(tally) | {"pictures_per_s": tally.pictures_per_s}
+            summary |= asdict(tally) | {"pictures_per_s": tally.pictures_per_s}
             encoder.say(_tally_text(tally))
         if place.rank == 0:
             ranks = encoder.ranks(world_size)
-            told["ranks"] = [asdict(line) for line in ranks]
+            summary["ranks"] = [asdict(line) for line in ranks]
             print(
                 f"fingerprint {encoder.recipe.fingerprint} (VQ {encoder.recipe.vq})\n{format_ranks(ranks)}",
                 file=table,
                 flush=True,
             )
-        return told, 0
+        return summary, 0
     finally:
         encoder.close()
 
 
 def _tally_text(tally: Tally) -> str:
     text = f"{tally.encoded} shards encoded, {tally.recognised} recognised, {tally.already_done} were done; "
-    text += f"{tally.pictures:,} pictures in {tally.seconds:.1f} s ({tally.pictures_per_s:.1f}/s), {len(tally.unusable)} unusable"
+    text += (
+        f"{tally.pictures:,} pictures in {tally.seconds:.1f} s ({tally.pictures_per_s:.1f}/s), {len(tally.unusable)} "
+        "unusable"
+    )
     more = f"\n  … and {len(tally.unusable) - _NAMED} more (in the manifests)" if len(tally.unusable) > _NAMED else ""
     return "\n  unusable: ".join([text, *tally.unusable[:_NAMED]]) + more
 
 
-def _verified_text(place: Place, found: Verification) -> str:
-    head = f"rank {place.rank}: {found.samples} samples encoded again (seed {found.seed}): {found.different_ids} of {found.ids:,} ids differ"
-    return "\n".join([f"{head} ({found.rate:.2e})", *(f"  {line}" for line in [*found.problems, *found.mismatches])])
+def _verified_text(place: Place, verification: Verification) -> str:
+    head = (
+        f"rank {place.rank}: {verification.samples} samples encoded again (seed {verification.seed}): "
+        f"{verification.different_ids} of "
+        f"{verification.ids:,} ids differ"
+    )
+    return "\n".join(
+        [
+            f"{head} ({verification.rate:.2e})",
+            *(f"  {line}" for line in [*verification.problems, *verification.mismatches]),
+        ]
+    )
 
 
 def encode_on_hosts(
@@ -110,7 +122,8 @@ def encode_on_hosts(
 
     if as_json:
         raise ConfigError(
-            "--json cannot be kept apart from the launcher's own output; leave it out, and ask with `--dry-run --json` afterwards"
+            "--json cannot be kept apart from the launcher's own output; leave it out, and ask with `--dry-run "
+            "--json` afterwards"
         )
     cfg = load_config(config, overrides)
     if options.dry_run:

@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -69,7 +69,8 @@ class Place:
             raise ConfigError(f"RANK {rank} is not among WORLD_SIZE {world_size} ranks")
         if torch.cuda.is_available() and local >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; give the host as many slots as it has GPUs"
+                f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; give the host as many slots as "
+                "it has GPUs"
             )
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         return cls(rank=rank, world_size=world_size, device=device, local_size=max(1, local_size))
@@ -134,7 +135,8 @@ class ImageEncoder:
         self._shares = shares(self._shards, place.world_size)
         if place.rank == 0 and not (cfg.model.init_from or cfg.model.init_parts.gen_vision_model):
             self.say(
-                "neither model.init_from nor model.init_parts.gen_vision_model is set: the VQ is fresh (random), its ids mean nothing to another"
+                "neither model.init_from nor model.init_parts.gen_vision_model is set: the VQ is fresh (random), its "
+                "ids mean nothing to another"
             )
         self._vq = load_vq(cfg.model, seed=cfg.seed)
         recipe = ids_recipe(cfg, self._vq)
@@ -192,48 +194,52 @@ class ImageEncoder:
         other ids. Raises DataError when nothing is stored yet.
         """
         stored = [shard for shard in self.mine if self.state(shard) is IdsState.done]
-        members = [shard_members(shard, self._reader) for shard in stored]
-        ends = np.cumsum([0, *(len(one.keys) for one in members)])
-        found = Verification(seed=seed)
+        indexes = [shard_members(shard, self._reader) for shard in stored]
+        ends = np.cumsum([0, *(len(index.keys) for index in indexes)])
+        result = Verification(seed=seed)
         if not self.mine:
-            return found  # there are more ranks than shards
+            return result  # there are more ranks than shards
         if not ends[-1]:
             raise DataError(
-                f"rank {self._place.rank} of {self._place.world_size} has no stored ids among its {len(self.mine)} shards: encode first"
+                f"rank {self._place.rank} of {self._place.world_size} has no stored ids among its {len(self.mine)} "
+                "shards: encode first"
             )
         chosen = np.array(sorted(random.Random(seed).sample(range(int(ends[-1])), min(samples, int(ends[-1])))))
         self._vq.to(self._place.device)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
             source = PictureReader(self._cfg, self._reader, pool)
-            for shard, own, first, end in zip(stored, members, ends, ends[1:], strict=False):
+            for shard, shard_index, first, end in zip(stored, indexes, ends, ends[1:], strict=False):
                 numbers = (chosen[(chosen >= first) & (chosen < end)] - first).tolist()
                 if numbers:
-                    self._verify_shard(shard, own, numbers, source, found)
-        return found
+                    self._verify_shard(shard, shard_index, numbers, source, result)
+        return result
 
     def _verify_shard(
-        self, shard: Shard, members: ShardMembers, numbers: list[int], source: PictureReader, found: Verification
+        self, shard: Shard, members: ShardMembers, numbers: list[int], source: PictureReader, result: Verification
     ) -> None:
         manifest = load_manifest(shard, self.recipe.fingerprint)
         problem = ids_problem(manifest, self._reader, digest=True) if manifest else "its manifest vanished"
         table = None if problem else open_ids(shard, self.recipe.fingerprint, self._reader)
         if table is None:
-            found.problems.append(f"{shard.path}: {problem or 'its ids vanished'}")
+            result.problems.append(f"{shard.path}: {problem or 'its ids vanished'}")
             return
         for picture, now in self._encoded(source, shard, members, numbers):
             before, fault = table.row(picture.number), table.unusable.get(picture.key, "")
-            found.samples += 1
+            result.samples += 1
             if before is None or now is None:
                 if fault != picture.fault or (before is None) != (now is None):
-                    found.problems.append(
-                        f"{shard.path}, key {printable(picture.key)}: stored {fault or 'ids'}, now {picture.fault or 'ids'}"
+                    result.problems.append(
+                        f"{shard.path}, key {printable(picture.key)}: stored {fault or 'ids'}, now "
+                        f"{picture.fault or 'ids'}"
                     )
                 continue
-            found.ids += len(now)
+            result.ids += len(now)
             wrong = int((before != now).sum())
             if wrong:
-                found.different_ids += wrong
-                found.mismatches.append(f"{shard.path}, key {printable(picture.key)}: {wrong} of {len(now)} ids differ")
+                result.different_ids += wrong
+                result.mismatches.append(
+                    f"{shard.path}, key {printable(picture.key)}: {wrong} of {len(now)} ids differ"
+                )
 
     def close(self) -> None:
         """Close the shards."""
@@ -290,7 +296,9 @@ class ImageEncoder:
             unusable=unusable,
         )
 
-    def _encoded(self, source: PictureReader, shard: Shard, members: ShardMembers, numbers: Sequence[int]):
+    def _encoded(
+        self, source: PictureReader, shard: Shard, members: ShardMembers, numbers: Sequence[int]
+    ) -> Iterator[tuple[Picture, np.ndarray | None]]:
         """(picture, its ids uint16 [S] or None when it is unusable) in order; the VQ works while threads decode the
         next pictures."""
         group: list[Picture] = []
@@ -303,9 +311,9 @@ class ImageEncoder:
                 group, ready = [], 0
         yield from self._encode_group(group)
 
-    def _encode_group(self, group: Sequence[Picture]):
+    def _encode_group(self, group: Sequence[Picture]) -> Iterator[tuple[Picture, np.ndarray | None]]:
         pixels = [picture.pixels for picture in group if picture.pixels is not None]
-        rows = iter(())
+        rows: Iterator[np.ndarray] = iter(())
         if pixels:
             images = torch.from_numpy(np.stack(pixels)).to(self._place.device)
             rows = iter(self._vq.encode(images, self._batch).cpu().numpy().astype(np.uint16))

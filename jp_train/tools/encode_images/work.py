@@ -12,7 +12,8 @@ from enum import Enum
 
 import numpy as np
 
-from jp_train.config.schema import Crop, RunConfig, SourceKind
+from jp_train.config.choices import Crop, SourceKind
+from jp_train.config.schema import RunConfig
 from jp_train.data.image import load_generation_image
 from jp_train.data.samples import IMAGE_EXTENSIONS, check_field_size
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards
@@ -73,9 +74,9 @@ def ids_state(shard: Shard, fingerprint: str, reader: ShardReader) -> IdsState:
 def picture_member(members: ShardMembers, number: int) -> int | None:
     """The member that is the picture of sample `number`; None when it has none, or several (training leaves such a
     sample out)."""
-    own = range(int(members.member_start[number]), int(members.member_start[number + 1]))
-    found = [member for member in own if members.extensions[members.extension[member]] in IMAGE_EXTENSIONS]
-    return found[0] if len(found) == 1 else None
+    range_of_sample = range(int(members.member_start[number]), int(members.member_start[number + 1]))
+    images = [member for member in range_of_sample if members.extensions[members.extension[member]] in IMAGE_EXTENSIONS]
+    return images[0] if len(images) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +115,7 @@ class PictureReader:
                 member = picture_member(members, number)
                 if member is None:
                     continue
-                waiting.append(self._pool.submit(self._one, shard, members, number, member, decode))
+                waiting.append(self._pool.submit(self._load, shard, members, number, member, decode))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -123,7 +124,7 @@ class PictureReader:
             for future in waiting:
                 future.cancel()
 
-    def _one(self, shard: Shard, members: ShardMembers, number: int, member: int, decode: bool) -> Picture:
+    def _load(self, shard: Shard, members: ShardMembers, number: int, member: int, decode: bool) -> Picture:
         size = int(members.size[member])
         pixels, data, fault = None, b"", ""
         try:
@@ -184,6 +185,7 @@ def format_ranks(lines: Sequence[RankShare]) -> str:
     """The ranks as an aligned text table."""
     rows = [("rank", "shards", "done", "MiB", "MiB left")]
     rows += [
-        (f"{one.rank}", f"{one.shards:,}", f"{one.done:,}", f"{one.mib:,.1f}", f"{one.mib_left:,.1f}") for one in lines
+        (f"{line.rank}", f"{line.shards:,}", f"{line.done:,}", f"{line.mib:,.1f}", f"{line.mib_left:,.1f}")
+        for line in lines
     ]
     return "\n".join(aligned(rows, left=()))

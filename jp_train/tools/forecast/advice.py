@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jp_train.config import RunConfig
-from jp_train.config.schema import VqIds
+from jp_train.config.choices import VqIds
 from jp_train.errors import ConfigError
-from jp_train.tools.forecast.candidates import Candidate, Cluster, best, candidates, evaluate, is_own
+from jp_train.tools.forecast.candidates import Candidate, Cluster, best, candidates, evaluate, is_configured
 from jp_train.tools.forecast.hardware import Hardware
 from jp_train.tools.forecast.shapes import Shapes
 
@@ -34,36 +34,36 @@ LEAST_GAIN = 0.01
 
 
 def advice(
-    cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes
+    cfg: RunConfig, cluster: Cluster, hardware: Hardware, choices: Sequence[Candidate], shapes: Shapes
 ) -> list[Advice]:
-    """Variants that save at least LEAST_GAIN of a step and fit, the largest gain first; `own` are the candidates of
+    """Variants that save at least LEAST_GAIN of a step and fit, the largest gain first; `choices` are the candidates of
     this run."""
-    now = next(one for one in own if is_own(cfg, one))
-    found = []
-    for change, kind, one, world in _variants(cfg, cluster, hardware, own, shapes):
-        gain = 1 - one.seconds / now.seconds
-        if gain >= LEAST_GAIN and one.fits:
-            found.append(
+    now = next(candidate for candidate in choices if is_configured(cfg, candidate))
+    advices = []
+    for change, kind, candidate, world in _variants(cfg, cluster, hardware, choices, shapes):
+        gain = 1 - candidate.seconds / now.seconds
+        if gain >= LEAST_GAIN and candidate.fits:
+            advices.append(
                 Advice(
                     change=change,
                     kind=kind,
                     gain=gain,
-                    step_s=one.time.overlapped,
-                    serial_step_s=one.time.serial,
-                    total_gib=one.total_gib,
-                    fits=one.fits,
-                    cost=one.seconds * world / (now.seconds * cluster.world),
+                    step_s=candidate.time.overlapped,
+                    serial_step_s=candidate.time.serial,
+                    total_gib=candidate.total_gib,
+                    fits=candidate.fits,
+                    cost=candidate.seconds * world / (now.seconds * cluster.world),
                 )
             )
-    return sorted(found, key=lambda one: -one.gain)
+    return sorted(advices, key=lambda item: -item.gain)
 
 
 def _variants(
-    cfg: RunConfig, cluster: Cluster, hardware: Hardware, own: Sequence[Candidate], shapes: Shapes
+    cfg: RunConfig, cluster: Cluster, hardware: Hardware, choices: Sequence[Candidate], shapes: Shapes
 ) -> Iterator[tuple[str, str, Candidate, int]]:
     """What changes, whether it is a setting or hardware, its forecast, and its ranks. Variants that are impossible
     are left out."""
-    choice = best(own)
+    choice = best(choices)
     if choice is not None:
         yield choice.describe(), "setting", choice, cluster.world
     if cfg.data.vq_ids is not VqIds.require and cfg.stage.mixture.generation > 0:

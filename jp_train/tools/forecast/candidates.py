@@ -8,7 +8,7 @@ from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig, batch_plan
 from jp_train.config.batch import rows_per_step
-from jp_train.config.schema import Precision
+from jp_train.config.choices import Precision
 from jp_train.engine.config import deepspeed_config
 from jp_train.errors import ConfigError
 from jp_train.tools.forecast.communication import Communication, communication
@@ -39,7 +39,8 @@ def setting_of(cfg: RunConfig, plan: BatchPlan, *, cuda: bool = True) -> Setting
     for key in ("offload_optimizer", "offload_param", "zenflow", "cpu_offload", "cpu_offload_param"):
         if zero.get(key):
             raise ConfigError(
-                f"engine.deepspeed.zero_optimization.{key}: the forecast knows no offloading; leave the key out for the forecast"
+                f"engine.deepspeed.zero_optimization.{key}: the forecast knows no offloading; leave the key out for "
+                "the forecast"
             )
 
     def number(key: str) -> int:
@@ -97,7 +98,8 @@ class Candidate:
     def describe(self) -> str:
         """As configuration keys."""
         return (
-            f"engine.micro_batch_rows={self.plan.micro_batch_rows} engine.activation_checkpointing={str(self.setting.checkpointing).lower()} "
+            f"engine.micro_batch_rows={self.plan.micro_batch_rows} "
+            f"engine.activation_checkpointing={str(self.setting.checkpointing).lower()} "
             f"engine.hpz_partition_size={self.setting.hpz}"
         )
 
@@ -152,30 +154,35 @@ def candidates(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Sha
     """Every micro-batch that divides a rank's rows, with and without checkpointing, with and without hpZ over a
     node; the configuration's own first among equals. The configuration's own setting is always there."""
     shapes = shapes or shapes_of(cfg)
-    own = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
+    configured = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
     per_rank = rows_per_step(cfg) // cluster.world
     rows = [n for n in range(1, min(per_rank, MOST_ROWS) + 1) if per_rank % n == 0]
     copies = [1, cluster.node] if cluster.nodes > 1 and cluster.node > 1 else [1]
     choices = [(n, kept, hpz) for n in rows for kept in (True, False) for hpz in copies]
-    if own not in choices:
-        choices.insert(0, own)
+    if configured not in choices:
+        choices.insert(0, configured)
     return [
         evaluate(with_setting(cfg, rows=n, checkpointing=kept, hpz=hpz), cluster, hardware, shapes)
         for n, kept, hpz in choices
     ]
 
 
-def best(found: Sequence[Candidate]) -> Candidate | None:
+def best(choices: Sequence[Candidate]) -> Candidate | None:
     """The fastest that fits with room to spare; among those within 1 % the one that takes the least memory. None
     where none fits."""
-    fitting = [one for one in found if one.roomy] or [one for one in found if one.fits]
+    fitting = [candidate for candidate in choices if candidate.roomy] or [
+        candidate for candidate in choices if candidate.fits
+    ]
     if not fitting:
         return None
-    fastest = min(one.seconds for one in fitting)
-    return min((one for one in fitting if one.seconds <= 1.01 * fastest), key=lambda one: one.total_gib)
+    fastest = min(candidate.seconds for candidate in fitting)
+    return min(
+        (candidate for candidate in fitting if candidate.seconds <= 1.01 * fastest),
+        key=lambda candidate: candidate.total_gib,
+    )
 
 
-def is_own(cfg: RunConfig, one: Candidate) -> bool:
+def is_configured(cfg: RunConfig, candidate: Candidate) -> bool:
     """Whether the candidate is what the configuration says."""
-    own = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
-    return own == (one.plan.micro_batch_rows, one.setting.checkpointing, one.setting.hpz)
+    configured = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
+    return configured == (candidate.plan.micro_batch_rows, candidate.setting.checkpointing, candidate.setting.hpz)

@@ -56,11 +56,11 @@ def communication(
 ) -> Communication:
     """Nothing travels on one rank."""
     size, world = setting.size, setting.world
-    own_copy = setting.hpz > 1
+    node_copy = setting.hpz > 1
     legs = []
     for traffic in (replayed.forward, replayed.backward):
         everything = size * traffic.elements
-        over_all = size * traffic.fresh / micro_batches if own_copy else everything
+        over_all = size * traffic.fresh / micro_batches if node_copy else everything
         legs.append(Leg(over_all=over_all, in_node=everything - over_all, calls=traffic.calls))
     trained = shapes.trained_elements if world > 1 else 0
     reduce = Leg(

@@ -18,7 +18,7 @@ from jp_train.config import RunConfig, load_config
 from jp_train.config.batch import rows_per_step, valid_world_sizes
 from jp_train.errors import ConfigError
 from jp_train.tools.forecast.advice import advice
-from jp_train.tools.forecast.candidates import Candidate, Cluster, best, candidates, is_own
+from jp_train.tools.forecast.candidates import Candidate, Cluster, best, candidates, is_configured
 from jp_train.tools.forecast.hardware import GIB, Hardware, hardware
 from jp_train.tools.forecast.shapes import shapes_of, worst_micro_batch
 from jp_train.tools.forecast.workload import average_row
@@ -51,9 +51,9 @@ def forecast_stage(path: Path, overrides: Sequence[str], question: Question) -> 
     given = hardware(question.gpu, question.figures)
     cluster = _cluster(question)
     shapes = shapes_of(cfg)
-    found = candidates(cfg, cluster, given, shapes)
-    now = next(one for one in found if is_own(cfg, one))
-    choice = best(found)
+    choices = candidates(cfg, cluster, given, shapes)
+    now = next(candidate for candidate in choices if is_configured(cfg, candidate))
+    choice = best(choices)
     row = average_row(cfg, shapes.slots)
     worst = worst_micro_batch(cfg, shapes, now.plan.micro_batch_rows)
     steps = cfg.stage.early_stop.at_step or cfg.stage.training_steps
@@ -66,14 +66,14 @@ def forecast_stage(path: Path, overrides: Sequence[str], question: Question) -> 
         "batch": now.plan.describe(),
         "parameters": {"all": shapes.elements, "trained": shapes.trained_elements, "vq": shapes.vq_parameters},
         "assumptions": _assumptions(cfg, row, worst),
-        "candidates": [_row_of(one, cfg, choice) for one in found],
+        "candidates": [_row_of(candidate, cfg, choice) for candidate in choices],
         "chosen": _details(now, cluster),
         "best": None if choice is None else choice.describe(),
-        "best_is_own": choice is not None and is_own(cfg, choice),
+        "best_is_own": choice is not None and is_configured(cfg, choice),
         "steps": steps,
         "days": _days(now, steps),
         "training": _whole_training(path, cfg, cluster, given),
-        "advice": [asdict(one) for one in advice(cfg, cluster, given, found, shapes)],
+        "advice": [asdict(candidate) for candidate in advice(cfg, cluster, given, choices, shapes)],
     }
 
 
@@ -92,36 +92,40 @@ def _assumptions(cfg: RunConfig, row: Any, worst: Any) -> list[str]:
     stored = cfg.data.vq_ids.value == "require"
     pictures = f"{row.und_images:.2f} pictures to understand, {row.gen_images:.2f} to generate"
     return [
-        f"a row holds on average {row.tokens:,.0f} tokens in {row.documents:.2f} documents ({pictures}): the mixture with stated lengths, no data read",
-        f"memory is for a full row of {worst.und_images // max(1, cfg.engine.micro_batch_rows)} pictures to understand and "
+        f"a row holds on average {row.tokens:,.0f} tokens in {row.documents:.2f} documents ({pictures}): the mixture "
+        "with stated lengths, no data read",
+        f"memory is for a full row of {worst.und_images // max(1, cfg.engine.micro_batch_rows)} pictures to "
+        "understand and "
         f"{worst.gen_images // max(1, cfg.engine.micro_batch_rows)} to generate, more than any row holds of both",
         "VQ ids of pictures to generate are "
         + ("stored" if stored else "encoded on the fly (data.vq_ids=require: stored)"),
-        "all ranks have equal work, data never waits; saves and validation are not in the days (jp-train data simulate tells the balance)",
-        "overlapped: collectives hide behind the arithmetic of their pass where it is longer; not overlapped: one after the other; the truth lies between",
+        "all ranks have equal work, data never waits; saves and validation are not in the days (jp-train data "
+        "simulate tells the balance)",
+        "overlapped: collectives hide behind the arithmetic of their pass where it is longer; not overlapped: one "
+        "after the other; the truth lies between",
     ]
 
 
-def _row_of(one: Candidate, cfg: RunConfig, choice: Candidate | None) -> dict[str, Any]:
+def _row_of(candidate: Candidate, cfg: RunConfig, choice: Candidate | None) -> dict[str, Any]:
     return {
-        "micro_batch_rows": one.plan.micro_batch_rows,
-        "accumulation": one.plan.gradient_accumulation_steps,
-        "activation_checkpointing": one.setting.checkpointing,
-        "hpz": one.setting.hpz,
-        "memory_gib": one.memory.gib(),
-        "overhead_gib": one.overhead_gib,
-        "total_gib": one.total_gib,
-        "phase": one.memory.phase,
-        "fits": one.fits,
-        "roomy": one.roomy,
-        "own": is_own(cfg, one),
-        "best": choice is one,
-        "step_s": one.time.overlapped,
-        "serial_step_s": one.time.serial,
-        "mfu": one.time.mfu,
-        "between_nodes_gib": one.sent.between / GIB,
-        "inside_node_gib": one.sent.inside / GIB,
-        "bound": one.time.bound,
+        "micro_batch_rows": candidate.plan.micro_batch_rows,
+        "accumulation": candidate.plan.gradient_accumulation_steps,
+        "activation_checkpointing": candidate.setting.checkpointing,
+        "hpz": candidate.setting.hpz,
+        "memory_gib": candidate.memory.gib(),
+        "overhead_gib": candidate.overhead_gib,
+        "total_gib": candidate.total_gib,
+        "phase": candidate.memory.phase,
+        "fits": candidate.fits,
+        "roomy": candidate.roomy,
+        "own": is_configured(cfg, candidate),
+        "best": choice is candidate,
+        "step_s": candidate.time.overlapped,
+        "serial_step_s": candidate.time.serial,
+        "mfu": candidate.time.mfu,
+        "between_nodes_gib": candidate.sent.between / GIB,
+        "inside_node_gib": candidate.sent.inside / GIB,
+        "bound": candidate.time.bound,
     }
 
 
@@ -162,8 +166,8 @@ def _details(now: Candidate, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _days(one: Candidate, steps: int) -> dict[str, float]:
-    return {"overlapped": steps * one.time.overlapped / DAY, "serial": steps * one.time.serial / DAY}
+def _days(candidate: Candidate, steps: int) -> dict[str, float]:
+    return {"overlapped": steps * candidate.time.overlapped / DAY, "serial": steps * candidate.time.serial / DAY}
 
 
 def _whole_training(path: Path, cfg: RunConfig, cluster: Cluster, given: Hardware) -> dict[str, Any] | None:
@@ -178,15 +182,15 @@ def _whole_training(path: Path, cfg: RunConfig, cluster: Cluster, given: Hardwar
     for file in files:
         stage = cfg if file.name == path.name else load_config(file)
         part = _part_of(cluster, stage)
-        one = next(one for one in candidates(stage, part, given) if is_own(stage, one))
+        candidate = next(candidate for candidate in candidates(stage, part, given) if is_configured(stage, candidate))
         steps = stage.stage.early_stop.at_step or stage.stage.training_steps
         stages.append(
             {
                 "stage": stage.stage.name,
                 "steps": steps,
                 "ranks": part.world,
-                "total_gib": one.total_gib,
-                **_days(one, steps),
+                "total_gib": candidate.total_gib,
+                **_days(candidate, steps),
             }
         )
     paper = PAPER.get(cfg.model.name)

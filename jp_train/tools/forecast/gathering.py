@@ -83,18 +83,18 @@ class _Coordinator:
         self.queue = deque(self.trace)
 
     def gather(self, parameters: list[Parameter]) -> None:
-        wanted = [p for p in parameters if self.status.get(p.name) is None]
-        if not wanted:
+        missing = [p for p in parameters if self.status.get(p.name) is None]
+        if not missing:
             return
-        size = sum(p.numel for p in wanted)
+        size = sum(p.numel for p in missing)
         self.available += size
         self.traffic.elements += size
-        self.traffic.fresh += sum(p.numel for p in wanted if p.trained and p.name not in self.seen)
+        self.traffic.fresh += sum(p.numel for p in missing if p.trained and p.name not in self.seen)
         self.traffic.calls += 1
-        self.seen.update(p.name for p in wanted)
-        gather = _Gather(buffer=size, waiting={p.name for p in wanted})
+        self.seen.update(p.name for p in missing)
+        gather = _Gather(buffer=size, waiting={p.name for p in missing})
         self.held += size
-        for p in wanted:
+        for p in missing:
             self.status[p.name] = "inflight"
             self.inflight[p.name] = gather
 
@@ -133,15 +133,16 @@ def replay(parameters: Sequence[Parameter], visits: Sequence[Visit], rules: Gath
     """One pass over `visits`. On one rank nothing is gathered: a parameter is its only slice."""
     if rules.world == 1:
         return Replay(levels=[0] * len(visits), forward=Traffic(), backward=Traffic())
-    own: dict[str, list[Parameter]] = {}
+    by_path: dict[str, list[Parameter]] = {}
     for p in parameters:
-        own.setdefault(p.path, []).append(p)
+        by_path.setdefault(p.path, []).append(p)
     sizes = {p.name: p.numel for p in parameters}
     fetches = [visit for visit in visits if visit.phase != CONTINUED]
-    trace = [(p, step) for step, visit in enumerate(fetches) for p in own.get(visit.path, ())]
-    distance, uses = [0], {}
+    trace = [(p, step) for step, visit in enumerate(fetches) for p in by_path.get(visit.path, ())]
+    distance = [0]
+    uses: dict[str, list[int]] = {}
     for step, visit in enumerate(fetches):
-        here = own.get(visit.path, ())
+        here = by_path.get(visit.path, ())
         distance.append(distance[-1] + sum(p.numel for p in here))
         for p in here:
             uses.setdefault(p.name, []).append(step)
@@ -152,7 +153,7 @@ def replay(parameters: Sequence[Parameter], visits: Sequence[Visit], rules: Gath
     forward, backward = Traffic(), Traffic()
     levels = []
     for visit in visits:
-        mine = own.get(visit.path, [])
+        mine = by_path.get(visit.path, [])
         if visit.phase != CONTINUED:
             coordinator.traffic = forward if visit.phase == FORWARD else backward
             coordinator.gather(mine)

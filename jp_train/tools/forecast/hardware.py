@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 from jp_train.errors import ConfigError
 
@@ -98,9 +98,10 @@ def hardware(gpu: str, overrides: Sequence[str] = ()) -> Hardware:
     that is no positive number."""
     if gpu not in PRESETS:
         raise ConfigError(
-            f"--gpu {gpu!r} is not known; give one of {', '.join(PRESETS)}, and other figures with --hardware field=value"
+            f"--gpu {gpu!r} is not known; give one of {', '.join(PRESETS)}, and other figures with --hardware "
+            "field=value"
         )
-    found = PRESETS[gpu]
+    figures = PRESETS[gpu]
     known = [field.name for field in fields(Hardware) if field.name != "gpu"]
     for text in overrides:
         name, _, value = text.partition("=")
@@ -122,9 +123,9 @@ def hardware(gpu: str, overrides: Sequence[str] = ()) -> Hardware:
         )
         if not (0 < number < 1e9 or (zero_allowed and number == 0)):
             raise ConfigError(
-                f"--hardware {text!r}: expected a positive number, as in --hardware {name}={getattr(found, name):g}"
+                f"--hardware {text!r}: expected a positive number, as in --hardware {name}={getattr(figures, name):g}"
             )
         if name in ("achievable", "link_efficiency") and number > 1:
             raise ConfigError(f"--hardware {text!r}: {name} is a share of the peak, at most 1")
-        found = replace(found, **{name: number})
-    return found
+        figures = Hardware(**{**asdict(figures), name: number})
+    return figures

@@ -150,23 +150,23 @@ def _passes(
     shapes: Shapes, visits: Sequence[Visit], gathers: Replay, setting: Setting
 ) -> dict[str, tuple[int, int, int]]:
     """Activations, gathered parameters and gradients in bytes at the largest moment of each phase."""
-    found: dict[str, tuple[int, int, int]] = {}
+    largest: dict[str, tuple[int, int, int]] = {}
     moving = _gradients(shapes, visits, setting)
     for visit, level, gradient in zip(visits, gathers.levels, moving, strict=True):
         phase = BACKWARD if visit.phase in (ENTERED, CONTINUED) else visit.phase
         parts = (visit.activation, setting.size * level, gradient)
-        if sum(parts) > sum(found.get(phase, (0, 0, 0))):
-            found[phase] = parts
-    return found
+        if sum(parts) > sum(largest.get(phase, (0, 0, 0))):
+            largest[phase] = parts
+    return largest
 
 
 def _arrivals(shapes: Shapes, visits: Sequence[Visit]) -> list[list[int]]:
     """Elements of the weight gradients that each visit makes."""
-    own: dict[str, list[int]] = {}
+    by_path: dict[str, list[int]] = {}
     for p in shapes.parameters:
         if p.trained:
-            own.setdefault(p.path, []).append(p.numel)
-    return [own.get(visit.path, []) if visit.phase in (BACKWARD, CONTINUED) else [] for visit in visits]
+            by_path.setdefault(p.path, []).append(p.numel)
+    return [by_path.get(visit.path, []) if visit.phase in (BACKWARD, CONTINUED) else [] for visit in visits]
 
 
 def _gradients(shapes: Shapes, visits: Sequence[Visit], setting: Setting) -> list[int]:

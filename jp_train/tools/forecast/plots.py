@@ -39,7 +39,7 @@ WORK = (
 INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
 
 
-def save_forecast(found: dict[str, Any], folder: Path) -> str:
+def save_forecast(forecast: dict[str, Any], folder: Path) -> str:
     """Write `memory.png`, `time.png`, `forecast.json` and `forecast.html` into `folder`; returns their paths in words.
 
     Raises ConfigError where the folder cannot be written.
@@ -48,12 +48,12 @@ def save_forecast(found: dict[str, Any], folder: Path) -> str:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "forecast.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        draw_memory(found, folder / "memory.png")
-        draw_time(found, folder / "time.png")
+        (folder / "forecast.json").write_text(json.dumps(forecast, indent=1), encoding="utf-8")
+        draw_memory(forecast, folder / "memory.png")
+        draw_time(forecast, folder / "time.png")
         images = [(folder / name).read_bytes() for name in ("memory.png", "time.png")]
         write_page(folder / "forecast.html", "forecast/forecast.html",
-                   title=f"Forecast: {_title(found)}", text=format_forecast(found), images=images)  # fmt: skip
+                   title=f"Forecast: {_title(forecast)}", text=format_forecast(forecast), images=images)  # fmt: skip
     except OSError as error:
         raise ConfigError(
             f"cannot write the forecast to {folder}: {error}; give --out a folder that can be written"
@@ -61,40 +61,40 @@ def save_forecast(found: dict[str, Any], folder: Path) -> str:
     return f"{folder / 'forecast.html'}, memory.png, time.png, forecast.json"
 
 
-def draw_memory(found: dict[str, Any], path: Path) -> None:
+def draw_memory(forecast: dict[str, Any], path: Path) -> None:
     """One bar a candidate, stacked by what takes the memory, against what the GPU has."""
-    rows, limit = found["candidates"], found["hardware"]["memory_gib"]
+    rows, limit = forecast["candidates"], forecast["hardware"]["memory_gib"]
     figure, axes = _figure(2.4 + 0.52 * len(rows))
-    figure.suptitle(f"Memory of one GPU: {_title(found)}", fontsize=13, color=INK, x=0.012, ha="left")
-    end = max(1.08 * limit, *(1.12 * one["total_gib"] for one in rows))
-    for at, one in enumerate(rows):
+    figure.suptitle(f"Memory of one GPU: {_title(forecast)}", fontsize=13, color=INK, x=0.012, ha="left")
+    end = max(1.08 * limit, *(1.12 * row["total_gib"] for row in rows))
+    for at, row in enumerate(rows):
         left = 0.0
-        values = [one["memory_gib"][name] for name, _ in PARTS] + [one["overhead_gib"]]
+        values = [row["memory_gib"][name] for name, _ in PARTS] + [row["overhead_gib"]]
         for value, colour in zip(values, COLOURS, strict=True):
             axes.barh(at, value, left=left, height=0.66, color=colour, edgecolor="white", linewidth=0.6)
             left += value
-        mark = "fits" if one["roomy"] else "barely fits" if one["fits"] else "does not fit"
+        mark = "fits" if row["roomy"] else "barely fits" if row["fits"] else "does not fit"
         axes.text(
             left + end / 150,
             at,
             f"{left:.1f}   {mark}",
             va="center",
             fontsize=9,
-            color=INK if one["fits"] else "#b3261e",
+            color=INK if row["fits"] else "#b3261e",
         )
     axes.axvline(limit, color="#b3261e", linewidth=1.6)
     axes.text(
         limit - end / 200,
         -0.72,
-        f"{found['cluster']['gpu']}: {limit:g} GiB",
+        f"{forecast['cluster']['gpu']}: {limit:g} GiB",
         color="#b3261e",
         fontsize=9,
         ha="right",
         va="bottom",
     )
-    axes.set_yticks(range(len(rows)), [_name(one) for one in rows])
-    for label, one in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if one["own"] else "normal")
+    axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row["own"] else "normal")
         label.set_color(INK)
     axes.set_ylim(len(rows) - 0.45, -0.95)
     axes.set_xlim(0, end)
@@ -109,11 +109,11 @@ def draw_memory(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_time(found: dict[str, Any], path: Path) -> None:
+def draw_time(forecast: dict[str, Any], path: Path) -> None:
     """What the chosen configuration's step is made of, and the step of every candidate from full overlap to none."""
-    rows, time = found["candidates"], found["chosen"]["time"]
+    rows, time = forecast["candidates"], forecast["chosen"]["time"]
     figure, (axes, second) = _figure(4.1 + 0.42 * len(rows), (1.5, 0.6 + 0.42 * len(rows)))
-    figure.suptitle(f"Time of a step: {_title(found)}", fontsize=13, color=INK, x=0.012, ha="left")
+    figure.suptitle(f"Time of a step: {_title(forecast)}", fontsize=13, color=INK, x=0.012, ha="left")
     left = 0.0
     for name, _, colour in WORK:
         value = time["parts_s"][name]
@@ -135,25 +135,26 @@ def draw_time(found: dict[str, Any], path: Path) -> None:
     axes.set_ylim(0.45, -0.75)
     axes.set_xlim(0, 1.04 * left)
     axes.set_title(
-        f"This configuration: MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %, bound by {time['bound']}",
+        f"This configuration: MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %, bound by "
+        f"{time['bound']}",
         fontsize=10,
         loc="left",
         color=INK,
     )
     axes.set_xlabel("seconds", fontsize=9, color=MUTED, loc="left")
-    for at, one in enumerate(rows):
-        colour = "#0072B2" if one["fits"] else "#c5ccd3"
-        second.plot((one["step_s"], one["serial_step_s"]), (at, at), color=colour, linewidth=5, solid_capstyle="round")
-        text = f"{one['step_s']:.2f} to {one['serial_step_s']:.2f} s" + ("" if one["fits"] else ", does not fit")
+    for at, row in enumerate(rows):
+        colour = "#0072B2" if row["fits"] else "#c5ccd3"
+        second.plot((row["step_s"], row["serial_step_s"]), (at, at), color=colour, linewidth=5, solid_capstyle="round")
+        text = f"{row['step_s']:.2f} to {row['serial_step_s']:.2f} s" + ("" if row["fits"] else ", does not fit")
         second.text(
-            one["serial_step_s"], at, f"   {text}", va="center", fontsize=9, color=INK if one["fits"] else MUTED
+            row["serial_step_s"], at, f"   {text}", va="center", fontsize=9, color=INK if row["fits"] else MUTED
         )
-    second.set_yticks(range(len(rows)), [_name(one) for one in rows])
-    for label, one in zip(second.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if one["own"] else "normal")
+    second.set_yticks(range(len(rows)), [_name(row) for row in rows])
+    for label, row in zip(second.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row["own"] else "normal")
         label.set_color(INK)
     second.set_ylim(len(rows) - 0.5, -0.6)
-    second.set_xlim(0, 1.3 * max(one["serial_step_s"] for one in rows))
+    second.set_xlim(0, 1.3 * max(row["serial_step_s"] for row in rows))
     second.set_title("Every candidate: from full overlap to none", fontsize=10, loc="left", color=INK)
     second.set_xlabel("seconds a step", fontsize=9, color=MUTED, loc="left")
     _legend(figure, [(label, colour) for _, label, colour in WORK])
@@ -168,8 +169,8 @@ def _figure(height: float, panels: tuple[float, ...] = ()) -> tuple[Any, Any]:
     figure = Figure(figsize=(13.5, height), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels) or 1, 1, height_ratios=panels or None, squeeze=False)[:, 0]
-    for one in axes:
-        _style(one)
+    for panel in axes:
+        _style(panel)
     return figure, axes if panels else axes[0]
 
 
@@ -189,17 +190,20 @@ def _legend(figure: Any, entries: list[tuple[str, str]]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
 
 
-def _title(found: dict[str, Any]) -> str:
-    cluster = found["cluster"]
-    return f"{found['model']} {found['stage']}, {cluster['nodes']} x {cluster['per_node']} {cluster['gpu']}"
+def _title(forecast: dict[str, Any]) -> str:
+    cluster = forecast["cluster"]
+    return f"{forecast['model']} {forecast['stage']}, {cluster['nodes']} x {cluster['per_node']} {cluster['gpu']}"
 
 
-def _name(one: dict[str, Any]) -> str:
-    rows = f"{one['micro_batch_rows']} row{'s' if one['micro_batch_rows'] > 1 else ''} x {one['accumulation']}"
+def _name(candidate: dict[str, Any]) -> str:
+    rows = (
+        f"{candidate['micro_batch_rows']} row{'s' if candidate['micro_batch_rows'] > 1 else ''} x "
+        f"{candidate['accumulation']}"
+    )
     parts = [
         rows,
-        "checkpointing" if one["activation_checkpointing"] else "all kept",
-        *([f"hpZ {one['hpz']}"] if one["hpz"] > 1 else []),
+        "checkpointing" if candidate["activation_checkpointing"] else "all kept",
+        *([f"hpZ {candidate['hpz']}"] if candidate["hpz"] > 1 else []),
     ]
-    marks = [mark for mark, is_so in (("this", one["own"]), ("best", one["best"])) if is_so]
+    marks = [mark for mark, is_so in (("this", candidate["own"]), ("best", candidate["best"])) if is_so]
     return ", ".join(parts) + (f"  ({', '.join(marks)})" if marks else "")

@@ -20,32 +20,35 @@ PARTS = (
 """Parts of a GPU's memory in the order of table and picture."""
 
 
-def format_forecast(found: dict[str, Any]) -> str:
+def format_forecast(forecast: dict[str, Any]) -> str:
     """Everything on about one screen, the configuration's own line marked with `>`, the best that fits with `*`."""
-    cluster, hardware = found["cluster"], found["hardware"]
+    cluster, hardware = forecast["cluster"], forecast["hardware"]
     lines = [
-        f"{printable(found['model'])}, {printable(found['stage'])}: {cluster['world']} ranks on {cluster['nodes']} node(s), "
+        f"{printable(forecast['model'])}, {printable(forecast['stage'])}: {cluster['world']} ranks on "
+        f"{cluster['nodes']} "
+        "node(s), "
         f"{cluster['gpu']} with {hardware['memory_gib']:g} GiB",
-        found["batch"],
+        forecast["batch"],
         "",
-        "GiB of one GPU at the peak of its fullest micro-batch, and seconds of a step (overlapped - one after the other)",
-        *_candidates(found),
-        *_verdict(found),
+        "GiB of one GPU at the peak of its fullest micro-batch, and seconds of a step (overlapped - one after the "
+        "other)",
+        *_candidates(forecast),
+        *_verdict(forecast),
         "",
-        *_step(found),
+        *_step(forecast),
         "",
-        *_days(found),
+        *_days(forecast),
         "",
-        *_advice(found),
+        *_advice(forecast),
         "",
         "hardware (change with --hardware name=value): "
         + " ".join(f"{name}={value:g}" for name, value in hardware.items()),
-        *(f"taken for granted: {line}" for line in found["assumptions"]),
+        *(f"taken for granted: {line}" for line in forecast["assumptions"]),
     ]
     return "\n".join(lines)
 
 
-def _candidates(found: dict[str, Any]) -> list[str]:
+def _candidates(forecast: dict[str, Any]) -> list[str]:
     rows = [
         [
             "",
@@ -63,46 +66,47 @@ def _candidates(found: dict[str, Any]) -> list[str]:
             "bound by",
         ]
     ]
-    for one in found["candidates"]:
-        memory = one["memory_gib"]
+    for candidate in forecast["candidates"]:
+        memory = candidate["memory_gib"]
         rows.append(
             [
-                (">" if one["own"] else "") + ("*" if one["best"] else ""),
-                str(one["micro_batch_rows"]),
-                str(one["accumulation"]),
-                "yes" if one["activation_checkpointing"] else "no",
-                str(one["hpz"]),
+                (">" if candidate["own"] else "") + ("*" if candidate["best"] else ""),
+                str(candidate["micro_batch_rows"]),
+                str(candidate["accumulation"]),
+                "yes" if candidate["activation_checkpointing"] else "no",
+                str(candidate["hpz"]),
                 *(f"{memory[name]:.2f}" for name, _ in PARTS),
-                f"{one['overhead_gib']:.2f}",
-                f"{one['total_gib']:.1f}",
-                "yes" if one["roomy"] else "barely" if one["fits"] else "NO",
-                f"{one['step_s']:.2f}-{one['serial_step_s']:.2f}",
-                f"{100 * one['mfu']:.0f}%",
-                f"{one['between_nodes_gib']:.0f}",
-                one["bound"],
+                f"{candidate['overhead_gib']:.2f}",
+                f"{candidate['total_gib']:.1f}",
+                "yes" if candidate["roomy"] else "barely" if candidate["fits"] else "NO",
+                f"{candidate['step_s']:.2f}-{candidate['serial_step_s']:.2f}",
+                f"{100 * candidate['mfu']:.0f}%",
+                f"{candidate['between_nodes_gib']:.0f}",
+                candidate["bound"],
             ]
         )
     return aligned(rows, left=(0, 3, len(rows[0]) - 1))
 
 
-def _verdict(found: dict[str, Any]) -> list[str]:
-    own = next(one for one in found["candidates"] if one["own"])
+def _verdict(forecast: dict[str, Any]) -> list[str]:
+    current = next(one for one in forecast["candidates"] if one["own"])
     lines = ["(> this configuration, * the best that fits; between: GiB a node receives from the others in a step)"]
-    if found["best"] is None:
+    if forecast["best"] is None:
         lines.append(
-            "NOTHING FITS: use more GPUs, GPUs with more memory, or a smaller engine.deepspeed.zero_optimization.reduce_bucket_size"
+            "NOTHING FITS: use more GPUs, GPUs with more memory, or a smaller "
+            "engine.deepspeed.zero_optimization.reduce_bucket_size"
         )
-    elif not own["fits"]:
-        lines.append(f"THIS CONFIGURATION DOES NOT FIT; the best that does: {found['best']}")
-    elif found["best_is_own"]:
+    elif not current["fits"]:
+        lines.append(f"THIS CONFIGURATION DOES NOT FIT; the best that does: {forecast['best']}")
+    elif forecast["best_is_own"]:
         lines.append("this configuration fits, and is the best of these")
     else:
-        lines.append(f"this configuration fits; the best: {found['best']}")
+        lines.append(f"this configuration fits; the best: {forecast['best']}")
     return lines
 
 
-def _step(found: dict[str, Any]) -> list[str]:
-    chosen = found["chosen"]
+def _step(forecast: dict[str, Any]) -> list[str]:
+    chosen = forecast["chosen"]
     time, flops, sent = chosen["time"], chosen["flops"], chosen["step_communication"]
     rows = [["one micro-batch", "GiB over all ranks", "GiB inside nodes", "calls"]]
     for name, leg in chosen["micro_batch_communication"].items():
@@ -112,23 +116,28 @@ def _step(found: dict[str, Any]) -> list[str]:
     seconds = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in time["parts_s"].items())
     return [
         *aligned(rows, left=(0,)),
-        f"a step of {sent['micro_batches']} micro-batch(es): a node receives {sent['between_nodes_gib']:.1f} GiB from the others, "
+        f"a step of {sent['micro_batches']} micro-batch(es): a node receives {sent['between_nodes_gib']:.1f} GiB from "
+        "the others, "
         f"a GPU {sent['inside_node_gib']:.1f} GiB inside its node",
-        f"FLOPs a step: {flops['step']:.3g} (forward {flops['forward']:.3g}, backward {flops['backward']:.3g}), recomputed {flops['recomputed']:.3g}, "
+        f"FLOPs a step: {flops['step']:.3g} (forward {flops['forward']:.3g}, backward {flops['backward']:.3g}), "
+        f"recomputed {flops['recomputed']:.3g}, "
         f"VQ encoding {flops['vq_encode']:.3g}; of one GPU {flops['rank']:.3g}",
         f"seconds of a step by work: {seconds}",
-        f"step {time['overlapped_s']:.2f} s overlapped, {time['serial_s']:.2f} s not; MFU {100 * time['mfu']:.1f} % and {100 * time['serial_mfu']:.1f} %; "
-        f"{time['tokens_per_second_per_gpu']:,.0f} and {time['serial_tokens_per_second_per_gpu']:,.0f} tokens/s a GPU; bound by {time['bound']}",
+        f"step {time['overlapped_s']:.2f} s overlapped, {time['serial_s']:.2f} s not; MFU {100 * time['mfu']:.1f} % "
+        f"and {100 * time['serial_mfu']:.1f} %; "
+        f"{time['tokens_per_second_per_gpu']:,.0f} and {time['serial_tokens_per_second_per_gpu']:,.0f} tokens/s a "
+        f"GPU; bound by {time['bound']}",
     ]
 
 
-def _days(found: dict[str, Any]) -> list[str]:
-    days, training = found["days"], found["training"]
-    lines = [f"{found['steps']:,} steps: {days['overlapped']:.2f} days overlapped, {days['serial']:.2f} not"]
+def _days(forecast: dict[str, Any]) -> list[str]:
+    days, training = forecast["days"], forecast["training"]
+    lines = [f"{forecast['steps']:,} steps: {days['overlapped']:.2f} days overlapped, {days['serial']:.2f} not"]
     if training:
         stages = ", ".join(
-            f"{one['stage']} {one['overlapped']:.2f}-{one['serial']:.2f} ({one['ranks']} ranks, {one['total_gib']:.0f} GiB)"
-            for one in training["stages"]
+            f"{stage['stage']} {stage['overlapped']:.2f}-{stage['serial']:.2f} ({stage['ranks']} ranks, "
+            f"{stage['total_gib']:.0f} GiB)"
+            for stage in training["stages"]
         )
         lines.append(f"the three stages: {training['overlapped']:.1f}-{training['serial']:.1f} days: {stages}")
         if training["paper_days"]:
@@ -138,18 +147,18 @@ def _days(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _advice(found: dict[str, Any]) -> list[str]:
-    if not found["advice"]:
+def _advice(forecast: dict[str, Any]) -> list[str]:
+    if not forecast["advice"]:
         return ["what would make it faster: none of the variants that were reckoned saves 1 % of a step"]
     rows = [["what would make it faster (each reckoned alone)", "saves", "step s", "GiB", "GPU hours"]]
-    for one in found["advice"]:
+    for variant in forecast["advice"]:
         rows.append(
             [
-                one["change"],
-                f"{100 * one['gain']:.0f}%",
-                f"{one['step_s']:.2f}-{one['serial_step_s']:.2f}",
-                f"{one['total_gib']:.0f}",
-                f"x {one['cost']:.2f}",
+                variant["change"],
+                f"{100 * variant['gain']:.0f}%",
+                f"{variant['step_s']:.2f}-{variant['serial_step_s']:.2f}",
+                f"{variant['total_gib']:.0f}",
+                f"x {variant['cost']:.2f}",
             ]
         )
     return aligned(rows, left=(0,))

@@ -22,13 +22,13 @@ ENTERED, CONTINUED = "entered", "continued"
 continued (which fetches nothing)."""
 
 VISION_LAYER = (
-    "layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm",
-    "self_attn.projection_layer", "self_attn.projection_dropout", "layer_norm2", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.dropout1", "mlp.fc2",
-    "mlp.dropout2",
+    "layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "self_attn.projection_layer", "self_attn.projection_dropout", "layer_norm2", "mlp", "mlp.fc1",
+    "mlp.activation_fn", "mlp.dropout1", "mlp.fc2", "mlp.dropout2",
 )  # fmt: skip
 LANGUAGE_LAYER = (
-    "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
-    "mlp", "mlp.gate_proj", "mlp.act_fn", "mlp.up_proj", "mlp.down_proj",
+    "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp", "mlp.gate_proj", "mlp.act_fn", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
 ADAPTOR = ("", "fc1", "activation_fn", "hidden_layers.0")
 IMAGE_HEAD = ("", "proj_out", "activation_fn", "vision_head")
@@ -192,7 +192,7 @@ def _containers_first(parts: Sequence[str], known: Sequence[str]) -> list[str]:
     front of it."""
     ordered: list[str] = []
     for part in parts:
-        for one in (*(container for container in _containers_of(part) if container in known), part):
-            if one not in ordered:
-                ordered.append(one)
+        for name in (*(container for container in _containers_of(part) if container in known), part):
+            if name not in ordered:
+                ordered.append(name)
     return ordered

@@ -14,7 +14,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from jp_train.config.schema import BatchUnit, Packing, RatioUnit, RunConfig
+from jp_train.config.choices import BatchUnit, Packing, RatioUnit
+from jp_train.config.schema import RunConfig
 from jp_train.model.flops import BatchStatistics
 from jp_train.tools.simulate.synthetic import DEFAULTS, template_tokens
 from jp_train.types import KINDS, Kind

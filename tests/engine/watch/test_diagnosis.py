@@ -158,9 +158,9 @@ def test_files_of_another_attempt_and_foreign_content_are_not_read(tmp_path):
     files.ask("q", 1, "why")
     files.announce_end({"text": "x", "exit_code": 1, "rank": 0})
     (files.folder / "rank_0007.json").write_text("{}")
-    assert files.asked() == "q" and files.announced_end()["exit_code"] == 1
+    assert files.requested() == "q" and files.announced_end()["exit_code"] == 1
     half_written = files.folder / ".rank_0001.json.1.tmp"
     half_written.touch()
     files.create(2, clear=True)
     assert half_written.exists(), "rank 1 may be about to rename it"
-    assert files.asked() == "" and files.announced_end() is None and not (files.folder / "rank_0007.json").exists()
+    assert files.requested() == "" and files.announced_end() is None and not (files.folder / "rank_0007.json").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from jp_train.cli.main import main
 from jp_train.config import load_config
-from jp_train.tools.forecast.candidates import Cluster, best, candidates, is_own
+from jp_train.tools.forecast.candidates import Cluster, best, candidates, is_configured
 from jp_train.tools.forecast.forecast import Question, forecast_stage
 from jp_train.tools.forecast.hardware import PRESETS
 from jp_train.tools.forecast.plots import save_forecast
@@ -32,7 +32,7 @@ def test_every_shipped_configuration_is_the_best_that_fits_its_cluster(file):
     all_of_them = candidates(cfg, cluster, PRESETS["a100-40gb"])
     choice = best(all_of_them)
     assert choice is not None and choice.roomy and choice.total_gib < 0.8 * 40
-    assert is_own(cfg, choice), f"{file.name}: {choice.describe()}"
+    assert is_configured(cfg, choice), f"{file.name}: {choice.describe()}"
 
 
 def test_7b_stage_2_has_settings_that_fit_40_gb_and_some_that_do_not(found):
