@@ -3,6 +3,7 @@ checkpoint stays loadable."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 import jp_train.engine.checkpoint.store as checkpoint_module
 from jp_train.config import RunConfig
 from jp_train.config.schema import SaveErrorAction
+from jp_train.engine.checkpoint.disk import folder_bytes, free_bytes, gib, require_space, space_advice, with_advice
 from jp_train.engine.checkpoint.saver import Saver
 from jp_train.engine.checkpoint.store import CheckpointStore
 from jp_train.errors import CheckpointError
@@ -24,6 +26,42 @@ from jp_train.model.partition_files import write_shard
 from jp_train.run.sinks import Events, MetricsFile, StatusFile
 from tests.engine.checkpoint.test_store import content, loaded, save, store, values
 from tests.small_disk import fill, mounted
+
+
+def folder_with_checkpoints(folder: Path, **sizes: int) -> Path:
+    for name, size in sizes.items():
+        (folder / name).mkdir()
+        (folder / name / "rank_00000.safetensors").write_bytes(b"x" * size)
+    return folder
+
+
+def test_advice_names_damaged_checkpoints_first_and_keeps_the_newest_whole_one(tmp_path):
+    folder = folder_with_checkpoints(tmp_path, step_0000001=1 << 20, step_0000002=2 << 20, step_0000003=3 << 20)
+    assert space_advice(folder) == (
+        "Free space: delete old checkpoints, but not the newest (step_0000003): step_0000001 (1.0 MiB), "
+        "step_0000002 (2.0 MiB); then lower checkpoint.keep_last"
+    )
+    assert space_advice(folder, 5 << 20, damaged=("step_0000003",)) == (
+        "Free at least 5.0 MiB: delete what is damaged: step_0000003 (3.0 MiB); then old checkpoints, but not the "
+        "newest whole one (step_0000002): step_0000001 (1.0 MiB); then lower checkpoint.keep_last"
+    )
+    assert folder_bytes(folder) == 6 << 20 and [gib(1 << 20), gib(3 << 30)] == ["1.0 MiB", "3.00 GiB"]
+
+
+def test_each_kind_of_failed_write_has_its_advice(tmp_path):
+    def advice(number: int) -> str:
+        return with_advice(OSError(number, os.strerror(number)), tmp_path)
+
+    assert "Free space on that file system" in advice(errno.ENOSPC) and "Free space" in advice(errno.EDQUOT)
+    assert f"Make {tmp_path} writable again" in advice(errno.EROFS)
+    assert "was deleted or moved" in advice(errno.ENOENT)
+    assert advice(errno.EIO) == str(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+
+def test_only_what_exceeds_the_free_space_is_refused(tmp_path):
+    require_space(tmp_path, 1000, "checkpoint step_0000001")
+    with pytest.raises(CheckpointError, match=r"checkpoint step_0000001 needs .* GiB, and only .* are free"):
+        require_space(tmp_path, 2 * free_bytes(tmp_path), "checkpoint step_0000001")
 
 
 @pytest.fixture

@@ -4,13 +4,11 @@ an engine's slices."""
 from __future__ import annotations
 
 import json
-import random
 import re
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -175,50 +173,6 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_complete_checkpoint(where, tmp_
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_0000200"]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ("missing file", "short file", "flipped byte", "flipped byte in a large file", "no manifest", "bad manifest"),
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path):
-    made = store(tmp_path)
-    save(made, 100)
-    newest = save(made, 200)
-    large = newest / rank_file(0)
-    if damage == "missing file":
-        large.unlink()
-    elif damage == "short file":
-        large.write_bytes(large.read_bytes()[:-1])
-    elif damage == "flipped byte":
-        (newest / "state.json").write_text('{"step": 201}')
-    elif damage == "flipped byte in a large file":
-        large.write_bytes(large.read_bytes()[:-1] + b"\x01")
-    elif damage == "no manifest":
-        (newest / "manifest.json").unlink()
-    else:
-        (newest / "manifest.json").write_text("{")
-    told: list[str] = []
-    assert made.newest(on_damage=told.append).step == 100
-    assert len(told) == 1 and "step_0000200" in told[0]
-
-
-def test_only_damaged_checkpoints_stop_the_run_instead_of_starting_over(tmp_path):
-    made = store(tmp_path)
-    (save(made, 100) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint: .*step_0000100: manifest.json is missing"):
-        made.newest()
-
-
-def test_a_checkpoint_of_another_format_is_refused_with_the_way_round_it(tmp_path):
-    made = store(tmp_path)
-    save(made, 100)
-    manifest = save(made, 200) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    with pytest.raises(
-        CheckpointError, match=r"step_0000200 has format 1, this jp_train reads format 2.*model\.init_from"
-    ):
-        made.newest()
-
-
 def test_a_first_save_that_crashed_counts_as_no_checkpoint(tmp_path, monkeypatch):
     def crash(*_: Any, **__: Any) -> None:
         raise Crash
@@ -334,35 +288,6 @@ def test_what_cannot_be_deleted_is_told_and_fails_no_save(tmp_path, monkeypatch)
     assert sorted(path.name for path in made.folder.iterdir()) == ["latest", "step_0000400"]
 
 
-def test_random_states_come_back_and_those_of_a_new_rank_are_derived(tmp_path):
-    made = store(tmp_path)
-    random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    random.gauss(0, 1), np.random.standard_normal()  # both keep a second value for the next call
-    save(made, 100)
-
-    def draw() -> list[float]:
-        return [
-            random.random(),
-            random.gauss(0, 1),
-            np.random.rand(),
-            np.random.standard_normal(),
-            float(torch.rand(1)),
-        ]
-
-    expected = draw()
-    loaded(made, made.newest())
-    assert draw() == expected
-    joined = []
-    for seed in (1, 2):
-        random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)
-        new_rank = store(tmp_path)
-        checkpoint = new_rank.newest()
-        new_rank._group.rank = 3  # a rank that the checkpoint of one rank does not know
-        new_rank.load(checkpoint, lambda reader: None)
-        joined.append(draw())
-    assert joined[0] == joined[1] != expected
-
-
 def changed(**changes: Any) -> dict[str, Any]:
     cfg = RunConfig()
     for key, value in changes.items():
@@ -416,47 +341,3 @@ def test_the_manifest_lists_everything_but_itself(tmp_path):
 
 
 # -- partition files -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", ((5, 7), (3,), (1,), (2, 3, 2)))
-@pytest.mark.parametrize("world", (1, 2, 3, 5, 8))
-def test_any_range_of_a_parameter_is_read_back_from_the_slices_of_any_number_of_ranks(shape, world, tmp_path):
-    """Sizes that the ranks do not divide, and more ranks than elements, so that some hold nothing."""
-    parameter = Parameter(name="p", shape=shape, trained=True)
-    whole = torch.randn(parameter.numel)
-    made = [CheckpointStore(tmp_path, CheckpointConfig(), dp_rank=rank, dp_world_size=world) for rank in range(world)]
-    texts = made[0]._texts(Content(**{**content(1).__dict__, "parameters": [parameter]}))
-    (tmp_path / "partitions.json").write_bytes(texts["partitions.json"])
-    spans = [parameter.span(rank, world) for rank in range(world)]
-    assert [start for start, _ in spans] == [0, *[stop for _, stop in spans[:-1]]] and spans[-1][1] == parameter.numel
-    for rank, (start, stop) in enumerate(spans):
-        write_shard(tmp_path / rank_file(rank), [("master/p", whole[start:stop])] if stop > start else [])
-    reader = PartitionReader(tmp_path)
-    assert torch.equal(reader.whole("p"), whole.view(shape))
-    for start in range(parameter.numel + 1):
-        for stop in range(start, parameter.numel + 1):
-            assert torch.equal(reader.read("master", "p", start, stop), whole[start:stop]), (start, stop)
-    reader.close()
-
-
-@pytest.mark.parametrize(
-    "fault", ("header length", "not JSON", "offsets outside", "unknown dtype", "cut inside a tensor")
-)
-def test_a_foreign_or_cut_file_is_refused_without_reading_past_it(fault, tmp_path):
-    from jp_train.model.partition_files import ShardReader
-
-    path = tmp_path / "rank_00000.safetensors"
-    write_shard(path, [("master/p", torch.arange(8.0))])
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length]
-    made = {
-        "header length": b"\xff" * 8 + data[8:],
-        "not JSON": data[:8] + b"x" + data[9:],
-        "offsets outside": data[:8] + header.replace(b"[0,32]", b"[0,64]") + data[8 + length :],
-        "unknown dtype": data[:8] + header.replace(b"F32", b"Q32") + data[8 + length :],
-        "cut inside a tensor": data[:-4],
-    }
-    path.write_bytes(made[fault])
-    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors"):
-        ShardReader(path).read("master/p")
