@@ -102,8 +102,8 @@ def _weights(config: RunConfig) -> dict[str, Any]:
     from jp_train.model.weight_files import check_keys, open_part, open_weights
 
     if config.model.init_from:
-        expected = parameter_shapes(config.model) | vq_shapes(config.model)
         source = open_weights(config.model.init_from)
+        expected = parameter_shapes(config.model) | vq_shapes(config.model)
         check_keys(expected, source)
         return {"init_from": config.model.init_from, "tensors": len(expected)}
     parts = {name: path for name, path in vars(config.model.init_parts).items() if path}

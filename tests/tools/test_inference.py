@@ -51,16 +51,21 @@ def tokenizer_folder(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> InferenceModel:
+def small_model(folder: Path) -> InferenceModel:
+    """A few thousand random weights with a tokenizer in `folder`."""
     cfg = RunConfig(model=tiny_config())
     cfg.stage.template = Template.stage3
     cfg.data.system_prompt = "You are"
-    cfg.tokenizer.path = str(tokenizer_folder(tmp_path_factory.mktemp("tokenizer")))
+    cfg.tokenizer.path = str(tokenizer_folder(folder / "tokenizer"))
     vq = VQTokenizer(cfg.model.vq, SIDE)
     init_fresh_vq(vq, 0)
     janus = tiny_model(std=0.3).eval().requires_grad_(False)
     return InferenceModel(janus=janus, vq=vq, encoder=Encoder(cfg, load_tokenizer(cfg.tokenizer)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> InferenceModel:
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 def image_logits_without_cache(model: InferenceModel, prompt: list[int], codes: list[int]) -> torch.Tensor:

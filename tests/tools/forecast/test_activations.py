@@ -4,6 +4,46 @@ tensors."""
 import pytest
 
 from bench.forecast import fake_passes, predicted_passes, synthetic_batch, true_shape
+from jp_train.tools.forecast.activations import Numerics, language_block, text_head, vision_block, vq_encoding
+from jp_train.tools.forecast.shapes import MicroBatch, shapes_of
+
+BF16 = Numerics(size=2, fused_attention=True, chunk=1024)
+BATCH = MicroBatch(tokens=4096, und_images=3, gen_images=2, text_positions=500, image_positions=1152)
+
+
+def test_a_trained_decoder_layer_keeps_24_bytes_a_token_and_channel_and_8_a_hidden_value():
+    shapes = shapes_of(true_shape("1b", 2))
+    expected = 24 * 4096 * 2048 + 8 * 4096 * 5632 + 4 * 4096 * 16
+    assert language_block(shapes, BATCH, BF16).saved == expected
+    frozen = language_block(shapes_of(true_shape("1b", 1)), BATCH, BF16)
+    assert frozen.saved == expected - 2 * 2 * 4096 * 2048, "a frozen norm does not keep its normalised value"
+
+
+def test_a_frozen_vision_tower_keeps_nothing_and_a_trained_one_32_bytes_a_token_and_channel():
+    assert vision_block(shapes_of(true_shape("1b", 2)), BATCH, BF16).saved == 0
+    tokens = 3 * 576
+    expected = 32 * tokens * 1024 + 4 * tokens * 16
+    assert vision_block(shapes_of(true_shape("1b", 3)), BATCH, BF16).saved == expected
+
+
+def test_logits_take_a_chunk_at_a_time_however_many_positions_there_are():
+    shapes = shapes_of(true_shape("1b", 2))
+    few, many = (
+        text_head(shapes, MicroBatch(**{**vars_of(BATCH), "text_positions": positions}), BF16)
+        for positions in (2048, 200_000)
+    )
+    assert few.forward == many.forward == (4 + 4 + 2) * 1024 * shapes.vocabulary
+    assert many.saved == 2 * 200_000 * 2048
+
+
+def test_encoding_on_the_fly_takes_at_most_eight_images_at_once():
+    shapes = shapes_of(true_shape("1b", 2))
+    one, many = (vq_encoding(shapes, MicroBatch(**{**vars_of(BATCH), "encoded_images": n})) for n in (1, 100))
+    assert many == 8 * one == 8 * 4 * 4 * 128 * 384**2
+
+
+def vars_of(batch: MicroBatch) -> dict[str, int]:
+    return {name: getattr(batch, name) for name in batch.__slots__}
 
 
 @pytest.mark.parametrize(
