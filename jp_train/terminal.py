@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -44,10 +45,10 @@ def duration(seconds: float | None) -> str:
 
 
 def short_number(value: float) -> str:
-    """Three significant digits, with k and M: 0.00012 -> 1.2e-4, 3223 -> 3,223, 12345 -> 12.3k."""
+    """Three significant digits, with k and M: 0.00012 -> 1.2e-4, 3223 -> 3,223, 12345 -> 12.3k; `nan` and `inf`."""
     size = abs(value)
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
     if size >= 999_950:
         return f"{value / 1e6:.3g}M"
     if size >= 9_995:

@@ -11,7 +11,16 @@ import termios
 
 import pytest
 
-from jp_train.terminal import ProgressLine, aligned, duration, folded, printable, short_number, terminal_columns
+from jp_train.terminal import (
+    ProgressLine,
+    aligned,
+    duration,
+    folded,
+    measured,
+    printable,
+    short_number,
+    terminal_columns,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,3 +99,8 @@ def test_only_a_terminal_has_columns(tmp_path) -> None:
 )
 def test_a_short_number_has_three_significant_digits(value: float, text: str) -> None:
     assert short_number(value) == text
+
+
+def test_what_is_not_finite_is_named() -> None:
+    for value, text in ((float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")):
+        assert short_number(value) == measured(value) == text
