@@ -95,7 +95,16 @@ def test_only_a_terminal_has_columns(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.00012, "1.2e-4"), (0.3671, "0.367"), (3223, "3,223"), (12345, "12.3k"), (2e6, "2M")],
+    [
+        (0, "0"),
+        (0.00012, "1.2e-4"),
+        (0.3671, "0.367"),
+        (3223, "3,223"),
+        (12345, "12.3k"),
+        (2e6, "2M"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+    ],
 )
 def test_a_short_number_has_three_significant_digits(value: float, text: str) -> None:
     assert short_number(value) == text
@@ -104,3 +113,21 @@ def test_a_short_number_has_three_significant_digits(value: float, text: str) ->
 def test_what_is_not_finite_is_named() -> None:
     for value, text in ((float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")):
         assert short_number(value) == measured(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.367, "0.367"),
+        (2.4, "2.400"),
+        (9.9996, "10.00"),
+        (11.52, "11.52"),
+        (0.0, "0.000"),
+        (0.002, "2e-3"),
+        (250.0, "250"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_measured_value_has_the_same_decimals_whatever_its_size(value: float, text: str) -> None:
+    assert measured(value) == text

@@ -37,7 +37,7 @@ MAX_EVENTS_WAITING = 10_000
 
 LINE_COLUMNS = 100
 """Most characters of a console line about a step."""
-SHOWN_WAIT_SHARE = 0.05
+SHOWN_WAIT_SHARE = 0.1
 """From this share of the step time on, the console says how long the steps waited for data."""
 
 RATE_SMOOTHING = 0.1
