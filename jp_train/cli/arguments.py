@@ -86,7 +86,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         choices=("stage1", "stage2", "stage3"),
-        default=None,
         help="prompt layout (default: of the stage the weights come from)",
     )
 
@@ -96,15 +95,11 @@ def add_sampling(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--cfg-scale",
         type=float,
-        default=None,
         help="logits = uncond + scale x (cond - uncond); 1 turns guidance off "
         f"(default: {default}, else the paper's 5)",
     )
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=None,
-        help=f"of the softmax over image codes (default: {default}, else the paper's 1)",
+        "--temperature", type=float, help=f"of the softmax over image codes (default: {default}, else the paper's 1)"
     )
 
 

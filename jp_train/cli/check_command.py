@@ -21,7 +21,7 @@ there is one.
 def register(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "check", "what a configuration would run, and whether it fits together", DETAILS)
     add_config(parser)
-    parser.add_argument("--hostfile", type=Path, default=None, help="take the world size from this hostfile")
+    parser.add_argument("--hostfile", type=Path, help="take the world size from this hostfile")
     parser.add_argument(
         "--config-only",
         action="store_true",

@@ -28,19 +28,11 @@ back."""
 def register(tools: argparse._SubParsersAction) -> None:
     parser = add_command(tools, "explain", "which documents the rows of an optimizer step were made of", DETAILS)
     add_replay(parser, step_required=True)
+    parser.add_argument("--row", type=int, help="only this row of the step, counted from 0 over all ranks")
+    parser.add_argument("--rank", type=int, help="only the rows of this data-parallel rank (give --world too)")
+    parser.add_argument("--world", type=int, help="how many data-parallel ranks there are")
     parser.add_argument(
-        "--row", type=int, default=None, help="only this row of the step, counted from 0 over all ranks"
-    )
-    parser.add_argument(
-        "--rank", type=int, default=None, help="only the rows of this data-parallel rank (give --world too)"
-    )
-    parser.add_argument("--world", type=int, default=None, help="how many data-parallel ranks there are")
-    parser.add_argument(
-        "--save",
-        metavar="OUT.safetensors",
-        type=Path,
-        default=None,
-        help="write the micro-batches that hold these rows",
+        "--save", metavar="OUT.safetensors", type=Path, help="write the micro-batches that hold these rows"
     )
     add_json(parser)
     parser.set_defaults(run=run)

@@ -34,7 +34,6 @@ def register(tools: argparse._SubParsersAction) -> None:
         "--model",
         metavar="DIR",
         type=Path,
-        default=None,
         help="take the VQ from this model (an export, a run folder, a released model)",
     )
     parser.add_argument(

@@ -25,31 +25,25 @@ def register(tools: argparse._SubParsersAction) -> None:
     )
     add_config(parser)
     ranks = parser.add_mutually_exclusive_group()
-    ranks.add_argument("--hostfile", type=Path, default=None, help="take ranks and nodes from this hostfile")
-    ranks.add_argument("--world", type=int, default=None, help="number of ranks, 8 a node (default: 1)")
+    ranks.add_argument("--hostfile", type=Path, help="take ranks and nodes from this hostfile")
+    ranks.add_argument("--world", type=int, help="number of ranks, 8 a node (default: 1)")
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=None,
-        help="steps of the stage (default: the configuration's, up to its early stop)",
+        "--steps", type=int, help="steps of the stage (default: the configuration's, up to its early stop)"
     )
+    parser.add_argument("--sample-steps", type=int, help="steps to plan (default: 100,000 rows, at least 200 steps)")
     parser.add_argument(
-        "--sample-steps", type=int, default=None, help="steps to plan (default: 100,000 rows, at least 200 steps)"
-    )
-    parser.add_argument(
-        "--step-seconds", type=float, default=None, help="time of a step, for reads a second (default: from its FLOPs)"
+        "--step-seconds", type=float, help="time of a step, for reads a second (default: from its FLOPs)"
     )
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument(
         "--lengths",
         type=Path,
-        default=None,
         help="YAML or JSON of length distributions by source or kind: `NAME: {mean: 200, sigma: 0.6, samples: 1e6}`",
     )
     lengths.add_argument(
         "--synthetic", action="store_true", help="stated log-normal lengths of every kind instead of an index"
     )
-    parser.add_argument("--out", type=Path, default=None, help="folder for simulate.png and simulate.json")
+    parser.add_argument("--out", type=Path, help="folder for simulate.png and simulate.json")
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -38,11 +38,7 @@ def register(tools: argparse._SubParsersAction) -> None:
     )
     how_many = parser.add_mutually_exclusive_group()
     how_many.add_argument(
-        "--sample",
-        type=whole_number(0),
-        metavar="N",
-        default=None,
-        help="decode N images of each source, evenly spread, not all",
+        "--sample", type=whole_number(0), metavar="N", help="decode N images of each source, evenly spread, not all"
     )
     how_many.add_argument(
         "--fast", action="store_true", help="decode no image, read their headers only (the same as --sample 0)"
@@ -54,11 +50,7 @@ def register(tools: argparse._SubParsersAction) -> None:
         "this changes the plan",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="folder of verify.json and lengths.png (default: RUN_DIR/verify)",
+        "--out", type=Path, metavar="DIR", help="folder of verify.json and lengths.png (default: RUN_DIR/verify)"
     )
     add_json(parser)
     parser.set_defaults(run=run)

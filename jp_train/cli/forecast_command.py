@@ -26,10 +26,8 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     add_config(parser)
     ranks = parser.add_mutually_exclusive_group(required=True)
-    ranks.add_argument("--hostfile", type=Path, default=None, help="take nodes and ranks from this hostfile")
-    ranks.add_argument(
-        "--world", type=whole_number(1), default=None, help="number of ranks, 8 a node, without a hostfile"
-    )
+    ranks.add_argument("--hostfile", type=Path, help="take nodes and ranks from this hostfile")
+    ranks.add_argument("--world", type=whole_number(1), help="number of ranks, 8 a node, without a hostfile")
     parser.add_argument("--include", default="", help="only these hosts and slots of the hostfile: host1@host2:0,2")
     parser.add_argument("--exclude", default="", help="all but these")
     parser.add_argument("--gpu", default="a100-40gb", help="a100-40gb (default), a100-80gb, a100-40gb-pcie, h100, h200")
@@ -41,9 +39,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         help="another figure than the GPU's: memory_gib, achievable, intra_gbs, inter_gbs, ... (all are printed with "
         "the forecast); repeatable",
     )
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder for forecast.html, memory.png, time.png and forecast.json"
-    )
+    parser.add_argument("--out", type=Path, help="folder for forecast.html, memory.png, time.png and forecast.json")
     add_json(parser)
     parser.set_defaults(run=run)
 

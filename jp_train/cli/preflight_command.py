@@ -35,12 +35,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         commands, "preflight", "examine every host of a hostfile before a run", DETAILS.format(checks=listed)
     )
     parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        type=Path,
-        nargs="?",
-        default=None,
-        help="a YAML of launch/: look at what this run needs",
+        "config", metavar="CONFIG", type=Path, nargs="?", help="a YAML of launch/: look at what this run needs"
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as for the run itself")
     add_hosts(parser)

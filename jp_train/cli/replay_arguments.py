@@ -11,11 +11,7 @@ from jp_train.errors import ConfigError
 def add_replay(parser: argparse.ArgumentParser, *, step_required: bool) -> None:
     """Add `[CONFIG] [key=value ...] --run RUN_DIR --step S`."""
     parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        default=None,
-        help="a YAML of launch/; default with --run: the run's own config.yaml",
+        "config", metavar="CONFIG", nargs="?", help="a YAML of launch/; default with --run: the run's own config.yaml"
     )
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="override any key, for example data.root=/other/place"
@@ -25,7 +21,6 @@ def add_replay(parser: argparse.ArgumentParser, *, step_required: bool) -> None:
         dest="run_dir",
         metavar="RUN_DIR",
         type=Path,
-        default=None,
         help="a run folder: its configuration, and its plan snapshots",
     )
     parser.add_argument(

@@ -21,12 +21,9 @@ def register(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        help="where to write report.html (default: the run folder, or the folder above several)",
+        "--out", type=Path, help="where to write report.html (default: the run folder, or the folder above several)"
     )
-    parser.add_argument("--title", default=None)
+    parser.add_argument("--title")
     parser.set_defaults(run=run)
 
 

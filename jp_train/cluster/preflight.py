@@ -66,9 +66,7 @@ def preflight(
         raise ConfigError(f"there is no check {unknown[0]!r} to skip; there are {', '.join(CHECK_NAMES)}")
     if not 0 < timeout_s < LIFETIME_S / 4:
         raise ConfigError(f"--timeout {timeout_s:g} is not between 0 and {LIFETIME_S // 4} seconds")
-    cfg = None if config is None else load_config(config, overrides)
-    question = {"config": None if config is None else str(config), "overrides": list(overrides)}
-    return _Examination(options, cfg, question, timeout_s, frozenset(skip)).run()
+    return _Examination(options, config, overrides, timeout_s, frozenset(skip)).run()
 
 
 class _Examination:
@@ -78,13 +76,14 @@ class _Examination:
     def __init__(
         self,
         options: LaunchOptions,
-        cfg: RunConfig | None,
-        question: dict[str, Any],
+        config: str | os.PathLike[str] | None,
+        overrides: Sequence[str],
         timeout_s: float,
         skip: frozenset[str],
     ) -> None:
-        self._selection = options.selection()
-        self._cfg, self._question, self._timeout_s, self._skip = cfg, question, timeout_s, skip
+        self._cfg = cfg = None if config is None else load_config(config, overrides)
+        self._question = {"config": None if config is None else str(config), "overrides": list(overrides)}
+        self._selection, self._timeout_s, self._skip = options.selection(), timeout_s, skip
         self._master_addr = options.master_addr
         self._run_dir = os.path.abspath(cfg.run_dir) if cfg else ""
         self._id = f"{PREFLIGHT}{uuid.uuid4().hex[:12]}"

@@ -102,19 +102,10 @@ class Run:
     other than this one."""
 
     def __init__(
-        self,
-        command: Sequence[str],
-        env: Mapping[str, str],
-        launch_id: str,
-        remote: Sequence[str],
-        stop: StopSignals,
-        *,
-        grace_s: float,
-        supervision: Supervision | None = None,
-        signal_launcher: bool = False,
-        notice: Callable[[], None] = lambda: None,
-        output: Path | None = None,
-    ) -> None:
+        self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals, *,
+        grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False,
+        notice: Callable[[], None] = lambda: None, output: Path | None = None,
+    ) -> None:  # fmt: skip
         """`output`: the file for the launcher's stdout, which has DeepSpeed's messages about itself; what people are to
         read comes on stderr. None: the stdout of this process. `notice` is called after each look at the run
         folder."""
