@@ -1,7 +1,7 @@
 """Rebuilds the micro-batches of any step, bit for bit as training consumed them, in one process.
 
 Rows are a pure function of the configuration and the indexed data, and micro-batch m of a step holds its rows [m * b,
-(m + 1) * b), with b = engine.micro_batch_rows, for every number of ranks. A run's plan snapshots only make it quick:
+(m + 1) * b), with b = engine.micro_batch_rows, for every number of ranks. A run's plan snapshots only save time:
 without them the plan is folded from step 0.
 """
 
@@ -28,13 +28,13 @@ from jp_train.tools.index import IndexProgressLine
 from jp_train.types import PackedBatch, Row, RowSpec
 
 FOLD_AT_ONCE = 50
-"""Steps planned between two looks at the clock."""
+"""Steps planned between two calls of the progress line."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One micro-batch as trained: the number of its first row within the step, its batch, and the rows and specs it
-    was made of."""
+    """A micro-batch as trained: the number of its first row within the step, its batch, and its rows and their
+    specs."""
 
     first_row: int
     batch: PackedBatch
@@ -46,10 +46,9 @@ class Replay:
     """The rows of a configuration. Steps are the numbers of metrics.jsonl and wandb: step n, from 1, is made of plan
     step n - 1.
 
-    `run_dir`: a run folder whose plan snapshots shorten the way, and prove that the data are still those it was trained
-    on. `recipe`: of the run's VQ, so that VQ ids stored beside the shards are used as training uses them (None: they
-    are not, and images are read). `notes` collects what a reader of the result should know. Close it, or use it as a
-    context.
+    `run_dir`: a run folder whose plan snapshots save time, and prove that the data are still those it was trained on.
+    `recipe`: of the run's VQ, so that VQ ids stored beside the shards are used as in training (None: they are not, and
+    images are read). `notes` are remarks for the reader of the result. Close it, or use it as a context.
 
     Raises:
         ConfigError, DataError: as training would for this configuration and data; DataError also when the run's plan

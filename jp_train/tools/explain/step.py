@@ -1,8 +1,7 @@
 """`jp-train data explain`: which documents an optimizer step was made of, and its micro-batches as files.
 
-The rows come from `tools/explain/replay.py`; this module adds what a run folder knows about itself: its configuration,
-the code that trained it, and the counts that its metrics.jsonl holds for the step, against which the replay is
-compared.
+The rows come from `tools/explain/replay.py`; this module adds what a run folder holds: its configuration, the commit
+that trained it, and the counts of the step in metrics.jsonl, with which the replay is compared.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ def open_replay(
 
 
 def _recipe(cfg: RunConfig) -> tuple[IdsRecipe | None, str | None]:
-    """What stored VQ ids must have been made with; without the VQ's weights none, and a note that says what this
-    changes."""
+    """What stored VQ ids must have been made with; where the VQ's weights cannot be read, None and a note on what
+    differs then."""
     try:
         return ids_recipe(cfg), None
     except CheckpointError as error:
@@ -73,7 +72,7 @@ def explain_step(
     world: int = 1,
     save: Path | None = None,
 ) -> dict[str, Any]:
-    """The rows of an optimizer step, described (`tools/explain/describe.py` has the format), with their sum, all
+    """The rows of an optimizer step, described (`data/batch_file.py` has the format), with their sum, all
     JSON-able.
 
     `row`: only this one; `rank` of `world`: only those of this data-parallel rank; else all of the step. `save`: a

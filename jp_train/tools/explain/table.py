@@ -12,7 +12,7 @@ from jp_train.terminal import aligned
 from jp_train.types import KINDS
 
 MOST_SPANS = 2
-"""Loss spans of a document that a table cell spells out."""
+"""Loss spans of a document that a table cell lists at most."""
 
 
 def format_row(row: dict[str, Any], rows_per_step: int, width: int = 120) -> str:
@@ -105,7 +105,7 @@ def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
 
 
 def remarks_of(document: dict[str, Any]) -> list[str]:
-    """What is not whole about a described document, in words."""
+    """Remarks on a described document that is cut or truncated."""
     remarks = []
     if document["begun_before"]:
         remarks.append("its start is in an earlier row")

@@ -5,6 +5,6 @@
     samples (worker processes)  each chunk -> samples (key, fields) or skipped entries with a reason
     shards (one process)        samples in listing order -> tars, `manifest.json`, `skipped.jsonl`
 
-Only the listing's order decides what a shard holds, so that the number of processes and any kill leave no trace in the
+What a shard holds depends on the order of the listing alone: neither the number of processes nor a kill changes its
 bytes.
 """

@@ -1,4 +1,4 @@
-"""`jp-train data import`: run or only describe an import, and say what came of it."""
+"""`jp-train data import`: run an import, or describe it with --dry-run, and summarise the result."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class _Survey:
     sizes: list[int] = field(default_factory=list)
 
     def add(self, entry: Entry, images: Path | None, *, look: bool) -> bool:
-        """Count an entry and, with `look`, read its image; whether it had one to read."""
+        """Count an entry and, with `look`, read its image. Returns whether an image was read."""
         self.entries += 1
         skip = entry.skip
         path = entry.image if images is not None and isinstance(entry.image, str) else None
@@ -134,7 +134,7 @@ class _Survey:
 
 
 def _dry_run(reader: Reader, settings: ImportSettings, stream: TextIO) -> tuple[dict[str, Any], str]:
-    """Reads the whole listing and a few images; writes nothing."""
+    """What an import would write, from the whole listing and a few images; nothing is written."""
     listing = checked_listing(reader, settings)
     survey, line = _Survey(), ProgressLine("import", stream)
     for chunk in listing.chunks():
@@ -184,5 +184,5 @@ def _survey_lines(survey: _Survey, settings: ImportSettings) -> Iterator[str]:
         )
         yield f"  {survey.text_only:,} conversations without an image {kept}"
     if survey.images_read:
-        yield f"  {survey.images_read:,} images looked at, {survey.images_bad:,} of them missing or refused"
+        yield f"  {survey.images_read:,} images read, {survey.images_bad:,} of them missing or rejected"
         yield from (f"             e.g. {printable(example)}" for example in survey.examples.get("images", []))

@@ -101,8 +101,7 @@ def _file_chunks(files: list[Path]) -> Iterator[Chunk]:
 
 
 def _paragraph_chunks(files: list[Path]) -> Iterator[Chunk]:
-    """Paragraphs as (name of file and first line, bytes); one that goes over the end of a line chunk is put together
-    again."""
+    """Paragraphs as (name of file and first line, bytes), also those that continue in the next chunk of lines."""
     paragraph: list[bytes] = []
     where, items, first, done, held = ("", 0), [], 0, 0, 0
 

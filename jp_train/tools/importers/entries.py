@@ -1,4 +1,4 @@
-"""What a reader of a layout hands over: chunks of entries, entries, and the reasons for which one is skipped."""
+"""What a reader of a layout returns: chunks of entries, entries, and the reasons why an entry is skipped."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ REASONS = {
     "not_unicode": "text that is not valid UTF-8",
     "text_only": "a conversation without an image; --text-out FOLDER keeps them",
 }
-"""Why an entry is skipped, as `skipped.jsonl` and the summary name it. What else they name is the training loader's
-class of fault."""
+"""Why an entry is skipped, as in `skipped.jsonl` and the summary. Other reasons there are the training loader's classes
+of fault."""
 REJECTED = "the training loader would reject the sample"
 
 CHUNK_ENTRIES = 64
 CHUNK_LINES = 512
 CHUNK_BYTES = 1 << 20
-"""A unit of work for a process: at most this many images, or lines and about this much text."""
+"""The size of a chunk: at most this many images, or this many lines with about this much text."""
 
 
 class Skip(SkipSample):
-    """An entry that becomes no sample: `fault` is one of REASONS, or the class of fault by which the training loader
-    refuses the sample."""
+    """An entry that becomes no sample: `fault` is one of REASONS, or the class of fault with which the training loader
+    rejects the sample."""
 
     def __init__(self, fault: str, message: str) -> None:
         super().__init__(message, fault)
@@ -60,7 +60,7 @@ class Entry:
     note: dict[str, Any] | None = None
     image: str | bytes | None = None
     slug: str = ""
-    """Text that the key repeats for people, after the number."""
+    """Text that follows the number in the sample's key, for people."""
     text_only: bool = False
     """A conversation without an image from a source of images."""
     skip: Skip | None = None
@@ -68,8 +68,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Consecutive entries as a worker gets them: `count` entries from number `first`; `payload` is the reader's
-    business; `done` is how far in the listing the chunk ends, in the units of `Listing.total`."""
+    """Consecutive entries, the unit of work of a process: `count` entries from number `first`; `payload` is for the
+    reader that made it; `done` is where in the listing the chunk ends, in the units of `Listing.total`."""
 
     first: int
     count: int
@@ -87,11 +87,11 @@ class Listing:
     total: int
     chunks: Callable[[], Iterator[Chunk]]
     remarks: tuple[str, ...] = ()
-    """What a person should know about how the source was understood."""
+    """How the source was understood, one remark a line, for the person who imports it."""
 
 
 class Reader(ABC):
-    """A layout. Small and picklable: worker processes get a copy."""
+    """A layout of a source. Readers are small and picklable, as worker processes get a copy."""
 
     format: ClassVar[str]
     kind: Kind

@@ -1,6 +1,6 @@
-"""Files of a source: naming them, telling whether they changed, and reading JSON and lines as streams.
+"""Files of a source: their names, an identity that changes with their content, JSON and lines as streams.
 
-Nothing here holds a whole file: a listing of 10M lines costs the memory of one chunk.
+Nothing here holds a whole file in memory: a listing of 10M lines takes as much as one chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HASHED_WHOLE = 1 << 30
 """A listing file up to this many bytes is identified by the SHA-256 of all of it; a larger one by its size, mtime,
 first and last MiB."""
 MAX_LINE = 64 << 20
-"""A longer line is no record: the file is probably not lines at all."""
+"""Bytes of a line at most; a longer one means that the file does not consist of lines."""
 
 _BUFFER = 1 << 20
 _OF_NUMBERS = "+-.eE0123456789"
@@ -50,7 +50,7 @@ def source_files(source: Path, patterns: Iterable[str], what: str) -> list[Path]
 
 
 def refuse_output_in_source(source: Path, out: Path) -> None:
-    """Raises ConfigError when SOURCE takes in the folder `out`: run again, the import would read its own reports as
+    """Raises ConfigError when the folder `out` lies within SOURCE: a second run would read the reports of the first as
     data."""
     if source.is_file():
         return

@@ -76,7 +76,7 @@ class ImageNetReader(Reader):
             )
 
     def _names(self, classes: list[str]) -> tuple[dict[str, str], str]:
-        """The name of each class folder, and where it is from. Raises ConfigError for a class without a name."""
+        """The name of each class folder, and their origin in words. Raises ConfigError for a class without a name."""
         above = [self.source.absolute(), *self.source.absolute().parents[:4]]
         path = self.class_names or next((folder / MAPPING for folder in above if (folder / MAPPING).is_file()), None)
         if path is None:

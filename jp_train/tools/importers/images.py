@@ -39,7 +39,7 @@ def image_extension(data: bytes) -> str | None:
 
 
 def refuse_outside(folder: Path, path: str) -> None:
-    """Raises Skip for a path that by its words alone leaves the folder, or names no file."""
+    """Raises Skip for a path that names no file, or whose text alone shows that it leaves the folder."""
     if "\0" in path or not path:
         raise Skip("image_missing", f"the path {path!r} names no file")
     if os.path.isabs(path) or ".." in path.split("/"):
@@ -77,7 +77,7 @@ def read_inside(folder: Path, path: str) -> bytes:
             raise Skip("image_missing", f"{path[:200]!r} in {folder} cannot be a file: {error.strerror}") from None
         raise DataError(
             f"cannot read image {full}: {error}. An I/O error is never skipped: "
-            "mend the disk, mount or permission, then run the same "
+            "correct the disk, mount or permission, then run the same "
             "command again; it resumes"
         ) from error
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
 """`manifest.json` in the folder of an import: what is complete on disk, and what it was made from.
 
-It is replaced atomically after every shard. A killed import goes on from it: everything it names is whole, everything
-after it is made again, so that nothing is there twice and nothing is missing.
+It is replaced atomically after every shard. A killed import continues from it: every shard that it names is complete,
+and all entries after those are read again, so that no sample is missing or there twice.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ _SKIP = "skipped:"
 
 @dataclass(kw_only=True)
 class OutputState:
-    """One set of shards: its folder (absolute), the complete shards, and the number of the first entry that is in
-    none of them."""
+    """A folder of shards: its absolute path, the complete shards, and the number of the first entry after them."""
 
     folder: str
     end: int = 0
@@ -71,7 +70,7 @@ class Manifest:
         }
 
     def store(self, folder: Path) -> None:
-        """Write it. Raises DataError when the disk refuses."""
+        """Write it into `folder`. Raises DataError when that fails."""
         try:
             write_atomically(
                 folder / NAME,
@@ -79,7 +78,8 @@ class Manifest:
             )
         except OSError as error:
             raise DataError(
-                f"cannot write {folder / NAME}: {error}; free space or mend the folder, then run the same command again"
+                f"cannot write {folder / NAME}: {error}; free space or correct the folder, "
+                "then run the same command again"
             ) from error
 
 
@@ -87,7 +87,7 @@ class SkipLog:
     """`skipped.jsonl` of a folder, one object a line, cut back on opening to what the manifest counts.
 
     Raises:
-        DataError: when the file is shorter than that, or the disk refuses.
+        DataError: when the file is shorter than that, or cannot be written.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -108,7 +108,7 @@ class SkipLog:
             self._file.write(json.dumps(line).encode() + b"\n")
 
     def sync(self, end: int) -> None:
-        """Put it on disk, and into the manifest that it names the skips of every entry before `end`."""
+        """Flush it to the disk, and note in the manifest that it has the skips of every entry before `end`."""
         with self._explained():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -155,8 +155,8 @@ def resume_or_start(folder: Path, new: Manifest) -> Manifest:
     also `new` where an import of something else stopped before its first shard.
 
     Raises:
-        ConfigError: when the source or an option changed (what, then and now), or the folder holds shards of somebody
-        else.
+        ConfigError: when the source or an option changed (the message has both values), or the folder holds shards of
+            other origin.
         DataError: when a shard that the manifest names is gone or has another size.
     """
     existing = load_manifest(folder)
@@ -192,8 +192,7 @@ def resume_or_start(folder: Path, new: Manifest) -> Manifest:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one import at a time writes a folder; the lock ends with the process. Raises ConfigError when another has
-    it."""
+    """A lock on `folder`, made if needed; it ends with the process. Raises ConfigError when another import has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -19,7 +19,7 @@ ROWS_AT_A_TIME = 64
 """Rows turned into Python objects at once."""
 
 _UNREAD = b"\0"
-"""Stands for an image that a dry run does not read."""
+"""Placeholder of an image that a dry run does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)

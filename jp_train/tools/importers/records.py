@@ -65,7 +65,7 @@ class Columns:
 
 
 def record_entry(record: Any, number: int, name: str, columns: Columns, kind: Kind) -> Entry:
-    """The entry of a record; what is wrong with it becomes the entry's `skip`."""
+    """The entry of a record; a fault of the record becomes the entry's `skip`."""
     try:
         if not isinstance(record, Mapping):
             raise Skip("bad_record", f"a {type(record).__name__} instead of an object with named values")
@@ -262,7 +262,9 @@ def _csv_chunks(files: list[Path], most: int) -> Iterator[Chunk]:
                         )
                         first, start, items = first + len(items), start + len(items), []
             except csv.Error as error:
-                raise DataError(f"{path}, line {rows.line_num}: {error}; mend the line (an unclosed quote?)") from None
+                raise DataError(
+                    f"{path}, line {rows.line_num}: {error}; correct the line (an unclosed quote?)"
+                ) from None
             if items:
                 yield Chunk(
                     first=first, count=len(items), payload=(name, start, items), done=before + path.stat().st_size

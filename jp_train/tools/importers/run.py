@@ -21,8 +21,8 @@ from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, Sk
 from jp_train.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
 
 HOPELESS = 1000
-"""When this many entries come first and none becomes a sample, the import stops: it is a wrong option, not a
-thousand bad entries."""
+"""The import stops when none of the first entries, this many, becomes a sample: an option is wrong, not a thousand
+entries."""
 
 _FEW = 8
 """Fewer chunks than this are done without starting processes, which takes seconds."""
@@ -119,8 +119,7 @@ def _write(
 
 
 def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
-    """The listing of a source, once the settings are known to make sense for it. Raises ConfigError, DataError as
-    `import_source` does."""
+    """The listing of a source, after a check of the settings. Raises ConfigError and DataError as `import_source`."""
     if (
         not 0 < settings.shard_mib < math.inf
         or min(settings.processes, settings.shard_samples, settings.max_image_pixels) < 1
@@ -128,7 +127,7 @@ def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
         raise ConfigError("--processes, --shard-size, --shard-samples and --max-image-pixels must be positive")
     if settings.text_out is not None and settings.text_out.resolve() == settings.out.resolve():
         raise ConfigError(
-            f"--text-out is OUT itself ({settings.out}): text shards have another kind and need a folder of their own"
+            f"--text-out is OUT itself ({settings.out}): text shards have another kind and need another folder"
         )
     for folder in (settings.out, settings.text_out):
         if folder is not None:
@@ -146,7 +145,7 @@ def _shards(manifest: Manifest) -> int:
 
 
 class _Sink:
-    """Takes samples and skips in listing order and keeps shards, `skipped.jsonl` and the manifest in step.
+    """Writes samples and skips in listing order, and keeps shards, `skipped.jsonl` and the manifest consistent.
 
     After a resume, each output ignores the entries it already holds, and the log those that are already counted.
     """
@@ -235,7 +234,7 @@ class _Sink:
 
 
 def _options(reader: Reader, settings: ImportSettings) -> dict[str, Any]:
-    """All that decides the shards' content besides the source, as JSON gives it back; not the number of processes."""
+    """Everything besides the source that decides the content of the shards, as JSON values: not the processes."""
     settled = {
         "kind": reader.kind.value,
         "shard_mib": settings.shard_mib,

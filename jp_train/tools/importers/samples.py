@@ -1,4 +1,4 @@
-"""An entry -> a sample that the training loader takes, or a reason why not. Runs in the worker processes."""
+"""An entry -> a sample that the training loader accepts, or the reason why there is none. Runs in worker processes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
 
 
 def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: str = "as_is") -> None:
-    """Parse the sample as training will, images left alone. Raises Skip with the loader's own words."""
+    """Parse the sample as training does, without decoding its image. Raises Skip with the loader's reason."""
     light = {extension: data if extension in ("json", "txt") else b"" for extension, data in fields.items()}
     source = SourceConfig(kind=SourceKind(kind.value), class_prompt=ClassPrompt(class_prompt))
     try:

@@ -1,4 +1,4 @@
-"""What an import says: a progress line, a table, the lines for a recipe, and what to do next."""
+"""The summary of an import: a table, skipped entries by reason, the lines for a recipe, and the next commands."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
     """Write the tar `name` (path, URL or command) as the plain shard `number` of a folder, and validate it.
 
     Raises:
-        DataError: for a truncated or corrupt tar, a command that fails, or a disk that refuses; no shard is left then.
+        DataError: for a truncated or corrupt tar, a failing command, or a shard that cannot be written; none is left.
     """
     path = folder / SHARD_NAME.format(number)
     try:
@@ -177,7 +177,7 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
                     raise DataError(f"{name}: {str(error).replace(temporary, 'its content')}") from None
     except OSError as error:
         raise DataError(
-            f"cannot write shard {path} from {name}: {error}; mend it, then run the same command again: it resumes"
+            f"cannot write shard {path} from {name}: {error}; correct that, then run the same command again: it resumes"
         ) from error
     with contextlib.closing(ShardReader()) as reader:
         checked = _check(Shard(path=str(path), size=shard.size, stamp=shard.stamp), kind, reader, members)
@@ -192,8 +192,7 @@ def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers 
     for number, key in enumerate(members.keys):
         try:
             raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", images=False)
-            # Stored ids stand for an image here: how many there must be is the model's business, and the run checks
-            # it.
+            # Stored ids pass as an image: how many a sample must have depends on the model, and training checks it.
             check_sample(
                 key,
                 {"png" if extension == VQ_EXTENSION else extension: data for extension, data in raw.fields.items()},

@@ -1,7 +1,7 @@
 """Import of an existing WebDataset: its tars in parallel processes, recorded in order.
 
-A kill loses at most the copies that are unfinished. Tars that stay in place are read again by every run; their members
-sidecars make it quick.
+After a kill only unfinished copies are made again. Tars that stay in place are checked by every run; their members
+sidecars make that quick.
 """
 
 from __future__ import annotations
@@ -97,11 +97,9 @@ def _record(manifest: Manifest, log: SkipLog, number: int, name: str, checked: C
 
 
 def _resumed(new: Manifest, tars: TarSource, out: Path) -> Manifest:
-    """The manifest to go on from. Tars that are not copied yet may have changed: a damaged one has to be mended to go
-    on.
+    """The manifest to continue from. Tars that are not copied yet may have changed since (a damaged one is repaired).
 
-    Tars that stay in place are checked anew; only the reports of the same tars, and of no other import, are written
-    over.
+    Tars that stay in place are checked again; their reports are overwritten, those of another import never.
     """
     before = load_manifest(out)
     if not tars.copies:

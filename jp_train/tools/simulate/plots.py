@@ -21,7 +21,7 @@ INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
 
 
 def save_forecast(forecast: dict[str, Any], folder: Path) -> str:
-    """Write `simulate.png` and `simulate.json` into `folder`; returns their paths in words. Raises DataError if it
+    """Write `simulate.png` and `simulate.json` into `folder`; returns their paths as text. Raises DataError if it
     cannot be written."""
     image, numbers = folder / "simulate.png", folder / "simulate.json"
     try:

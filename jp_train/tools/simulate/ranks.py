@@ -1,4 +1,4 @@
-"""How planned rows fall on ranks: who lacks a kind, and who waits for whom, for every world size.
+"""How planned rows are distributed over ranks: which lack a kind, and how long they wait, for every world size.
 
 Rank k of W holds rows [kR/W, (k+1)R/W) of a step, in micro-batches of consecutive rows, as the loader deals them.
 """

@@ -12,11 +12,11 @@ from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, needed_fields
 from jp_train.data.sidecar import load_members
 from jp_train.data.vq_use import ids_summary
 from jp_train.errors import DataError
-from jp_train.tools.simulate.walk import SourceReads
+from jp_train.tools.simulate.measure import SourceReads
 from jp_train.types import Kind
 
 SAMPLED_SHARDS = 64
-"""Shards of a source whose sidecars are looked into, at even distances; shards are alike enough for a mean."""
+"""Shards of a source whose sidecars are read, evenly spaced; shards are similar enough for a mean."""
 NPY_HEADER = 128
 
 

@@ -1,9 +1,9 @@
-"""Planned rows from all over a stage: what a forecast is measured on.
+"""Planned rows from all parts of a stage, on which a forecast is measured.
 
-Blocks of consecutive steps are planned for real, at the stage's beginning and at even distances behind it, in every
-phase (a stretch of steps with one set of sources). A far block starts from a constructed state (`Plan.state_at`):
+Blocks of consecutive steps are planned as in training, at the stage's beginning and evenly spaced after it, in every
+phase (a range of steps with the same sources). A far block starts from a constructed state (`Plan.state_at`):
 permutations are reached in O(1), so a block at step 250,000 costs what one at step 0 costs. Its first steps, in which
-the pool fills, are planned and left out. How much the blocks differ among each other is the error of the extrapolation.
+the pool fills, are planned and left out. The error of the extrapolation follows from how much the blocks differ.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _blocks(plan: Plan, steps: int, sample_steps: int, block_steps: int) -> list
 
 
 def _positions(plan: Plan, rates: Mapping[str, SourceRates], step: int) -> dict[str, int]:
-    """Where every source will be at `step`, with rows as good as full."""
+    """Where every source will be at `step`, as if rows were full."""
     positions = dict.fromkeys(rates, 0.0)
     for phase, start, end in phases_of(plan, step):
         for name, documents in documents_per_step(plan, rates, phase, plan.rows_per_step * plan.seq_len).items():

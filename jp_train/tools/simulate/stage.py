@@ -1,4 +1,4 @@
-"""`jp-train data simulate`: the forecast of a stage, put together from its index (data) and its FLOPs (model)."""
+"""`jp-train data simulate`: the forecast of a stage, from its index (data) and its FLOPs (model)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jp_train.config.choices import ImageEnd, Packing, Template
 from jp_train.data.plan import Plan
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine
-from jp_train.tools.simulate.walk import STATISTICS, SourceReads, StageSetup, simulate
+from jp_train.tools.simulate.measure import STATISTICS, SourceReads, StageSetup, simulate
 from jp_train.types import KINDS, Kind
 
 SLOTS_PER_NODE = 8
@@ -109,8 +109,8 @@ def simulate_stage(cfg: RunConfig, options: SimulateOptions, progress: TextIO | 
 
 
 def unit_flops(cfg: RunConfig) -> dict[str, float]:
-    """FLOPs of a unit of each of STATISTICS, forward and backward; they are linear in each. VQ encoding on the fly
-    is counted: ranks wait for it as for all else."""
+    """FLOPs of a unit of each of STATISTICS, forward and backward; they are linear in each. VQ encoding in training
+    is included: ranks wait for it too."""
     from jp_train.model.flops import BatchStatistics, step_flops, vq_flops
 
     nothing = dict.fromkeys(STATISTICS, 0)

@@ -29,8 +29,7 @@ from jp_train.errors import ConfigError
 from jp_train.types import KINDS, Kind
 
 ARRAY_SAMPLES = 500_000
-"""Lengths drawn per source at most; a larger source repeats them, for its epochs depend on how many it has and how
-long they are."""
+"""Lengths drawn per source at most; a larger source repeats them. Its epochs depend on their number and mean alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

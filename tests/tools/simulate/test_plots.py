@@ -12,7 +12,7 @@ from jp_train.config import load_config
 from jp_train.errors import DataError
 from jp_train.tools.simulate.plots import DASHES, KIND_COLOURS, _styles, draw_forecast, save_forecast
 from jp_train.tools.simulate.stage import SimulateOptions, simulate_stage
-from tests.tools.simulate.test_walk import SMOKE
+from tests.tools.simulate.test_measure import SMOKE
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from jp_train.tools.simulate.synthetic import (
     template_tokens,
 )
 from jp_train.types import Kind
-from tests.tools.simulate.test_walk import SMOKE
+from tests.tools.simulate.test_measure import SMOKE
 
 SLOTS = 36
 

@@ -1,10 +1,9 @@
 """Forecast of a stage from its plan: fill, mixture, epochs, balance between ranks, reads. No sample is read and no
 image decoded.
 
-`simulate` plans a sample of the stage's steps (sample.py) and measures it. What the index tells exactly (mean
-lengths, shares) is used exactly, so that the forecast of epochs only has to learn from the sample how full rows are.
-Every measured mean comes with `plus_minus`, two standard errors of the block means (0 where the whole stage was
-planned).
+`simulate` plans a sample of the stage's steps (sample.py) and measures it. What the index holds exactly (mean lengths,
+shares) is used as it is: of the sample, the forecast of epochs needs only the fill of rows. Every measured mean comes
+with `plus_minus`, two standard errors of the block means (0 where the whole stage was planned).
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ def simulate(
     block_steps: int = 10,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The forecast as one JSON-able object. `sample_steps`: steps to plan; the whole stage is planned if it has not
-    more.
+    """The forecast as a JSON-able object. `sample_steps`: steps to plan; a stage of fewer steps is planned whole.
 
     Raises:
         ConfigError: if rows cannot be planned (see `Plan.next_step`).
@@ -132,8 +130,7 @@ def simulate(
 
 def row_statistics(sample: Sample, setup: StageSetup) -> dict[str, np.ndarray]:
     """STATISTICS of every sampled row, float64 [steps x rows]. Text positions of understanding documents and of
-    conversations count questions too,
-    which lengths cannot tell apart: an upper bound where they are not supervised."""
+    conversations include the questions, which lengths do not show: an upper bound where they are not supervised."""
     length = sample.length.astype(np.float64)
     text, und, gen = (sample.kind == KINDS.index(kind) for kind in (Kind.TEXT, Kind.UNDERSTANDING, Kind.GENERATION))
     text_positions = np.where(text, length - sample.last, 0) + np.where(
@@ -204,8 +201,8 @@ def _phase_weights(sample: Sample, steps: int) -> dict[int, float]:
 def _mixture(
     plan: Plan, sample: Sample, sources: list[dict[str, Any]], rates: Mapping[str, SourceRates]
 ) -> dict[str, Any]:
-    """Shares of the kinds in both units: over the stage by what its sources give, or counted where all was planned;
-    the errors are those of the sampled steps, in the recipe's unit."""
+    """Shares of the kinds in samples and in tokens: over the stage from what its sources contribute, or counted where
+    every step was planned; errors of the sampled steps, in the recipe's unit."""
     shares = np.array(plan.mixture.shares) / sum(plan.mixture.shares)
     mixture: dict[str, Any] = {
         "unit": plan.ratio_unit.value,

@@ -19,11 +19,11 @@ from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.plan import Plan, PlanSource
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.flops import BatchStatistics, step_flops
+from jp_train.tools.simulate.measure import STATISTICS, SourceReads, StageSetup, simulate, step_at
 from jp_train.tools.simulate.ranks import rank_balance
 from jp_train.tools.simulate.sample import source_rates, take_sample
 from jp_train.tools.simulate.stage import SimulateOptions, simulate_stage, unit_flops
 from jp_train.tools.simulate.table import format_forecast
-from jp_train.tools.simulate.walk import STATISTICS, SourceReads, StageSetup, simulate, step_at
 from jp_train.types import KINDS, Kind
 from tests.data.data_samples import generation_samples, text_samples, understanding_samples
 
