@@ -29,7 +29,7 @@ from jp_train.tools.inference import InferenceModel, answer_questions, generate_
 
 CFG_SCALES = (1.0, 1.5, 2.0, 3.0)
 DRAWINGS_EACH = 120
-"""Drawings of each group that are asked for, and asked about."""
+"""Drawings of each group that are generated from prompts and asked about."""
 SWEPT = 40
 GRID_COLUMNS, GRID_ROWS = 10, 4
 GROUPS = ("trained", "held-out drawings", "held-out names")

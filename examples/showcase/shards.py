@@ -1,7 +1,7 @@
 """Write the showcase's WebDataset shards: emoji in three styles for both directions, WordNet's glosses as text.
 
 Per style ``emoji-{style}-gen`` (captions) and ``emoji-{style}-und`` (questions about name, kind and style, and
-descriptions); ``text`` (a gloss a document) and ``text-conversations`` (what a word means). Two things are kept from
+descriptions); ``text`` (a gloss a document) and ``text-dialogues`` (what a word means). Two things are kept from
 training:
 
 - *names*: no drawing of them in any style, no caption with them; ``emoji-{style}-gen-val`` and
@@ -111,7 +111,7 @@ def with_article(name: str) -> str:
 
 
 def caption(item: Emoji, style: str, wording: int = 0) -> str:
-    """What an image is asked for with; wording 0 is the one that evaluation uses."""
+    """The prompt of an image; evaluation uses wording 0."""
     return CAPTIONS[wording % len(CAPTIONS)].format(a=with_article(item.name), style=style)
 
 

@@ -130,7 +130,7 @@ def unpack_emoji(tarball: Path, style: str, folder: Path) -> int:
 
 
 def unpack_wordnet(package: Path, folder: Path) -> None:
-    """Keep WordNet's data files under `folder`; the package's own tree is never laid out on the disk. Raises
+    """Keep WordNet's data files under `folder`; the package is never unpacked onto the disk. Raises
     DataError, LaunchError."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

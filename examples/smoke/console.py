@@ -1,4 +1,4 @@
-"""What the terminal shows of a step: its whole output goes into a log file, and the lines worth reading to stderr."""
+"""Output of a step: all of it goes into a log file, and what a person should read to stderr too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jp_train.terminal import duration, folded, terminal_columns
 PROGRESS_S = 20.0
 """Seconds between two progress lines of pretraining and of writing shards."""
 STEP_INTERVAL_S = 30.0
-"""Seconds between two shown lines of training steps."""
+"""Seconds between two training steps that are shown."""
 _ROUTINE = re.compile(
     r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[INFO\]|[^|]*: +\d+%\||index(ing|:) |VQ ids: |trainable: |exporting to "
     r"|command: |logs of the ranks: |\d+ rows a step = |\d+ ranks on |step +\d+/\d+  held out"
@@ -39,7 +39,7 @@ class LineFilter:
         self._shown: float | None = None
 
     def __call__(self, line: str) -> str | None:
-        """The line as it is to be shown, or None."""
+        """The line to show, or None."""
         line = line.rstrip()
         step = _STEP.match(line)
         if step is None:

@@ -1,4 +1,4 @@
-"""Judge what the trained model made: pure functions of images, answers and what was asked.
+"""Scores of what the trained model made: pure functions of images, answers, prompts and questions.
 
 Nothing here loads a model.  Callers pass generated images, answers, or a ``round_trip`` function (images → VQ ids
 → images) and get accuracies in 0..1 beside chance levels and ceilings.
@@ -42,7 +42,7 @@ def normalized(answer: str) -> str:
 
 
 def score_digit_images(images: np.ndarray, labels: Sequence[int], judge: DigitJudge) -> Score:
-    """How many images, uint8 ``[n, H, W, 3]``, the judge names as asked.
+    """How many images, uint8 ``[n, H, W, 3]``, the judge names as in `labels`.
 
     Raises:
         ValueError: if there are not as many labels as images.

@@ -53,7 +53,7 @@ SHOWN_CATEGORIES = ("single", "colours")
 
 @dataclass(frozen=True)
 class Bench:
-    """The model and how much it is asked."""
+    """The model under test, and the size of the test."""
 
     model: InferenceModel
     judge: DigitJudge

@@ -1,4 +1,4 @@
-"""Whether bfloat16 pays on this CPU."""
+"""bfloat16 where the CPU gains from it."""
 
 from __future__ import annotations
 

@@ -96,9 +96,8 @@ def pretrain_all(
     """Pretrain the VQ tokenizer, the vision encoder and the language model, and write the model stage 1 starts from.
 
     ``out_dir`` becomes a ``JanusForConditionalGeneration`` folder (config.json, model.safetensors) with the
-    tokenizer's files beside them; returns it.  The VQ tokenizer is trained in a process of its own beside the other
-                                                two: two
-    processes of one thread do more than one of two.  The process's thread count is set for the time of the call only.
+    tokenizer's files beside them; returns it.  The VQ tokenizer is trained in another process meanwhile:
+    two processes of one thread do more than one of two.  The thread count is set for the time of the call only.
 
     Raises:
         ConfigError: if the tokenizer lacks a special token.

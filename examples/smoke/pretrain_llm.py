@@ -1,4 +1,4 @@
-"""Warm up the small language model on plain text, so that stage 1 has something worth freezing."""
+"""Pretrain the small language model on plain text: stage 1 freezes it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ white."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VQTraining:
-    """How to train the VQ tokenizer.  Counts are optimizer steps unless said otherwise."""
+    """How to train the VQ tokenizer.  Counts are optimizer steps where nothing else is stated."""
 
     steps: int
     batch_images: int
@@ -44,7 +44,7 @@ class VQTraining:
     """Extra weight of a fully saturated pixel's error over a grey one's: small coloured shapes on white would else
     hardly count."""
     kmeans_images: int = 1500
-    """Images whose encoder outputs the codebook's k-means sees."""
+    """Images whose encoder outputs the k-means of the codebook takes."""
     codebook_decay: float = 0.98
     """Decay a step of the running means that codebook rows are."""
     restart_every: int = 50
@@ -52,7 +52,7 @@ class VQTraining:
     many steps."""
     restart_below: float = 0.05
     freeze_codebook_last: int = 100
-    """In the last steps rows no longer restart, so that every row's meaning is settled."""
+    """In the last steps rows no longer restart, so that no row changes its meaning."""
     bfloat16: bool = True
     """Convolutions in bfloat16 where the CPU gains from it."""
 
@@ -181,7 +181,7 @@ def train_vq(config: JanusVQVAEConfig, images: torch.Tensor, training: VQTrainin
 
     The objective is L1 + L2 of the pixels (saturated ones count more) plus the commitment of encoder outputs to their
     rows (of plain patches: to the paper row, from the first step); gradients pass the quantizer straight through.  The
-        learning rate falls linearly to zero after a short warm-up.
+    learning rate falls linearly to zero after a short warm-up.
 
     Raises:
         ValueError: if the image side does not fit the configured grid.

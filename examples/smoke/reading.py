@@ -1,6 +1,6 @@
 """Read the smoke run's shards back whole, for the plain-PyTorch pretraining and for the judges.
 
-The trainer itself reads shards through ``jp_train.data``; this module is for code that wants a small source in memory.
+The trainer itself reads shards through ``jp_train.data``; this module reads a small source into memory.
 """
 
 from __future__ import annotations

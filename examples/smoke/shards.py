@@ -2,7 +2,7 @@
 
 Training sources: ``digits-gen``, ``scenes-gen`` (``{key}.png`` + ``{key}.json`` with ``caption``), ``digits-und``,
 ``scenes-und`` (``{key}.png`` + ``{key}.json`` with LLaVA ``conversations``), ``text`` (``{key}.txt``) and
-``text-conversations`` (``{key}.json`` with ``conversations``, no image).  Each has a held-out twin named ``…-val``; two
+``text-dialogues`` (``{key}.json`` with ``conversations``, no image).  Each has a held-out twin named ``…-val``; two
 more, ``pairs-gen-val`` and ``pairs-und-val``, hold scenes of the colour-shape pairs that training never sees.
 
 Equal seed and sizes give equal bytes: images come from ``generator(seed, source, n)``, and tar headers carry no time.
@@ -158,7 +158,7 @@ def source_samples(seed: int, source: str, count: int) -> Iterator[dict]:
 
 
 def source_counts(sizes: ShardSizes) -> dict[str, int]:
-    """Every source with the number of samples asked for (0 for text: as many as there are)."""
+    """Every source with its number of samples (0 for text: as many as there are)."""
     trained = {name: getattr(sizes, name.replace("-", "_")) for name in (*GENERATION_SOURCES, *UNDERSTANDING_SOURCES)}
     held_out = {f"{name}-val": sizes.val_each for name in trained} | dict.fromkeys(PAIR_SOURCES, sizes.val_each)
     texts = {name: 0 for base in TEXT_SOURCES for name in (base, f"{base}-val")}

@@ -99,7 +99,7 @@ def split_conversations(seed: int, *, held_out_share: float = 0.1) -> tuple[list
     """Return training and held-out conversations: every paragraph of a topic answers one question about the topic.
 
     No two conversations have the same answer, so none is on both sides of the split. There is one conversation a
-    paragraph, and not many a topic: with few distinct answers a run of minutes learns them by heart, and its held-out
+    paragraph, and not many a topic: with few distinct answers a run of minutes memorises them, and its held-out
     loss rises.
     """
     sides: tuple[list[Conversation], list[Conversation]] = ([], [])

@@ -37,7 +37,7 @@ _SPACE = "▁"
 def train_pieces(texts: Iterable[str], *, pieces: int = PIECES) -> bytes:
     """Train a SentencePiece unigram model and return the serialized model, special tokens included.
 
-    The newline is a piece of its own; spaces are kept as they are; what no piece covers falls back to bytes.
+    The newline is a separate piece; spaces are kept as they are; what no piece covers falls back to bytes.
     The special tokens are appended as user-defined symbols, so the raw model alone knows their ids too.
 
     Raises:
