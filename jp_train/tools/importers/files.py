@@ -160,8 +160,7 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
     # only where an item ends matters here, so no number can be too long
     decoder = json.JSONDecoder(parse_int=len, parse_float=len)
     with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
-        text, at, number, ended = "", 0, 0, False
-        size = _BUFFER
+        text, at, number, ended, size = "", 0, 0, False, _BUFFER
 
         def refill() -> bool:
             nonlocal text, at, ended, size
@@ -187,8 +186,8 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
             if number:
                 if mark != ",":
                     raise DataError(
-                        f"{path}: expected ',' or ']' after item {number}, found {text[at : at + 20]!r} (a truncated "
-                        "file?)"
+                        f"{path}: expected ',' or ']' after item {number}, found {text[at : at + 20]!r} "
+                        "(a truncated file?)"
                     )
                 at += 1
                 skip_space()
