@@ -69,11 +69,11 @@ def test_a_row_is_the_same_after_pickling() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_batch_counts_the_positions_of_each_head_and_moves_whole(device: str) -> None:
-    one = torch.zeros(4, dtype=torch.int64)
+    zeros = torch.zeros(4, dtype=torch.int64)
     labels = torch.tensor([IGNORE_INDEX, 5, 6, IGNORE_INDEX])
     tensors = dict.fromkeys(
         ("input_ids", "position_ids", "cu_seqlens", "und_images", "und_slots", "gen_images", "gen_pending", "gen_ids",
-         "gen_slots", "document_lengths", "document_kinds", "document_sources"), one
+         "gen_slots", "document_lengths", "document_kinds", "document_sources"), zeros
     )  # fmt: skip
     batch = PackedBatch(
         labels=labels, gen_labels=torch.full((4,), IGNORE_INDEX), max_seqlen=4, rows=1, seq_len=4, step=3, **tensors

@@ -102,8 +102,8 @@ class Run:
     other than this one."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals, *,
-        grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False,
+        self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals,
+        *, grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False,
         notice: Callable[[], None] = lambda: None, output: Path | None = None,
     ) -> None:  # fmt: skip
         """`output`: the file for the launcher's stdout, which has DeepSpeed's messages about itself; what people are to

@@ -94,19 +94,19 @@ def test_check_of_a_world_size_that_does_not_divide_the_rows_lists_the_problem_a
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node1 slots=5\n")
     code = main(["check", "launch/janus_pro_1b_stage2.yaml", "--config-only", "--hostfile", str(hostfile), "--json"])
-    found = json.loads(capsys.readouterr().out)
+    plan = json.loads(capsys.readouterr().out)
     assert code == 2
-    assert "512 rows" in found["problems"][0] and "5 ranks" in found["problems"][0]
+    assert "512 rows" in plan["problems"][0] and "5 ranks" in plan["problems"][0]
 
 
 def test_check_reads_tokenizer_weights_and_shards_and_counts_epochs(small_world, capsys):
     code = main(["check", "examples/smoke/stage1.yaml", *small_world.overrides, "stage.batch_size=64", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == 0, found["problems"]
-    assert found["weights"]["tensors"] > 200
-    rows = {row["name"]: row for row in found["sources"]}
+    plan = json.loads(capsys.readouterr().out)
+    assert code == 0, plan["problems"]
+    assert plan["weights"]["tensors"] > 200
+    rows = {row["name"]: row for row in plan["sources"]}
     assert set(rows) == {"digits-und", "scenes-und", "digits-gen", "scenes-gen"}
-    steps, batch = found["steps"]["stops_at"], 64
+    steps, batch = plan["steps"]["stops_at"], 64
     generated = sum(rows[name]["epochs"] * rows[name]["samples"] for name in ("digits-gen", "scenes-gen"))
     assert generated == pytest.approx(steps * batch * 3 / 4, rel=1e-6)
 
@@ -154,7 +154,7 @@ def test_weights_survive_the_way_to_the_released_layout_and_back(small_world, tm
     assert "not empty" in capsys.readouterr().err
 
 
-def test_generate_writes_pictures_and_ask_reads_one(small_world, tmp_path, capsys):
+def test_generate_writes_images_and_ask_reads_one(small_world, tmp_path, capsys):
     model = str(small_world.root / "init")
     out = tmp_path / "picture.png"
     prompts = ["--prompt", "the digit seven", "--prompt", "a red circle"]

@@ -37,10 +37,10 @@ def test_a_host_that_only_receives_slowly_is_found_by_what_the_others_send() -> 
 @pytest.mark.parametrize("world", [2, 3, 4, 5, 7, 32, 33])
 def test_every_link_of_the_ring_is_measured_once_while_both_of_its_ends_do_nothing_else(world: int) -> None:
     planned = rounds(world)
-    links = [link for one in planned for link in one]
+    links = [link for group in planned for link in group]
     shifts = {1} if world == 2 else {1, 2}
     assert sorted(links) == sorted((rank, (rank + shift) % world) for rank in range(world) for shift in shifts)
-    for one in planned:
-        ends = [end for link in one for end in link]
+    for group in planned:
+        ends = [end for link in group for end in link]
         assert len(ends) == len(set(ends))
     assert len(planned) <= 8  # 33 hosts take no longer than 5

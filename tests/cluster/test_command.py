@@ -54,7 +54,7 @@ def test_deepspeeds_own_parser_reads_the_command_as_meant(tmp_path: Path) -> Non
     )
 
 
-def test_an_argument_that_the_remote_shell_would_change_is_refused() -> None:
+def test_an_argument_that_the_remote_shell_would_change_is_rejected() -> None:
     for argument in ("a=100%", "a=b\nc", "a=$HOME x", "a=`id` x", "a=\\ x"):
         with pytest.raises(LaunchError, match="configuration file"):
             remote_argument(argument)

@@ -50,14 +50,14 @@ def test_a_silent_host_is_lost_and_the_others_go_on() -> None:
         assert set(conversation.ask({"a": {"word": "A"}, "b": {"word": "B"}}, timeout_s=20, what="x")) == {"b"}
 
 
-def test_a_program_that_ends_is_told_with_its_code_and_last_words() -> None:
+def test_a_program_that_ends_is_reported_with_its_code_and_last_words() -> None:
     with talk(["sh", "-c", "echo it broke >&2; exit 9"], ("a",)) as conversation:
         assert conversation.ask({"a": {"ask": "clock"}}, timeout_s=20, what="x") == {}
         lost = conversation.lost["a"]
     assert (lost.returncode, lost.cause) == (9, None) and "it broke" in lost.summary
 
 
-def test_a_python_that_is_not_there_is_told() -> None:
+def test_a_python_that_is_not_there_is_reported() -> None:
     with talk(["/no/such/python", "-m", "jp_train.cluster.probe"], ("a",)) as conversation:
         conversation.ask({"a": {"ask": "clock"}}, timeout_s=20, what="x")
         assert conversation.lost["a"].returncode == 127 and "/no/such/python" in conversation.lost["a"].stderr

@@ -101,16 +101,16 @@ def store(shards: Path, print_of: str, first: int, names: tuple[str, ...] = ("00
 def test_the_index_counts_by_what_it_says_and_per_tokenizer(shards: Path, tmp_path: Path) -> None:
     assert facts_of(shards)["index"] == {}
     store(shards, "a", 5)
-    one = facts_of(shards)["index"]
-    assert list(one) == ["a" * 12]
+    indexed = facts_of(shards)["index"]
+    assert list(indexed) == ["a" * 12]
     copied = tmp_path / "copy/text"
     shutil.copytree(shards, copied)
-    assert facts_of(copied)["index"] == one
+    assert facts_of(copied)["index"] == indexed
     store(shards, "b", 5)
     both = facts_of(shards)["index"]
-    assert both["a" * 12] == one["a" * 12] and set(both) == {"a" * 12, "b" * 12}
+    assert both["a" * 12] == indexed["a" * 12] and set(both) == {"a" * 12, "b" * 12}
     store(shards, "a", 6)
-    assert facts_of(shards)["index"]["a" * 12] != one["a" * 12]
+    assert facts_of(shards)["index"]["a" * 12] != indexed["a" * 12]
 
 
 def test_an_index_of_some_shards_only_does_not_count(shards: Path) -> None:
@@ -136,12 +136,12 @@ def test_a_configuration_gives_facts_of_every_source_and_input_each_failing_alon
         f"model.init_from={shards}",
         f"run_dir={tmp_path / 'run'}",
     ]
-    found = data_facts("examples/smoke/stage2.yaml", overrides, 0)
-    assert found["sources"]["text"]["shards"] == 3 and "digits-und" in found["sources"]["digits-und"]["error"]
+    facts = data_facts("examples/smoke/stage2.yaml", overrides, 0)
+    assert facts["sources"]["text"]["shards"] == 3 and "digits-und" in facts["sources"]["digits-und"]["error"]
     assert (
-        "does not exist" in found["files"]["tokenizer.path"]["error"]
-        and found["files"]["model.init_from"]["files"] == 3
+        "does not exist" in facts["files"]["tokenizer.path"]["error"]
+        and facts["files"]["model.init_from"]["files"] == 3
     )
-    assert "text-val (held out)" in found["sources"]
+    assert "text-val (held out)" in facts["sources"]
     with pytest.raises(ConfigError):
         data_facts("examples/smoke/stage2.yaml", ["no.such=key"], 0)

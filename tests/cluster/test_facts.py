@@ -25,19 +25,19 @@ def test_every_fact_of_this_machine_can_be_had_and_torch_is_not_loaded() -> None
         "print(json.dumps(host_facts(Query()))); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    told, loaded = done.stdout.splitlines()
-    assert loaded == "False" and '"error"' not in told.replace('"jobs": [{', "")
+    text, loaded = done.stdout.splitlines()
+    assert loaded == "False" and '"error"' not in text.replace('"jobs": [{', "")
 
 
 def test_versions_are_those_that_are_installed() -> None:
     assert facts.packages()["torch"] == metadata.version("torch")
-    found = facts.host_facts(facts.Query())
-    assert found["python"] == platform.python_version() and found["host_name"] == socket.gethostname()
+    values = facts.host_facts(facts.Query())
+    assert values["python"] == platform.python_version() and values["host_name"] == socket.gethostname()
 
 
 def test_one_fact_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
-    found = facts.host_facts(facts.Query(proc=tmp_path / "nothing", devices=tmp_path / "nothing"))
-    assert "FileNotFoundError" in found["devices"]["error"] and found["cores"] >= 1
+    values = facts.host_facts(facts.Query(proc=tmp_path / "nothing", devices=tmp_path / "nothing"))
+    assert "FileNotFoundError" in values["devices"]["error"] and values["cores"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -83,35 +83,33 @@ def test_code_digests_change_with_a_file_and_with_nothing_else(tmp_path: Path) -
 
 
 def test_caches_lie_where_the_libraries_look_for_them() -> None:
-    found = facts.cache_folders({"XDG_CACHE_HOME": "/c", "HF_HOME": "/hf"})
-    assert (found["torch extensions"], found["Hugging Face cache"], found["index cache"]) == (
+    folders = facts.cache_folders({"XDG_CACHE_HOME": "/c", "HF_HOME": "/hf"})
+    assert (folders["torch extensions"], folders["Hugging Face cache"], folders["index cache"]) == (
         "/c/torch_extensions",
         "/hf",
         "/c/jp_train",
     )
-    assert (found["temporary files"], facts.cache_folders({"TMPDIR": "/t"})["temporary files"]) == ("/tmp", "/t")
+    assert (folders["temporary files"], facts.cache_folders({"TMPDIR": "/t"})["temporary files"]) == ("/tmp", "/t")
     assert facts.cache_folders({"TORCH_EXTENSIONS_DIR": "/e"})["torch extensions"] == "/e"
 
 
 def test_a_folder_that_will_be_made_counts_as_the_disk_it_will_lie_on(tmp_path: Path) -> None:
-    found = facts.disk(tmp_path / "not/yet/there")
+    disk = facts.disk(tmp_path / "not/yet/there")
     assert (
-        found["there"] == str(tmp_path)
-        and "error" not in found
-        and found["free"] <= shutil.disk_usage(tmp_path).free * 2
+        disk["there"] == str(tmp_path) and "error" not in disk and disk["free"] <= shutil.disk_usage(tmp_path).free * 2
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_takes_no_file_is_told_with_the_reason() -> None:
+def test_a_disk_that_takes_no_file_is_reported_with_the_reason() -> None:
     assert facts.disk(Path("/proc/self"))["errno"] in (errno.ENOENT, errno.EACCES, errno.EPERM)
 
 
 def test_a_folder_of_which_nobody_can_tell_whether_it_is_there_is_an_error_of_this_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert facts.disk(tmp_path / ("x" * 300) / "run")["errno"] == errno.ENAMETOOLONG
-    found = facts.disk(tmp_path / "loop/run")
-    assert (found["errno"], found["there"]) == (errno.ELOOP, str(tmp_path / "loop/run"))
+    disk = facts.disk(tmp_path / "loop/run")
+    assert (disk["errno"], disk["there"]) == (errno.ELOOP, str(tmp_path / "loop/run"))
 
 
 def test_a_link_to_a_disk_that_is_not_mounted_is_an_error_and_not_the_disk_of_the_link(tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_the_memory_in_use_is_read_from_nvidia_smi_and_what_has_no_number_is_lef
     assert facts.gpu_memory(("sh", "-c", script)) == expected
 
 
-def test_an_nvidia_smi_that_fails_or_hangs_is_told_and_none_at_all_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nvidia_smi_that_fails_or_hangs_is_an_error_and_none_at_all_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="code 9: Unable to determine the device handle"):
         facts.gpu_memory(("sh", "-c", "echo Unable to determine the device handle; exit 9"))
     monkeypatch.setattr(facts, "NVIDIA_SMI_S", 0.2)
@@ -172,12 +170,11 @@ def test_jobs_are_found_by_the_mark_of_their_launch_and_our_own_are_left_out() -
     try:
         deadline = time.monotonic() + 10
         while (
-            len(found := [j for j in facts.launched_jobs([]) if j["launch"] == mark]) < 2
-            and time.monotonic() < deadline
+            len(jobs := [j for j in facts.launched_jobs([]) if j["launch"] == mark]) < 2 and time.monotonic() < deadline
         ):
             time.sleep(0.05)
-        assert [(j["pid"], j["runner"]) for j in found] == sorted([(job.pid, False), (runner.pid, True)])
-        assert found[0]["command"] == "sleep 60"
+        assert [(j["pid"], j["runner"]) for j in jobs] == sorted([(job.pid, False), (runner.pid, True)])
+        assert jobs[0]["command"] == "sleep 60"
         assert not [j for j in facts.launched_jobs([mark]) if j["launch"] == mark]
     finally:
         for process in (job, runner):

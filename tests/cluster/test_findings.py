@@ -39,9 +39,11 @@ def test_faults_come_before_warnings_and_each_has_its_remedy_below() -> None:
 
 def test_the_same_fault_of_many_hosts_is_one_entry_of_the_table_and_many_of_the_json() -> None:
     faults = [Fault(f"node{n:02}", "data", f"no data on node{n:02}", f"copy it to node{n:02}") for n in range(1, 11)]
-    told = report(faults)
-    assert told.table().count("FAULT") == 1 and "node01, node02, node03, node04 and 6 more (10 hosts" in told.table()
-    assert len(told.as_json()["faults"]) == 10
+    result = report(faults)
+    assert (
+        result.table().count("FAULT") == 1 and "node01, node02, node03, node04 and 6 more (10 hosts" in result.table()
+    )
+    assert len(result.as_json()["faults"]) == 10
     assert (
         "FAULT  node01, node02 (2 hosts; what follows is of node01)  data: no data on node01"
         in report(faults[:2]).table()
@@ -67,9 +69,9 @@ def test_only_faults_decide_the_exit_code() -> None:
 
 
 def test_the_json_is_json_with_host_check_found_and_remedy() -> None:
-    told = json.loads(json.dumps(report([Fault("node01", "ssh", "x", "y")]).as_json()))
-    assert told["faults"] == [{"host": "node01", "check": "ssh", "found": "x", "remedy": "y"}]
-    assert told["ok"] is False and told["hosts"]["node01"]["torch"] == "2.13.0"
+    result = json.loads(json.dumps(report([Fault("node01", "ssh", "x", "y")]).as_json()))
+    assert result["faults"] == [{"host": "node01", "check": "ssh", "found": "x", "remedy": "y"}]
+    assert result["ok"] is False and result["hosts"]["node01"]["torch"] == "2.13.0"
 
 
 def test_what_a_host_says_cannot_steer_the_terminal() -> None:

@@ -41,12 +41,12 @@ def given(**what: Any) -> Answers:
     return Answers(**{"selection": selection, "slots": slots, "local": False, "port": 29500} | what)
 
 
-def told(found: Any) -> list[tuple[str, bool]]:
-    return [(fault.host, fault.warning) for fault in found]
+def hosts_and_warnings(faults: Any) -> list[tuple[str, bool]]:
+    return [(fault.host, fault.warning) for fault in faults]
 
 
-def only(found: Any) -> Fault:
-    (fault,) = found
+def only(faults: Any) -> Fault:
+    (fault,) = faults
     return fault
 
 
@@ -89,7 +89,9 @@ def test_a_package_that_one_host_lacks_and_one_that_all_lack_are_faults() -> Non
         in only(host_checks.check_versions(given(facts=cluster(c3={"packages": {"torch": "2.13.0"}})))).message
     )
     none = {name: {"packages": {"torch": "2.13.0", "deepspeed": "not installed"}} for name in HOSTS}
-    assert sorted(told(host_checks.check_versions(given(facts=cluster(**none))))) == [(name, False) for name in HOSTS]
+    assert sorted(hosts_and_warnings(host_checks.check_versions(given(facts=cluster(**none))))) == [
+        (name, False) for name in HOSTS
+    ]
 
 
 def test_a_driver_that_one_host_lacks_is_named() -> None:
@@ -98,7 +100,9 @@ def test_a_driver_that_one_host_lacks_is_named() -> None:
 
 
 def test_drivers_of_two_releases_are_a_warning_because_the_ranks_meet_all_the_same() -> None:
-    assert told(host_checks.check_versions(given(facts=cluster(a1={"driver": "550.2"})))) == [("a1", True)]
+    assert hosts_and_warnings(host_checks.check_versions(given(facts=cluster(a1={"driver": "550.2"})))) == [
+        ("a1", True)
+    ]
 
 
 def test_other_code_is_named_by_its_files() -> None:
@@ -150,7 +154,10 @@ def test_slots_must_be_devices_on_a_gpu_host_and_should_be_cores_elsewhere(
 ) -> None:
     facts = {"a1": host(devices=devices, cores=4)}
     assert (
-        told(host_checks.check_devices(given(facts=facts, selection={"a1": selected}, slots={"a1": slots}))) == expected
+        hosts_and_warnings(
+            host_checks.check_devices(given(facts=facts, selection={"a1": selected}, slots={"a1": slots}))
+        )
+        == expected
     )
 
 
@@ -163,15 +170,15 @@ def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_
     torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 8} for name in HOSTS}
     assert list(host_checks.check_torch(given(torch=torch, facts=cluster()))) == []
     torch["b2"] = torch["b2"] | {"devices": 0, "nccl": "2.20.0"}
-    found = list(host_checks.check_torch(given(torch=torch, facts=cluster())))
-    assert told(found) == [("b2", False)] * 2
-    assert "nccl of torch runs as 2.20.0" in found[0].message and "can use 0 of 8 GPUs" in found[1].message
+    faults = list(host_checks.check_torch(given(torch=torch, facts=cluster())))
+    assert hosts_and_warnings(faults) == [("b2", False)] * 2
+    assert "nccl of torch runs as 2.20.0" in faults[0].message and "can use 0 of 8 GPUs" in faults[1].message
 
 
 def test_a_job_that_was_given_a_part_of_a_hosts_gpus_is_warned_and_may_run() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 4} for name in HOSTS}
     selection = {"a1": (0, 1), "b2": range(4), "c3": range(5)}
-    assert told(host_checks.check_torch(given(torch=torch, facts=cluster(), selection=selection))) == [
+    assert hosts_and_warnings(host_checks.check_torch(given(torch=torch, facts=cluster(), selection=selection))) == [
         ("a1", True),
         ("b2", True),
         ("c3", False),
@@ -184,7 +191,7 @@ def test_gpus_in_use_by_anybody_are_named_if_they_are_selected() -> None:
     assert (fault.host, fault.check, fault.warning) == ("b2", "devices", False)
     assert "GPUs 1 (30.00 GiB), 2 (2.00 GiB) in use" in fault.message and "--exclude b2:1,2" in fault.remedy
     assert list(host_checks.check_busy(given(facts=facts, selection=dict.fromkeys(HOSTS, (0, 3))))) == []
-    assert told(host_checks.check_busy(given(facts=facts, local=True))) == [("b2", True)]
+    assert hosts_and_warnings(host_checks.check_busy(given(facts=facts, local=True))) == [("b2", True)]
 
 
 def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
@@ -201,12 +208,12 @@ def test_one_machine_under_two_names_is_a_fault_of_the_second() -> None:
         assert list(host_checks.check_machines(given(facts=healthy))) == []
 
 
-def test_a_torch_whose_metadata_already_told_its_version_is_not_told_twice() -> None:
+def test_a_torch_whose_metadata_already_shows_its_version_is_not_reported_twice() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "", "devices": 8} for name in HOSTS} | {
         "b2": {"version": "2.12.0", "cuda": "", "devices": 8}
     }
     assert list(host_checks.check_torch(given(torch=torch, facts=cluster(b2={"packages": {"torch": "2.12.0"}})))) == []
-    assert told(host_checks.check_torch(given(torch=torch, facts=cluster()))) == [("b2", False)]
+    assert hosts_and_warnings(host_checks.check_torch(given(torch=torch, facts=cluster()))) == [("b2", False)]
 
 
 # -- clocks and disks ------------------------------------------------------------------------------
@@ -233,16 +240,16 @@ def disks(**changed: Any) -> dict[str, Any]:
 
 def test_room_for_less_than_one_checkpoint_is_a_fault_and_little_room_for_caches_a_warning() -> None:
     little = {"path": "/r", "there": "/r", "free": 2 * GIB, "size": 9 * GIB, "device": 2}
-    assert told(
+    assert hosts_and_warnings(
         host_checks.check_disks(given(facts={"a1": host(**disks(**{"run folder": little}))}, checkpoint_bytes=3 * GIB))
     ) == [("a1", False)]
     assert (
-        told(
+        hosts_and_warnings(
             host_checks.check_disks(given(facts={"a1": host(**disks(**{"run folder": little}))}, checkpoint_bytes=GIB))
         )
         == []
     )
-    assert told(
+    assert hosts_and_warnings(
         host_checks.check_disks(given(facts={"a1": host(**disks(**{"index cache": little | {"free": GIB // 2}}))}))
     ) == [("a1", True)]
 
@@ -278,12 +285,12 @@ def test_a_fact_that_could_not_be_had_is_a_warning_and_breaks_nothing() -> None:
         and len(faults) == len(replaced) == len(FACTS) - 2
         and all(fault.warning for fault in faults)
     )
-    for found in (
+    for faults in (
         host_checks.check_disks(given(facts=facts, checkpoint_bytes=1)),
         host_checks.check_jobs(given(facts=facts)),
         host_checks.check_locks(given(facts=facts)),
     ):
-        assert list(found) == []
+        assert list(faults) == []
     list(host_checks.check_versions(given(facts=facts)))
     list(host_checks.check_devices(given(facts=facts)))
 
@@ -364,10 +371,12 @@ def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warni
         and "ssh b2 kill -9 7" in fault.remedy
         and not fault.warning
     )
-    assert told(host_checks.check_jobs(given(facts=dead, jobs=[job("L1", runner=True)]))) == [("b2", True)]
+    assert hosts_and_warnings(host_checks.check_jobs(given(facts=dead, jobs=[job("L1", runner=True)]))) == [
+        ("b2", True)
+    ]
     alive = cluster(b2={"jobs": [job("L1")]}, a1={"jobs": [job("L1", runner=True)]})
-    assert told(host_checks.check_jobs(given(facts=alive))) == [("a1", True), ("b2", True)]
-    assert told(host_checks.check_jobs(given(facts=dead, local=True))) == [("b2", True)]
+    assert hosts_and_warnings(host_checks.check_jobs(given(facts=alive))) == [("a1", True), ("b2", True)]
+    assert hosts_and_warnings(host_checks.check_jobs(given(facts=dead, local=True))) == [("b2", True)]
     other = only(host_checks.check_jobs(given(facts=cluster(b2={"jobs": [job("preflight-0a1b")]}))))
     assert other.warning and "another preflight" in other.message and "kill" not in other.remedy
 
@@ -376,14 +385,14 @@ def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
     facts = cluster(
         a1={"locks": [{"path": "/e/lock", "age_s": 4000.0}]}, c3={"locks": [{"path": "/e/lock", "age_s": 20.0}]}
     )
-    assert told(host_checks.check_locks(given(facts=facts))) == [("a1", False), ("c3", True)]
+    assert hosts_and_warnings(host_checks.check_locks(given(facts=facts))) == [("a1", False), ("c3", True)]
 
 
 # -- hosts that did not answer ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("answer", "check", "found", "remedy"),
+    ("answer", "check", "message", "remedy"),
     [
         (
             Answer("a1", 255, "", "ssh: connect: Connection refused", 0.1, Cause.REFUSED),
@@ -414,7 +423,7 @@ def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:
     ],
 )
 def test_a_host_that_did_not_answer_gets_the_cause_and_its_own_remedy(
-    answer: Answer, check: str, found: str, remedy: str
+    answer: Answer, check: str, message: str, remedy: str
 ) -> None:
     fault = only(host_checks.check_answers({"a1": answer}, "/v/python", "/w"))
-    assert (fault.check, found in fault.message, remedy in fault.remedy) == (check, True, True), fault
+    assert (fault.check, message in fault.message, remedy in fault.remedy) == (check, True, True), fault

@@ -46,7 +46,7 @@ def test_a_hostfile_gives_its_hosts_in_order(tmp_path: Path) -> None:
         ("nöde slots=8", "characters"),
     ],
 )
-def test_a_bad_line_is_refused_with_its_number_and_its_text(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_bad_line_is_rejected_with_its_number_and_its_text(tmp_path: Path, line: str, complaint: str) -> None:
     with pytest.raises(LaunchError) as caught:
         parse_hostfile(write_hostfile(tmp_path, f"# hosts\ngood slots=8\n{line}\n"))
     assert "line 3" in str(caught.value) and complaint in str(caught.value)
@@ -76,7 +76,7 @@ def test_filters_keep_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("include", "exclude"), [("a", "b"), ("c", ""), ("", "a:7"), ("a:x", ""), ("a:", ""), ("", "a@b"), ("a@", "")]
 )
-def test_a_filter_that_means_nothing_is_refused(include: str, exclude: str) -> None:
+def test_a_filter_that_means_nothing_is_rejected(include: str, exclude: str) -> None:
     with pytest.raises(ConfigError):
         select_slots([Host("a", 2), Host("b", 4)], include=include, exclude=exclude)
 

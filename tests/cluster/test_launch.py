@@ -100,7 +100,7 @@ def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
             launch(ROOT / "examples" / "smoke" / "stage1.yaml", [f"run_dir={tmp_path / 'run'}"], options)
 
 
-def test_a_run_folder_in_which_another_job_trains_is_refused_with_its_host_and_process(tmp_path: Path) -> None:
+def test_a_run_folder_in_which_another_job_trains_is_rejected_with_its_host_and_process(tmp_path: Path) -> None:
     held = take(tmp_path / "run")
     try:
         with pytest.raises(LaunchError, match=f"process {os.getpid()} on {socket.gethostname()}"):

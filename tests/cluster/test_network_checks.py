@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from jp_train.cluster import network_checks
-from tests.cluster.test_host_checks import HOSTS, given, only, told
+from tests.cluster.test_host_checks import HOSTS, given, hosts_and_warnings, only
 
 
-def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reaches_it() -> None:
+def test_a_busy_master_port_is_reported_with_its_holder_and_hides_that_nobody_reaches_it() -> None:
     busy = {"error": "Address already in use", "holder": "pid 12 (python x)"}
     fault = only(
         network_checks.check_port(
@@ -24,7 +24,7 @@ def test_a_busy_master_port_is_told_with_its_holder_and_hides_that_nobody_reache
         )
     )
     assert fault.host == "a1" and "held by pid 12" in fault.message
-    assert told(
+    assert hosts_and_warnings(
         network_checks.check_port(
             given(
                 rendezvous_host="a1",
@@ -46,7 +46,7 @@ def fabric(**changed: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_a_pair_is_told_once_with_its_direction() -> None:
+def test_a_pair_is_reported_once_with_its_direction() -> None:
     assert list(network_checks.check_reach(given(listening=fabric()))) == []
     both = only(
         network_checks.check_reach(
@@ -54,8 +54,8 @@ def test_a_pair_is_told_once_with_its_direction() -> None:
         )
     )
     assert "a1 and b2 do not reach each other" in both.message
-    one = only(network_checks.check_reach(given(listening=fabric(), unreached={"b2": {"a1": "no answer"}})))
-    assert (one.host, one.message[:21]) == ("b2", "b2 does not reach a1:")
+    fault = only(network_checks.check_reach(given(listening=fabric(), unreached={"b2": {"a1": "no answer"}})))
+    assert (fault.host, fault.message[:21]) == ("b2", "b2 does not reach a1:")
 
 
 def test_a_host_that_nobody_reaches_is_one_fault_and_not_one_a_pair() -> None:
@@ -66,13 +66,13 @@ def test_a_host_that_nobody_reaches_is_one_fault_and_not_one_a_pair() -> None:
 
 def test_a_loopback_address_is_a_fault_only_among_several_hosts() -> None:
     loop = fabric(b2={"address": "127.0.1.1", "interface": "", "chosen_by": "the name", "port": 1})
-    assert told(network_checks.check_reach(given(listening=loop))) == [("b2", False)]
+    assert hosts_and_warnings(network_checks.check_reach(given(listening=loop))) == [("b2", False)]
     assert list(network_checks.check_reach(given(listening={"b2": loop["b2"]}, alone=True))) == []
     unusable = fabric(c3={"error": "no interface eth9", "variable": "NCCL_SOCKET_IFNAME"})
     assert "export NCCL_SOCKET_IFNAME" in only(network_checks.check_reach(given(listening=unusable))).remedy
 
 
-def test_hosts_whose_all_reduce_failed_are_told_what_failed_and_where_the_ranks_would_meet() -> None:
+def test_hosts_whose_all_reduce_failed_are_named_with_what_failed_and_where_the_ranks_would_meet() -> None:
     fault = only(
         network_checks.check_all_reduce(
             given(all_reduce_errors={"b2": "NCCL error"}, rendezvous_host="a1", address="10.0.0.1", port=29500)
@@ -91,12 +91,12 @@ def test_hosts_whose_all_reduce_failed_are_told_what_failed_and_where_the_ranks_
 )  # fmt: skip
 def test_a_host_far_below_the_median_is_slow(rate: float, backend: str, expected: list) -> None:
     rates = {name: {"sends": 1e10, "receives": 1e10} for name in HOSTS} | {"b2": {"sends": rate, "receives": 1e10}}
-    assert told(network_checks.check_bandwidth(given(rates=rates, backend=backend))) == expected
+    assert hosts_and_warnings(network_checks.check_bandwidth(given(rates=rates, backend=backend))) == expected
 
 
 def test_a_network_that_is_slow_for_all_is_a_fault_of_every_host_and_of_one_of_two() -> None:
     crawling = {name: {"sends": 1e7, "receives": 1e7} for name in HOSTS}
-    assert told(network_checks.check_bandwidth(given(rates=crawling, backend="gloo"))) == [
+    assert hosts_and_warnings(network_checks.check_bandwidth(given(rates=crawling, backend="gloo"))) == [
         (name, False) for name in HOSTS
     ]
     pair = {name: crawling[name] for name in ("a1", "b2")}

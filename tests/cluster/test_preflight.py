@@ -47,11 +47,13 @@ def test_one_local_host_needs_no_ssh_and_json_is_alone_on_stdout(tmp_path: Path)
         "--skip",
         "locks,disk",
     )
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["faults"]) == (0, []), done.stdout
-    assert told["hosts"]["localhost"]["address"].startswith("127.") and "preflight: 1/" in done.stderr
-    assert any(note.startswith("no GPU on any host") for note in told["notes"]) or told["hosts"]["localhost"]["GPUs"]
-    assert "not looked at, as asked: disk, locks" in told["notes"]
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["faults"]) == (0, []), done.stdout
+    assert report["hosts"]["localhost"]["address"].startswith("127.") and "preflight: 1/" in done.stderr
+    assert (
+        any(note.startswith("no GPU on any host") for note in report["notes"]) or report["hosts"]["localhost"]["GPUs"]
+    )
+    assert "not looked at, as asked: disk, locks" in report["notes"]
 
 
 def test_a_run_whose_data_is_missing_exits_with_5_and_leaves_no_run_folder(tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def test_the_probe_ends_by_itself_when_nobody_ends_it() -> None:
 
 def test_the_probe_closes_its_ports_before_an_all_reduce_needs_them() -> None:
     with talk(PROBE, ("a",), env={"GLOO_SOCKET_IFNAME": "lo"}) as conversation:
-        told = conversation.ask({"a": {"ask": "listen", "master_port": None}}, timeout_s=30, what="x")["a"]["answer"]
-        target = {"a": [told["fabric"]["address"], told["fabric"]["port"], told["greeting"]]}
+        opened = conversation.ask({"a": {"ask": "listen", "master_port": None}}, timeout_s=30, what="x")["a"]["answer"]
+        target = {"a": [opened["fabric"]["address"], opened["fabric"]["port"], opened["greeting"]]}
         reach = {"ask": "reach", "targets": target, "timeout_s": 10}
         assert conversation.ask({"a": reach}, timeout_s=30, what="x")["a"]["answer"] == {"failed": {}}
         conversation.ask({"a": {"ask": "close"}}, timeout_s=30, what="x")

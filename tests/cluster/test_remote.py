@@ -19,7 +19,7 @@ from jp_train.errors import LaunchError
 
 def alive(mark: str) -> list[str]:
     """Command lines of this machine's processes that contain `mark`."""
-    found = []
+    alive = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -27,8 +27,8 @@ def alive(mark: str) -> list[str]:
             except OSError:
                 continue
             if mark in line:
-                found.append(line)
-    return found
+                alive.append(line)
+    return alive
 
 
 def wait_until_gone(mark: str) -> list[str]:
@@ -54,18 +54,18 @@ def test_the_remote_command_runs_in_the_folder_with_the_variables(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["-oProxyCommand=id", "a b", "a;b", "", "a$(id)", "user@host", "a\n"])
-def test_a_host_name_that_could_be_an_option_or_shell_text_is_refused(name: str) -> None:
+def test_a_host_name_that_could_be_an_option_or_shell_text_is_rejected(name: str) -> None:
     with pytest.raises(LaunchError, match="characters other than"):
         command_for(name, ["true"])
 
 
-def test_a_variable_that_is_no_name_is_refused() -> None:
+def test_a_variable_that_is_no_name_is_rejected() -> None:
     with pytest.raises(LaunchError, match="is not a name"):
         command_for("node1", ["true"], env={"A;id": "1"})
 
 
 @pytest.mark.parametrize(
-    ("said", "cause"),
+    ("stderr", "cause"),
     [
         ("ssh: Could not resolve hostname x: Name or service not known", Cause.UNKNOWN_HOST),
         ("ssh: connect to host x port 22: Connection refused", Cause.REFUSED),
@@ -81,9 +81,9 @@ def test_a_variable_that_is_no_name_is_refused() -> None:
         ("kex_exchange_identification: Connection closed by remote host", Cause.LOST),
     ],
 )
-def test_failures_of_ssh_are_told_apart(said: str, cause: Cause) -> None:
-    assert classify(255, said) is cause
-    assert classify(1, said) is None  # the command's own failure, whatever it prints
+def test_failures_of_ssh_are_distinguished(stderr: str, cause: Cause) -> None:
+    assert classify(255, stderr) is cause
+    assert classify(1, stderr) is None  # the command's own failure, whatever it prints
 
 
 def test_every_cause_has_a_remedy() -> None:
@@ -133,8 +133,8 @@ def test_an_interrupt_ends_what_runs_and_starts_no_more() -> None:
     while not alive(f"sleep {mark}") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert "KeyboardInterrupt" in said
+    _, stderr = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in stderr
     assert wait_until_gone(f"sleep {mark}") == []
 
 

@@ -111,7 +111,7 @@ def test_an_exception_is_repeated_where_the_run_got_further_and_once_where_a_res
     assert again("yes", first=True) and not again("no", advanced=True)
 
 
-def test_what_the_ranks_found_out_themselves_is_the_cause_that_is_told() -> None:
+def test_what_the_ranks_diagnosed_themselves_is_the_cause_that_is_reported() -> None:
     outcome = judge(
         Ending(-9, Verdict("rank 1 did not end")),
         [ended(0, 5), ended(1, None)],

@@ -106,11 +106,11 @@ def test_two_questions_without_an_answer_count_only_when_no_sign_of_life_came_be
     scene.pass_time(10, beating=(0, 1, 2))
     scene.answer = GONE
     for _ in range(3):
-        asked = len(scene.asked)
-        while len(scene.asked) == asked:
+        queries = len(scene.asked)
+        while len(scene.asked) == queries:
             assert scene.pass_time(2, beating=(0, 2)) is None
         assert scene.pass_time(1000, beating=(0, 1, 2)) is None, "it was slow, and is back"
-        assert len(scene.asked) == asked + 1
+        assert len(scene.asked) == queries + 1
 
 
 def test_records_are_read_when_their_folder_changes_and_after_a_while_in_any_case(scene: Scene) -> None:

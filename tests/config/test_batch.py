@@ -38,14 +38,14 @@ def test_rows_of_a_step_are_its_samples_over_those_of_a_row_or_the_packed_rows_t
     assert (rows_per_step(samples), rows_per_step(packed)) == (3, 12)
 
 
-def test_a_world_size_that_does_not_divide_the_rows_is_refused_with_the_nearest_valid_ones(load):
+def test_a_world_size_that_does_not_divide_the_rows_is_rejected_with_the_nearest_valid_ones(load):
     with pytest.raises(ConfigError) as caught:
         batch_plan(load("janus_pro_1b/stage2"), 100)
     message = str(caught.value)
     assert "512 rows" in message and "100 ranks" in message and "64" in message and "128" in message
 
 
-def test_samples_that_do_not_fill_whole_rows_are_refused(load):
+def test_samples_that_do_not_fill_whole_rows_are_rejected(load):
     with pytest.raises(ConfigError, match="samples_per_row"):
         load("janus_pro_1b/stage1", "stage.samples_per_row=3")
 

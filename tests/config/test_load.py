@@ -67,7 +67,7 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
-def test_yaml_tags_that_would_run_code_are_refused(tmp_path):
+def test_yaml_tags_that_would_run_code_are_rejected(tmp_path):
     evil = tmp_path / "evil.yaml"
     marker = tmp_path / "marker"
     evil.write_text(f"run_dir: !!python/object/apply:os.system ['touch {marker}']\n")
@@ -76,7 +76,7 @@ def test_yaml_tags_that_would_run_code_are_refused(tmp_path):
     assert not marker.exists()
 
 
-def test_values_from_the_environment_are_refused_because_the_configuration_is_logged(tmp_path, monkeypatch):
+def test_values_from_the_environment_are_rejected_because_the_configuration_is_logged(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "hush")
     leak = tmp_path / "leak.yaml"
     leak.write_text("preset: janus_pro_1b/stage2\nrun_dir: ${oc.env:WANDB_API_KEY}\n")

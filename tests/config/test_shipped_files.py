@@ -54,7 +54,7 @@ def test_every_recipe_has_known_keys_only_and_names_a_licence_for_each_training_
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
-def test_real_and_synthetic_pictures_are_one_to_one_in_the_papers_generation_recipes(stage):
+def test_real_and_synthetic_images_are_one_to_one_in_the_papers_generation_recipes(stage):
     sources = load_config(ROOT / "launch" / f"janus_pro_1b_{stage}.yaml").data.sources
     synthetic = {"midjourney_prompts", "journeydb"}
     weights = {True: 0.0, False: 0.0}
