@@ -68,10 +68,9 @@ def describe_batch(
     """Every row of a micro-batch, described; see the module's docstring. The batch may lie on any device, before or
     after VQ encoding.
 
-    `first_row`: number within the step of the batch's first row. `specs`: the plan's answers for the rows, which tell
-    what the batch
-    alone does not: truncated tokens of each document, and in which row a skipped document would have been. Without them
-    the skipped documents of a batch of several rows are listed with its first row.
+    `first_row`: number within the step of the batch's first row. `specs`: the plan's RowSpecs of the rows. They hold
+    what the batch does not: truncated tokens of each document, and the row that a skipped document belongs to. Without
+    them, the skipped documents of a batch are listed with its first row.
     """
     if specs and len(specs) != batch.rows:
         raise ValueError(f"the batch has {batch.rows} rows, got {len(specs)} specs")

@@ -1,5 +1,4 @@
-"""Tokens as text that a person can read: special tokens named, image slots counted, nothing of a hostile text left to
-act.
+"""Tokens as text that a person can read: special tokens named, image slots counted, and hostile text made harmless.
 
 `pieces` cuts the ids of a document into the shortest runs of tokens that decode on their own (a character may be spread
 over several byte tokens); `printable` turns control, bidirectional and other invisible characters into visible marks.
@@ -15,8 +14,8 @@ from enum import Enum
 from jp_train.data.tokenizer import Tokenizer
 
 MOST_TOKENS = 8
-"""Tokens that one undecodable run may grow to before it is shown as it is: four bytes make a character, so this is
-past any."""
+"""Tokens after which an undecodable run is shown as it is. A character has at most four bytes, so no decodable run is
+this long."""
 
 
 class Shown(Enum):
@@ -29,7 +28,7 @@ class Shown(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens [start, end) of the ids given to `pieces`, and what they say (empty for slots)."""
+    """Tokens [start, end) of the ids given to `pieces`, and their text (empty for slots)."""
 
     start: int
     end: int

@@ -44,8 +44,8 @@ Piece = tuple[list[int] | np.ndarray | int | ImageBlock, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenCounts:
-    """Lengths of one sample in tokens: whole; with the first-sentence caption; with the text condition dropped (whole
-    or short).
+    """Length of one sample in tokens, in four forms: whole; with the first-sentence caption; with the text condition
+    dropped, for the whole and for the short caption.
 
     Without a caption to shorten or a condition to drop, all are equal.
     """
@@ -102,8 +102,8 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides a document's length and the ids of its texts, besides the sample and its
-        source's class prompt."""
+        """Hex digest of everything that determines a document's length and the ids of its texts, except the sample
+        itself and the class prompt of its source."""
         data = self._data
         parts = {
             "version": ENCODING_VERSION,
@@ -121,7 +121,7 @@ class Encoder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def texts(self, sample: Sample) -> list[Run]:
-        """The texts of a sample as ids, whatever is drawn later: what the index counts, and `record` stores."""
+        """The texts of a sample as ids, before any random choice: what the index counts and `record` stores."""
         if isinstance(sample, GenerationSample):
             whole, short = sample.caption, first_sentence(sample.caption)
             ids = self._ids(self._layouts.condition(whole))
@@ -259,7 +259,7 @@ class Encoder:
             gen_labels[boi : boi + self.image_slots] = PENDING_VQ_ID if vq_ids is None else vq_ids
 
     def written(self, draft: Draft) -> np.ndarray:
-        """A document's own int64 [3, draft.length]; see `write`."""
+        """A new array int64 [3, draft.length] with the document; see `write`."""
         tokens = np.full((3, draft.length), IGNORE_INDEX, np.int64)
         self.write(draft, tokens)
         return tokens
@@ -371,7 +371,7 @@ class Encoder:
         return self._ids(self._layouts.generation_prompt(self._layouts.condition(caption, self._template(template))))
 
     def unconditional_prompt_ids(self, caption: str, template: Template | str | None = None) -> list[int]:
-        """The prompt of guidance's other branch: the condition dropped just as training drops it."""
+        """The unconditional prompt of classifier-free guidance: the condition is dropped as in training."""
         layouts = self._layouts
         return self._ids(
             layouts.generation_prompt(layouts.dropped(layouts.condition(caption, self._template(template))))
@@ -380,8 +380,8 @@ class Encoder:
     def understanding_prompt_ids(self, question: str, template: Template | str | None = None) -> list[int]:
         """The ids of an image and a question, ending where the answer starts (its first token carries the space).
 
-        The S image slots hold the image_placeholder id. An empty question asks for a caption, as a captioned sample
-        does.
+        The S image slots hold the image_placeholder id. An empty question becomes `data.caption_question`, as for a
+        captioned sample in training.
         """
         return self._ids(self._layouts.question_prompt(question, self._template(template)))
 

@@ -3,9 +3,9 @@ them.
 
     X.tar.jp-excluded.json    {"format", "size", "stamp", "excluded": {kind of source: [[key, fault, reason], ...]}}
 
-The file lies where the sidecars lie and belongs to one size and stamp of the shard: when the shard is written again it
-no longer counts. It outlives any rebuild of the index. Only what shows by decoding an image belongs here; the rest the
-index sees by itself.
+The file lies where the sidecars lie and is valid for one size and stamp of the shard: it has no effect once the shard
+is written again. A rebuild of the index keeps it. Only faults that decoding an image reveals belong here; the index
+detects all others.
 """
 
 from __future__ import annotations
@@ -115,6 +115,6 @@ def _text(key: object) -> str:
 
 
 def _digest(exclusions: Mapping[Kind, Mapping[str, Excluded]]) -> str:
-    """Over kinds and keys only: a reason that is worded anew excludes nothing else."""
+    """Over kinds and keys only: the wording of a reason does not change what is excluded."""
     parts = [[str(kind), sorted(exclusions[kind])] for kind in KINDS if kind in exclusions]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

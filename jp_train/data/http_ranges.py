@@ -1,9 +1,9 @@
 """Byte ranges over http(s): kept-alive connections, a bound on every whole read, and strict checks of what the server
 answers.
 
-A socket's own time-out starts anew with each packet, so a server that sends a byte a minute would hold a loader worker
-for days; here every receive gets only what is left of the read's time. Redirects are followed to http(s) only, never
-from https down to http.
+A socket's time-out starts again with each packet, so a server that sends one byte per minute could hold a loader worker
+for days. Here every receive gets only the remaining time of the whole read. Redirects are followed to http(s) only,
+never from https down to http.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 
 
 class HttpStatusError(OSError):
-    """An answer other than the one that was asked for."""
+    """The server answered with an unexpected status."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(f"HTTP status {code} {reason}")
@@ -58,8 +58,7 @@ class HttpRanges:
     """Ranges of http(s) files, one kept-alive connection per thread and server. Safe to use from threads and after a
     fork.
 
-    Every method raises OSError or http.client.HTTPException for what may pass (try again), and DataError for what will
-    not.
+    Every method raises OSError or http.client.HTTPException for errors worth a retry, and DataError for lasting ones.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Images as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
 
 Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on
-white; grey, palette, CMYK and 16-bit images become RGB; of an animation the first frame is used. Mean and standard
-deviation 0.5 are the model's business.
+white; grey, palette, CMYK and 16-bit images become RGB; of an animation the first frame is used. The model applies mean
+and standard deviation 0.5.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ MIN_SIDE = 14
 """The understanding path's short side is at least this many pixels."""
 
 TRANSFORM_VERSION = 1
-"""Raise it when the generation path gives other pixels for any image: VQ ids that were stored before are then
-refused."""
+"""Increase it when the generation path gives other pixels for any image: older stored VQ ids are then rejected."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _MAGICS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _ADDRESS = re.compile(r"( <[\w.]+ object)? at 0x[0-9a-fA-F]+>?")
-"""What Pillow says of the file object; a reason must be the same in every process that meets the image."""
+"""The address of the file object in Pillow's messages; a reason must be the same in every process."""
 _Result = TypeVar("_Result")
 _SCANS = 16
-"""Passes over a progressive JPEG that are never too many; ordinary ones have 10."""
+"""A progressive JPEG with at most this many scans is always accepted; ordinary ones have 10."""
 _JPEG = ("JPEG", "MPO")
 _DIVISORS = (8, 4, 2)
 _SPARE = 2
@@ -79,7 +78,7 @@ def decode_rgb(
 
 
 def _opened(data: bytes, max_pixels: int, use: Callable[[Image.Image], _Result]) -> _Result:
-    """`use` of the opened image, with whatever it meets told as SkipSample or DataError."""
+    """The result of `use` on the opened image; every error becomes SkipSample or DataError."""
     pixels = 0
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -219,8 +218,7 @@ it, [side, side]. Stored VQ ids are those of `centre`; they are not used with an
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it. EXIF that cannot be read turns nothing: the pixels are whole all
-    the same."""
+    """The image turned upright by its EXIF orientation. Unreadable EXIF data is ignored: the pixels are still good."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
     except Exception:  # as many kinds as there are ways to break a header

@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 
 
 class ImageThreads:
-    """Maps in `threads` threads (`data.image_threads`); with 1, in the caller's, one item after another as results are
-    asked for.
+    """Maps in `threads` threads (`data.image_threads`); with 1, in the caller's thread, one item whenever the next
+    result is requested.
 
     The threads start with the first work, so that an object may be made before its process forks, and end with `close`.
     """
@@ -23,8 +23,8 @@ class ImageThreads:
         self._pool: ThreadPoolExecutor | None = None
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results in the order of the items, whichever is done first. An exception of `work` comes in its item's
-        place, and what has not begun by then never does."""
+        """The results in the order of the items, whichever is done first. An exception of `work` is raised in its
+        item's place; work that has not begun by then is cancelled."""
         if self._threads == 1:
             return map(work, items)
         if self._pool is None:
@@ -32,7 +32,7 @@ class ImageThreads:
         return self._pool.map(work, items)
 
     def close(self) -> None:
-        """End the threads, after the images that they are at. Safe to call twice; `map` starts new ones."""
+        """End the threads, after the images they are working on. Safe to call twice; `map` starts new ones."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)

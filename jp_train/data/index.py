@@ -1,9 +1,8 @@
 """The index of the sources: where every field of every sample lies, and how many tokens the sample has.
 
 It is kept in sidecars beside the shards (sidecar.py) and built, in parallel processes, where they are missing or stale.
-Images
-are not decoded here: an undecodable one is found when it is used, or beforehand by `data verify`, whose exclusions are
-left out.
+Images are not decoded here: an undecodable one is detected when it is used, or in advance by `data verify`, whose
+exclusions are left out.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class IndexProgress:
         return f"shard {self.shards_done}/{self.shards}", f"{self.samples:,} samples"
 
     def announcement(self) -> str:
-        """What is about to be done, and how to do without it."""
+        """What is to be indexed, and how to avoid it."""
         text = f"{self.shards:,} shards ({self.bytes / 2**20:,.1f} MiB) are to be indexed"
         if self.without_ids:
             text += (
@@ -98,7 +97,7 @@ class SourceLocator:
     embedded_ids: bool = True
     """Whether `.vq.npy` members of the shards are used."""
     token_ids: bool = False
-    """Whether the token ids in the shards' sidecars stand for the texts."""
+    """Whether the token ids in the shards' sidecars are used instead of the texts."""
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard number, and number among the shard's usable samples. Raises DataError when the source has no such
@@ -263,7 +262,7 @@ def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
 
 
 def source_fingerprint(encoder: Encoder, source: SourceConfig) -> str:
-    """Hex digest of all that decides the token counts and ids of a source's shards besides their bytes."""
+    """Hex digest of everything that determines the token counts and ids of a source's shards, except their bytes."""
     parts = [str(FORMAT), encoder.fingerprint, source.kind.value, source.class_prompt.value, source.class_template]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

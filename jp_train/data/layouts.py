@@ -45,8 +45,7 @@ class ImageBlock:
 
 
 Part = tuple[str | int | ImageBlock | np.ndarray, int]
-"""A text, a special id, an image's tokens or ids that are known, and the role. Each text is tokenised by itself;
-none is empty."""
+"""A text, a special id, an image block or stored ids, and the role. Each text is tokenised by itself; none is empty."""
 
 
 class Layouts:

@@ -1,7 +1,8 @@
-"""The ledger of bad samples: every document that was skipped is named in `ledger.jsonl`, and bounded by a budget.
+"""The ledger of bad samples: every skipped document is named in `ledger.jsonl`, and their number is limited by a
+budget.
 
-Past the budget, or after too many bad samples of one source on end, the run stops with the cause instead of training on
-what is left.
+Past the budget, or after too many consecutive bad samples of one source, the run stops with the cause instead of
+training on the remaining samples.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Ledger:
         self._consecutive: dict[str, int] = {}
 
     def record(self, skipped: Sequence[SkippedDocument], used_per_source: Mapping[str, int], step: int) -> None:
-        """Take in one step: append its skipped documents, add the used ones, then check the limits.
+        """Record one step: append its skipped documents, add the used ones, then check the limits.
 
         The consecutive limit counts in whole steps: a step in which a source gave any good document starts its count
         anew.
@@ -74,8 +75,8 @@ class Ledger:
             self._check(name, bad, step)
 
     def record_index(self, indexes: Sequence[SourceIndex]) -> int:
-        """Name the samples that the indexes leave out, each once however often the run starts. Returns how many there
-        are.
+        """Write the samples that the indexes leave out, each once even if the run starts several times. Returns how
+        many there are.
 
         They are not part of the plan, so they do not count against the budget.
         """
@@ -96,8 +97,9 @@ class Ledger:
         return len(bad)
 
     def record_held_out(self, indexes: Sequence[SourceIndex], skipped: Sequence[SkippedDocument]) -> int:
-        """Name what held-out sources lack, each once however often the run starts: what their indexes leave out, and
-        documents that could not be used, as source `validation/NAME`. Returns how many documents `skipped` holds.
+        """Write what held-out sources lack, each once even if the run starts several times: what their indexes leave
+        out, and documents that could not be used, as source `validation/NAME`. Returns how many documents `skipped`
+        holds.
 
         They take nothing from training, so they count against no budget.
         """

@@ -1,6 +1,6 @@
 """The step loader: the plan is the sampler of an ordinary torch DataLoader whose workers are stateless.
 
-The sampler runs in the trainer's process and hands out RowSpecs, so the order of the data knows nothing of ranks or
+The sampler runs in the trainer's process and hands out RowSpecs, so the order of the data is independent of ranks and
 workers: rank k of W builds rows [kR/W, (k+1)R/W) of each step, with any number of worker processes. The plan runs ahead
 of training by the prefetch; each step therefore carries the plan's state as it was right after that step, which is what
 a checkpoint of the step must store.
@@ -198,8 +198,8 @@ class StepLoader:
         self._builder.close()
 
     def awaited(self) -> dict[str, Any]:
-        """The row that is waited for, for somebody who looks from another thread: {"row", "step" (from 1),
-        "document" (its first), "workers": [{"pid", "state"}]}. Finding the document's name may read an index file."""
+        """The row that the trainer waits for, for another thread to report: {"row", "step" (from 1), "document" (its
+        first), "workers": [{"pid", "state"}]}. Finding the document's name may read an index file."""
         workers = [process.pid for process in getattr(self._iterator, "_workers", ())]
         state: dict[str, Any] = {
             "workers": [{"pid": pid, "state": process_state(pid)} for pid in workers if pid is not None]
@@ -283,7 +283,7 @@ class _PlanSampler:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """An error on its way from a worker: exceptions lose their type and gain a traceback on torch's way."""
+    """An error that a worker returns: torch would replace an exception's type and add a traceback."""
 
     message: str
 

@@ -1,10 +1,9 @@
 """The ratio schedule: which source the next document comes from, so that every step holds the recipe's mixture.
 
 Two levels. A kind (understanding, text, generation) has a share; within a kind each source active at the step has a
-weight. In both,
-the next document goes to whoever is furthest behind: the largest deficit, in exact integers. Every document pays for
-what it will put into rows (1 document, or its tokens: `ratio_unit`), so the documents placed in rows plus the few in
-the packer's pool are always within one document per kind of the exact shares. `mix: sampled` draws instead, as the
+weight. In both, the next document goes to the one with the largest deficit, in exact integers. Every document counts
+for what it will put into rows (1 document, or its tokens: `ratio_unit`), so the documents placed in rows plus the few
+in the packer's pool are always within one document per kind of the exact shares. `mix: sampled` draws instead, as the
 baseline that most trainers use.
 
 A recipe's step ranges cut the run into phases. Deficits between sources of one kind start from zero in each phase: a
@@ -59,7 +58,8 @@ def integer_proportions(values: Iterable[float]) -> tuple[int, ...]:
 
 
 class Mixture:
-    """A validated recipe: the shares of the kinds, and who is active when. Immutable; schedules are made from it.
+    """A validated recipe: the shares of the kinds, and which sources are active at which steps. Immutable; schedules
+    are made from it.
 
     `shares`: integers in KINDS order. `phases`: ordered by `from_step`, the first at 0. `unused`: names of the sources
     that can never be drawn, with the reason, for the caller to report.
@@ -256,7 +256,7 @@ class CarrySchedule:
 
 
 def _owed(deficits: Sequence[int], weights: Sequence[int], dealt: Sequence[int]) -> tuple[int, ...]:
-    """The deficits of those who share by `weights`, after each has had that much more."""
+    """The deficits of the members of a mixture with these `weights`, after `dealt` more units of each."""
     total, given = sum(weights), sum(dealt)
     return tuple(
         deficit + weight * given - total * count
@@ -288,7 +288,8 @@ class _Turns:
         return kind, owed.index(max(owed))
 
     def charge(self, kind: int, within: int, amount: int) -> None:
-        """Count a document of `amount`: everyone is owed their share of it, and its source and kind have had it."""
+        """Count a document of `amount`: every deficit grows by its share of it, and that of its source and kind falls
+        by the whole."""
         for (deficits, weights, total), chosen in ((self._levels[0], kind), (self._levels[1 + kind], within)):
             for index, weight in enumerate(weights):
                 deficits[index] += weight * amount
@@ -356,7 +357,7 @@ class SampledSchedule:
         self._dealt += sum(amounts.values())
 
     def refund(self, kind: int, amount: int) -> None:
-        """Nothing to take back: draws have no memory."""
+        """Does nothing: draws are independent of what was dealt before."""
 
     def state(self) -> list[Any]:
         """How many documents were drawn."""

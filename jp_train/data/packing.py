@@ -1,4 +1,5 @@
-"""Which pending documents make the next row: exact subset-sum over a small pool, and nobody waits for ever.
+"""Which pending documents make the next row: exact subset-sum over a small pool, with a bound on how long a document
+waits.
 
 Both functions see only lengths, oldest document first, and return a `Layout`; the plan owns the pool. Filling a row
 best is a subset-sum problem. With at most a few dozen documents and rows of a few thousand tokens it is solved exactly:
@@ -81,8 +82,8 @@ def pack_tokens(lengths: Sequence[int], cuttable: Callable[[int], bool], seq_len
 
     The oldest document is always taken. The rest of the row goes to the subset of the pool that fills it best; if a gap
     remains, the oldest text that is long enough is cut to fill it. A new text is not cut after a tail that kept the
-    oldest document out: else a chain of tails could keep it out for ever. So a document waits at most two rows for each
-    document before it (cut texts: for each piece).
+    oldest document out: otherwise a chain of tails could keep it out forever. So a document waits at most two rows for
+    each document before it (cut texts: for each piece).
     """
     capacity = seq_len - lengths[0]
     if capacity < 0:

@@ -2,10 +2,10 @@
 
 A source's order in an epoch is a keyed Feistel permutation with cycle walking [1, section 5]: sample n is found in O(1)
 time and memory, so the state of a source of 70 million samples is one integer. A document's random choices (pad
-dropout, first sentence, crop) are hashes of what names the document, so whoever needs one (the planner, a loader
-worker, `data explain`) computes it alone and gets the same. Everything is 64-bit integer arithmetic: the same on every
-platform, in every process, whatever PYTHONHASHSEED says. Each function has a scalar form and a `_many` form over numpy
-arrays with equal results.
+dropout, first sentence, crop) are hashes of what identifies the document, so every component that needs one (the
+planner, a loader worker, `data explain`) computes the same value independently. Everything is 64-bit integer
+arithmetic: the same on every platform, in every process, whatever PYTHONHASHSEED says. Each function has a scalar form
+and a `_many` form over numpy arrays with equal results.
 
 [1] Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. The mixing function is the finaliser of
 SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
@@ -102,8 +102,8 @@ def permute(key: tuple[int, ...], index: int, size: int) -> int:
 
 
 def permute_many(key: tuple[int, ...], numbers: np.ndarray, size: int) -> np.ndarray:
-    """Samples at `numbers` of the endless sequence that runs through epoch 0, 1, ... of range(size), each in an order
-    of its own.
+    """Samples at `numbers` of the endless sequence that runs through epoch 0, 1, ... of range(size), each with its own
+    order.
 
     Element i equals `permute((*key, numbers[i] // size), numbers[i] % size, size)`. `numbers`: int64 [N], not negative;
     returns int64 [N].
@@ -204,8 +204,8 @@ def _grid(size: int) -> tuple[int, int]:
 def document_uniform(seed: int, source_name: str, epoch: int, sample: int, purpose: str) -> float:
     """The uniform number in [0, 1) that decides `purpose` for one document, in steps of 2**-53.
 
-    It depends on nothing else: not on the step, the row, the rank, or which other sources exist. Purposes in use:
-    "first_sentence", "pad_dropout", "crop".
+    It is independent of the step, the row, the rank and the other sources. Purposes in use: "first_sentence",
+    "pad_dropout", "crop".
     """
     return (_absorb(_absorb(_document_prefix(seed, source_name, purpose), epoch), sample) >> 11) * 2.0**-53
 

@@ -171,7 +171,7 @@ class Plan:
 
     def next_step(self, first: int = 0, last: int | None = None) -> list[RowSpec]:
         """The `rows_per_step` rows of step `step`, and go on to the next. `first`, `last`: only rows [first, last) are
-        returned, which spares a rank the making of the others'.
+        returned, so that a rank does not make the rows of the others.
 
         Raises:
             ConfigError: if no `samples_per_row` documents of the pool fit a row, or a kind runs out of sources
@@ -229,8 +229,7 @@ class Plan:
         }
 
     def state_at(self, step: int, positions: Mapping[str, int]) -> dict[str, Any]:
-        """A state for studies of far steps: nothing pooled, nobody owed anything, source NAME at draw number
-        `positions[NAME]`.
+        """A state for studies of far steps: an empty pool, no deficits, source NAME at draw number `positions[NAME]`.
 
         No run passes through it: from here the pool needs a step or so until rows are as full as a run's.
         """
@@ -369,7 +368,7 @@ class _Fold:
         self._cut = 0  # tokens of pool[0] that earlier rows hold; 0 if it is whole
 
     def advance(self) -> list[_Taken]:
-        """Plan one step; what its rows take, for `documents`, which may be asked until the next step."""
+        """Plan one step. Returns what its rows take, as `documents` needs it; valid until the next step."""
         self._enter_phase()
         stream = self.stream
         stream.forget(min(self._pool, default=stream.taken))

@@ -48,7 +48,7 @@ def worker_context() -> BaseContext:
 
 
 def end_with_trainer(_worker: int = 0) -> None:
-    """Call it first in every worker: the process ends as soon as the one that asked for it is gone, even by SIGKILL.
+    """Call it first in every worker: the process ends as soon as its parent is gone, even by SIGKILL.
 
     A fork server lives as long as its workers, and torch's own check only looks at the fork server, so both would stay
     forever.

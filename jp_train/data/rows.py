@@ -99,8 +99,7 @@ class RowBuilder:
         self._samples.close()
 
     def _drafted(self, spec: RowSpec, skipped: dict[int, SkippedDocument]) -> list[_Document]:
-        """The usable documents of the row as far as texts tell, each as long as the plan says; others go to
-        `skipped`."""
+        """The documents of the row whose texts are usable, each as long as the plan says; others go to `skipped`."""
         encoder = self._encoder
         documents: list[_Document] = []
         draws: list[tuple[Sample, bool, bool]] = []
@@ -199,7 +198,7 @@ class RowBuilder:
 
 
 class _Document:
-    """One document of a row on its way; `tokens` only where it is not the whole draft."""
+    """One document while its row is built; `tokens` only where it is not the whole draft."""
 
     __slots__ = ("draft", "expected", "image_start", "kind", "place", "ref", "sample", "table", "tokens")
 

@@ -47,7 +47,7 @@ class SampleReader:
         self._cached = 0
 
     def read(self, ref: DocumentRef, table: ShardTable, entry: int) -> RawSample:
-        """The bytes of a document's sample, that `find` found.
+        """The bytes of a document's sample, located by `find`.
 
         Raises:
             DataError: when the shard cannot be read.

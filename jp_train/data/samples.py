@@ -65,8 +65,7 @@ def check_field_size(extension: str, size: int) -> None:
 
 def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
     """The typed sample of `raw`; images stay undecoded, a class prompt of the source is applied to the caption. A
-    stored record takes the
-    place of the texts: what could be wrong with them was seen when it was made.
+    stored record replaces the texts, which were checked when the record was made.
 
     Raises:
         SkipSample: with a reason a person can act on.

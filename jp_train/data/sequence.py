@@ -1,9 +1,9 @@
 """The endless sequence of one source: which sample comes n-th, how long it is as a document, and what was drawn for it.
 
-Epoch e visits the samples in a permutation of its own (permute.py), so the whole state is the number of the next draw.
+Each epoch has its own permutation of the samples (permute.py), so the whole state is the number of the next draw.
 Everything here is computed from lengths in blocks of numpy arrays; nothing reads a sample. A document in planning is a
 column of numbers (`COLUMNS`); the RowSpecs that leave the plan are made of them in bulk, and only for the rows that are
-asked for.
+needed.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class SourceSequence:
         return taken
 
     def lengths(self) -> Iterator[int]:
-        """The lengths of the documents that `take` returns next, endless. Ends its validity with the next `take`."""
+        """The lengths of the documents that `take` returns next, endless. Valid until the next `take`."""
         seen = 0
         while True:
             while self._drawn.shape[1] == seen:

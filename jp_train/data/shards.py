@@ -34,7 +34,7 @@ FIRST_BACK_OFF_S = 0.1
 _SCAN_BLOCK = 1 << 16
 _SCAN_BLOCK_URL = 4 << 20
 _JOIN_GAP = 32 << 10
-"""Bytes of other files that a joined request may fetch in vain."""
+"""Bytes of other files that a joined request may fetch without need."""
 _JOIN_LOCAL = 1 << 16
 """Bytes of a joined read of a local shard, at most."""
 _Result = TypeVar("_Result")
@@ -304,7 +304,7 @@ class ShardWindow:
 
 
 def _is_final(error: Exception) -> bool:
-    """An answer that will not change by asking again: 4xx except 408 and 429, a missing file or permission."""
+    """An error that a retry cannot change: 4xx except 408 and 429, a missing file or permission."""
     if isinstance(error, HttpStatusError):
         return 300 <= error.code < 500 and error.code not in (408, 429)
     return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, http.client.InvalidURL))
@@ -338,9 +338,8 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
     The key of a member is its name up to the first dot of the file name (the webdataset convention), the rest is its
     extension.
 
-    Raises:
-        DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key
-            whose members are not together, or a field that a sample has twice; it names the byte offset and what to do.
+    Raises: DataError: for a compressed, truncated or corrupt tar, links, sparse files, data after the end marker, a key
+    whose members are not together, or a field that a sample has twice; the message has the byte offset and the remedy.
     """
     window = ShardWindow(reader, shard, _SCAN_BLOCK_URL if is_url(shard.path) else _SCAN_BLOCK)
     keys: list[str] = []

@@ -12,10 +12,11 @@
     X.tar.jp-vq-<print>.npy, .json ids of the images and what they were made with (vq_ids.py)
 
 They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or
-remote. Each is written under a temporary name and renamed, so concurrent builders are harmless; what a killed one left
-behind is removed later.
+remote. Each is written under a temporary name and renamed, so concurrent builders are harmless; the temporary files of
+a killed one are removed later.
 
-A sidecar that came with the data is as foreign as the data: what does not fit the shard or itself is taken for damage.
+A sidecar that came with the data is not trusted more than the data: one that contradicts the shard or itself counts as
+damaged.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from jp_train.errors import DataError
 from jp_train.files import replacing
 
 FORMAT = 2
-"""Raise it when a sidecar's layout changes: older files are then rebuilt."""
+"""Increase it when a sidecar's layout changes: older files are then rebuilt."""
 
 _MEMBERS = ".jp-members.npz"
 _Made = TypeVar("_Made")
@@ -50,8 +51,8 @@ _NAME_LENGTH_AT = 26
 """Where the header before a member of a zip has the lengths of name and extra field, uint16 each; the content
 follows them."""
 _LEFT_BEHIND_S = 3600
-"""A temporary file of this age has no writer any more: writing one takes seconds, and process numbers say nothing on
-another host."""
+"""A temporary file of this age, in seconds, has no writer any more: writing one takes seconds. Process ids cannot tell,
+as the writer may be on another host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

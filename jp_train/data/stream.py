@@ -2,8 +2,8 @@
 its source.
 
 That order does not depend on the rows (only a change of phase waits for them), so documents are made far ahead, in
-blocks of numpy arrays, and the packer takes lengths off a list. What is made ahead belongs to no state: positions,
-dropped documents and deficits are those of the documents that were taken.
+blocks of numpy arrays, and the packer takes lengths off a list. Documents that are made ahead are not part of the
+state: positions, dropped documents and deficits are those of the documents that were taken.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jp_train.errors import DataError
 
 
 class DocumentStream:
-    """Deals documents, by running number; `table(numbers)` tells what they are. `taken`: how many were dealt, the
-    number of the next one.
+    """Deals documents, by running number; `table(numbers)` describes them. `taken`: how many were dealt, the number of
+    the next one.
 
     `sequences`: of the sources in use, by index; `make_schedule` makes two, one that deals ahead and one that is
     charged with what was taken. `by_tokens`: a document counts its length, not 1.
@@ -71,8 +71,8 @@ class DocumentStream:
         return int(self._table[SOURCE, number - self._first])
 
     def forget(self, before: int) -> None:
-        """Numbers below `before` will not be asked for again. They are dropped a block at a time: a step of a few
-        rows is spared the work."""
+        """Numbers below `before` are not needed again. They are dropped in blocks, so that most steps of a few rows do
+        no work for it."""
         if before - self._first < self._BLOCK:
             return
         self._settle()

@@ -10,7 +10,7 @@ from jp_train.data.tar_headers import AFTER_END, LINK, Member, TarFault
 DUPLICATE, INTERLEAVED, DUPLICATE_FIELD = "duplicate_key", "interleaved_key", "duplicate_field"
 
 _BITS = 63
-"""Extensions told apart when a key comes again; the others count as one."""
+"""Extensions that are distinguished when a key comes again; all further ones count as one."""
 
 
 @dataclass(slots=True)

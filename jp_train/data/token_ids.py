@@ -14,7 +14,7 @@ generation document holds its condition, and what the first sentence alone has i
 whole caption's, BOTH + SHORT that of the first sentence.
 
 Records are read as byte ranges through the ShardReader, whose errors name the file: a mapped file would end the process
-without a word when the disk fails. Ranks share the pages all the same, in the page cache.
+without a message when the disk fails. Ranks share the pages all the same, in the page cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One face for two tokenizers: a Hugging Face folder (Janus-Pro's own) or a SentencePiece model.
+"""One interface for two tokenizers: a Hugging Face folder (Janus-Pro's own) or a SentencePiece model.
 
 Users' text never becomes a special token: a caption that contains `<end_of_image>` is encoded as the characters it is
 made of. Special ids are looked up by their string; Janus and Janus-Pro number them differently (specification section
@@ -32,8 +32,8 @@ STRINGS_FILE = "jp_train_tokenizer.json"
 
 
 class Tokenizer(ABC):
-    """Text <-> ids. Made by `load_tokenizer`; pickles as its content, so that a worker process has this very
-    tokenizer, whatever happens to the files meanwhile, and need not import transformers."""
+    """Text <-> ids. Made by `load_tokenizer`; pickles as its content, so that a worker process has the same tokenizer
+    even if the files change, and need not import transformers."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         self.cfg = cfg
@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         self._reserved_pattern = re.compile("|".join(re.escape(s) for s in sorted(reserved, key=len, reverse=True)))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no special token is added, and none can appear, whatever the text says."""
+        """Ids of plain text: no special token is added, and none can appear, whatever the text contains."""
         if not text:
             return []
         if self._reserved_pattern.search(text) is None:

@@ -57,14 +57,14 @@ _HEADER_BYTES = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdsRecipe:
-    """All that decides an id and whether an image is usable. `vq`: VQTokenizer.fingerprint()."""
+    """Everything that determines an id, and whether an image is usable. `vq`: VQTokenizer.fingerprint()."""
 
     vq: str
     transform: int
     image_side: int
     max_image_pixels: int
     decode: str = ImageDecode.exact.value
-    """`data.image_decode`; manifests that do not say were made exactly."""
+    """`data.image_decode`; a manifest without it was made with `exact`."""
 
     @property
     def fingerprint(self) -> str:
@@ -243,8 +243,8 @@ def store_ids(
 
 
 def restamp_ids(shard: Shard, manifest: IdsManifest) -> None:
-    """Let ids vouch for `shard`, whose images were found to be the encoded ones although its size or stamp is
-    another."""
+    """Make stored ids valid for `shard`, whose images are those that were encoded although its size or stamp
+    differs."""
     _store_manifest(shard, replace(manifest, size=shard.size, stamp=shard.stamp))
 
 
@@ -267,7 +267,7 @@ def stored_fingerprints(shards: Iterable[Shard]) -> dict[str, list[str]]:
 
 
 def _has_types(cls: type, values: Mapping[str, object]) -> bool:
-    """Whether the whole numbers and texts among the fields of `cls` are that in a foreign file."""
+    """Whether the values from a foreign file have the types (int, str) of the fields of `cls`."""
     types = {"int": int, "str": str}
     return all(type(value) is types[str(cls.__annotations__[name])] for name, value in values.items())
 

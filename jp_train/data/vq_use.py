@@ -1,5 +1,4 @@
-"""Which stored VQ ids a run uses (`data.vq_ids`), decided once, before the first row: ids of another VQ are an error,
-not a surprise.
+"""Which stored VQ ids a run uses (`data.vq_ids`), decided once, before the first row: ids of another VQ are an error.
 
 Ids come from `jp-train data encode-images` (vq_ids.py), or are `.vq.npy` members of the shards, whose fingerprint
 stands in the `manifest.json` of their folder: {"vq": {"fingerprint": "..."}}.
@@ -31,9 +30,8 @@ def use_stored_ids(data: DataConfig, indexes: Sequence[SourceIndex], recipe: Ids
     """The indexes with the ids that rows are to be made of; `recipe` is that of the run's own VQ (None: no generation
     source).
 
-    Raises:
-        DataError: for ids of another VQ or transform, of a shard that has changed, or of unknown origin, and with
-            `require` for shards without ids; it names shard, what was found and expected, and the remedy.
+    Raises: DataError: for ids of another VQ or transform, of a shard that has changed, or of unknown origin, and with
+    `require` for shards without ids; the message has the shard, what was found and expected, and the remedy.
     """
     used = []
     for index in indexes:
@@ -46,7 +44,7 @@ def use_stored_ids(data: DataConfig, indexes: Sequence[SourceIndex], recipe: Ids
 
 
 def describe_use(index: SourceIndex) -> str:
-    """Where the ids of a generation source come from, in a few words."""
+    """A few words about where the ids of a generation source come from."""
     locator = index.locator
     stored, shards = len(locator.shards_with_ids), len(locator.shards)
     where = f"stored for {stored} of {shards} shards" if stored else "no stored ids"

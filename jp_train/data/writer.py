@@ -146,8 +146,8 @@ def pack_sample(key: str, fields: Mapping[str, bytes]) -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """The header of a file: owner and time 0, mode 0644. tarfile's own takes 20 microseconds, much for a short text;
-    so it is only asked for names and sizes that need more than one block."""
+    """The header of a file: owner and time 0, mode 0644. tarfile takes 20 microseconds per header, which is long for a
+    short text, so it is only used for names and sizes that need more than one block."""
     encoded = name.encode()
     if len(encoded) > _NAME or size >= 8 << 30:
         member = tarfile.TarInfo(name)

@@ -28,7 +28,7 @@ Sample = tuple[str, str, str]
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """`sources`: name -> kind; `unreachable`: shards that could not even be looked at; `excluded`: samples that the
+    """`sources`: name -> kind; `unreachable`: faults of shards that could not be reached; `excluded`: samples that the
     index leaves out because of an exclusion, `newly_excluded` those of this pass, written to `exclusion_files`;
     `decode`: images decoded per source (None: all)."""
 

@@ -1,7 +1,8 @@
 """One shard, read once from front to back: every fault that training would meet in it, found with training's own
 parsing and decoding.
 
-What training does not use is not judged: members that no layout names, and images that `.vq.npy` members replace.
+Members that training does not use are not checked: members that no layout names, and images that `.vq.npy` members
+replace.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Fault:
 
 @dataclass(kw_only=True, slots=True)
 class ShardReport:
-    """What one pass found. `samples`: whole samples met; `good`: those that training can use; `decoded`: images
-    decoded; `whole`: training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the
-    good samples' tokens over `EDGES`."""
+    """The result of one pass. `samples`: whole samples; `good`: those that training can use; `decoded`: images decoded;
+    `whole`: training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the good samples'
+    tokens over `EDGES`."""
 
     source: str
     kind: str
@@ -85,8 +86,8 @@ def verify_shard(
     reader: ShardReader,
     progress: Callable[[int, int], None] = lambda samples, at: None,
 ) -> ShardReport:
-    """Read the shard once; `progress(samples, offset)` hears after each sample how many there were and how far the pass
-    is.
+    """Read the shard once; `progress(samples, offset)` is called after each sample with the number of samples and bytes
+    so far.
 
     A fault of the tar ends its pass, not the program: the report says up to where it is readable. Raises nothing for
     bad data.
@@ -214,7 +215,7 @@ class _Pass:
         encoder.encode(sample, source=self._task.source, held_out=True, max_tokens=cfg.data.seq_len if cut else None)
 
     def _cuttable(self, sample: Sample) -> bool:
-        """Whether the plan may cut the document into spans: then its length costs nothing."""
+        """Whether the plan may cut the document into spans: then no token of it is lost."""
         stage = self._cfg.stage
         if not isinstance(sample, TextSample) or stage.batch_unit is BatchUnit.samples:
             return False

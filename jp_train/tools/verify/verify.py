@@ -136,8 +136,8 @@ def _tasks(cfg: RunConfig, name: str, source: SourceConfig, decode: int | None) 
 def _exclude(
     tasks: Sequence[VerifyTask], reports: Sequence[ShardReport], *, partial: bool
 ) -> tuple[set[tuple[str, str, str]], list[Path]]:
-    """Write what only decoding shows; a pass that decoded everything replaces what earlier passes wrote. (new
-    samples, written files)."""
+    """Write the faults that only decoding shows; a pass that decoded everything replaces what earlier passes wrote.
+    Returns the new samples and the written files."""
     bad_samples: dict[tuple[str, Kind], dict[str, Excluded]] = {}
     shards: dict[str, Shard] = {}
     new: set[tuple[str, str, str]] = set()
