@@ -161,7 +161,9 @@ def _members(archive: tarfile.TarFile, source: Path) -> Iterator[tuple[tarfile.T
         if member.isfile() and member.size <= MAX_MEMBER_BYTES:
 
             def stream(member: tarfile.TarInfo = member) -> IO[bytes]:
-                return archive.extractfile(member)  # type: ignore[return-value]
+                file = archive.extractfile(member)
+                assert file is not None  # a plain file
+                return file
 
             yield member, stream
 

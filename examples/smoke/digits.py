@@ -51,13 +51,12 @@ def load_digit_split(seed: int, *, held_out_share: float = 0.2) -> tuple[DigitSe
     train, held_out = train_test_split(
         np.arange(len(labels)), test_size=held_out_share, random_state=seed, stratify=labels
     )
-    return tuple(  # type: ignore[return-value]
-        DigitSet(
-            ink=ink[sorted(rows)].reshape(-1, DIGIT_PIXELS, DIGIT_PIXELS).astype(np.float32),
-            labels=labels[sorted(rows)].astype(np.int64),
-        )
-        for rows in (train, held_out)
-    )
+
+    def digits(rows: np.ndarray) -> DigitSet:
+        images = ink[sorted(rows)].reshape(-1, DIGIT_PIXELS, DIGIT_PIXELS).astype(np.float32)
+        return DigitSet(ink=images, labels=labels[sorted(rows)].astype(np.int64))
+
+    return digits(train), digits(held_out)
 
 
 def draw_digit(ink: np.ndarray, *, side: int = IMAGE_SIDE, rng: np.random.Generator | None = None) -> Image.Image:

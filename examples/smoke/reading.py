@@ -35,7 +35,9 @@ def read_source(folder: Path) -> Iterator[dict[str, bytes]]:
                     yield sample
                     sample = {}
                 sample["__key__"] = key
-                sample[extension] = archive.extractfile(member).read()  # type: ignore[union-attr]
+                file = archive.extractfile(member)
+                assert file is not None, "shards hold plain files only"
+                sample[extension] = file.read()
             if sample:
                 yield sample
 

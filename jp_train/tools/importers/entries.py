@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jp_train.errors import SkipSample
 from jp_train.types import Kind
@@ -93,7 +93,7 @@ class Listing:
 class Reader(ABC):
     """A layout of a source. Readers are small and picklable, as worker processes get a copy."""
 
-    format: ClassVar[str]
+    format: str
     kind: Kind
     source: Path
     images: Path | None

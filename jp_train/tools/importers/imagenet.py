@@ -33,7 +33,7 @@ class ImageNetReader(Reader):
     kind: Kind = Kind.GENERATION
 
     @property
-    def images(self) -> Path:  # type: ignore[override]
+    def images(self) -> Path:  # type: ignore[override]  # read only, as every field of a frozen reader is
         return self.source
 
     def options(self) -> dict[str, Any]:

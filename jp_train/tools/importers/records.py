@@ -150,7 +150,7 @@ class RecordReader(Reader):
     """A file of records, or several of one type: `.jsonl`/`.ndjson` (also `.gz`), `.json` (an array, or a record a
     line), `.csv`/`.tsv` with a header line."""
 
-    format: str = "pairs"  # type: ignore[misc]
+    format: str = "pairs"
     source: Path
     images: Path | None
     kind: Kind
