@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.cluster.launch import launch
+from jp_train.cluster.launch import _Attempts, _Preflight, launch
 from jp_train.cluster.options import LaunchOptions
+from jp_train.cluster.running import StopSignals
+from jp_train.config import load_config
 from jp_train.errors import ConfigError, LaunchError
 from jp_train.run.lock import take
 
@@ -43,8 +45,10 @@ raise SystemExit(9)
 DRIVER = """
 import json, sys
 from pathlib import Path
-from jp_train.cluster.launch import launch
+from jp_train.cluster.launch import _Attempts, _Preflight, launch
 from jp_train.cluster.options import LaunchOptions
+from jp_train.cluster.running import StopSignals
+from jp_train.config import load_config
 options = LaunchOptions(hostfile=Path(sys.argv[2]), master_port=int(sys.argv[4]), skip_preflight=True)
 raise SystemExit(launch(sys.argv[1], json.loads(sys.argv[3]), options))
 """
@@ -108,6 +112,25 @@ def test_a_run_folder_in_which_another_job_trains_is_rejected_with_its_host_and_
             launch(ROOT / "examples" / "smoke" / "stage1.yaml", [f"run_dir={tmp_path / 'run'}"], options)
     finally:
         held.release()
+
+
+def test_a_host_whose_ranks_were_killed_twice_is_left_out_of_a_restart_unless_the_rows_need_it(tmp_path: Path) -> None:
+    config = ROOT / "launch" / "janus_pro_1b_stage2.yaml"
+    cfg = load_config(config, [f"run_dir={tmp_path / 'run'}", "engine.micro_batch_rows=1"])
+
+    def usable(hosts: str, *killed: str, silent: tuple[str, ...] = ()) -> list[str]:
+        hostfile = write_hostfile(tmp_path, "".join(f"{name} slots=8\n" for name in hosts))
+        options = LaunchOptions(hostfile=hostfile, skip_preflight=True)
+        attempts = _Attempts(cfg, ["train"], options, StopSignals(), _Preflight(config, []))
+        attempts._kills.update(killed)
+        return list(attempts._usable_hosts(dict.fromkeys(silent, "no answer")))
+
+    # 512 rows divide among 8, 16 and 32 ranks, not among 24
+    assert usable("abcd") == usable("abcd", "b") == ["a", "b", "c", "d"]
+    assert usable("abc", "b", "b") == ["a", "c"] and usable("ab", "a", "a", "b", "b") == ["a", "b"]
+    assert usable("abcd", silent=("b",)) == ["a", "c"]
+    with pytest.raises(LaunchError, match="no restart: 0 ranks on no host are left.*a: no answer"):
+        usable("a", silent=("a",))
 
 
 @pytest.fixture
