@@ -79,7 +79,8 @@ def format_table(summaries: list[SourceSummary]) -> str:
         text += [f"bad in {summary.name}: {example}" for example in summary.bad_examples]
         if summary.bad > len(summary.bad_examples):
             text.append(
-                f"bad in {summary.name}: … and {summary.bad - len(summary.bad_examples)} more (the ledger of a run names all)"
+                f"bad in {summary.name}: … and {summary.bad - len(summary.bad_examples)} more "
+                "(the ledger of a run names all)"
             )
     return "\n".join(map(printable, text))
 

@@ -1,5 +1,5 @@
-"""The README as a new user follows it: every command in it is run here, in its order, in a folder as `make smoke` leaves
-one (with the smoke run's smallest shards and weights)."""
+"""The README as a new user follows it: every command in it is run here, in its order, in a folder as `make smoke`
+leaves it (with the smoke run's smallest shards and weights)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from jp_train.cli.main import parse
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data_recipes" / "README.md", ROOT / "hostfiles" / "README.md"]  # fmt: skip
+PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in (".", "data_recipes", "hostfiles"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLUSTER = ("launch launch/", "launch/train_all.sh")
 """Commands that would start ranks on a cluster: run with --dry-run."""

@@ -1,5 +1,5 @@
-"""What does not fit an engine is refused before anything of it is changed. Values are compared with DeepSpeed's own view
-in tests/engine/test_elastic.py."""
+"""What does not fit an engine is refused before anything of it is changed. tests/engine/test_elastic.py compares values
+with DeepSpeed's view."""
 
 from __future__ import annotations
 
