@@ -100,6 +100,7 @@ class Log:
         self.lost = 0
 
     def write(self, line: bytes) -> None:
+        """Append a line; after an OSError it is counted in `lost`, and the file is tried again 30 s later."""
         try:
             if self._file is None:
                 if time.monotonic() < self._retry_at:
@@ -137,10 +138,12 @@ class Terminal:
         self._thread.start()
 
     def write(self, descriptor: int, line: bytes) -> None:
+        """Queue a line for stdout (1) or stderr (2); dropped when the queue is full."""
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait((descriptor, line))
 
     def close(self) -> None:
+        """Write what is queued, for at most 2 x DRAIN_S seconds."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=DRAIN_S)
         self._thread.join(DRAIN_S)

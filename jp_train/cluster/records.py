@@ -44,6 +44,7 @@ def new_launch_id() -> str:
 
 
 def log_path(folder: Path, host: str, rank: int) -> Path:
+    """The log of a rank in the folder of its launch."""
     return folder / f"{host}_rank{rank}.log"
 
 

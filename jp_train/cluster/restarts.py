@@ -107,6 +107,7 @@ class Restart:
     """From the last sign of progress to this restart: noticing the fault, ending what was left, checking the hosts."""
 
     def describe(self) -> str:
+        """One line for the terminal."""
         out = f", without {', '.join(self.left_out)}" if self.left_out else ""
         return (
             f"restart {self.number} of {self.of} on {self.ranks} ranks ({', '.join(self.hosts)}{out}) from step "
