@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
@@ -162,8 +164,8 @@ class Console:
     """A line of at most LINE_COLUMNS on stderr every `every_steps` steps, after the first and the last step, and after
     a validation. On a narrower terminal it is folded between its fields.
 
-    Losses, norm and speed are means since the line before. The loss of a kind is weighted by `loss_tokens`, so that it
-    stands in the line whichever kinds the last step had.
+    Losses, norm and speed are means since the line before, over the steps where they are finite. The loss of a kind is
+    weighted by `loss_tokens`, so that it stands in the line whichever kinds the last step had.
     """
 
     essential = True
@@ -206,11 +208,13 @@ class Console:
         for key, value in values.items():
             total, weight = self._sums.get(key, (0.0, 0.0))
             more = weights.get(key, 1.0)
-            self._sums[key] = total + value * more, weight + more
+            if math.isfinite(value):
+                self._sums[key] = total + value * more, weight + more
 
     def _line(self, step: int, lr: float) -> str:
         """The fields that every line has, and of the others, the most useful first, as many as there is room for."""
-        means = {key: total / weight for key, (total, weight) in self._sums.items() if weight}
+        means = defaultdict(lambda: math.nan)
+        means |= {key: total / weight for key, (total, weight) in self._sums.items() if weight}
         wait_share = means["time/data_wait_s"] / means["time/step_s"]
         skipped = self._sums["data/skipped"][0] if "data/skipped" in self._sums else 0
         kinds = _named(_by_kind("loss", means), measured)
@@ -218,7 +222,7 @@ class Console:
         fields = {
             "head": self._head(step),
             "loss": f"loss {measured(means['loss/total'])}" + (f" ({kinds})" if kinds else ""),
-            "lr": f"lr {lr:.1e}",
+            "lr": f"lr {short_number(lr)}",
             "norm": f"norm {means['optim/grad_norm']:.2f}",
             "speed": f"{short_number(means['perf/tokens_per_s'])} tok/s",
             "wait": f"wait {wait_share:.0%}" if wait_share >= SHOWN_WAIT_SHARE else "",

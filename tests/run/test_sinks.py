@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_the_console_prints_one_line_every_n_steps_and_every_validation():
     assert [line.split()[1] for line in lines] == ["0/25", "1/25", "10/25", "20/25", "25/25"]
     assert lines[0] == "step  0/25  held out  total 4.5000 text 4.0000 gen 5.0000"
     losses = "loss 2.500 (text 3.000 gen 2.000)"
-    assert lines[1] == f"step  1/25  {losses}  lr 1.0e-04  norm 0.50  12.3k tok/s  ETA --"
+    assert lines[1] == f"step  1/25  {losses}  lr 1e-4  norm 0.50  12.3k tok/s  ETA --"
 
 
 def test_a_console_line_has_means_since_the_line_before_and_losses_weighted_by_their_tokens():
@@ -167,6 +168,18 @@ def test_no_console_line_is_longer_than_100_columns(planned, loss):
     assert len(lines) == 2 and max(map(len, lines)) <= 100
     for text in ("(und ", " text ", " gen ", "wait 50%", "ETA "):
         assert text in lines[0]
+
+
+def test_a_step_that_is_not_finite_is_not_in_the_means_and_ends_no_run():
+    stream = io.StringIO()
+    console = Console(2, Progress(100), stream)
+    nowhere_finite = dict.fromkeys(("loss/total", "loss/text", "loss/generation", "optim/grad_norm"), math.nan)
+    console.log(1, {**VALUES, **nowhere_finite})
+    for step, loss in ((2, 4.0), (3, math.inf), (4, 2.0)):
+        console.log(step, {**VALUES, "loss/total": loss})
+    first, second, third = stream.getvalue().splitlines()
+    assert "loss nan" in first and "norm nan" in first
+    assert "loss 4.000" in second and "loss 2.000" in third
 
 
 def test_wandb_is_online_only_when_logged_in(tmp_path):
