@@ -213,7 +213,7 @@ class Console:
 
     def _line(self, step: int, lr: float) -> str:
         """The fields that every line has, and of the others, the most useful first, as many as there is room for."""
-        means = defaultdict(lambda: math.nan)
+        means: dict[str, float] = defaultdict(lambda: math.nan)
         means |= {key: total / weight for key, (total, weight) in self._sums.items() if weight}
         wait_share = means["time/data_wait_s"] / means["time/step_s"]
         skipped = self._sums["data/skipped"][0] if "data/skipped" in self._sums else 0

@@ -142,15 +142,6 @@ def test_a_console_line_has_means_since_the_line_before_and_losses_weighted_by_t
     assert "loss 6.000 (text 3.000 " in third, "steps 4 to 6, of which step 4 had no text"
 
 
-def test_a_loss_that_is_not_finite_is_printed_as_it_is():
-    stream = io.StringIO()
-    console = Console(2, Progress(100), stream)
-    for step, loss in ((1, float("nan")), (2, 3.0), (3, float("inf")), (4, 1.0)):
-        console.log(step, {**VALUES, "loss/total": loss, "loss/text": loss, "optim/grad_norm": loss})
-    losses = [line.split("  ")[2] for line in stream.getvalue().splitlines()]
-    assert losses == [f"loss {loss} (text {loss} gen 2.000)" for loss in ("nan", "3.000", "inf")]
-
-
 @pytest.mark.parametrize("planned", [9, 420, 500_000])
 @pytest.mark.parametrize("loss", [0.05, 11.5])
 def test_no_console_line_is_longer_than_100_columns(planned, loss):
