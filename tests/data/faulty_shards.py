@@ -46,12 +46,12 @@ def sound(kind: str, seed: int) -> dict[str, bytes]:
             "json": json_bytes({"caption": words(seed, 5)}),
             "vq.npy": npy(((np.arange(SLOTS) + seed) % 64).astype(np.uint16)),
         }
-    told = (
+    document = (
         conversation(f"<image>\n{words(seed, 4)}", words(seed + 9, 4))
         if kind == "understanding"
         else json_bytes({"caption": words(seed, 6)})
     )
-    return {extension: picture(seed, form), "json": told}
+    return {extension: picture(seed, form), "json": document}
 
 
 def mutated(data: bytes, random: np.random.Generator) -> bytes:

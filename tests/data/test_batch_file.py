@@ -42,16 +42,16 @@ def trained(cfg, tokenizer, *, rank=0, world=1, steps=STEPS, state=None):
         return list(itertools.islice(loader, steps))
 
 
-def differing_fields(one: PackedBatch, other: PackedBatch) -> list[str]:
+def differing_fields(batch: PackedBatch, other: PackedBatch) -> list[str]:
     """Names of the fields that are not equal, tensors bit for bit."""
     return [
         field.name
         for field in fields(PackedBatch)
         if not (
             torch.equal(mine, theirs) and mine.dtype == theirs.dtype
-            if isinstance(mine := getattr(one, field.name), torch.Tensor)
+            if isinstance(mine := getattr(batch, field.name), torch.Tensor)
             and isinstance(theirs := getattr(other, field.name), torch.Tensor)
-            else getattr(one, field.name) == getattr(other, field.name)
+            else getattr(batch, field.name) == getattr(other, field.name)
         )
     ]
 
@@ -105,8 +105,8 @@ def test_described_loss_spans_are_the_labels_of_the_batch(damaged, tokenizer):
                 spans = [span for document in row["documents"] for span in document["loss"][head]["spans"]]
                 positions = [position for a, b in spans for position in range(a, b)]
                 for document in row["documents"]:
-                    own = document["loss"][head]["spans"]
-                    assert all(before[1] < after[0] for before, after in itertools.pairwise(own)), (
+                    of_document = document["loss"][head]["spans"]
+                    assert all(before[1] < after[0] for before, after in itertools.pairwise(of_document)), (
                         "neighbours are one span"
                     )
                 assert positions == (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
@@ -125,17 +125,17 @@ def test_described_loss_spans_are_the_labels_of_the_batch(damaged, tokenizer):
 
 
 def test_skipped_documents_are_described_in_the_row_whose_place_they_leave_empty(damaged, tokenizer):
-    found = 0
+    count = 0
     for micro, rows in described_steps(damaged, tokenizer):
         for row, spec in zip(rows, micro.specs, strict=True):
-            found += len(row["skipped"])
+            count += len(row["skipped"])
             assert {skip["key"] for skip in row["skipped"]} <= {"g0003", "u0005"}
             assert all("undecodable" in skip["reason"] for skip in row["skipped"])
             lost = sum(skip["document_span"][1] - skip["document_span"][0] for skip in row["skipped"])
             assert row["tokens"] + lost == sum(ref.length for ref in spec.documents)
             assert len(row["documents"]) + len(row["skipped"]) == len(spec.documents)
         assert sum(len(row["skipped"]) for row in describe_batch(micro.batch)) == len(micro.batch.skipped)
-    assert found >= 2
+    assert count >= 2
 
 
 def test_a_row_alone_in_a_batch_and_beside_others_is_described_alike(damaged, tokenizer):
@@ -323,8 +323,8 @@ def hostile(document: Provenance) -> Provenance:
 
 def test_a_saved_batch_that_is_missing_damaged_or_mixed_up_is_refused(damaged, tmp_path):
     with Replay(damaged) as replay:
-        one, other = (next(iter(replay.micro_batches(step))).batch for step in (1, 2))
-    path = save_batch(one, tmp_path / "one.safetensors")
+        first, other = (next(iter(replay.micro_batches(step))).batch for step in (1, 2))
+    path = save_batch(first, tmp_path / "one.safetensors")
     save_batch(other, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="not a saved batch"):
         load_batch(tmp_path / "none.safetensors")
@@ -353,13 +353,13 @@ def test_pieces_tile_the_tokens_and_join_to_what_the_tokenizer_decodes(tokenizer
     special = tokenizer.special
     body = tokenizer.encode(text)
     ids = [special.bos, *body, special.boi, *[special.image_placeholder] * 5, special.eoi, *body, special.eos]
-    found = pieces(ids, tokenizer)
-    assert [piece.start for piece in found] == [0, *[piece.end for piece in found[:-1]]] and found[-1].end == len(ids)
-    assert [piece.text for piece in found if piece.shown is Shown.special] == [
+    parts = pieces(ids, tokenizer)
+    assert [piece.start for piece in parts] == [0, *[piece.end for piece in parts[:-1]]] and parts[-1].end == len(ids)
+    assert [piece.text for piece in parts if piece.shown is Shown.special] == [
         getattr(tokenizer.cfg, name) for name in ("bos", "boi", "eoi", "eos")
     ]
-    assert [piece.end - piece.start for piece in found if piece.shown is Shown.slots] == [5]
-    words = [piece for piece in found if piece.shown is Shown.text]
+    assert [piece.end - piece.start for piece in parts if piece.shown is Shown.slots] == [5]
+    words = [piece for piece in parts if piece.shown is Shown.text]
     assert "".join(piece.text for piece in words if piece.end <= len(body) + 1) == tokenizer.decode(body) == text
     assert max((piece.end - piece.start for piece in words), default=1) <= 8
 
@@ -371,16 +371,16 @@ def test_pieces_join_also_where_the_tokenizer_drops_leading_spaces(tmp_path):
     space = tokenizer.encode("é")[0]
     body = tokenizer.encode("naïve é words é in the class")
     for ids in (body, [space, space, *body], [*body, space, *body[1:]], [body[-1], space, *body]):
-        found = pieces(ids, tokenizer)
-        assert "".join(piece.text for piece in found) == tokenizer.decode(ids)
-        assert all(piece.shown is Shown.text for piece in found)
+        parts = pieces(ids, tokenizer)
+        assert "".join(piece.text for piece in parts) == tokenizer.decode(ids)
+        assert all(piece.shown is Shown.text for piece in parts)
 
 
 def test_pieces_of_broken_bytes_still_tile(tokenizer):
     ids = tokenizer.encode("🎉")[:-1] * 7 + tokenizer.encode("end")
-    found = pieces(ids, tokenizer)
-    assert [piece.start for piece in found] == [0, *[piece.end for piece in found[:-1]]] and found[-1].end == len(ids)
-    assert "end" in "".join(piece.text for piece in found)
+    parts = pieces(ids, tokenizer)
+    assert [piece.start for piece in parts] == [0, *[piece.end for piece in parts[:-1]]] and parts[-1].end == len(ids)
+    assert "end" in "".join(piece.text for piece in parts)
 
 
 def test_printable_leaves_nothing_that_hides_reorders_or_breaks():

@@ -183,10 +183,10 @@ def test_a_row_gives_its_documents_back_and_survives_pickling(rows):
                 "gen_image",
                 "vq_ids",
             ):
-                found, expected = getattr(made, name), getattr(given, name)
-                assert (found is None) == (expected is None), name
+                actual, expected = getattr(made, name), getattr(given, name)
+                assert (actual is None) == (expected is None), name
                 if expected is not None:
-                    np.testing.assert_array_equal(found, expected, err_msg=name)
+                    np.testing.assert_array_equal(actual, expected, err_msg=name)
 
 
 def test_the_pictures_of_a_micro_batch_of_one_row_are_not_copied(cfg, rows):

@@ -52,8 +52,8 @@ def test_the_digest_of_a_shard_is_of_the_keys_and_kinds_and_not_of_the_reasons(t
         store_exclusions(shard, kind, {key: Excluded("bad_type", reason) for key in keys})
         return with_exclusions(shard).excluded
 
-    one = digest(Kind.TEXT, "a", "b")
-    assert one == digest(Kind.TEXT, "b", "a", reason="another")
-    assert len({one, digest(Kind.TEXT, "a"), digest(Kind.GENERATION, "a", "b"), shard.excluded}) == 4
+    both = digest(Kind.TEXT, "a", "b")
+    assert both == digest(Kind.TEXT, "b", "a", reason="another")
+    assert len({both, digest(Kind.TEXT, "a"), digest(Kind.GENERATION, "a", "b"), shard.excluded}) == 4
     store_exclusions(shard, Kind.GENERATION, {})
     assert with_exclusions(shard) == shard, "a file that excludes nothing is as good as none"

@@ -132,18 +132,20 @@ def test_verify_and_training_agree_on_every_one_of_ten_thousand_damaged_samples(
         batch_plan=batch,
     ) as steps:
         for step in steps:
-            bad = [one for part in step.micro_batches for one in part.skipped]
+            bad = [entry for part in step.micro_batches for entry in part.skipped]
             ledger.record(bad, step.used_per_source, step.step)
-            skipped |= {(one.info.source, one.info.key) for one in bad}
-            used |= {(one.source, one.key) for part in step.micro_batches for row in part.provenance for one in row}
+            skipped |= {(entry.info.source, entry.info.key) for entry in bad}
+            used |= {
+                (entry.source, entry.key) for part in step.micro_batches for row in part.provenance for entry in row
+            }
             seen = Counter(source for source, _ in used | skipped)
             if all(seen[name] >= count for name, count in usable.items()):
                 break
             assert step.step < 400, f"some samples never came: {seen} of {usable}"
 
     entries = [json.loads(line) for line in Path(cfg.run_dir, "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
-    at_index = Counter((one["source"], one["shard"], one["key"]) for one in entries if one["step"] is None)
-    in_training = {(one["source"], one["shard"], one["key"]) for one in entries if one["step"] is not None}
+    at_index = Counter((entry["source"], entry["shard"], entry["key"]) for entry in entries if entry["step"] is None)
+    in_training = {(entry["source"], entry["shard"], entry["key"]) for entry in entries if entry["step"] is not None}
     assert left_out == len(at_index) and max(at_index.values()) == 1
     assert not at_index.keys() & in_training
     assert at_index.keys() | in_training == set(named)

@@ -54,7 +54,7 @@ def steps_and_ledger(
     time."""
     cfg.data.workers, cfg.data.image_threads, cfg.data.skip_minimum = workers, threads, 1000
     indexes, batch = index_sources(cfg, tokenizer), batch_plan(cfg, 1)
-    ledger, found = Ledger(folder, cfg), []
+    ledger, tensors = Ledger(folder, cfg), []
     with StepLoader(
         cfg,
         build_plan(cfg, indexes, batch, tokenizer),
@@ -67,7 +67,7 @@ def steps_and_ledger(
         for item in itertools.islice(loader, STEPS):
             for micro in item.micro_batches:
                 values = [getattr(micro, name) for name in PackedBatch.__slots__]
-                found += [
+                tensors += [
                     value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value) for value in values
                 ]
             ledger.record(
@@ -76,7 +76,7 @@ def steps_and_ledger(
         assert len(picture_threads()) <= (threads if threads > 1 and not workers else 0)
     assert not picture_threads()
     entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    return found, [{key: value for key, value in entry.items() if key != "time"} for entry in entries]
+    return tensors, [{key: value for key, value in entry.items() if key != "time"} for entry in entries]
 
 
 def test_rows_and_ledger_are_the_same_however_many_threads(mixed, tokenizer, tmp_path):

@@ -105,8 +105,8 @@ def _sidecar(path, **changes):
     with np.load(path, allow_pickle=False) as file:
         held = {name: file[name] for name in file.files}
     if "meta" in changes:
-        told = json.loads(bytes(held["meta"])) | changes.pop("meta")
-        held["meta"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+        meta = json.loads(bytes(held["meta"])) | changes.pop("meta")
+        held["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     np.savez(path, **held | changes)
 
 
@@ -233,9 +233,9 @@ def test_parallel_processes_build_the_same_index(mixed, tokenizer, tmp_path, mon
     monkeypatch.setattr(index_module, "SMALL_BYTES", 0)
     seen = []
     together = index_sources(cfg, tokenizer, processes=2, progress=seen.append)
-    for one, other in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_array_equal(one.dropped_tokens, other.dropped_tokens)
+    for index, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(index.tokens, other.tokens)
+        np.testing.assert_array_equal(index.dropped_tokens, other.dropped_tokens)
     assert [at.shards_done for at in seen] == [0, 1, 2, 3, 4, 5] and seen[-1].bytes_done == seen[-1].bytes > 0
     assert seen[-1].samples == sum(map(len, alone))
     (tmp_path / "text.tar").write_bytes(b"junk" * 500)

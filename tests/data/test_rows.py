@@ -35,9 +35,9 @@ class Oracle:
                     key, _, extension = member.name.partition(".")
                     self.files.setdefault((path.name, key), {})[extension] = tar.extractfile(member).read()
 
-    def document(self, ref, one) -> tuple[list[int], list[int], list[int]]:
+    def document(self, ref, provenance) -> tuple[list[int], list[int], list[int]]:
         """Ids, labels and image labels of a document as provenance `one` and reference `ref` name it."""
-        files = self.files[one.shard, one.key]
+        files = self.files[provenance.shard, provenance.key]
         stage3 = self.cfg.stage.template is Template.stage3
         special, text = self.special, self.text
         user, assistant = self.tokenizer.role("<|User|>"), self.tokenizer.role("<|Assistant|>")
@@ -50,9 +50,9 @@ class Oracle:
             ids.extend(tokens)
             learnt.extend([learn] * len(tokens))
 
-        if one.kind.value == "text":
+        if provenance.kind.value == "text":
             add([*text(files["txt"].decode()), special.eos], True)
-        elif one.kind.value == "understanding":
+        elif provenance.kind.value == "understanding":
             question, answer = (message["value"].strip() for message in json.loads(files["json"])["conversations"])
             question = question.replace("<image>", "").strip()
             if stage3:
@@ -68,7 +68,7 @@ class Oracle:
                 caption = caption[: caption.index(".") + 1]
             condition = [user, *text(f": {caption}\n\n"), assistant, *text(":")] if stage3 else text(caption)
             if (
-                document_uniform(self.cfg.seed, one.source, ref.epoch, ref.sample, "pad_dropout")
+                document_uniform(self.cfg.seed, provenance.source, ref.epoch, ref.sample, "pad_dropout")
                 < self.cfg.data.pad_dropout
             ):
                 condition = [special.pad] * len(condition)
@@ -80,14 +80,14 @@ class Oracle:
         if targets:
             boi = ids.index(special.boi)
             image_labels[boi : boi + SLOTS] = targets
-        span = slice(one.start, one.start + one.length)
+        span = slice(provenance.start, provenance.start + provenance.length)
         return ids[span], labels[span], image_labels[span]
 
-    def image(self, one) -> np.ndarray:
+    def image(self, provenance) -> np.ndarray:
         """The picture of a document, resized as its kind wants."""
-        with Image.open(io.BytesIO(self.files[one.shard, one.key]["png"])) as file:
+        with Image.open(io.BytesIO(self.files[provenance.shard, provenance.key]["png"])) as file:
             image = file.convert("RGB")
-        if one.kind.value == "generation":
+        if provenance.kind.value == "generation":
             image = image.resize(
                 [int(side * IMAGE_SIZE / min(image.size)) for side in image.size], Image.Resampling.BICUBIC
             )
@@ -123,16 +123,16 @@ def test_batches_equal_an_oracle_that_encodes_one_document_at_a_time(mixed, toke
             for made in step.micro_batches:
                 ids, labels, image_labels, positions, und, gen = [], [], [], [], [], []
                 for row in made.provenance:
-                    for ref, one in zip(next(rows).documents, row, strict=True):
-                        found = oracle.document(ref, one)
-                        for whole, part in zip((ids, labels, image_labels), found, strict=True):
+                    for ref, provenance in zip(next(rows).documents, row, strict=True):
+                        streams = oracle.document(ref, provenance)
+                        for whole, part in zip((ids, labels, image_labels), streams, strict=True):
                             whole += part
-                        positions += range(len(found[0]))
-                        seen.add((one.kind, one.start > 0, ref.short_caption))
-                        if one.kind.value == "understanding":
-                            und.append(oracle.image(one))
-                        elif PENDING in found[2]:
-                            gen.append(oracle.image(one))
+                        positions += range(len(streams[0]))
+                        seen.add((provenance.kind, provenance.start > 0, ref.short_caption))
+                        if provenance.kind.value == "understanding":
+                            und.append(oracle.image(provenance))
+                        elif PENDING in streams[2]:
+                            gen.append(oracle.image(provenance))
                 assert made.input_ids.tolist() == ids
                 assert made.labels.tolist() == labels
                 assert made.gen_labels.tolist() == image_labels
@@ -147,10 +147,10 @@ def test_pictures_for_another_process_lie_in_shared_memory(mixed, tokenizer):
     cfg = mixed()
     plan, indexes, _ = plan_of(cfg, tokenizer)
     locators = [index.locator for index in indexes]
-    own, shared = RowBuilder(cfg, locators, tokenizer), RowBuilder(cfg, locators, tokenizer, shared_images=True)
+    private, shared = RowBuilder(cfg, locators, tokenizer), RowBuilder(cfg, locators, tokenizer, shared_images=True)
     pictures = 0
     for spec in plan.next_step():
-        plain, crossing = own.build(spec), shared.build(spec)
+        plain, crossing = private.build(spec), shared.build(spec)
         for name in ("und_images", "gen_images"):
             assert torch.equal(getattr(plain, name), getattr(crossing, name))
             assert not getattr(plain, name).is_shared()

@@ -134,8 +134,8 @@ def test_links_concatenated_and_compressed_tars_are_refused(tmp_path):
         tar.addfile(info)
     with pytest.raises(DataError, match="link"):
         _scan(tmp_path / "link.tar")
-    one = _raw_tar(tmp_path / "one.tar", ["a.txt"]).read_bytes()
-    (tmp_path / "two.tar").write_bytes(one + _raw_tar(tmp_path / "b.tar", ["b.txt"]).read_bytes())
+    plain = _raw_tar(tmp_path / "one.tar", ["a.txt"]).read_bytes()
+    (tmp_path / "two.tar").write_bytes(plain + _raw_tar(tmp_path / "b.tar", ["b.txt"]).read_bytes())
     with pytest.raises(DataError, match="after its end-of-archive"):
         _scan(tmp_path / "two.tar")
     with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
@@ -280,14 +280,22 @@ def test_random_tars_have_exactly_the_members_that_tarfile_finds(form):
     kinds = set()
     for _ in range(150):
         data = _random_tar(random, form)
-        found = list(tar_members(lambda offset, size, data=data: data[offset : offset + size], len(data)))
+        members = list(tar_members(lambda offset, size, data=data: data[offset : offset + size], len(data)))
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            expected = [(one.name, one.isfile(), one.isdir(), one.offset_data, one.size) for one in tar]
+            expected = [
+                (member.name, member.isfile(), member.isdir(), member.offset_data, member.size) for member in tar
+            ]
         assert [
-            (one.name.rstrip("/") if one.folder else one.name, one.file, one.folder, one.offset, one.size)
-            for one in found
+            (
+                member.name.rstrip("/") if member.folder else member.name,
+                member.file,
+                member.folder,
+                member.offset,
+                member.size,
+            )
+            for member in members
         ] == expected
-        kinds |= {(one.file, one.folder, len(one.name) > 100, one.size == 0) for one in found}
+        kinds |= {(member.file, member.folder, len(member.name) > 100, member.size == 0) for member in members}
     assert len(kinds) == 8  # files with and without content, folders and links; of each, short and long names
 
 

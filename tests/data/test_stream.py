@@ -50,11 +50,11 @@ def one_at_a_time(by_tokens: bool) -> Iterator[tuple[int, int, int, dict[str, ob
     schedule, positions, dropped = CarrySchedule(MIXTURE), [0] * len(SOURCES), [0] * len(SOURCES)
 
     def draw(index: int) -> int:
-        while not (found := sequences[index].documents(np.array([positions[index]]))).size:
+        while not (documents := sequences[index].documents(np.array([positions[index]]))).size:
             positions[index] += 1
             dropped[index] += 1
         positions[index] += 1
-        drawn[:] = found[:, 0].tolist()
+        drawn[:] = documents[:, 0].tolist()
         return drawn[LENGTH]
 
     drawn: list[int] = []

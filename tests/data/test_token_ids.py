@@ -112,7 +112,7 @@ def without_text(sample, record: bytes):
 
 def documents(encoder: Encoder, sample) -> list:
     """The sample under all draws, whole and truncated: tokens as lists, or why it is skipped."""
-    found = []
+    result = []
     for short, drop, longest in itertools.product((False, True), (False, True), (None, 400, 200, 60, 30, 19)):
         if not isinstance(sample, GenerationSample) and (short or drop):
             continue
@@ -120,10 +120,10 @@ def documents(encoder: Encoder, sample) -> list:
         try:
             cut = longest is not None and draft.length > longest
             tokens, start = encoder.truncated(draft, longest) if cut else (encoder.written(draft), draft.image_start)
-            found.append((draft.length, tokens.tolist(), start))
+            result.append((draft.length, tokens.tolist(), start))
         except SkipSample as reason:
-            found.append(str(reason))
-    return found
+            result.append(str(reason))
+    return result
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
@@ -155,17 +155,17 @@ def test_no_data_option_changes_what_is_stored_without_another_fingerprint(cfg):
     for option in dataclasses.fields(cfg.data):
         value = getattr(cfg.data, option.name)
         others = {
-            bool: lambda one: [not one],
-            int: lambda one: [one + 1],
+            bool: lambda value: [not value],
+            int: lambda value: [value + 1],
             float: lambda _: [0.5],
-            str: lambda one: [one[::-1]],
+            str: lambda value: [value[::-1]],
         }
         for other in (
             list(type(value)) if isinstance(value, enum.Enum) else others.get(type(value), lambda _: [])(value)
         ):
             setattr(cfg.data, option.name, other)
-            found, changed = stored()
-            assert found != fingerprint or changed == records, option.name
+            changed_print, changed = stored()
+            assert changed_print != fingerprint or changed == records, option.name
             decisive |= {option.name} if changed != records else set()
         setattr(cfg.data, option.name, value)
     assert decisive == {"space_before_boi", "system_prompt", "caption_question"}
@@ -179,8 +179,8 @@ def test_a_record_is_the_runs_and_as_small_as_its_ids_allow(vocab_size):
         runs = [(random.integers(0, vocab_size, length).tolist(), int(random.integers(4))) for length in lengths]
         record, total = pack(runs, planes), sum(lengths)
         assert len(record) == 4 + 4 * len(runs) + 2 * total + planes * -(-total // 8)
-        found, ids = unpack(record, planes)
-        assert found == [(len(values), role) for values, role in runs]
+        unpacked, ids = unpack(record, planes)
+        assert unpacked == [(len(values), role) for values, role in runs]
         assert ids.tolist() == [token for values, _ in runs for token in values]
         # By hand: the low halves, then a bit a plane, the first id in the highest bit of a byte.
         at = 4 + 4 * len(runs)
@@ -203,14 +203,14 @@ def loader(cfg, tokenizer, *, workers=0, recipe=None) -> StepLoader:
 
 def content(steps) -> list:
     """Everything of steps: each tensor bit for bit, provenance, skipped documents with their reasons."""
-    found = []
+    result = []
     for step in steps:
         for batch in step.micro_batches:
             for name in PackedBatch.__slots__:
                 value = getattr(batch, name)
                 tensor = isinstance(value, torch.Tensor)
-                found.append((name, (value.dtype, value.shape, value.numpy().tobytes()) if tensor else value))
-    return found
+                result.append((name, (value.dtype, value.shape, value.numpy().tobytes()) if tensor else value))
+    return result
 
 
 def taken(cfg, tokenizer, steps=4, **options) -> list:
@@ -246,7 +246,7 @@ def test_rows_are_bit_identical_with_and_without_stored_ids(mixed, tokenizer, tm
     cfg.data.token_ids = TokenIds.auto
     stored = taken(cfg, tokenizer, 6, workers=workers)
     assert stored == plain
-    skipped = [one.reason for name, value in plain if name == "skipped" for one in value]
+    skipped = [skip.reason for name, value in plain if name == "skipped" for skip in value]
     assert skipped and sum(value for name, value in plain if name == "truncated_tokens")
     assert all("records" in np.load(path).files for path in tmp_path.glob("*.jp-tokens-*.npz"))
 
@@ -263,7 +263,7 @@ def test_with_both_kinds_of_ids_stored_nothing_of_the_shards_is_read(mixed, toke
         store_ids(shard, RECIPE, ids, codebook_size=64, without_picture=0, pictures_sha256="", unusable=unusable)
     cfg.data.skip_minimum, cfg.data.token_ids = 10_000, TokenIds.off
     plain = taken(cfg, tokenizer, recipe=RECIPE)
-    assert {one.reason for name, value in plain if name == "skipped" for one in value} == {
+    assert {skip.reason for name, value in plain if name == "skipped" for skip in value} == {
         reason for _, reason in faults
     }
     cfg.data.token_ids = TokenIds.auto
@@ -294,14 +294,14 @@ def test_another_runs_rebuilt_sidecar_does_not_stop_a_run(mixed, tokenizer, tmp_
     expected = taken(cfg, tokenizer)
     monkeypatch.setattr("jp_train.data.shards.MAX_OPEN_SHARDS", 1)  # so that files are opened again
     with loader(cfg, tokenizer) as made:
-        found = content(itertools.islice(made, 1))
+        batches = content(itertools.islice(made, 1))
         for path in tmp_path.glob("*.jp-tokens-*.npz"):
             path.unlink()
         index_sources(cfg, tokenizer)
         for path in tmp_path.glob("*.jp-tokens-*.npz"):
             os.utime(path, ns=(1, 1))
-        found += content(itertools.islice(made, 3))
-    assert found == expected
+        batches += content(itertools.islice(made, 3))
+    assert batches == expected
 
 
 def text_source(cfg, folder, samples=3):
@@ -410,9 +410,9 @@ def test_damaged_records_stop_the_run_with_sample_and_remedy(cfg, tokenizer, tmp
         images: "number of images",
     }
     cases[learnt_start] = "does not begin with BOS"
-    for change, found in cases.items():
+    for change, cause in cases.items():
         message = damage(text_source(cfg, tmp_path), tokenizer, change)
-        assert "the stored token ids of source 's'" in message and found in message and "data.token_ids=off" in message
+        assert "the stored token ids of source 's'" in message and cause in message and "data.token_ids=off" in message
         for path in tmp_path.glob("*.npz"):
             path.unlink()
 
@@ -459,7 +459,7 @@ def test_a_sidecar_whose_records_contradict_it_is_refused_by_name(cfg, tokenizer
 def test_records_that_are_said_to_be_longer_than_their_file_are_refused_unread(cfg, tokenizer, tmp_path):
     (index,) = index_sources(text_source(cfg, tmp_path), tokenizer)
     (path,) = tmp_path.glob("*.jp-tokens-*.npz")
-    found = []
+    opened = []
     for claimed in (0, 1 << 40):  # the central directory and the array's header say so; no byte of it exists
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
@@ -481,8 +481,8 @@ def test_records_that_are_said_to_be_longer_than_their_file_are_refused_unread(c
                 if name == "records" and claimed:
                     made.getinfo("records.npy").file_size += claimed
         os.replace(tmp_path / "hostile.npz", path)
-        found.append(sidecar.open_tokens(index.shards[0], index.locator.fingerprint, ShardReader()))
-    assert found[0] is not None and found[1] is None
+        opened.append(sidecar.open_tokens(index.shards[0], index.locator.fingerprint, ShardReader()))
+    assert opened[0] is not None and opened[1] is None
 
 
 def test_records_on_their_way_to_the_sidecar_are_not_held_in_memory(tmp_path):

@@ -94,7 +94,7 @@ def rows(cfg, tokenizer, recipe, steps=3, workers=0):
         dp_world_size=1,
         batch_plan=batch,
     ) as loader:
-        return [one for step in itertools.islice(loader, steps) for one in step.micro_batches]
+        return [micro for step in itertools.islice(loader, steps) for micro in step.micro_batches]
 
 
 def test_what_is_stored_comes_back_row_by_row_and_as_a_plain_array(tmp_path):
@@ -133,8 +133,8 @@ def test_ids_of_several_vqs_lie_beside_each_other_and_are_listed(tmp_path):
     store(path, 3)
     shard = store(path, 3, OTHER)
     other = ShardReader().stat(str(write_shard(tmp_path / "aa.tar", generation_samples(3))))
-    found = stored_fingerprints([shard, other])
-    assert sorted(found[str(path)]) == sorted([RECIPE.fingerprint, OTHER.fingerprint]) and found[other.path] == []
+    stored = stored_fingerprints([shard, other])
+    assert sorted(stored[str(path)]) == sorted([RECIPE.fingerprint, OTHER.fingerprint]) and stored[other.path] == []
     assert open_ids(shard, OTHER.fingerprint, ShardReader()) is not None
 
 
@@ -178,8 +178,8 @@ def test_a_manifest_of_other_types_or_of_another_recipe_than_its_fingerprint_is_
 def test_a_fingerprint_that_would_be_a_path_is_not_looked_for(tmp_path):
     shard = store(write_shard(tmp_path / "a.tar", generation_samples(3)), 3)
     (manifest,) = tmp_path.glob("*.json")
-    for told in ("/../../../etc/x", 7, None, ["a" * 32], RECIPE.fingerprint.upper()):
-        manifest.write_text(json.dumps({"fingerprint": told}))
+    for fingerprint in ("/../../../etc/x", 7, None, ["a" * 32], RECIPE.fingerprint.upper()):
+        manifest.write_text(json.dumps({"fingerprint": fingerprint}))
         assert stored_fingerprints([shard]) == {shard.path: []}
     manifest.write_text("[" * 100_000)
     assert stored_fingerprints([shard]) == {shard.path: []} and load_manifest(shard, RECIPE.fingerprint) is None
@@ -234,8 +234,8 @@ def test_shares_are_whole_disjoint_balanced_and_the_same_whatever_the_order():
     for world in (1, 2, 3, 8, 40):
         share = shares(shards, world)
         assert share == shares(shards[::-1], world)
-        assert sorted(shard.path for own in share for shard in own) == sorted(shard.path for shard in shards)
-        loads = [sum(shard.size for shard in own) for own in share]
+        assert sorted(shard.path for of_rank in share for shard in of_rank) == sorted(shard.path for shard in shards)
+        loads = [sum(shard.size for shard in of_rank) for of_rank in share]
         assert max(loads) - min(loads) <= max(shard.size for shard in shards)
 
 

@@ -34,9 +34,9 @@ def test_webdataset_and_the_member_scan_read_back_what_was_written(tmp_path):
     ]
     (shard,) = write(tmp_path, samples)
     path = tmp_path / shard.name
-    read = [(one.pop("__key__"), one) for one in webdataset.WebDataset(str(path), shardshuffle=False)]
+    read = [(sample.pop("__key__"), sample) for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
     assert [
-        (key, {name: one[name] for name in fields}) for (key, one), (_, fields) in zip(read, samples, strict=True)
+        (key, {name: sample[name] for name in fields}) for (key, sample), (_, fields) in zip(read, samples, strict=True)
     ] == samples
     reader = ShardReader()
     assert scan_members(reader.stat(str(path)), reader).keys == tuple(key for key, _ in samples)

@@ -46,7 +46,7 @@ def sources(cfg, tmp_path):
     return make
 
 
-def found(cfg, tokenizer, **options) -> dict[str | None, str]:
+def fault_classes(cfg, tokenizer, **options) -> dict[str | None, str]:
     """{key: class} of the findings."""
     return {fault.key: fault.fault for fault in verify_sources(cfg, tokenizer, VerifyOptions(**options)).findings}
 
@@ -139,9 +139,9 @@ def test_sound_data_is_clean_exits_with_0_and_counts_what_the_index_counts(mixed
     document, status = verify_command(cfg, VerifyOptions(), progress=io.StringIO())
     assert status == 0 and document["clean"] and not document["findings"]
     indexes = index_sources(cfg, tokenizer)
-    for index, one in zip(indexes, document["sources"], strict=False):
-        assert (one["name"], one["samples"], one["usable"]) == (index.name, len(index), len(index))
-        assert one["tokens"] == int(index.tokens.sum()) and one["longest"] == int(index.tokens.max())
+    for index, source in zip(indexes, document["sources"], strict=False):
+        assert (source["name"], source["samples"], source["usable"]) == (index.name, len(index), len(index))
+        assert source["tokens"] == int(index.tokens.sum()) and source["longest"] == int(index.tokens.max())
         counts, edges = document["lengths"]["documents"][index.name], [*document["lengths"]["edges"], 1 << 40]
         np.testing.assert_array_equal(counts, np.histogram(index.tokens, edges)[0])
     assert document["sources"][-1]["name"] == "validation/text"
@@ -234,7 +234,7 @@ def test_over_long_samples_are_warnings_that_state_the_policy_and_text_that_goes
     write_shard(tmp_path / "text.tar", [("longtext", {"txt": words(3, 900).encode()})])
     cfg = sources("generation", "text")
     # where rows count samples, no text is continued
-    assert found(cfg, tokenizer) == {"long": "over_long", "longtext": "over_long"}
+    assert fault_classes(cfg, tokenizer) == {"long": "over_long", "longtext": "over_long"}
     cfg.stage.batch_unit = BatchUnit.packed
     report = verify_sources(cfg, tokenizer, VerifyOptions())
     (fault,) = report.findings
@@ -257,9 +257,9 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_a_fault_where_it_is_cu
     )
     cfg = sources("understanding")
     cfg.stage.template, cfg.data.mask_question = Template.stage3, True
-    assert found(cfg, tokenizer) == {"q": "nothing_to_learn"}
+    assert fault_classes(cfg, tokenizer) == {"q": "nothing_to_learn"}
     cfg.data.over_long = OverLong.drop
-    assert found(cfg, tokenizer) == {"q": "over_long"}
+    assert fault_classes(cfg, tokenizer) == {"q": "over_long"}
 
 
 def test_fast_reads_headers_only_and_sample_decodes_that_many_evenly(sources, tokenizer, tmp_path):
@@ -271,12 +271,12 @@ def test_fast_reads_headers_only_and_sample_decodes_that_many_evenly(sources, to
         write_shard(tmp_path / f"generation{number}.tar", samples)
     cfg = sources("generation")
     cfg.data.max_image_pixels = 50_000
-    assert found(cfg, tokenizer, decode=0) == {"0bomb": "picture_too_large", "1bomb": "picture_too_large"}
+    assert fault_classes(cfg, tokenizer, decode=0) == {"0bomb": "picture_too_large", "1bomb": "picture_too_large"}
     report = verify_sources(cfg, tokenizer, VerifyOptions(decode=7))
     assert [shard.decoded for shard in report.shards] == [3, 4]
     caught = [fault.key for fault in report.findings if fault.fault == "picture_truncated"]
     assert len(caught) == 7 and caught[0] == "0g0000" and caught[2] > "0g0010"
-    assert len(found(cfg, tokenizer)) == 42
+    assert len(fault_classes(cfg, tokenizer)) == 42
 
 
 def test_exclusions_outlive_a_rebuild_of_the_index_are_named_by_the_ledger_and_end_with_the_shard(
@@ -393,7 +393,7 @@ def test_the_command_prints_one_json_object_and_exits_with_3(mixed, tmp_path, ca
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert not document["clean"]
-    assert [(one["fault"], one["shard"], one["key"]) for one in document["findings"]] == [
+    assert [(finding["fault"], finding["shard"], finding["key"]) for finding in document["findings"]] == [
         ("picture_truncated", str(tmp_path / "real-0.tar"), "g0003"),
         ("truncated_tar", str(path), None),
     ]
