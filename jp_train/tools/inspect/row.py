@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from jp_train.data.batch_text import Piece, Shown, pieces, printable
 from jp_train.data.tokenizer import Tokenizer
 from jp_train.tools.explain.table import remarks_of
-from jp_train.tools.inspect.pictures import ShownPicture, data_uri
+from jp_train.tools.inspect.images import ShownImage, data_uri
 from jp_train.types import IGNORE_INDEX
 
 OPEN_ROWS = 2
@@ -41,7 +41,7 @@ badly."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectedRow:
-    """A described row (format of `explain`), its tokens int64 [T] (`input_ids`, `position_ids`, `labels`), and pictures
+    """A described row (format of `explain`), its tokens int64 [T] (`input_ids`, `position_ids`, `labels`), and images
     by document number.
 
     `vq_ids`: by document number, the image head's targets, where they are known.
@@ -51,7 +51,7 @@ class InspectedRow:
     input_ids: np.ndarray
     position_ids: np.ndarray
     labels: np.ndarray
-    pictures: Mapping[int, Sequence[ShownPicture]]
+    images: Mapping[int, Sequence[ShownImage]]
     vq_ids: Mapping[int, np.ndarray]
 
 
@@ -122,7 +122,7 @@ def _document(row: InspectedRow, place: int, sources: Sequence[str], tokenizer: 
         "place": place,
         "color": source_class(document["source"], sources),
         "remarks": remarks_of(document),
-        "images": [(*data_uri(image.pixels), image.title) for image in row.pictures.get(place, ())],
+        "images": [(*data_uri(image.pixels), image.title) for image in row.images.get(place, ())],
         "tokens": token_html(ids, labels, tokenizer, offset=start, image_head=trained_slots),
         "ids": numbers,
     }

@@ -1,4 +1,4 @@
-"""`jp-train data inspect`: packed rows of a step as one HTML page, with their pictures decoded where a VQ tokenizer is
+"""`jp-train data inspect`: packed rows of a step as one HTML page, with their images decoded where a VQ tokenizer is
 at hand.
 
 The page's writer (`tools/inspect/page.py`) knows nothing of models; here its rows are rebuilt, the VQ's weights found,
@@ -24,15 +24,15 @@ from jp_train.files import write_atomically
 from jp_train.model.pretrained import load_vq
 from jp_train.model.vq import VQTokenizer
 from jp_train.tools.explain.replay import MicroBatch, Replay
+from jp_train.tools.inspect.images import ShownImage
 from jp_train.tools.inspect.page import inspect_page
-from jp_train.tools.inspect.pictures import ShownPicture
 from jp_train.tools.inspect.row import InspectedRow
 from jp_train.types import EncodedDocument, Row, RowSpec
 
 
 @dataclass(frozen=True, slots=True)
 class PageSummary:
-    """What was written: where, its size in bytes, rows, pictures, and where the VQ's weights came from (None: ids
+    """What was written: where, its size in bytes, rows, images, and where the VQ's weights came from (None: ids
     are not decoded)."""
 
     path: str
@@ -82,8 +82,8 @@ def inspect_rows(
         write_atomically(out, data, writer=str(os.getpid()))
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}; give another place with --out") from error
-    pictures = sum(len(images) for row in shown for images in row.pictures.values())
-    return PageSummary(str(out), len(data), len(shown), pictures, origin)
+    image_count = sum(len(images) for row in shown for images in row.images.values())
+    return PageSummary(str(out), len(data), len(shown), image_count, origin)
 
 
 def _inspected(micro: MicroBatch, replay: Replay, vq: VQTokenizer | None) -> list[InspectedRow]:
@@ -96,21 +96,21 @@ def _inspected(micro: MicroBatch, replay: Replay, vq: VQTokenizer | None) -> lis
         end = start + described["tokens"]
         tensors = {name: getattr(batch, name)[start:end].numpy() for name in ("input_ids", "position_ids", "labels")}
         start = end
-        pictures: dict[int, list[ShownPicture]] = {}
+        shown_images: dict[int, list[ShownImage]] = {}
         ids: dict[int, np.ndarray] = {}
-        read = _read_pictures(replay, row, spec)
+        read = _read_images(replay, row, spec)
         for place, document in enumerate(row.documents):
-            images, vq_ids = _pictures(document, read.get(place), vq)
+            images, vq_ids = _images(document, read.get(place), vq)
             if images:
-                pictures[place] = images
+                shown_images[place] = images
             if vq_ids is not None:
                 ids[place] = vq_ids
-        rows.append(InspectedRow(described=described, pictures=pictures, vq_ids=ids, **tensors))
+        rows.append(InspectedRow(described=described, images=shown_images, vq_ids=ids, **tensors))
     return rows
 
 
-def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndarray]:
-    """The pictures of a row's documents that training takes from stored VQ ids, by document number, where the shards
+def _read_images(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndarray]:
+    """The images of a row's documents that training takes from stored VQ ids, by document number, where the shards
     hold them."""
     stored = [place for place, document in enumerate(row.documents) if document.vq_ids is not None]
     if not stored:
@@ -120,23 +120,23 @@ def _read_pictures(replay: Replay, row: Row, spec: RowSpec) -> dict[int, np.ndar
     return {place: image for place in stored if (image := by_place.get(row.provenance[place])) is not None}
 
 
-def _pictures(
+def _images(
     document: EncodedDocument, read: np.ndarray | None, vq: VQTokenizer | None
-) -> tuple[list[ShownPicture], np.ndarray | None]:
-    """What a document shows, and its VQ ids where they are stored or can be computed. `read`: the picture that
+) -> tuple[list[ShownImage], np.ndarray | None]:
+    """What a document shows, and its VQ ids where they are stored or can be computed. `read`: the image that
     stored ids stand for."""
     if document.und_image is not None:
-        return [ShownPicture(pixels=document.und_image, title="as the vision encoder sees it")], None
+        return [ShownImage(pixels=document.und_image, title="as the vision encoder sees it")], None
     if not len(document.gen_slots):
         return [], None
     shown = []
     ids = document.vq_ids
     if document.gen_image is not None:
-        shown.append(ShownPicture(pixels=document.gen_image, title="the picture to generate"))
+        shown.append(ShownImage(pixels=document.gen_image, title="the image to generate"))
         if vq is not None:
             ids = vq.encode(torch.from_numpy(document.gen_image[None].copy()))[0].numpy()
     elif read is not None:
-        shown.append(ShownPicture(pixels=read, title="the picture to generate; training takes its stored VQ ids"))
+        shown.append(ShownImage(pixels=read, title="the image to generate; training takes its stored VQ ids"))
     if vq is not None and ids is not None:
         decoded = vq.decode(torch.from_numpy(np.array(ids, np.int64)[None]))[0].numpy()
         what = (
@@ -144,7 +144,7 @@ def _pictures(
             if document.gen_image is not None
             else "decoded from the stored VQ ids"
         )
-        shown.append(ShownPicture(pixels=decoded, title=what))
+        shown.append(ShownImage(pixels=decoded, title=what))
     return shown, None if ids is None else np.asarray(ids, np.int64)
 
 
@@ -156,7 +156,7 @@ def _vq(cfg: RunConfig, model: Path | None) -> tuple[VQTokenizer | None, str | N
         return (
             None,
             None,
-            "Pictures to generate are not shown as VQ ids: the configuration names no weights; give a model with "
+            "Images to generate are not shown as VQ ids: the configuration names no weights; give a model with "
             "--model DIR.",
         )
     try:
@@ -164,12 +164,12 @@ def _vq(cfg: RunConfig, model: Path | None) -> tuple[VQTokenizer | None, str | N
     except CheckpointError as error:
         if model is not None:
             raise
-        return None, None, f"Pictures to generate are not shown as VQ ids: {error}. Give a model with --model DIR."
+        return None, None, f"Images to generate are not shown as VQ ids: {error}. Give a model with --model DIR."
 
 
 def describe_page(page: PageSummary) -> str:
     """One line for the terminal."""
-    return f"wrote {page.path}: {page.rows} rows, {page.pictures} pictures, {page.bytes / 1e6:.2f} MB"
+    return f"wrote {page.path}: {page.rows} rows, {page.pictures} images, {page.bytes / 1e6:.2f} MB"
 
 
 def place_of(config: Path | None, run_dir: Path | None) -> str:

@@ -15,8 +15,8 @@ from jp_train.config.schema import MixtureConfig, SourceConfig, SourceKind
 from jp_train.data.batch_file import describe_batch
 from jp_train.data.batch_text import printable
 from jp_train.tools.explain.replay import Replay
+from jp_train.tools.inspect.images import EXACT_SIDE, LARGEST_SIDE, ShownImage, data_uri
 from jp_train.tools.inspect.page import inspect_page
-from jp_train.tools.inspect.pictures import EXACT_SIDE, LARGEST_SIDE, ShownPicture, data_uri
 from jp_train.tools.inspect.row import InspectedRow
 from tests.data.data_samples import conversation, generation_samples, json_bytes, png, write_shard
 
@@ -73,22 +73,22 @@ class Tree(HTMLParser):
         ]
 
 
-def inspected(micro, tokenizer, pictures=True) -> list[InspectedRow]:
+def inspected(micro, tokenizer, with_images=True) -> list[InspectedRow]:
     rows, start = [], 0
     for described, row in zip(
         describe_batch(micro.batch, tokenizer, first_row=micro.first_row, specs=micro.specs), micro.rows, strict=True
     ):
         end = start + described["tokens"]
         shown = {
-            place: [ShownPicture(pixels=image, title=HOSTILE[2])]
+            place: [ShownImage(pixels=image, title=HOSTILE[2])]
             for place, document in enumerate(row.documents)
             for image in (document.und_image, document.gen_image)
-            if image is not None and pictures
+            if image is not None and with_images
         }
         rows.append(
             InspectedRow(
                 described=described,
-                pictures=shown,
+                images=shown,
                 vq_ids={},
                 **{
                     name: getattr(micro.batch, name)[start:end].numpy()
@@ -113,7 +113,7 @@ def page_of(rows, cfg, tokenizer) -> str:
 
 @pytest.fixture
 def hostile(cfg, tmp_path):
-    """Sources whose names, keys, texts and captions all try to get out; one broken picture."""
+    """Sources whose names, keys, texts and captions all try to get out; one broken image."""
     key = '"><script>x'
     write_shard(
         tmp_path / "gen.tar",
@@ -337,7 +337,7 @@ def test_pictures_are_inlined_exactly_when_small_and_scaled_down_when_large(side
 
 def test_every_source_has_its_colour_and_many_sources_still_do(hostile, tokenizer):
     with Replay(hostile) as replay:
-        rows = inspected(next(iter(replay.micro_batches(1))), tokenizer, pictures=False)
+        rows = inspected(next(iter(replay.micro_batches(1))), tokenizer, with_images=False)
     sources = {f"other {n}": "text" for n in range(30)} | {
         name: source.kind.value for name, source in hostile.data.sources.items()
     }

@@ -28,7 +28,7 @@ FIGURE = re.compile(r'<figure><img[^>]* src="data:image/png;base64,([^"]+)"[^>]*
 
 
 def figures(page: str) -> list[tuple[str, np.ndarray]]:
-    """Caption and uint8 [3, H, W] pixels of every picture, in order."""
+    """Caption and uint8 [3, H, W] pixels of every image, in order."""
     return [
         (caption, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).transpose(2, 0, 1))
         for data, caption in FIGURE.findall(page)
@@ -54,12 +54,12 @@ def test_the_page_shows_the_pictures_as_the_model_sees_them_and_through_the_vq(r
                     expected.append(("as the vision encoder sees it", document.und_image))
                 if document.gen_image is not None:
                     ids.append(vq.encode(torch.from_numpy(document.gen_image[None])))
-                    expected.append(("the picture to generate", document.gen_image))
+                    expected.append(("the image to generate", document.gen_image))
                     expected.append(("through the VQ and back: what its ids can hold", vq.decode(ids[-1])[0].numpy()))
     shown = figures(page)
     assert [caption for caption, _ in shown] == [caption for caption, _ in expected]
     assert all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in zip(shown, expected, strict=True))
-    assert len({caption for caption, _ in shown}) == 3, "both uses of pictures occur"
+    assert len({caption for caption, _ in shown}) == 3, "both uses of images occur"
     assert (found.rows, found.pictures, found.bytes, found.vq) == (
         2,
         len(expected),
@@ -84,7 +84,7 @@ def test_without_weights_the_page_says_why_ids_are_not_decoded(replay, tmp_path)
         assert "no such file or folder" in (tmp_path / "b.html").read_text()
         assert {caption for caption, _ in figures((tmp_path / "b.html").read_text())} == {
             "as the vision encoder sees it",
-            "the picture to generate",
+            "the image to generate",
         }
         with pytest.raises(CheckpointError, match="no such file or folder"):
             inspect_rows(replay, 1, rows=1, out=tmp_path / "c.html", model=tmp_path / "nowhere")
@@ -128,9 +128,7 @@ def test_pictures_that_training_takes_as_stored_ids_are_shown_beside_what_the_id
     assert not len(after.gen_images) and len(before.gen_images)
     vq = load_vq(cfg.model, seed=0)
     shown = figures((tmp_path / "page.html").read_text(encoding="utf-8"))
-    read = [
-        pixels for caption, pixels in shown if caption == "the picture to generate; training takes its stored VQ ids"
-    ]
+    read = [pixels for caption, pixels in shown if caption == "the image to generate; training takes its stored VQ ids"]
     decoded = [pixels for caption, pixels in shown if caption == "decoded from the stored VQ ids"]
     assert np.array_equal(np.stack(read), before.gen_images.numpy())
     stored = [document.vq_ids for document in after.documents if document.vq_ids is not None]
