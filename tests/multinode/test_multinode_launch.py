@@ -182,7 +182,10 @@ def test_four_hosts_train_the_rows_of_a_single_host_and_two_go_on_when_the_other
     cluster.link("node2", "up")
     assert cluster.wait_until_empty(90) == {}
     logs = [sorted(path.name for path in folder.glob("*.log")) for folder in sorted((run.folder / "logs").iterdir())]
-    assert logs == [[f"node{n}_rank{n - 1}.log" for n in (1, 2, 3, 4)], ["node3_rank0.log", "node4_rank1.log"]]
+    assert logs == [
+        ["launcher.log", *(f"node{n}_rank{n - 1}.log" for n in (1, 2, 3, 4))],
+        ["launcher.log", "node3_rank0.log", "node4_rank1.log"],
+    ]
     cluster.start_host("node1")
 
 
