@@ -187,6 +187,8 @@ class RunLog:
         if self._status is not None:  # first: it is quick, and what people look at
             self._status.update(state="stopped_by_signal", reason=reason, step=self._step, checkpoint=self._checkpoint)
         self.event("stop", self._step, reason=reason, state="stopped_by_signal", exit_code=code)
+        again = "resume" if self._checkpoint else "start again"
+        self.say(f"{reason}; run the same command to {again}")
 
     def fail(self, error: BaseException) -> None:
         """The run ended with an error."""

@@ -112,6 +112,17 @@ def test_a_run_that_a_signal_stops_says_what_was_saved_and_how_to_go_on(tmp_path
     assert capsys.readouterr().err.splitlines()[-1] == "finished after step 50: all training steps done"
 
 
+@pytest.mark.parametrize(("begun", "saved", "way_on"), [(False, False, "start again"), (True, True, "resume")])
+def test_a_run_that_a_signal_ends_at_once_says_how_to_go_on(begun, saved, way_on, tmp_path, capsys):
+    log = started(tmp_path)
+    if begun:
+        log.step(7, VALUES)
+    if saved:
+        log.saved(5)
+    log.stopped_by_force(130)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"; run the same command to {way_on}")
+
+
 def test_a_failed_attempt_says_why_and_a_refused_one_leaves_the_status_of_the_run_alone(tmp_path):
     log = started(tmp_path)
     log.fail(ValueError("broken"))
