@@ -102,7 +102,7 @@ class ShardWriter:
         self.number += 1
         return written
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """Remove the unfinished shard; finished ones stay."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # what could not be flushed is removed anyway
@@ -117,7 +117,7 @@ class ShardWriter:
         if kind is None:
             self.finish()
         else:
-            self.abandon()
+            self.discard()
 
     @property
     def _temporary(self) -> Path:

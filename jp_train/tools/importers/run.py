@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jp_train.data.processes import ordered_results
-from jp_train.data.writer import ShardWriter
+from jp_train.data.writer import ShardWriter, WrittenShard
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine, printable
 from jp_train.tools.importers.entries import Listing, Reader
 from jp_train.tools.importers.files import refuse_output_in_source
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState, SkipLog, locked, resume_or_start
-from jp_train.tools.importers.samples import MAIN, TEXT, Made, SampleRules, make_chunk
+from jp_train.tools.importers.samples import MAIN, TEXT, EntryResult, SampleRules, make_chunk
 
-HOPELESS = 1000
+FIRST_FAILURES = 1000
 """The import stops when none of the first entries, this many, becomes a sample: an option is wrong, not a thousand
 entries."""
 
@@ -103,19 +103,19 @@ def _write(
         at_least=_FEW,
     )
     line: ProgressLine | None = None
-    with _Sink(manifest, settings) as sink, work as results:
-        for chunk, made in results:
-            sink.take(made)
+    with _Outputs(manifest, settings) as outputs, work as results:
+        for chunk, entries in results:
+            outputs.add(entries)
             # the first chunk waits for the processes to start, and for what an earlier run did already
             line = line or ProgressLine("import", stream, done=chunk.done)
             line.show(
                 chunk.done,
                 listing.total,
                 f"{manifest.counts['entries']:,} entries",
-                f"{sink.skipped:,} skipped",
+                f"{outputs.skipped:,} skipped",
                 f"{_shards(manifest):,} shards",
             )
-        sink.finish()
+        outputs.finish()
 
 
 def checked_listing(reader: Reader, settings: ImportSettings) -> Listing:
@@ -144,7 +144,7 @@ def _shards(manifest: Manifest) -> int:
     return sum(len(output.shards) for output in manifest.outputs.values())
 
 
-class _Sink:
+class _Outputs:
     """Writes samples and skips in listing order, and keeps shards, `skipped.jsonl` and the manifest consistent.
 
     After a resume, each output ignores the entries it already holds, and the log those that are already counted.
@@ -169,14 +169,14 @@ class _Sink:
     def skipped(self) -> int:
         return sum(self._manifest.skipped.values())
 
-    def take(self, made: Iterable[Made]) -> None:
-        for sample in made:
-            self._next = sample.number
-            if sample.packed is not None:
-                self._write(sample)
-            if sample.number >= self._manifest.log_end:
-                self._count(sample)
-            self._next = sample.number + 1
+    def add(self, results: Iterable[EntryResult]) -> None:
+        for result in results:
+            self._next = result.number
+            if result.packed is not None:
+                self._write(result)
+            if result.number >= self._manifest.log_end:
+                self._count(result)
+            self._next = result.number + 1
 
     def finish(self) -> None:
         """Close the last shards and mark the import complete. Raises DataError when no entry became a sample."""
@@ -192,39 +192,39 @@ class _Sink:
         manifest.complete = True
         manifest.store(self._settings.out)
 
-    def __enter__(self) -> _Sink:
+    def __enter__(self) -> _Outputs:
         return self
 
     def __exit__(self, *_: object) -> None:
         for writer in self._writers.values():
-            writer.abandon()
+            writer.discard()
         self._log.close()
 
-    def _write(self, sample: Made) -> None:
-        if sample.number < self._manifest.outputs[sample.output].end:
+    def _write(self, result: EntryResult) -> None:
+        if result.number < self._manifest.outputs[result.output].end:
             return
-        assert sample.packed is not None
-        shard = self._writers[sample.output].append(sample.packed)
+        assert result.packed is not None
+        shard = self._writers[result.output].append(result.packed)
         if shard is not None:
-            self._commit(sample.output, shard)
+            self._commit(result.output, shard)
 
-    def _count(self, sample: Made) -> None:
+    def _count(self, result: EntryResult) -> None:
         counts = self._manifest.counts
         counts["entries"] += 1
-        counts["converted"] += sample.converted
-        if not sample.reason:
+        counts["converted"] += result.converted
+        if not result.reason:
             return
-        self._manifest.count_skip(sample.reason)
-        self._example = self._example or printable(f"; the first: {sample.name}: {sample.message}")
-        self._log.write(entry=sample.number, name=sample.name, reason=sample.reason, message=sample.message)
-        if counts["entries"] == HOPELESS == self.skipped:
+        self._manifest.count_skip(result.reason)
+        self._example = self._example or printable(f"; the first: {result.name}: {result.message}")
+        self._log.write(entry=result.number, name=result.name, reason=result.reason, message=result.message)
+        if counts["entries"] == FIRST_FAILURES == self.skipped:
             raise DataError(
-                f"none of the first {HOPELESS:,} entries became a sample{self._example}. "
+                f"none of the first {FIRST_FAILURES:,} entries became a sample{self._example}. "
                 "Check the options (image folder, columns, kind); "
                 f"{self._settings.out / SKIPPED} names every entry"
             )
 
-    def _commit(self, output: str, shard: Any) -> None:
+    def _commit(self, output: str, shard: WrittenShard) -> None:
         """A shard is complete: it holds this output's samples of every entry before `_next`."""
         state = self._manifest.outputs[output]
         state.shards.append(shard)

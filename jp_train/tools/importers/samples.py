@@ -20,7 +20,7 @@ MAIN, TEXT = "shards", "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
+class EntryResult:
     """What became of an entry: a sample for `output`, as tar members, or `reason` and `message` of why it is
     skipped."""
 
@@ -44,12 +44,12 @@ class SampleRules:
     keep_text_only: bool
 
 
-def make_chunk(chunk: Chunk, rules: SampleRules) -> list[Made]:
+def make_chunk(chunk: Chunk, rules: SampleRules) -> list[EntryResult]:
     """The samples and skips of a chunk, in order. Raises DataError for I/O errors."""
     return [make_sample(entry, rules) for entry in rules.reader.entries(chunk)]
 
 
-def make_sample(entry: Entry, rules: SampleRules) -> Made:
+def make_sample(entry: Entry, rules: SampleRules) -> EntryResult:
     """The sample of an entry, checked by the same code that reads it in training. Raises DataError for I/O errors."""
     try:
         if entry.skip is not None:
@@ -74,7 +74,7 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
         key = sample_key(entry)
         fields["json"] = _json(entry)
         check_sample(key, fields, kind, reader.default_class_prompt() if kind is reader.kind else "as_is")
-        return Made(
+        return EntryResult(
             number=entry.number,
             name=entry.name,
             output=TEXT if entry.text_only else MAIN,
@@ -82,7 +82,7 @@ def make_sample(entry: Entry, rules: SampleRules) -> Made:
             converted=converted,
         )
     except Skip as skip:
-        return Made(number=entry.number, name=entry.name, reason=skip.fault, message=str(skip))
+        return EntryResult(number=entry.number, name=entry.name, reason=skip.fault, message=str(skip))
 
 
 def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: str = "as_is") -> None:

@@ -23,7 +23,7 @@ from jp_train.tools.importers.imagenet import ImageNetReader
 from jp_train.tools.importers.images import read_inside, shard_image
 from jp_train.tools.importers.parquet import ParquetReader
 from jp_train.tools.importers.records import Columns, record_reader
-from jp_train.tools.importers.run import HOPELESS, ImportSettings
+from jp_train.tools.importers.run import FIRST_FAILURES, ImportSettings
 from jp_train.types import Kind
 from tests.tools.importers.import_layouts import (
     contents,
@@ -281,12 +281,12 @@ def test_an_import_without_a_good_entry_is_an_error_that_names_the_first(tmp_pat
         match=r"no entry .* became a sample \(1 skipped\); the first: records.jsonl:1: 'none.jpg' does not exist",
     ):
         run(pairs(tmp_path, folder, [{"image": "none.jpg", "caption": "c"}]), tmp_path / "out")
-    many = pairs(tmp_path, folder, [{"image": "none.jpg", "caption": "c"}] * (HOPELESS + 500))
+    many = pairs(tmp_path, folder, [{"image": "none.jpg", "caption": "c"}] * (FIRST_FAILURES + 500))
     with pytest.raises(
         DataError, match=r"none of the first 1,000 entries became a sample.*Check the options \(image folder"
     ):
         run(many, tmp_path / "many")
-    assert len(skipped_in(tmp_path / "many")) == HOPELESS
+    assert len(skipped_in(tmp_path / "many")) == FIRST_FAILURES
 
 
 @pytest.mark.parametrize(
