@@ -181,7 +181,7 @@ def read_holder(run_dir: str | os.PathLike[str]) -> Holder | None:
 
 
 def standing_of(holder: Holder, me: Holder | None = None) -> str:
-    """`alive` or `dead` where this host can know, else `unknown`: then only the counter tells."""
+    """`alive` or `dead` where this host can know, else `unknown`: then only the counter shows it."""
     me = me or identity()
     if holder.boot == me.boot and holder.pid_space == me.pid_space and (holder.boot or holder.machine == me.machine):
         return "alive" if _process_lives(holder.pid, holder.process_started) else "dead"

@@ -180,7 +180,7 @@ class RunLog:
         self._over = True
         name = Signals(code - 128).name
         reason = (
-            f"signal {name}, asked twice: nothing was saved since the last checkpoint"
+            f"signal {name}, sent twice: nothing was saved since the last checkpoint"
             if self._begun
             else f"signal {name} before the first step"
         )

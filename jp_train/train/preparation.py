@@ -155,7 +155,7 @@ def open_data(cfg: RunConfig, ranks: Ranks, log: RunLog, guard: SequenceGuard) -
 
 
 def open_engine(cfg: RunConfig, batch: BatchPlan, ranks: Ranks, log: RunLog, tokenizer: Tokenizer) -> Engine:
-    """The engine with the stage's input weights; tells what is frozen and where the weights came from. Collective.
+    """The engine with the stage's input weights; logs what is frozen and where the weights came from. Collective.
 
     Raises ConfigError and CheckpointError when the weights do not fit.
     """

@@ -172,8 +172,8 @@ def _metrics(
 
 
 def _validation(record: dict[str, float]) -> dict[str, float]:
-    found = {f"val/{k}": record[f"loss/{k}"] + 0.1 for k in KINDS if f"loss/{k}" in record}
-    return found | {"val/total": sum(found.values()) / len(found), "val/held_digits": found["val/understanding"]}
+    losses = {f"val/{k}": record[f"loss/{k}"] + 0.1 for k in KINDS if f"loss/{k}" in record}
+    return losses | {"val/total": sum(losses.values()) / len(losses), "val/held_digits": losses["val/understanding"]}
 
 
 def _ledger(steps: int) -> list[dict[str, Any]]:

@@ -68,8 +68,8 @@ def start(tmp_path) -> Iterator:
 
 
 def claim(folder: Path) -> tuple[run_lock.RunLock, list[str]]:
-    said: list[str] = []
-    return run_lock.take(folder, say=said.append), said
+    messages: list[str] = []
+    return run_lock.take(folder, say=messages.append), messages
 
 
 def changed(folder: Path, **values: object) -> None:
@@ -96,8 +96,8 @@ def test_a_second_job_is_refused_and_told_who_holds_the_folder_and_what_to_do(st
     job.send_signal(signal.SIGCONT)
     job.stdin.close()
     job.wait(60)
-    lock, said = claim(tmp_path)
-    assert not said
+    lock, messages = claim(tmp_path)
+    assert not messages
     lock.release()
     assert not (tmp_path / "run.lock").exists(), "a job that ends leaves no lock"
 
@@ -106,8 +106,8 @@ def test_the_lock_of_a_killed_job_of_this_host_is_taken_over_without_a_wait(star
     job = start()
     job.kill()
     job.wait(60)
-    lock, said = claim(tmp_path)
-    assert said == [] and run_lock.read_holder(tmp_path).pid == os.getpid()
+    lock, messages = claim(tmp_path)
+    assert messages == [] and run_lock.read_holder(tmp_path).pid == os.getpid()
     lock.release()
 
 
@@ -117,8 +117,8 @@ def test_the_lock_of_a_killed_job_of_this_host_is_taken_over_without_a_wait(star
 def test_a_process_number_that_is_used_again_and_a_host_that_restarted_hold_nothing(gone, start, tmp_path):
     start()
     changed(tmp_path, **gone)
-    lock, said = claim(tmp_path)
-    assert said == []
+    lock, messages = claim(tmp_path)
+    assert messages == []
     lock.release()
 
 
@@ -136,8 +136,10 @@ def test_a_job_of_another_host_that_gives_no_sign_for_the_lease_is_dead(unreadab
     if unreadable:  # a power cut in the middle of the write
         (tmp_path / "run.lock").write_bytes(b"")
     monkeypatch.setattr(run_lock, "LEASE_S", 0.6)
-    lock, said = claim(tmp_path)
-    assert "within 1 s" in said[0] and "is taken over" in said[-1] and ("node7" in said[0]) is not unreadable
+    lock, messages = claim(tmp_path)
+    assert (
+        "within 1 s" in messages[0] and "is taken over" in messages[-1] and ("node7" in messages[0]) is not unreadable
+    )
     assert run_lock.read_holder(tmp_path).token == lock.holder.token
     lock.release()
 
@@ -150,9 +152,9 @@ def test_of_many_jobs_that_find_a_dead_holder_one_gets_the_folder(start, tmp_pat
     jobs = [start(go=str(go), wait=False) for _ in range(6)]
     time.sleep(1.0)
     go.touch()
-    told = [job.stdout.readline() for job in jobs]
-    assert sorted(text.partition(":")[0].strip() for text in told) == ["refused"] * 5 + ["taken"], told
-    winner = jobs[told.index("taken\n")]
+    answers = [job.stdout.readline() for job in jobs]
+    assert sorted(text.partition(":")[0].strip() for text in answers) == ["refused"] * 5 + ["taken"], answers
+    winner = jobs[answers.index("taken\n")]
     assert run_lock.read_holder(tmp_path).pid == winner.pid
     assert {path.name for path in tmp_path.iterdir()} == {"go", "run.lock", ".run.lock.guard"}
 
@@ -163,8 +165,8 @@ def test_a_launcher_hands_back_the_lock_of_its_own_dead_launch_and_no_other(star
     job.wait(60)
     assert not run_lock.release_dead_launch(tmp_path, "77") and not run_lock.release_dead_launch(tmp_path, "")
     assert run_lock.release_dead_launch(tmp_path, "5ac1") and not run_lock.release_dead_launch(tmp_path, "5ac1")
-    lock, said = claim(tmp_path)
-    assert said == []
+    lock, messages = claim(tmp_path)
+    assert messages == []
     lock.release()
 
 

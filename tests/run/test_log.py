@@ -155,10 +155,10 @@ def test_a_second_signal_leaves_a_status_that_says_stopped_wherever_it_finds_the
     status = json.loads((tmp_path / "status.json").read_text())
     assert (
         status["state"] == "stopped_by_signal"
-        and ("asked twice" if begun else "before the first step") in status["reason"]
+        and ("sent twice" if begun else "before the first step") in status["reason"]
     )
-    (told,) = events(tmp_path)
-    assert (told["event"], told["step"], told["exit_code"]) == ("stop", 7 if begun else 0, 143)
+    (event,) = events(tmp_path)
+    assert (event["event"], event["step"], event["exit_code"]) == ("stop", 7 if begun else 0, 143)
 
 
 def test_an_exit_hook_that_never_ends_does_not_keep_a_second_signal_from_ending_the_process(monkeypatch):

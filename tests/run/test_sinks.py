@@ -79,16 +79,16 @@ def test_events_follow_a_torn_line_on_a_line_of_their_own(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "sta')
     Events(path).write("resume", 4, loss=float("inf"))
-    found = json.loads(path.read_text().splitlines()[1])
-    assert (found["event"], found["step"], found["loss"]) == ("resume", 4, None) and found["time"] > 1.7e9
+    event = json.loads(path.read_text().splitlines()[1])
+    assert (event["event"], event["step"], event["loss"]) == ("resume", 4, None) and event["time"] > 1.7e9
 
 
 def test_status_keeps_earlier_values_and_is_never_half_written(tmp_path):
     status = StatusFile(tmp_path / "status.json", stage="stage2")
     status.update(state="running", step=3)
     status.update(step=4)
-    found = json.loads((tmp_path / "status.json").read_text())
-    assert (found["stage"], found["state"], found["step"]) == ("stage2", "running", 4)
+    values = json.loads((tmp_path / "status.json").read_text())
+    assert (values["stage"], values["state"], values["step"]) == ("stage2", "running", 4)
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -193,10 +193,10 @@ def test_what_is_sent_to_wandb_has_no_secrets():
         "engine": {"deepspeed": {"api_key": "k", "auth_token": "t", "max_tokens": 5}},
         "tags": ["ok", "s3://bucket/key"],
     }
-    found = without_secrets(config)
-    assert found["data"]["sources"]["a"]["shards"] == "https://***@host/x/{0..9}.tar?***"
-    assert found["engine"]["deepspeed"] == {"api_key": "***", "auth_token": "***", "max_tokens": 5}
-    assert found["tokenizer"] == config["tokenizer"] and found["tags"] == config["tags"]
+    sent = without_secrets(config)
+    assert sent["data"]["sources"]["a"]["shards"] == "https://***@host/x/{0..9}.tar?***"
+    assert sent["engine"]["deepspeed"] == {"api_key": "***", "auth_token": "***", "max_tokens": 5}
+    assert sent["tokenizer"] == config["tokenizer"] and sent["tags"] == config["tags"]
 
 
 def test_the_wandb_id_is_kept_across_resumes(tmp_path):

@@ -21,13 +21,22 @@ def beat(folder: Path, at: float) -> None:
 def test_a_running_run_shows_progress_losses_and_eta(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=120, planned=480, state="running")
     beat(folder, 1_000_000.0)
-    found = status(folder, now=1_000_002.0)
-    assert (found["state"], found["step"], found["planned_steps"], found["share_done"]) == ("running", 120, 480, 0.25)
-    assert set(found["losses"]) == {"total", "understanding", "text", "generation"}
-    assert found["eta_s"] == pytest.approx(360 * 1.9) and found["heartbeat_age_s"] == 2.0
-    assert found["checkpoint"]["step"] == 120 and found["checkpoints"] == 4 and 0 < found["data_wait_share"] < 0.1
-    json.dumps(found, allow_nan=False)
-    screen = format_status(found)
+    state_of_run = status(folder, now=1_000_002.0)
+    assert (state_of_run["state"], state_of_run["step"], state_of_run["planned_steps"], state_of_run["share_done"]) == (
+        "running",
+        120,
+        480,
+        0.25,
+    )
+    assert set(state_of_run["losses"]) == {"total", "understanding", "text", "generation"}
+    assert state_of_run["eta_s"] == pytest.approx(360 * 1.9) and state_of_run["heartbeat_age_s"] == 2.0
+    assert (
+        state_of_run["checkpoint"]["step"] == 120
+        and state_of_run["checkpoints"] == 4
+        and 0 < state_of_run["data_wait_share"] < 0.1
+    )
+    json.dumps(state_of_run, allow_nan=False)
+    screen = format_status(state_of_run)
     assert "120 of 480 (25.0%)" in screen and "ETA" in screen and "12 min" not in screen.split("ETA")[0]
 
 
@@ -48,8 +57,12 @@ def test_an_ended_run_is_never_stale_and_has_no_eta(tmp_path: Path) -> None:
         ("stopped_by_signal", "stopped_by_signal"),
         ("failed", "failed"),
     ):
-        found = status(write_run(tmp_path / state, steps=30, state=state), now=9e9)
-        assert found["state"] == shown and found["eta_s"] is None and "ETA" not in format_status(found)
+        state_of_run = status(write_run(tmp_path / state, steps=30, state=state), now=9e9)
+        assert (
+            state_of_run["state"] == shown
+            and state_of_run["eta_s"] is None
+            and "ETA" not in format_status(state_of_run)
+        )
 
 
 def test_losses_come_from_the_attempt_that_counts(tmp_path: Path) -> None:
@@ -59,8 +72,8 @@ def test_losses_come_from_the_attempt_that_counts(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": s, "loss/total": v}) + "\n" for s, v in steps) + '{"step": 3, "loss/t'
     )
-    found = status(folder)
-    assert found["losses"]["total"] == 5.0 and found["step"] == 2 and found["state"] == "unknown"
+    state_of_run = status(folder)
+    assert state_of_run["losses"]["total"] == 5.0 and state_of_run["step"] == 2 and state_of_run["state"] == "unknown"
 
 
 def test_a_run_that_has_only_started_is_shown_and_an_empty_folder_refused(tmp_path: Path) -> None:
@@ -70,9 +83,14 @@ def test_a_run_that_has_only_started_is_shown_and_an_empty_folder_refused(tmp_pa
     (tmp_path / "run" / "status.json").write_text(
         json.dumps({"state": "starting", "planned_steps": 10, "dp_world_size": 2, "stage": "stage1"})
     )
-    found = status(tmp_path / "run")
-    assert (found["state"], found["step"], found["checkpoint"], found["tokens_per_s"]) == ("starting", 0, None, None)
-    assert "none yet" in format_status(found)
+    state_of_run = status(tmp_path / "run")
+    assert (state_of_run["state"], state_of_run["step"], state_of_run["checkpoint"], state_of_run["tokens_per_s"]) == (
+        "starting",
+        0,
+        None,
+        None,
+    )
+    assert "none yet" in format_status(state_of_run)
 
 
 def test_the_rank_longest_without_progress_is_told_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -83,7 +101,7 @@ def test_the_rank_longest_without_progress_is_told_while_the_run_goes_on(tmp_pat
         values = {"rank": rank, "step": 121, "phase": "forward", "idle_s": idle, "time": written}
         (folder / "heartbeats" / f"rank_{rank:04d}.json").write_text(json.dumps(values))
     (folder / "heartbeats" / "rank_0003.json").write_text("{")
-    found = status(folder, now=1_000_000.0)
-    assert found["slowest_rank"] == {"rank": 1, "step": 121, "phase": "forward", "idle_s": 42.0, "age_s": 2.0}
-    assert "slowest: rank 1, 42 s without progress (forward)" in format_status(found)
+    state_of_run = status(folder, now=1_000_000.0)
+    assert state_of_run["slowest_rank"] == {"rank": 1, "step": 121, "phase": "forward", "idle_s": 42.0, "age_s": 2.0}
+    assert "slowest: rank 1, 42 s without progress (forward)" in format_status(state_of_run)
     assert status(write_run(tmp_path / "ended", steps=30, state="done"), now=9e9)["slowest_rank"] is None

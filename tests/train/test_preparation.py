@@ -79,8 +79,8 @@ def finished(data, ranks, tmp_path_factory) -> RunConfig:
 @pytest.fixture(scope="module")
 def opened(finished, ranks) -> tuple[OpenData, Engine]:
     log = quiet(finished)
-    found = open_data(finished, ranks, log, SequenceGuard(None, 0))
-    return found, open_engine(finished, batch_plan(finished, 1), ranks, log, found.tokenizer)
+    inputs = open_data(finished, ranks, log, SequenceGuard(None, 0))
+    return inputs, open_engine(finished, batch_plan(finished, 1), ranks, log, inputs.tokenizer)
 
 
 def quiet(cfg: RunConfig) -> RunLog:
@@ -99,10 +99,10 @@ def newest(cfg: RunConfig) -> Checkpoint:
 
 
 def test_open_data_indexes_every_source_and_says_which_vq_ids_would_fit(opened, finished):
-    found, engine = opened
-    assert [index.name for index in found.indexes] == list(finished.data.sources)
-    assert found.held_out_indexes == [] and found.ids_recipe is not None
-    assert found.ids_recipe.vq == engine.vq.fingerprint()
+    inputs, engine = opened
+    assert [index.name for index in inputs.indexes] == list(finished.data.sources)
+    assert inputs.held_out_indexes == [] and inputs.ids_recipe is not None
+    assert inputs.ids_recipe.vq == engine.vq.fingerprint()
 
 
 def test_open_engine_trains_what_the_stage_names_and_nothing_else(opened, finished):
@@ -127,21 +127,21 @@ def test_a_stage_says_at_its_start_when_it_asks_in_another_form_than_the_run_it_
 
 
 def test_a_held_out_source_is_measured_and_their_absence_is_none(opened, finished, ranks):
-    found, engine = opened
+    inputs, engine = opened
     ledger = Ledger(finished.run_dir, finished)
-    assert not open_held_out(finished, ranks, quiet(finished), found, engine, ledger)
+    assert not open_held_out(finished, ranks, quiet(finished), inputs, engine, ledger)
     cfg = copy.deepcopy(finished)
     cfg.validation.sources = {"held": SourceConfig(kind=SourceKind.generation, shards="held-gen.tar")}
-    measured = open_held_out(cfg, ranks, quiet(cfg), found, engine, ledger).measure(engine)
+    measured = open_held_out(cfg, ranks, quiet(cfg), inputs, engine, ledger).measure(engine)
     assert list(measured) == ["val/held", "val/generation", "val/total"]
     assert abs(measured["val/total"] - math.log(cfg.model.vq.codebook_size)) < 0.2, "untrained: all ids equally likely"
 
 
 def test_resume_puts_weights_plan_and_ledger_back(opened, finished, ranks):
-    found, engine = opened
+    inputs, engine = opened
     checkpoint = newest(finished)
     before = weights(engine)
-    plan = build_plan(finished, found.indexes, batch_plan(finished, 1), found.tokenizer)
+    plan = build_plan(finished, inputs.indexes, batch_plan(finished, 1), inputs.tokenizer)
     ledger = Ledger(finished.run_dir, finished)
     store = CheckpointStore(Path(finished.run_dir), finished.checkpoint, dp_rank=0, dp_world_size=1)
     saver = Saver(finished, store, engine, quiet(finished), saved_step=checkpoint.step)
@@ -151,7 +151,7 @@ def test_resume_puts_weights_plan_and_ledger_back(opened, finished, ranks):
     assert engine.deepspeed.global_steps == 2
     moved = {module_of(name) for name, tensor in weights(engine).items() if not torch.equal(tensor, before[name])}
     assert moved == set(finished.stage.trainable), "two steps moved what is trained; resume brings that back, no more"
-    check_resumed_inputs(checkpoint, describe_inputs(ranks, found.tokenizer, engine))
+    check_resumed_inputs(checkpoint, describe_inputs(ranks, inputs.tokenizer, engine))
 
 
 @pytest.mark.parametrize("key", ["tokenizer", "frozen_checksum", "vq_fingerprint"])

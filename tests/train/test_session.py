@@ -43,9 +43,9 @@ def test_a_run_whose_stop_rule_holds_and_whose_export_exists_has_nothing_left_to
 def test_raising_the_steps_makes_a_finished_run_go_on(tmp_path):
     (tmp_path / "export").mkdir()
     cfg = run(tmp_path, at_step=60)
-    found = after(cfg, 60)
+    checkpoint = after(cfg, 60)
     cfg.stage.early_stop.at_step = 80
-    assert already_finished(cfg, found) is None
+    assert already_finished(cfg, checkpoint) is None
 
 
 def test_the_state_between_steps_survives_a_checkpoint(tmp_path):

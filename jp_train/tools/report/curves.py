@@ -39,7 +39,7 @@ many."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Theme:
-    """Colours of one scheme; `background` is the page's card colour, so that a picture has no visible edge."""
+    """Colours of one scheme; `background` is the page's card colour, so that an image has no visible edge."""
 
     name: str
     background: str
@@ -118,7 +118,7 @@ class Panel:
     threshold: tuple[str, float] | None = None
 
     def describe(self) -> str:
-        """What the picture shows, in words, for readers who do not see it."""
+        """What the chart shows, in words, for readers who do not see it."""
         parts = []
         for line in self.lines:
             points = line.series.finite() if line.series is not None else None

@@ -39,14 +39,14 @@ class Tree(HTMLParser):
         self._open: list[dict] = []
         self.feed(page)
         self.close()
-        assert not self._open, f"never closed: {[one['tag'] for one in self._open]}"
+        assert not self._open, f"never closed: {[element['tag'] for element in self._open]}"
 
     def handle_starttag(self, tag, attributes):
         element = {
             "tag": tag,
             "attributes": dict(attributes),
             "text": "",
-            "within": [one["tag"] for one in self._open],
+            "within": [element["tag"] for element in self._open],
             "inside": list(self._open),
         }
         self.elements.append(element)
@@ -67,9 +67,9 @@ class Tree(HTMLParser):
 
     def all(self, tag: str, name: str | None = None) -> list[dict]:
         return [
-            one
-            for one in self.elements
-            if one["tag"] == tag and (name is None or name in one["attributes"].get("class", "").split())
+            element
+            for element in self.elements
+            if element["tag"] == tag and (name is None or name in element["attributes"].get("class", "").split())
         ]
 
 
@@ -194,7 +194,7 @@ def test_a_hostile_text_never_leaves_its_element(hostile_page, tokenizer):
         "article",
     }
     known |= {"figure", "img", "figcaption", "pre", "footer"}
-    assert {one["tag"] for one in tree.elements} <= known
+    assert {element["tag"] for element in tree.elements} <= known
     assert len(tree.all("h1")) == 1 and tree.all("h1")[0]["text"] == HOSTILE[0]
     allowed = {
         "class",
@@ -215,7 +215,7 @@ def test_a_hostile_text_never_leaves_its_element(hostile_page, tokenizer):
         "d",
     }
     allowed |= {"preserveaspectratio", "aria-label", "aria-hidden", "lang", "charset", "content", "name", "http-equiv"}
-    assert {name for one in tree.elements for name in one["attributes"]} <= allowed
+    assert {name for element in tree.elements for name in element["attributes"]} <= allowed
     forbidden = "\x00\x07\u202e\u2066\u200f\ufeff"
     assert not set(page) & set(forbidden)
     page.encode("utf-8")
@@ -224,28 +224,30 @@ def test_a_hostile_text_never_leaves_its_element(hostile_page, tokenizer):
 def test_the_page_loads_nothing_and_its_policy_says_so(hostile_page):
     _, page = hostile_page
     tree = Tree(page)
-    for one in tree.elements:
-        for name, value in one["attributes"].items():
+    for element in tree.elements:
+        for name, value in element["attributes"].items():
             if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
                 assert value.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#")), value[:60]
             if name == "style":
                 assert "url(" not in value and re.fullmatch(r"(left|width):[\d.]+%(;width:[\d.]+%)?", value), value
     (style,) = tree.all("style")
     assert not re.search(r"url\(|@import|https?:", style["text"])
-    (policy,) = [one for one in tree.all("meta") if one["attributes"].get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        element for element in tree.all("meta") if element["attributes"].get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy["attributes"]["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def test_links_lead_to_places_of_the_page_and_every_picture_has_a_text(hostile_page):
     tree = Tree(hostile_page[1])
-    ids = [one["attributes"]["id"] for one in tree.elements if "id" in one["attributes"]]
+    ids = [element["attributes"]["id"] for element in tree.elements if "id" in element["attributes"]]
     assert len(set(ids)) == len(ids)
-    assert {one["attributes"]["href"][1:] for one in tree.all("a")} <= set(ids)
-    assert tree.all("img") and all(one["attributes"]["alt"] for one in tree.all("img"))
+    assert {element["attributes"]["href"][1:] for element in tree.all("a")} <= set(ids)
+    assert tree.all("img") and all(element["attributes"]["alt"] for element in tree.all("img"))
     assert all(
-        one["attributes"].get("aria-label")
-        for one in tree.all("svg") + tree.all("a")
-        if "bar" in one["within"] or one["tag"] == "svg"
+        element["attributes"].get("aria-label")
+        for element in tree.all("svg") + tree.all("a")
+        if "bar" in element["within"] or element["tag"] == "svg"
     )
 
 
@@ -263,32 +265,32 @@ def test_each_document_shows_its_text_and_marks_what_the_text_head_is_to_predict
             ids, labels = row.input_ids[a:b], row.labels[a:b]
             name = f"r{row.described['row']}d{place}"
             (box,) = [
-                one
-                for one in tree.all("div", "tokens")
-                if any(up["attributes"].get("id") == name for up in one["inside"])
+                element
+                for element in tree.all("div", "tokens")
+                if any(up["attributes"].get("id") == name for up in element["inside"])
             ]
-            marks = [one for one in tree.all("mark") if box in one["inside"]]
+            marks = [element for element in tree.all("mark") if box in element["inside"]]
             body = "".join(
-                text_of(one)
-                for one in tree.all("i")
-                if box in one["inside"] and "sp" not in one["attributes"].get("class", "")
+                text_of(element)
+                for element in tree.all("i")
+                if box in element["inside"] and "sp" not in element["attributes"].get("class", "")
             )
             assert body == printable(tokenizer.decode(ids))
             targets = [int(token) for token, label in zip(ids[1:], labels[:-1], strict=True) if label != -100]
-            inside = [one for one in tree.all("i") if any(up in marks for up in one["inside"])]
+            inside = [element for element in tree.all("i") if any(up in marks for up in element["inside"])]
             predicted = [
                 int(token)
-                for one in inside
-                for token in one["attributes"]["title"].split(" ×")[0].split(": id ")[1].split()
+                for element in inside
+                for token in element["attributes"]["title"].split(" ×")[0].split(": id ")[1].split()
             ]
             assert predicted == targets
             marked_documents += bool(targets)
-            positions = [int(one["attributes"]["title"].split(":")[0]) for one in inside]
+            positions = [int(element["attributes"]["title"].split(":")[0]) for element in inside]
             assert all(
-                row.input_ids[position] == int(one["attributes"]["title"].split(": id ")[1].split()[0])
-                for position, one in zip(positions, inside, strict=True)
+                row.input_ids[position] == int(element["attributes"]["title"].split(": id ")[1].split()[0])
+                for position, element in zip(positions, inside, strict=True)
             )
-            following = [one for one in marks if "next" in one["attributes"].get("class", "")]
+            following = [element for element in marks if "next" in element["attributes"].get("class", "")]
             assert len(following) == int(labels[-1] != -100)
     assert marked_documents
 
@@ -297,9 +299,10 @@ def test_the_bar_and_its_lanes_are_to_scale(hostile_page):
     rows, page = hostile_page
     tree = Tree(page)
     for row, bar in zip(rows, tree.all("div", "bar"), strict=True):
-        segments = [one for one in tree.all("a") if bar in one["inside"]]
+        segments = [element for element in tree.all("a") if bar in element["inside"]]
         shares = [
-            tuple(float(value) for value in re.findall(r"[\d.]+", one["attributes"]["style"])) for one in segments
+            tuple(float(value) for value in re.findall(r"[\d.]+", element["attributes"]["style"]))
+            for element in segments
         ]
         expected = [
             (100 * a / 256, 100 * (b - a) / 256) for a, b in (d["row_span"] for d in row.described["documents"])
@@ -309,7 +312,7 @@ def test_the_bar_and_its_lanes_are_to_scale(hostile_page):
         drawn = {}
         for svg in tree.all("svg"):
             if lanes in svg["inside"]:
-                (path,) = [one for one in tree.all("path") if svg in one["inside"]]
+                (path,) = [element for element in tree.all("path") if svg in element["inside"]]
                 drawn[svg["attributes"]["class"]] = path["attributes"]["d"]
         for name, head in (("text-lane", "text"), ("image-lane", "image")):
             spans = [(int(a), int(a) + int(n)) for a, n in re.findall(r"M(\d+) 0h(\d+)", drawn[name])]
@@ -342,11 +345,15 @@ def test_every_source_has_its_colour_and_many_sources_still_do(hostile, tokenize
         name: source.kind.value for name, source in hostile.data.sources.items()
     }
     tree = Tree(inspect_page(rows, title="t", about="a", sources=sources, tokenizer=tokenizer))
-    (legend,) = [one for one in tree.all("ul") if one["attributes"]["aria-label"] == "Sources"]
+    (legend,) = [element for element in tree.all("ul") if element["attributes"]["aria-label"] == "Sources"]
     colour = dict(
         zip(
             sources,
-            [one["attributes"]["class"].split()[1] for one in tree.all("span", "swatch") if legend in one["inside"]],
+            [
+                element["attributes"]["class"].split()[1]
+                for element in tree.all("span", "swatch")
+                if legend in element["inside"]
+            ],
             strict=True,
         )
     )
@@ -355,6 +362,8 @@ def test_every_source_has_its_colour_and_many_sources_still_do(hostile, tokenize
     for row in rows:
         for place, document in enumerate(row.described["documents"]):
             (article,) = [
-                one for one in tree.all("article") if one["attributes"]["id"] == f"r{row.described['row']}d{place}"
+                element
+                for element in tree.all("article")
+                if element["attributes"]["id"] == f"r{row.described['row']}d{place}"
             ]
             assert article["attributes"]["class"].split()[1] == colour[document["source"]]

@@ -42,7 +42,7 @@ def replay(small_world):
 
 
 def test_the_page_shows_the_pictures_as_the_model_sees_them_and_through_the_vq(replay, small_world, tmp_path):
-    found = inspect_rows(replay, 3, rows=2, out=tmp_path / "deep" / "page.html")
+    summary = inspect_rows(replay, 3, rows=2, out=tmp_path / "deep" / "page.html")
     page = (tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
     vq = load_vq(replay.cfg.model, seed=0)
     expected = []
@@ -60,13 +60,13 @@ def test_the_page_shows_the_pictures_as_the_model_sees_them_and_through_the_vq(r
     assert [caption for caption, _ in shown] == [caption for caption, _ in expected]
     assert all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in zip(shown, expected, strict=True))
     assert len({caption for caption, _ in shown}) == 3, "both uses of images occur"
-    assert (found.rows, found.pictures, found.bytes, found.vq) == (
+    assert (summary.rows, summary.pictures, summary.bytes, summary.vq) == (
         2,
         len(expected),
         len(page.encode()),
         str(small_world.root / "init"),
     )
-    listed = [" ".join(map(str, one[0].tolist())) for one in ids]
+    listed = [" ".join(map(str, grid[0].tolist())) for grid in ids]
     plain = [
         re.sub(r"(\d+) x(\d+)", lambda m: " ".join([m[1]] * int(m[2])), text)
         for text in re.findall(r"targets: ([^<]*)</pre>", page)
@@ -106,8 +106,8 @@ def test_the_command_writes_one_page_and_prints_one_object(small_world, tmp_path
     assert (
         main(["data", "inspect", str(CONFIG), *small_world.overrides, "--rows", "99", "--out", str(out), "--json"]) == 0
     )
-    found = json.loads(capsys.readouterr().out)
-    assert found["path"] == str(out) and found["bytes"] == out.stat().st_size and found["rows"] == 2
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["path"] == str(out) and summary["bytes"] == out.stat().st_size and summary["rows"] == 2
     assert "<h1>Rows of step 1</h1>" in out.read_text()
 
 
@@ -134,6 +134,6 @@ def test_pictures_that_training_takes_as_stored_ids_are_shown_beside_what_the_id
     stored = [document.vq_ids for document in after.documents if document.vq_ids is not None]
     assert len(stored) == len(decoded) == len(before.gen_images)
     assert all(
-        np.array_equal(vq.decode(torch.tensor(ids, dtype=torch.int64)[None])[0], one)
-        for ids, one in zip(stored, decoded, strict=True)
+        np.array_equal(vq.decode(torch.tensor(ids, dtype=torch.int64)[None])[0], pixels)
+        for ids, pixels in zip(stored, decoded, strict=True)
     )
