@@ -5,10 +5,10 @@ a model of about 100M parameters.
 
 Stage 2 of a Janus-Pro whose language model holds most weights, bf16 with fp32 master weights. Beside our own save: the
 same bytes by plain torch.save (every rank its own file, fsynced), and DeepSpeed's save_checkpoint. Times are of the
-slowest rank; the best of `--repeats`. "while training" is a save in
-the background of matrix products that stand in for steps: how much slower they get. Memory is the rise of a rank's
-resident set over what it held before, the largest of all ranks; the files' pages are not in it. The last lines scale
-the figures to the 7B model by arithmetic. Nothing is trained.
+slowest rank; the best of `--repeats`. "while training" is a save in the background of matrix products that stand in for
+steps: how much slower they get. Memory is the rise of a rank's resident set over what it held before, the largest of
+all ranks; the files' pages are not in it. The last lines scale the figures to the 7B model by arithmetic. Nothing is
+trained.
 """
 
 from __future__ import annotations

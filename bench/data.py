@@ -8,12 +8,11 @@ round (the median and the quartiles are shown), because other work on the machin
 loaders differ. CPU is user and system time of the process and its workers. "photos": 640 x 480 JPEG; "ids": VQ ids as
 .vq.npy members, no image read; "stored": VQ ids beside the shards of photos, as `jp-train data encode-images` leaves
 them; "large": 2048 x 1536 JPEG, also with data.image_decode=fast. The last two are cases that the other loaders do not
-have. The bare loop packs nothing and
-checks nothing: it reads members at known offsets, parses the JSON, tokenises (the same call), decodes and transforms
-(the same function). The loader takes the token ids that its index stores, as it does by default; where no image is
-decoded, it is shown with data.token_ids=off too, where it tokenises as the others do. The files are made once, in
-.cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker processes, so that moving
-rows between processes counts too; the bare loop has none.
+have. The bare loop packs nothing and checks nothing: it reads members at known offsets, parses the JSON, tokenises (the
+same call), decodes and transforms (the same function). The loader takes the token ids that its index stores, as it does
+by default; where no image is decoded, it is shown with data.token_ids=off too, where it tokenises as the others do. The
+files are made once, in .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker
+processes, so that moving rows between processes counts too; the bare loop has none.
 """
 
 from __future__ import annotations

@@ -5,14 +5,13 @@ shapes on fake tensors.
 
 Real runs: our engine (`engine.init.build_engine`) on this machine's CPU, three steps of one micro-batch each; the
 prediction comes from the same formulas as a GPU's with `cuda=False` (the CPU's attention, gloo's copies, no context and
-no communicator's buffers). Measured is the process's resident
-set: its peak during the last two steps (VmHWM, reset by writing 5 to /proc/self/clear_refs) minus what it held after
-the same with a tiny model that was made and dropped. glibc is told to take every tensor from the kernel and to give it
-back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows the tensors. It sees all that the process
-touches: torch's tensors, gloo's buffers, Python's objects. It does not see memory that is allocated and never written
-(a bucket that no gradient fills), and it includes what no tensor accounts for, which the prediction leaves out: in bf16
-oneDNN's scratch is 40 MiB, a fifth of the smallest model. So `states` is measured beside it as the bytes of all live
-tensors between two steps.
+no communicator's buffers). Measured is the process's resident set: its peak during the last two steps (VmHWM, reset by
+writing 5 to /proc/self/clear_refs) minus what it held after the same with a tiny model that was made and dropped. glibc
+is told to take every tensor from the kernel and to give it back at once (MALLOC_MMAP_THRESHOLD_), so that the resident
+set follows the tensors. It sees all that the process touches: torch's tensors, gloo's buffers, Python's objects. It
+does not see memory that is allocated and never written (a bucket that no gradient fills), and it includes what no
+tensor accounts for, which the prediction leaves out: in bf16 oneDNN's scratch is 40 MiB, a fifth of the smallest model.
+So `states` is measured beside it as the bytes of all live tensors between two steps.
 
 Fake tensors: one forward and backward pass of the whole model with the true sizes on torch's FakeTensorMode (nothing is
 computed), every storage that an operation makes followed until it is freed. Exact to the byte for tensors; it knows no

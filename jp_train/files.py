@@ -57,9 +57,8 @@ def fsync(path: Path) -> None:
 
 class Appender:
     """Lines at the end of a file, each on its way to the disk at once. On a disk that takes none (full, read-only) they
-    wait in memory, in order, and
-    go with the next one: what stops a run then is `checkpoint.on_error`, not its log. More than MAX_WAITING bytes
-    raise the error."""
+    wait in memory, in order, and go with the next one: what stops a run then is `checkpoint.on_error`, not its log.
+    More than MAX_WAITING bytes raise the error."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)

@@ -1,10 +1,9 @@
 """Train the small VQ tokenizer of the smoke run: transformers' ``JanusVQVAE`` with unit-length codes.
 
-The released model normalises both the encoder's output and the codebook rows to unit length before it looks for
-the nearest row, and decodes from unit rows.  ``JanusVQVAE.encode`` normalises neither, so training here normalises both
-                                              and
-stores unit rows: then transformers' ids, which compare the raw encoder output with unit rows, are the same ids
-(for unit rows the nearest row by distance is the row with the largest dot product, whatever the output's length).
+The released model normalises both the encoder's output and the codebook rows to unit length before it looks for the
+nearest row, and decodes from unit rows. ``JanusVQVAE.encode`` normalises neither, so training here normalises both and
+stores unit rows: then transformers' ids, which compare the raw encoder output with unit rows, are the same ids (for
+unit rows the nearest row by distance is the row with the largest dot product, whatever the output's length).
 """
 
 from __future__ import annotations

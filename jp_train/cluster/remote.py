@@ -177,9 +177,9 @@ def run_on_hosts(
     """Run `argv` on all hosts side by side and wait for every one, at most `timeout_s` seconds each. Answers in the
     order of `hosts`.
 
-    Hosts in `local` are this machine: no ssh. Nothing is left behind after a
-    time-out or a KeyboardInterrupt: local processes are killed, and the command ends on its host at the latest
-    `timeout_s` seconds after it began there. Raises LaunchError as `command_for`.
+    Hosts in `local` are this machine: no ssh. Nothing is left behind after a time-out or a KeyboardInterrupt: local
+    processes are killed, and the command ends on its host at the latest `timeout_s` seconds after it began there.
+    Raises LaunchError as `command_for`.
     """
     commands = {
         host: command_for(host, argv, local=host in local, cwd=cwd, env=env, limit_s=timeout_s) for host in hosts

@@ -42,7 +42,7 @@ figure 2); the VQ tokenizer `gen_vision_model` is never trained here."""
 
 @dataclass
 class VisionConfig:
-    """SigLIP tower for understanding (specification section 1)."""
+    """SigLIP tower for understanding (docs/model.md)."""
 
     hidden_size: int = 1024
     layers: int = 24
@@ -158,7 +158,7 @@ class StageConfig:
     mix: Mix = Mix.carry
     """[3] `carry`: exact over the period; `sampled`: independent draws."""
     template: Template = Template.stage1
-    """Token layouts of the specification, section 3."""
+    """Token layouts of the documents (docs/model.md)."""
 
 
 @dataclass

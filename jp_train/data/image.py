@@ -1,4 +1,4 @@
-"""Images as the two image paths want them (specification section 3): uint8 [3, H, W], normalised later on the device.
+"""Images as the two image paths want them (docs/model.md): uint8 [3, H, W], normalised later on the device.
 
 Both resize with PIL's bicubic filter, which antialiases. EXIF orientation is applied; transparency is composited on
 white; grey, palette, CMYK and 16-bit images become RGB; of an animation the first frame is used. The model applies mean

@@ -1,4 +1,4 @@
-"""A sample -> the parts of its document, for every layout of the specification's table (section 3), before
+"""A sample -> the parts of its document, for every layout of the table in docs/model.md, before
 tokenisation.
 
     text, stages 1 and 2     BOS text EOS                                                   all text and EOS supervised

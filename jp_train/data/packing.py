@@ -30,9 +30,8 @@ def minimum_piece(seq_len: int) -> int:
     """The shortest piece that a text may be cut into, in tokens: 16 at 4096, never less than 2.
 
     Each cut costs the tail the context before it. A piece has to be long enough that most of its tokens see some
-    context, and short
-    enough to matter: at most 1/256 of a row stays empty for want of a piece (and only where no set of whole documents
-    fits).
+    context, and short enough to matter: at most 1/256 of a row stays empty for want of a piece (and only where no set
+    of whole documents fits).
     """
     return max(2, seq_len // 256)
 

@@ -9,9 +9,8 @@ A sample's record is its document without image and draws: runs of ids with one 
     bits [ids] x planes   one more bit of each id a plane, eight to a byte: none up to 65,536 ids, one up to 131,072
 
 Roles of an understanding or text document: READ, LEARN, ASK (layouts.py) or IMAGE; which question is learnt is decided
-when the row is made. A
-generation document holds its condition, and what the first sentence alone has in common with it: BOTH + WHOLE is the
-whole caption's, BOTH + SHORT that of the first sentence.
+when the row is made. A generation document holds its condition, and what the first sentence alone has in common with
+it: BOTH + WHOLE is the whole caption's, BOTH + SHORT that of the first sentence.
 
 Records are read as byte ranges through the ShardReader, whose errors name the file: a mapped file would end the process
 without a message when the disk fails. Ranks share the pages all the same, in the page cache.

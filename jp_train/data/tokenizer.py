@@ -1,9 +1,8 @@
 """One interface for two tokenizers: a Hugging Face folder (Janus-Pro's own) or a SentencePiece model.
 
 Users' text never becomes a special token: a caption that contains `<end_of_image>` is encoded as the characters it is
-made of. Special ids are looked up by their string; Janus and Janus-Pro number them differently (specification section
-3). Texts are encoded piece by piece between special tokens, so a SentencePiece model should be trained with
-add_dummy_prefix off,
+made of. Special ids are looked up by their string; Janus and Janus-Pro number them differently (docs/model.md). Texts
+are encoded piece by piece between special tokens, so a SentencePiece model should be trained with add_dummy_prefix off,
 remove_extra_whitespaces off and normalization_rule_name identity, and with byte_fallback on: then nothing of a text is
 lost.
 """

@@ -21,7 +21,7 @@ from jp_train.config.schema import OptimizerConfig
 def lr_factor(step: int, *, warmup_steps: int, warmup_from: float, schedule: Schedule, training_steps: int) -> float:
     """Factor on `optimizer.lr` for step number `step` (0 is the first).
 
-    Linear from `warmup_from` at step 0 to 1 at step `warmup_steps` (specification section 8, [18]); then 1, or a half
+    Linear from `warmup_from` at step 0 to 1 at step `warmup_steps` (docs/open_points.md, point 18); then 1, or a half
     cosine that reaches 0 at `training_steps` (Janus stage 1).
     """
     if step < warmup_steps:

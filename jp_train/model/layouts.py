@@ -3,7 +3,7 @@ parts.
 
 Canonical names are those of ``transformers.JanusForConditionalGeneration``, ``model.vqmodel.*`` included.  One table
     gives the map to
-and from the released ``MultiModalityCausalLM`` (specification, section 2).
+and from the released ``MultiModalityCausalLM`` (docs/model.md).
 """
 
 from __future__ import annotations

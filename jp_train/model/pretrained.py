@@ -187,7 +187,7 @@ def init_fresh_vq(vq: VQTokenizer, seed: int) -> None:
 def gen_embed_from_codebook(
     model: nn.Module, vq: VQTokenizer, *, gather: Gather = no_gather, is_writer: bool = True
 ) -> None:
-    """Start gen_embed as the unit-length VQ codebook (specification, section 8, point 10)."""
+    """Start gen_embed as the unit-length VQ codebook (docs/open_points.md, point 10)."""
     parameter = model.get_parameter("model.generation_embeddings.weight")
     with gather([parameter]):
         if is_writer:

@@ -2,8 +2,8 @@
 module.
 
 Wraps transformers' ``JanusVQVAE``, whose ``encode`` leaves out the L2 normalisation of the released code: here encoder
-outputs and codebook rows are both brought to unit length before the nearest row is searched (specification, section 1,
-trap 2).
+outputs and codebook rows are both brought to unit length before the nearest row is searched (docs/model.md, the second
+difference).
 
 Shapes: n pictures, H = W = image side, S = ids a picture (row-major), K codes of c channels.
 """

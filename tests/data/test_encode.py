@@ -1,4 +1,4 @@
-"""Every layout of the specification's table, written by hand with one id per character: what goes in, and what each
+"""Every layout of the table in docs/model.md, written by hand with one id per character: what goes in, and what each
 position must predict."""
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_every_prefix_is_within_one_document_of_the_exact_shares(shares: tuple[f
 
 
 def test_the_remainder_of_a_step_is_carried_so_that_every_period_is_exact() -> None:
-    """512 at 2:3:5 is 102.4 : 153.6 : 256 a step; ten steps are 1024 : 1536 : 2560 (specification, section 5)."""
+    """512 at 2:3:5 is 102.4 : 153.6 : 256 a step; ten steps are 1024 : 1536 : 2560 (docs/model.md)."""
     order = deal(CarrySchedule(Mixture(three_kinds(), (2, 3, 5))), 5120, 3)
     assert Counter(order) == {0: 1024, 1: 1536, 2: 2560}
 

@@ -1,5 +1,5 @@
 """Rows against an oracle that knows none of the loader's code: one document at a time, tokens in plain lists, labels
-from the specification."""
+from the table in docs/model.md."""
 
 from __future__ import annotations
 

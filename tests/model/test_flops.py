@@ -1,4 +1,4 @@
-"""Counts against the tables of the specification, FLOPs against torch's own counter."""
+"""Counts against the tables of docs/model.md, FLOPs against torch's own counter."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ TRAINABLE = {"1B": (48_408_576, 1_701_064_704, 2_004_753_408), "7B": (121_835_52
 
 
 @pytest.mark.parametrize("size", MODELS)
-def test_parameter_counts_equal_the_specification(size: str) -> None:
+def test_parameter_counts_equal_those_of_the_released_models(size: str) -> None:
     counts = parameter_counts(MODELS[size])
     assert counts == TABLE[size]
     assert sum(counts.values()) == TOTAL[size]
     assert tuple(sum(counts[name] for name in stage) for stage in (STAGE1, STAGE2, STAGE3)) == TRAINABLE[size]
 
 
-def test_picture_costs_equal_the_specification() -> None:
+def test_picture_costs_equal_those_of_the_released_models() -> None:
     one = BatchStatistics(tokens=0, squared_lengths=0, und_images=1, gen_images=0, text_positions=0, image_positions=0)
     aligner = 576 * 2 * (1024 * 2048 + 2048 * 2048)
     assert (step_flops(MODELS["1B"], one, []).forward - aligner) / 1e12 == pytest.approx(0.381, abs=5e-4)

@@ -424,5 +424,5 @@ def test_the_released_map_covers_every_tensor_of_the_full_size_model() -> None:
     assert len(distinct) == len(names) - 2 * 2 * 24
     back = {name for key in distinct for name, _ in layouts.from_released(key)}
     assert back == set(names)
-    pooling_and_codebook_used = 882 - len(distinct)  # specification, section 2: the released file holds 882
+    pooling_and_codebook_used = 882 - len(distinct)  # the released file holds 882 tensors
     assert pooling_and_codebook_used == 14

@@ -36,8 +36,8 @@ class SignalFlag:
     signals are also written to a pipe, which `must_exit` reads in the watchdog's thread.
 
     `exit_hook` is called with the exit status before a second signal ends the process, `end` ends it. The words have
-    EXIT_HOOK_S seconds in a thread of
-    their own: the handler interrupts the training thread anywhere, so it may wait for no lock and for no disk.
+    EXIT_HOOK_S seconds in a thread of their own: the handler interrupts the training thread anywhere, so it may wait
+    for no lock and for no disk.
     """
 
     def __init__(self, exit_hook: Callable[[int], None] | None = None, end: Callable[[int], Any] = os._exit) -> None:

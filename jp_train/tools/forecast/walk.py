@@ -2,9 +2,8 @@
 at each.
 
 A visit is one fetch of DeepSpeed's hooks (`fetch_sub_module`): forward, recomputed forward, or backward. Containers own
-no parameter but are visited
-too: every visit starts a prefetch. The order is that of `JanusPro.forward` and of transformers' layers; a test compares
-it with the one that a real DeepSpeed engine recorded.
+no parameter but are visited too: every visit starts a prefetch. The order is that of `JanusPro.forward` and of
+transformers' layers; a test compares it with the one that a real DeepSpeed engine recorded.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ VISION = "model.vision_model"
 @dataclass(frozen=True, slots=True)
 class Visit:
     """`activation`: bytes that exist while the module runs; `released`: whether its parameters may be let go behind it
-    (a module whose input needs no
-    gradient has no hook behind its backward pass: DeepSpeed lets its parameters go at the end of the pass)."""
+    (a module whose input needs no gradient has no hook behind its backward pass: DeepSpeed lets its parameters go at
+    the end of the pass)."""
 
     path: str
     phase: str

@@ -1,9 +1,8 @@
 """An existing WebDataset: every shard validated and its members indexed, in place where it can be.
 
 Plain tars (local or http) stay where they are. Compressed ones, and those that a command writes (`pipe:`), are copied
-into OUT as plain
-shards, byte for byte after decompression: the loader reads byte ranges. A command is run without a shell, and only when
-it is allowed.
+into OUT as plain shards, byte for byte after decompression: the loader reads byte ranges. A command is run without a
+shell, and only when it is allowed.
 """
 
 from __future__ import annotations
