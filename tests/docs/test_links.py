@@ -17,7 +17,8 @@ CODE = sorted(
     if path.suffix in (".py", ".yaml", ".yml", ".md", ".sh", ".sbatch", "") and path.is_file()
 )
 ABSENT = re.compile(
-    r"\b(DEEPSPEED|DESIGN|FACTS|HOUSE|HOUSE_MOVES|JANUS_PRO_SPEC|JANUSFLOW_SPEC|STYLE_EXAMPLES)(\.md\b| section)|\bspecification,? section"
+    r"\b(DEEPSPEED|DESIGN|FACTS|HOUSE|HOUSE_MOVES|JANUS_PRO_SPEC|JANUSFLOW_SPEC|STYLE_EXAMPLES)(\.md\b| section)"
+    r"|\bspecification,? section"
 )
 """Notes of the project that are not in the repository."""
 
