@@ -121,7 +121,7 @@ def summarize(run: RunData) -> Summary:
         skipped=run.ledger.total if "ledger" not in run.missing else _total(run.series.get("data/skipped")),
         non_finite_steps=int(np.isnan(run.series["loss/total"].values).sum()) if "loss/total" in run.series else 0,
         resumes=sum(event["event"] == "resume" for event in run.events),
-        failures=sum(is_failure(event) for event in run.events),
+        failures=len(failures(run.events)),
         spikes=sum(event["event"] == "spike" for event in run.events),
         world_size=world_size(run.status, run.events),
         checkpoints=run.checkpoints,
@@ -231,10 +231,22 @@ def settled(run: RunData, key: str) -> Series | None:
     return Series(steps=series.steps[keep], values=series.values[keep]) if keep.any() else series
 
 
-def is_failure(event: Mapping[str, Any]) -> bool:
-    """Whether an event is the end of an attempt that had trained: one that was refused before its first step is
-    none."""
-    return event["event"] == "failed" and bool(as_int(event.get("step")))
+def failures(events: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps at which attempts that had trained died: of the event `failed`, or, where an attempt was killed before it
+    could write one, the step that the next one resumed after. A start that was refused is no failure."""
+    steps = []
+    running = False
+    for event in events:
+        step = as_int(event.get("step")) or 0
+        if event["event"] in ("start", "resume"):
+            if running:
+                steps.append(step)
+            running = True
+        elif event["event"] in ENDINGS and (step or event["event"] != "failed"):
+            if event["event"] == "failed":
+                steps.append(step)
+            running = False
+    return steps
 
 
 CHAT_TEMPLATE = "stage3"

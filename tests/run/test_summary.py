@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jp_train.run.reading import RunData, read_run
-from jp_train.run.summary import settled, summarize, template_change, template_changes
+from jp_train.run.summary import failures, settled, summarize, template_change, template_changes
 
 STEP_S = {1: 9.0, 2: 1.0, 3: 1.0, 4: 7.0, 5: 1.0}
 """Seconds of each step: the first of the run and the first after the resume wait for 8 and 6 of them."""
@@ -57,6 +57,11 @@ def test_an_attempt_that_died_is_a_failure_and_one_that_was_refused_before_its_f
 ) -> None:
     summary = summarize(killed)
     assert (summary.failures, summary.resumes) == (1, 1)
+
+
+def test_an_attempt_that_was_killed_without_a_word_died_where_the_next_one_resumes() -> None:
+    events = [("start", 0), ("save", 50), ("resume", 50), ("stop", 76), ("resume", 76), ("stalled", 80), ("resume", 76)]
+    assert failures([{"event": name, "step": step} for name, step in events]) == [50, 76]
 
 
 def test_only_the_step_from_or_to_a_conversation_makes_held_out_losses_incomparable(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from enum import Enum
 import numpy as np
 
 from jp_train.run.reading import RunData, Series
-from jp_train.run.summary import KIND_NAMES, as_int, configured_shares, held_out, is_failure, settled
+from jp_train.run.summary import KIND_NAMES, as_int, configured_shares, failures, held_out, settled
 from jp_train.tools.report.curves import INK, Line, Mark, Panel, PanelGroup, shared_limits
 
-MARKED_EVENTS = ("resume", "save", "stop", "stopped_early", "spike", "failed")
+MARKED_EVENTS = ("resume", "save", "stop", "stopped_early", "spike")
 MAX_SOURCES = 7
 
 
@@ -85,10 +85,10 @@ def stage_number(name: str) -> int | None:
 
 def marks_of(run: RunData) -> tuple[Mark, ...]:
     """The run's events that belong on a step axis. Saves are left out where they would make a fence of ticks."""
-    marks = []
+    marks = [Mark(step=step, kind="failed") for step in failures(run.events)]
     for event in run.events:
         step = as_int(event.get("step"))
-        if step is not None and event["event"] in MARKED_EVENTS and (event["event"] != "failed" or is_failure(event)):
+        if step is not None and event["event"] in MARKED_EVENTS:
             marks.append(
                 Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"]))
             )
