@@ -283,7 +283,7 @@ def offline_export(checkpoint: Path, out: Path) -> dict[str, Any]:
 
     from jp_train.model.configuration import build_config
     from jp_train.model.export import write_export
-    from jp_train.model.pretrained import open_weights
+    from jp_train.model.weight_files import open_weights
 
     with Peak.watched() as peak:
         began = time.perf_counter()

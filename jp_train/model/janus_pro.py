@@ -44,8 +44,6 @@ from jp_train.model.loss import (
 )
 from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch
 
-__all__ = ["JanusPro", "build_config"]
-
 
 class Float32Rotary(nn.Module):
     """Rotary position embedding whose frequencies are float32 however the model was built or cast.

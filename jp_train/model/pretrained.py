@@ -20,25 +20,9 @@ from torch import nn
 from jp_train.config.choices import GenEmbedInit
 from jp_train.config.schema import ModelConfig
 from jp_train.errors import ConfigError
-from jp_train.model.export import write_export
 from jp_train.model.freeze import module_of
 from jp_train.model.vq import VQTokenizer, unit_rows
 from jp_train.model.weight_files import WeightSource, check_keys, open_part, open_weights
-
-__all__ = [
-    "WeightSource",
-    "check_keys",
-    "gen_embed_from_codebook",
-    "init_fresh",
-    "init_fresh_vq",
-    "init_parts",
-    "load_vq",
-    "load_weights",
-    "open_part",
-    "open_weights",
-    "prepare_weights",
-    "write_export",
-]
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 

@@ -18,9 +18,10 @@ from jp_train.data.plan import Plan
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 from jp_train.data.vq_ids import IdsRecipe
 from jp_train.data.vq_use import describe_use, use_stored_ids
+from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.identity import environment
 from jp_train.engine.checkpoint.saver import Saver
-from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
+from jp_train.engine.checkpoint.store import CheckpointStore
 from jp_train.engine.heldout import HeldOut
 from jp_train.engine.init import Engine, Ranks, build_engine, gather_objects
 from jp_train.engine.main_first import main_first

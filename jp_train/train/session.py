@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jp_train.config import RunConfig
+from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.identity import accepted_differences, training_identity
-from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
+from jp_train.engine.checkpoint.store import CheckpointStore
 from jp_train.engine.init import Ranks, gather_objects, init_process_group, leave_process_group
 from jp_train.engine.main_first import main_first
 from jp_train.engine.state import TrainState

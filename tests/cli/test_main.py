@@ -127,7 +127,7 @@ def test_data_index_counts_every_sample_once(small_world, capsys):
 
 
 def test_weights_survive_the_way_to_the_released_layout_and_back(small_world, tmp_path, capsys):
-    from jp_train.model.pretrained import open_weights
+    from jp_train.model.weight_files import open_weights
 
     assert (
         main(

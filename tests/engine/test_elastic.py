@@ -20,7 +20,7 @@ from jp_train.config import batch_plan
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.tokenizer import load_tokenizer
-from jp_train.model.pretrained import open_weights
+from jp_train.model.weight_files import open_weights
 from jp_train.tools.export import convert
 from tests.distributed import Launch, Nursery
 from tests.engine.tiny_run import tiny_run

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from examples.smoke.run import STAGES, Options, main, run_steps, stage_overrides
-from jp_train.model.pretrained import open_weights
+from jp_train.model.weight_files import open_weights
 
 
 def free_port() -> int:

@@ -12,8 +12,9 @@ from transformers import JanusForConditionalGeneration
 
 from jp_train.config.schema import LanguageConfig, LossConfig, ModelConfig, Reduction
 from jp_train.errors import ConfigError
+from jp_train.model.configuration import build_config
 from jp_train.model.freeze import module_of, set_trainable
-from jp_train.model.janus_pro import Float32Rotary, JanusPro, build_config
+from jp_train.model.janus_pro import Float32Rotary, JanusPro
 from jp_train.types import IGNORE_INDEX, Kind
 from tests.model.janus_tiny import (
     BOI,

@@ -22,19 +22,13 @@ from transformers import (
 
 from jp_train.config.schema import GenEmbedInit, LossConfig, ModelConfig
 from jp_train.errors import CheckpointError, ConfigError
-from jp_train.model.configuration import read_model_config
+from jp_train.model.configuration import build_config, read_model_config
+from jp_train.model.export import write_export
 from jp_train.model.freeze import module_of
-from jp_train.model.janus_pro import JanusPro, build_config
-from jp_train.model.pretrained import (
-    init_fresh,
-    init_fresh_vq,
-    load_weights,
-    open_part,
-    open_weights,
-    prepare_weights,
-    write_export,
-)
+from jp_train.model.janus_pro import JanusPro
+from jp_train.model.pretrained import init_fresh, init_fresh_vq, load_weights, prepare_weights
 from jp_train.model.vq import VQTokenizer, unit_rows
+from jp_train.model.weight_files import open_part, open_weights
 from jp_train.types import Kind, SpecialTokens
 from tests.model.janus_tiny import DIM, PLACEHOLDER, SIDE, pack, random_docs, tiny_config, tiny_model
 

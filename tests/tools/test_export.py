@@ -9,8 +9,8 @@ import torch
 
 from jp_train.errors import CheckpointError
 from jp_train.model.export import RUN_CONFIG
-from jp_train.model.pretrained import open_weights
 from jp_train.model.sampling import Sampling, read_sampling
+from jp_train.model.weight_files import open_weights
 from jp_train.tools.export import convert, describe
 from tests.tools.test_inference import exported, small_model
 

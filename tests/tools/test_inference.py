@@ -19,7 +19,8 @@ from jp_train.data.encode import Encoder
 from jp_train.data.image import load_understanding_image
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import CheckpointError
-from jp_train.model.pretrained import init_fresh_vq, write_export
+from jp_train.model.export import write_export
+from jp_train.model.pretrained import init_fresh_vq
 from jp_train.model.sampling import Sampling
 from jp_train.model.vq import VQTokenizer
 from jp_train.tools.inference import (

@@ -16,8 +16,9 @@ from jp_train.config import RunConfig, batch_plan
 from jp_train.config.schema import SourceConfig, SourceKind
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import build_plan
+from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.saver import Saver
-from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore
+from jp_train.engine.checkpoint.store import CheckpointStore
 from jp_train.engine.init import Engine, Ranks, init_process_group
 from jp_train.engine.watch.guard import SequenceGuard
 from jp_train.errors import CheckpointError

@@ -8,7 +8,7 @@ import pytest
 
 from jp_train.config import RunConfig
 from jp_train.config.schema import EarlyStopConfig
-from jp_train.engine.checkpoint.store import Checkpoint
+from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.state import TrainState
 from jp_train.train.session import already_finished
 

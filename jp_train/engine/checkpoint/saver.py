@@ -13,8 +13,9 @@ from jp_train.config.choices import SaveErrorAction
 from jp_train.data.ledger import LEDGER_FILE
 from jp_train.data.snapshots import SNAPSHOTS_FILE
 from jp_train.engine.checkpoint import partitions
+from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.identity import training_identity
-from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore, Content, Saved
+from jp_train.engine.checkpoint.store import CheckpointStore, Content, Saved
 from jp_train.engine.init import Engine
 from jp_train.errors import CheckpointError
 

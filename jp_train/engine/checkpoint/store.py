@@ -27,7 +27,6 @@ from jp_train.engine.checkpoint.disk import SPARE, free_bytes, require_space, wi
 from jp_train.engine.checkpoint.files import (
     FORMAT,
     VQ_FILE,
-    Checkpoint,
     RankGroup,
     checkpoint_names,
     joined_errors,
@@ -49,8 +48,6 @@ from jp_train.model.partition_files import (
     shard_bytes,
     write_shard,
 )
-
-__all__ = ["Checkpoint", "CheckpointStore", "Content", "Saved"]
 
 WAIT_S = 2.0
 """How long a rank waits for its own thread before it tells the others, so that no collective waits longer for a slow

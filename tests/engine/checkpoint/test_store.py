@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import jp_train.engine.checkpoint.store as checkpoint_module
 from jp_train.config import RunConfig
 from jp_train.config.schema import CheckpointConfig, Schedule
+from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.identity import accepted_differences, training_identity
-from jp_train.engine.checkpoint.store import Checkpoint, CheckpointStore, Content
+from jp_train.engine.checkpoint.store import CheckpointStore, Content
 from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import Parameter, PartitionReader, rank_file, write_shard
 
