@@ -137,7 +137,7 @@ def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """What the loop trains with. `deepspeed` is the DeepSpeedEngine around `model`; `vq` encodes pictures and is
+    """What the loop trains with. `deepspeed` is the DeepSpeedEngine around `model`; `vq` encodes images and is
     never trained."""
 
     deepspeed: Any
@@ -161,7 +161,7 @@ def build_engine(cfg: RunConfig, plan: BatchPlan, ranks: Ranks, *, n_sources: in
 
     ds_config = deepspeed_config(cfg, plan)
     # the VQ tokenizer stays outside zero.Init: it is replicated (72M parameters), and ZeRO would have to gather it for
-    # every picture
+    # every image
     vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size)
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = JanusPro(cfg.model, cfg.loss, n_sources, cfg.engine.activation_checkpointing, image_token_id)

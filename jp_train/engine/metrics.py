@@ -31,7 +31,7 @@ class StepTally:
         self._losses: torch.Tensor | None = None
 
     def count(self, batch: PackedBatch) -> None:
-        """Tokens, documents, pictures, truncation and skips of one micro-batch (CPU tensors: nothing waits for a
+        """Tokens, documents, images, truncation and skips of one micro-batch (CPU tensors: nothing waits for a
         device)."""
         counts = self.counts
         lengths = batch.document_lengths.tolist()

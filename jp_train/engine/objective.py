@@ -28,7 +28,7 @@ class SupervisedTotals:
 
 
 def count_supervised(batches: Sequence[PackedBatch]) -> SupervisedTotals:
-    """This rank's share of the totals, from labels alone (pending VQ ids count: their pictures are supervised)."""
+    """This rank's share of the totals, from labels alone (pending VQ ids count: their images are supervised)."""
     return SupervisedTotals(
         text_tokens=sum(batch.supervised_text_tokens for batch in batches),
         image_tokens=sum(batch.supervised_image_tokens for batch in batches),

@@ -1,4 +1,4 @@
-"""What decides the VQ ids of a configuration's pictures."""
+"""What decides the VQ ids of a configuration's images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jp_train.model.vq import VQTokenizer
 
 
 def ids_recipe(cfg: RunConfig, vq: VQTokenizer | None = None) -> IdsRecipe | None:
-    """What decides the ids of this configuration's pictures; None when it has no generation source. Reads the VQ's
+    """What decides the ids of this configuration's images; None when it has no generation source. Reads the VQ's
     weights, no others.
 
     Raises CheckpointError when they do not fit.

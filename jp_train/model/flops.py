@@ -32,7 +32,7 @@ class BatchStatistics:
     """Positions where the text head is supervised."""
     image_positions: int
     encoded_images: int = 0
-    """Pictures encoded by the VQ tokenizer on the fly."""
+    """Images encoded by the VQ tokenizer on the fly."""
 
     def __add__(self, other: BatchStatistics) -> BatchStatistics:
         return BatchStatistics(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
@@ -69,7 +69,7 @@ class StepFlops:
 def step_flops(cfg: ModelConfig, statistics: BatchStatistics, trainable: Iterable[str]) -> StepFlops:
     """Model FLOPs of a step with the given statistics when the ``trainable`` modules learn.
 
-    Dummy passes for absent pictures are not counted: they are overhead, not work.
+    Dummy passes for absent images are not counted: they are overhead, not work.
     """
     learns = set(trainable)
     s, width = statistics, cfg.language.hidden_size
@@ -118,7 +118,7 @@ class _Chain:
 
 
 def _vision_block(cfg: ModelConfig, slots: int) -> float:
-    """Forward FLOPs of one SigLIP block for one picture (24 blocks and the patches of SigLIP-L at 384 px: 0.381e12)."""
+    """Forward FLOPs of one SigLIP block for one image (24 blocks and the patches of SigLIP-L at 384 px: 0.381e12)."""
     width = cfg.vision.hidden_size
     return (
         slots * 2.0 * (4 * width * width + 2 * width * int(width * cfg.vision.mlp_ratio)) + 4.0 * width * slots * slots

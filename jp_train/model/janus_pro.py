@@ -131,7 +131,7 @@ class JanusPro(nn.Module):
         """Summed losses of one micro-batch; an empty batch (no token at all) gives zeros, with gradients.
 
         Raises:
-            ValueError: if VQ ids are still pending (``vq.fill_pending`` comes first), or slots and pictures do not
+            ValueError: if VQ ids are still pending (``vq.fill_pending`` comes first), or slots and images do not
             match.
         """
         batch = _never_empty(batch)
@@ -178,7 +178,7 @@ class JanusPro(nn.Module):
         return out.last_hidden_state.squeeze(0)
 
     def input_embeddings(self, batch: PackedBatch) -> torch.Tensor:
-        """Token embeddings ``[T, d]`` with pictures in their slots; an absent kind of picture adds its dummy times
+        """Token embeddings ``[T, d]`` with images in their slots; an absent kind of image adds its dummy times
         zero."""
         _check_slots(batch, self.slots)
         embeddings = self.model.language_model.embed_tokens(batch.input_ids)
@@ -224,14 +224,14 @@ def _check_slots(batch: PackedBatch, slots: int) -> None:
     """Shapes only: reads no device value."""
     if len(batch.gen_pending):
         raise ValueError(
-            f"{len(batch.gen_pending)} generation pictures have no VQ ids yet: call vq.fill_pending(batch, vq) before "
+            f"{len(batch.gen_pending)} generation images have no VQ ids yet: call vq.fill_pending(batch, vq) before "
             "the model"
         )
-    for name, pictures in (("und", len(batch.und_images)), ("gen", len(batch.gen_ids))):
+    for name, images in (("und", len(batch.und_images)), ("gen", len(batch.gen_ids))):
         positions = len(getattr(batch, f"{name}_slots"))
-        if positions != pictures * slots:
+        if positions != images * slots:
             raise ValueError(
-                f"{name}_slots has {positions} positions for {pictures} pictures of {slots} slots: the data was "
+                f"{name}_slots has {positions} positions for {images} images of {slots} slots: the data was "
                 f"encoded "
                 "for another image size or "
                 "patch size than model.vision says"

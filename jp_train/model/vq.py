@@ -1,11 +1,11 @@
-"""The VQ tokenizer of generated pictures (LlamaGen VQ-16): frozen, replicated on every rank, never part of the trained
+"""The VQ tokenizer of generated images (LlamaGen VQ-16): frozen, replicated on every rank, never part of the trained
 module.
 
 Wraps transformers' ``JanusVQVAE``, whose ``encode`` leaves out the L2 normalisation of the released code: here encoder
 outputs and codebook rows are both brought to unit length before the nearest row is searched (docs/model.md, the second
 difference).
 
-Shapes: n pictures, H = W = image side, S = ids a picture (row-major), K codes of c channels.
+Shapes: n images, H = W = image side, S = ids an image (row-major), K codes of c channels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from jp_train.config.schema import VQConfig
 from jp_train.errors import ConfigError
 from jp_train.types import PENDING_VQ_ID, PackedBatch
 
-PICTURES_AT_ONCE = 8
-"""Pictures per convolution call: bounds memory (a 384 px picture needs about 0.5 GiB of activations), changes no id."""
+IMAGES_AT_ONCE = 8
+"""Images per convolution call: bounds memory (a 384 px image needs about 0.5 GiB of activations), changes no id."""
 
 UNIT_TOLERANCE = 1e-5
 """Codebook rows this close to length 1 are taken as they are, so that normalising twice changes no bit."""
@@ -41,14 +41,14 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 class VQTokenizer(nn.Module):
-    """Pictures to ids and back.  Always float32, always frozen, always in eval mode.
+    """Images to ids and back.  Always float32, always frozen, always in eval mode.
 
     Build it outside ``deepspeed.zero.Init``: it is a plain replicated module.  Weights come from ``pretrained``; its
         parameter
     names, prefixed with ``model.``, are those of transformers' JanusForConditionalGeneration (``vqmodel.encoder...``).
 
     Raises:
-        ConfigError: if the picture side is not a multiple of the stride.
+        ConfigError: if the image side is not a multiple of the stride.
     """
 
     def __init__(self, cfg: VQConfig, image_size: int) -> None:
@@ -82,18 +82,18 @@ class VQTokenizer(nn.Module):
         return unit_rows(self.vqmodel.quantize.embedding.weight)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, at_once: int = PICTURES_AT_ONCE) -> torch.Tensor:
-        """VQ ids int64 ``[n, S]`` of uint8 pictures ``[n, 3, H, W]``: the code nearest to each unit-length encoder
+    def encode(self, images: torch.Tensor, at_once: int = IMAGES_AT_ONCE) -> torch.Tensor:
+        """VQ ids int64 ``[n, S]`` of uint8 images ``[n, 3, H, W]``: the code nearest to each unit-length encoder
         output.
 
-        ``at_once`` pictures go through the convolutions together.
+        ``at_once`` images go through the convolutions together.
 
         Raises:
-            ValueError: if the pictures are not uint8 of the model's side.
+            ValueError: if the images are not uint8 of the model's side.
         """
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
-                f"expected uint8 pictures [n, 3, {self.image_size}, {self.image_size}], got {images.dtype} "
+                f"expected uint8 images [n, 3, {self.image_size}, {self.image_size}], got {images.dtype} "
                 f"{list(images.shape)}"
             )
         codebook = self.codebook
@@ -109,18 +109,18 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures ``[n, 3, H, W]`` of VQ ids int64 ``[n, S]``: (x + 1) / 2 * 255, clipped and rounded."""
+        """uint8 images ``[n, 3, H, W]`` of VQ ids int64 ``[n, S]``: (x + 1) / 2 * 255, clipped and rounded."""
         if ids.ndim != 2 or ids.shape[1] != self.grid**2:
             raise ValueError(f"expected ids [n, {self.grid**2}], got {list(ids.shape)}")
-        pictures = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8, device=ids.device)]
+        images = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8, device=ids.device)]
         with _full_precision(ids.device):
-            for part in ids.split(PICTURES_AT_ONCE) if len(ids) else ():
+            for part in ids.split(IMAGES_AT_ONCE) if len(ids) else ():
                 pixels = self.vqmodel.decode(part)
-                pictures.append(((pixels + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8))
-        return torch.cat(pictures)
+                images.append(((pixels + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8))
+        return torch.cat(images)
 
     def fingerprint(self) -> str:
-        """Hex digest of all that decides an id: picture side, normalisation, encoder weights and unit codebook rows.
+        """Hex digest of all that decides an id: image side, normalisation, encoder weights and unit codebook rows.
 
         Stored VQ ids carry it; ids of another fingerprint belong to another tokenizer.
         """
@@ -147,12 +147,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_pending(batch: PackedBatch, vq: VQTokenizer) -> PackedBatch:
-    """The batch with the VQ ids of its pending pictures encoded: ``gen_ids`` and the pending ``gen_labels`` are
+    """The batch with the VQ ids of its pending images encoded: ``gen_ids`` and the pending ``gen_labels`` are
     complete.
 
     The id of slot position p is the label of position p - 1 (the first one of boi), where that label is PENDING_VQ_ID;
     an
-    unsupervised picture only gets its inputs.  Batches without pending pictures come back unchanged.
+    unsupervised image only gets its inputs.  Batches without pending images come back unchanged.
     """
     if not len(batch.gen_pending):
         return batch

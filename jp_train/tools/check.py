@@ -212,7 +212,7 @@ def _ids_lines(sources: list[dict[str, Any]]) -> list[str]:
     without = [row["name"] for row in sources if row["kind"] == str(Kind.GENERATION) and not row["vq_ids"]]
     if without:
         lines.append(
-            f"  no VQ ids stored for {', '.join(without)}: pictures are encoded in training (jp-train data "
+            f"  no VQ ids stored for {', '.join(without)}: images are encoded in training (jp-train data "
             "encode-images does it once)"
         )
     return lines

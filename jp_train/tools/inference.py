@@ -1,11 +1,11 @@
-"""A trained model in use: pictures from prompts, answers about pictures.
+"""A trained model in use: images from prompts, answers about images.
 
 Prompts come from the same code as the training layouts (``data/encode.py``).  Batches of different prompt lengths are
     padded on the
 left; padding is masked and takes no position, so a prompt's result does not depend on its neighbours (beyond float
 rounding).
 
-Shapes: B prompts, L padded prompt length, d hidden width, S ids a picture, H = W picture side.
+Shapes: B prompts, L padded prompt length, d hidden width, S ids an image, H = W image side.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from jp_train.model.vq import VQTokenizer
 from jp_train.model.weight_files import open_weights
 from jp_train.types import KINDS
 
-Picture = bytes | Image.Image | np.ndarray | torch.Tensor
-"""A picture file's bytes, a PIL image, or uint8 [3, H, W] already at the model's side."""
+ImageInput = bytes | Image.Image | np.ndarray | torch.Tensor
+"""The bytes of an image file, a PIL image, or uint8 [3, H, W] already at the model's side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +124,7 @@ def generate_images(
     template: Template | str | None = None,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Pictures of prompts, uint8 ``[n, H, W, 3]``.
+    """Images of prompts, uint8 ``[n, H, W, 3]``.
 
     Sampling as in the paper: logits = uncond + cfg_scale x (cond - uncond), softmax at ``temperature``, multinomial
     over all codes, exactly S steps.  At temperature 0 the likeliest code is taken.
@@ -132,7 +132,7 @@ def generate_images(
     Args:
         cfg_scale, temperature: None takes ``model.sampling``.
         template: layout of the prompt; default the stage the model was trained in.
-        seed: picture i of the call depends on (seed, i) alone, not on ``batch_size``.
+        seed: image i of the call depends on (seed, i) alone, not on ``batch_size``.
     """
     ids = generate_image_ids(
         model,
@@ -192,22 +192,22 @@ def generate_image_ids(
 @torch.inference_mode()
 def answer_questions(
     model: InferenceModel,
-    images: Sequence[Picture],
+    images: Sequence[ImageInput],
     questions: Sequence[str],
     *,
     template: Template | str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers to one question per picture, each up to EOS or ``max_new_tokens``.
+    """Greedy answers to one question per image, each up to EOS or ``max_new_tokens``.
 
     Raises:
-        ValueError: if the numbers of pictures and questions differ, or a picture array has another size than the model
+        ValueError: if the numbers of images and questions differ, or an image array has another size than the model
         takes.
-        SkipSample: if a picture file cannot be decoded.
+        SkipSample: if an image file cannot be decoded.
     """
     if len(images) != len(questions):
-        raise ValueError(f"{len(images)} pictures for {len(questions)} questions: give one question per picture")
+        raise ValueError(f"{len(images)} images for {len(questions)} questions: give one question per image")
     janus, encoder = model.janus, model.encoder
     special = encoder.tokenizer.special
     answers: list[str] = []
@@ -276,7 +276,7 @@ def _sample(logits: torch.Tensor, temperature: float, generators: Sequence[torch
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(chances, generators, strict=True)])
 
 
-def _pixels(image: Picture, model: InferenceModel) -> torch.Tensor:
+def _pixels(image: ImageInput, model: InferenceModel) -> torch.Tensor:
     """uint8 ``[3, H, W]`` at the model's side."""
     side = model.janus.side
     if isinstance(image, bytes):
@@ -286,7 +286,7 @@ def _pixels(image: Picture, model: InferenceModel) -> torch.Tensor:
     pixels = torch.as_tensor(image)
     if pixels.dtype != torch.uint8 or pixels.shape != (3, side, side):
         raise ValueError(
-            f"a picture array must be uint8 [3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}; or give the "
+            f"an image array must be uint8 [3, {side}, {side}], got {pixels.dtype} {list(pixels.shape)}; or give the "
             "file's bytes"
         )
     return pixels

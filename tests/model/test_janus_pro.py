@@ -264,7 +264,7 @@ def test_pending_pictures_and_wrong_slots_are_refused_before_the_forward_pass() 
     batch = pack([gen_doc([9], [1, 2, 3, 4]), und_doc([8], [9], torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))])
     with pytest.raises(ValueError, match="call vq.fill_pending"):
         tiny_model()(replace(batch, gen_pending=torch.tensor([0])))
-    with pytest.raises(ValueError, match=r"und_slots has 3 positions for 1 pictures of 4 slots"):
+    with pytest.raises(ValueError, match=r"und_slots has 3 positions for 1 images of 4 slots"):
         tiny_model()(replace(batch, und_slots=batch.und_slots[:3]))
     with pytest.raises(ValueError, match="documents would see each other"), (model := tiny_model()).plain_attention():
         model(batch)

@@ -115,7 +115,7 @@ def test_pending_pictures_are_filled_into_inputs_and_labels_where_they_belong() 
 
 
 def test_wrong_pictures_and_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected uint8 pictures \[n, 3, 16, 16\], got torch.float32"):
+    with pytest.raises(ValueError, match=r"expected uint8 images \[n, 3, 16, 16\], got torch.float32"):
         tokenizer().encode(pictures(1).float())
     with pytest.raises(ValueError, match=r"expected ids \[n, 4\]"):
         tokenizer().decode(torch.zeros(1, 9, dtype=torch.int64))

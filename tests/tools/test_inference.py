@@ -195,7 +195,7 @@ def test_pictures_may_be_files_pil_images_or_arrays(model: InferenceModel) -> No
     assert len(set(answers)) == 1
     with pytest.raises(ValueError, match=r"must be uint8 \[3, 16, 16\]"):
         answer_questions(model, [np.zeros((16, 16, 3), np.uint8)], ["what"])
-    with pytest.raises(ValueError, match="1 pictures for 2 questions"):
+    with pytest.raises(ValueError, match="1 images for 2 questions"):
         answer_questions(model, pictures[:1], ["a", "b"])
 
 

@@ -1,1 +1,1 @@
-"""`jp-train data encode-images`: VQ ids of pictures, once, beside their shards."""
+"""`jp-train data encode-images`: VQ ids of images, once, beside their shards."""

@@ -14,7 +14,7 @@ from jp_train.cluster.hostfile import world_size
 from jp_train.cluster.options import LaunchOptions
 from jp_train.config import RunConfig, load_config
 from jp_train.errors import ConfigError, DataError
-from jp_train.model.vq import PICTURES_AT_ONCE
+from jp_train.model.vq import IMAGES_AT_ONCE
 from jp_train.tools.encode_images.encoder import ImageEncoder, Place, Tally, Verification
 from jp_train.tools.encode_images.work import format_ranks
 
@@ -25,7 +25,7 @@ def encode_images(
     cfg: RunConfig,
     place: Place,
     *,
-    batch: int = PICTURES_AT_ONCE,
+    batch: int = IMAGES_AT_ONCE,
     verify_sample: int = 0,
     max_mismatch: float = 0.0,
     dry_run: bool = False,
@@ -81,7 +81,7 @@ def encode_images(
 def _tally_text(tally: Tally) -> str:
     text = f"{tally.encoded} shards encoded, {tally.recognised} recognised, {tally.already_done} were done; "
     text += (
-        f"{tally.pictures:,} pictures in {tally.seconds:.1f} s ({tally.pictures_per_s:.1f}/s), {len(tally.unusable)} "
+        f"{tally.pictures:,} images in {tally.seconds:.1f} s ({tally.pictures_per_s:.1f}/s), {len(tally.unusable)} "
         "unusable"
     )
     more = f"\n  … and {len(tally.unusable) - _NAMED} more (in the manifests)" if len(tally.unusable) > _NAMED else ""
@@ -107,7 +107,7 @@ def encode_on_hosts(
     overrides: Sequence[str],
     options: LaunchOptions,
     *,
-    batch: int = PICTURES_AT_ONCE,
+    batch: int = IMAGES_AT_ONCE,
     verify_sample: int = 0,
     max_mismatch: float = 0.0,
     as_json: bool = False,

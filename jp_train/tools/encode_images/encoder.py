@@ -1,7 +1,7 @@
-"""VQ ids of all generation pictures, computed once and stored beside the shards: `jp-train data encode-images`.
+"""VQ ids of all generation images, computed once and stored beside the shards: `jp-train data encode-images`.
 
 Each rank takes its share of the shards (RANK and WORLD_SIZE of the launcher; without them, all), so ranks need not
-talk. A shard is written when its last picture is encoded; a run that was killed loses the shards it had begun, and
+talk. A shard is written when its last image is encoded; a run that was killed loses the shards it had begun, and
 starts at those.
 """
 
@@ -26,14 +26,14 @@ from jp_train.data.vq_ids import NO_IDS, IdsManifest, ids_problem, load_manifest
 from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.pretrained import load_vq
-from jp_train.model.vq import PICTURES_AT_ONCE
+from jp_train.model.vq import IMAGES_AT_ONCE
 from jp_train.terminal import ProgressLine, printable
 from jp_train.tools.encode_images.work import (
     READ_AHEAD,
+    DecodedImage,
     IdsState,
-    Picture,
-    PictureReader,
-    PicturesDigest,
+    ImageReader,
+    ImagesDigest,
     RankShare,
     generation_shards,
     ids_state,
@@ -78,7 +78,7 @@ class Place:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What a rank did: shards by outcome, pictures, and the seconds spent on encoding."""
+    """What a rank did: shards by outcome, images, and the seconds spent on encoding."""
 
     encoded: int = 0
     recognised: int = 0
@@ -89,7 +89,7 @@ class Tally:
 
     @property
     def pictures_per_s(self) -> float:
-        """Pictures encoded a second, reading and writing included."""
+        """Images encoded a second, reading and writing included."""
         return self.pictures / max(self.seconds, 1e-9)
 
 
@@ -111,14 +111,14 @@ class Verification:
 
 
 class ImageEncoder:
-    """The work of one rank. `batch` pictures go through the VQ together; `threads` read and decode."""
+    """The work of one rank. `batch` images go through the VQ together; `threads` read and decode."""
 
     def __init__(
         self,
         cfg: RunConfig,
         place: Place,
         *,
-        batch: int = PICTURES_AT_ONCE,
+        batch: int = IMAGES_AT_ONCE,
         threads: int | None = None,
         log: TextIO | None = None,
     ) -> None:
@@ -173,8 +173,8 @@ class ImageEncoder:
             line.show(done + bytes_of_shard, total, *counts, rate)
 
         self._vq.to(self._place.device)
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
-            source = PictureReader(self._cfg, self._reader, pool)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="image") as pool:
+            source = ImageReader(self._cfg, self._reader, pool)
             for shard in todo:
                 members = shard_members(shard, self._reader)
                 if self._recognised(shard, members, source):
@@ -188,9 +188,9 @@ class ImageEncoder:
         return tally
 
     def verify(self, samples: int, seed: int) -> Verification:
-        """Encode `samples` random pictures of this rank's finished shards again and compare every id.
+        """Encode `samples` random images of this rank's finished shards again and compare every id.
 
-        `problems` names damaged files and pictures that are usable only then or only now, `mismatches` samples with
+        `problems` names damaged files and images that are usable only then or only now, `mismatches` samples with
         other ids. Raises DataError when nothing is stored yet.
         """
         stored = [shard for shard in self.mine if self.state(shard) is IdsState.done]
@@ -206,8 +206,8 @@ class ImageEncoder:
             )
         chosen = np.array(sorted(random.Random(seed).sample(range(int(ends[-1])), min(samples, int(ends[-1])))))
         self._vq.to(self._place.device)
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="picture") as pool:
-            source = PictureReader(self._cfg, self._reader, pool)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="image") as pool:
+            source = ImageReader(self._cfg, self._reader, pool)
             for shard, shard_index, first, end in zip(stored, indexes, ends, ends[1:], strict=False):
                 numbers = (chosen[(chosen >= first) & (chosen < end)] - first).tolist()
                 if numbers:
@@ -215,7 +215,7 @@ class ImageEncoder:
         return result
 
     def _verify_shard(
-        self, shard: Shard, members: ShardMembers, numbers: list[int], source: PictureReader, result: Verification
+        self, shard: Shard, members: ShardMembers, numbers: list[int], source: ImageReader, result: Verification
     ) -> None:
         manifest = load_manifest(shard, self.recipe.fingerprint)
         problem = ids_problem(manifest, self._reader, digest=True) if manifest else "its manifest vanished"
@@ -223,30 +223,27 @@ class ImageEncoder:
         if table is None:
             result.problems.append(f"{shard.path}: {problem or 'its ids vanished'}")
             return
-        for picture, now in self._encoded(source, shard, members, numbers):
-            before, fault = table.row(picture.number), table.unusable.get(picture.key, "")
+        for image, now in self._encoded(source, shard, members, numbers):
+            before, fault = table.row(image.number), table.unusable.get(image.key, "")
             result.samples += 1
             if before is None or now is None:
-                if fault != picture.fault or (before is None) != (now is None):
+                if fault != image.fault or (before is None) != (now is None):
                     result.problems.append(
-                        f"{shard.path}, key {printable(picture.key)}: stored {fault or 'ids'}, now "
-                        f"{picture.fault or 'ids'}"
+                        f"{shard.path}, key {printable(image.key)}: stored {fault or 'ids'}, now {image.fault or 'ids'}"
                     )
                 continue
             result.ids += len(now)
             wrong = int((before != now).sum())
             if wrong:
                 result.different_ids += wrong
-                result.mismatches.append(
-                    f"{shard.path}, key {printable(picture.key)}: {wrong} of {len(now)} ids differ"
-                )
+                result.mismatches.append(f"{shard.path}, key {printable(image.key)}: {wrong} of {len(now)} ids differ")
 
     def close(self) -> None:
         """Close the shards."""
         self._reader.close()
 
-    def _recognised(self, shard: Shard, members: ShardMembers, source: PictureReader) -> bool:
-        """Whether ids of another size or stamp are of exactly these pictures (a copied or touched file): they then
+    def _recognised(self, shard: Shard, members: ShardMembers, source: ImageReader) -> bool:
+        """Whether ids of another size or stamp are of exactly these images (a copied or touched file): they then
         stay."""
         manifest = load_manifest(shard, self.recipe.fingerprint)
         if (
@@ -255,37 +252,32 @@ class ImageEncoder:
             or ids_problem(manifest, self._reader, digest=True)
         ):
             return False
-        digest = PicturesDigest()
-        for picture in source.pictures(
+        digest = ImagesDigest()
+        for image in source.images(
             shard, members, range(len(members.keys)), ahead=READ_AHEAD * self._threads, decode=False
         ):
-            digest.add(picture)
+            digest.add(image)
         if digest.hex() != manifest.pictures_sha256:
             return False
         restamp_ids(shard, manifest)
         return True
 
     def _encode_shard(
-        self,
-        shard: Shard,
-        members: ShardMembers,
-        source: PictureReader,
-        tally: Tally,
-        progress: Callable[[float], None],
+        self, shard: Shard, members: ShardMembers, source: ImageReader, tally: Tally, progress: Callable[[float], None]
     ) -> IdsManifest:
         samples, slots = len(members.keys), self._vq.grid**2
         ids = np.full((samples, slots), NO_IDS, np.uint16)
-        digest, seen, unusable = PicturesDigest(), 0, []
-        for picture, row in self._encoded(source, shard, members, range(samples)):
-            digest.add(picture)
+        digest, seen, unusable = ImagesDigest(), 0, []
+        for image, row in self._encoded(source, shard, members, range(samples)):
+            digest.add(image)
             seen += 1
             if row is None:
-                unusable.append((picture.key, picture.fault))
-                tally.unusable.append(f"{shard.path}, key {printable(picture.key)}: {picture.fault}")
+                unusable.append((image.key, image.fault))
+                tally.unusable.append(f"{shard.path}, key {printable(image.key)}: {image.fault}")
             else:
-                ids[picture.number] = row
+                ids[image.number] = row
                 tally.pictures += 1
-            progress(shard.size * (picture.number + 1) / samples)
+            progress(shard.size * (image.number + 1) / samples)
         return store_ids(
             shard,
             self.recipe,
@@ -297,28 +289,28 @@ class ImageEncoder:
         )
 
     def _encoded(
-        self, source: PictureReader, shard: Shard, members: ShardMembers, numbers: Sequence[int]
-    ) -> Iterator[tuple[Picture, np.ndarray | None]]:
-        """(picture, its ids uint16 [S] or None when it is unusable) in order; the VQ works while threads decode the
-        next pictures."""
-        group: list[Picture] = []
+        self, source: ImageReader, shard: Shard, members: ShardMembers, numbers: Sequence[int]
+    ) -> Iterator[tuple[DecodedImage, np.ndarray | None]]:
+        """(image, its ids uint16 [S] or None when it is unusable) in order; the VQ works while threads decode the
+        next images."""
+        group: list[DecodedImage] = []
         ready = 0
-        for picture in source.pictures(shard, members, numbers, ahead=READ_AHEAD * self._batch):
-            group.append(picture)
-            ready += picture.pixels is not None
+        for image in source.images(shard, members, numbers, ahead=READ_AHEAD * self._batch):
+            group.append(image)
+            ready += image.pixels is not None
             if ready == self._batch:
                 yield from self._encode_group(group)
                 group, ready = [], 0
         yield from self._encode_group(group)
 
-    def _encode_group(self, group: Sequence[Picture]) -> Iterator[tuple[Picture, np.ndarray | None]]:
-        pixels = [picture.pixels for picture in group if picture.pixels is not None]
+    def _encode_group(self, group: Sequence[DecodedImage]) -> Iterator[tuple[DecodedImage, np.ndarray | None]]:
+        pixels = [image.pixels for image in group if image.pixels is not None]
         rows: Iterator[np.ndarray] = iter(())
         if pixels:
             images = torch.from_numpy(np.stack(pixels)).to(self._place.device)
             rows = iter(self._vq.encode(images, self._batch).cpu().numpy().astype(np.uint16))
-        for picture in group:
-            yield picture, None if picture.pixels is None else next(rows)
+        for image in group:
+            yield image, None if image.pixels is None else next(rows)
 
     def say(self, text: str) -> None:
         """A line for people, with the rank where there are several."""

@@ -1,4 +1,4 @@
-"""The work of encode-images without the VQ: which shards there are, who takes which, what is done, and pictures
+"""The work of encode-images without the VQ: which shards there are, who takes which, what is done, and images
 ready to encode."""
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from jp_train.errors import ConfigError, SkipSample
 from jp_train.terminal import aligned
 
 READ_AHEAD = 4
-"""Batches of decoded pictures that wait for the VQ, at most."""
+"""Batches of decoded images that wait for the VQ, at most."""
 
 
 class IdsState(Enum):
     """Whether a shard's ids are there. `stale`: they are of a file of another size or stamp, perhaps with the same
-    pictures."""
+    images."""
 
     done = "done"
     stale = "stale"
@@ -45,7 +45,7 @@ def generation_shards(cfg: RunConfig, reader: ShardReader) -> list[Shard]:
     mine = [source for source in sources if source.kind is SourceKind.generation]
     if not mine:
         raise ConfigError(
-            "the configuration has no generation source, so there is no picture to encode: name a recipe that has one"
+            "the configuration has no generation source, so there is no image to encode: name a recipe that has one"
         )
     paths = dict.fromkeys(path for source in mine for path in expand_shards(source.shards, cfg.data.root))
     return [reader.stat(path) for path in paths]
@@ -71,8 +71,8 @@ def ids_state(shard: Shard, fingerprint: str, reader: ShardReader) -> IdsState:
     return IdsState.done if manifest.belongs_to(shard) else IdsState.stale
 
 
-def picture_member(members: ShardMembers, number: int) -> int | None:
-    """The member that is the picture of sample `number`; None when it has none, or several (training leaves such a
+def image_member(members: ShardMembers, number: int) -> int | None:
+    """The member that is the image of sample `number`; None when it has none, or several (training leaves such a
     sample out)."""
     range_of_sample = range(int(members.member_start[number]), int(members.member_start[number + 1]))
     images = [member for member in range_of_sample if members.extensions[members.extension[member]] in IMAGE_EXTENSIONS]
@@ -80,8 +80,8 @@ def picture_member(members: ShardMembers, number: int) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """The picture of one sample, decoded: `pixels` uint8 [3, side, side], or None with `fault`, the reason that
+class DecodedImage:
+    """The image of one sample, decoded: `pixels` uint8 [3, side, side], or None with `fault`, the reason that
     training would give."""
 
     number: int
@@ -92,8 +92,8 @@ class Picture:
     fault: str
 
 
-class PictureReader:
-    """Reads pictures of a shard and makes them what the VQ sees, on the threads of `pool`."""
+class ImageReader:
+    """Reads images of a shard and makes them what the VQ sees, on the threads of `pool`."""
 
     def __init__(self, cfg: RunConfig, reader: ShardReader, pool: Executor) -> None:
         self._side, self._max_pixels, self._decode = (
@@ -103,16 +103,16 @@ class PictureReader:
         )
         self._reader, self._pool = reader, pool
 
-    def pictures(
+    def images(
         self, shard: Shard, members: ShardMembers, numbers: Iterable[int], *, ahead: int, decode: bool = True
-    ) -> Iterator[Picture]:
-        """The pictures of these samples in order, at most `ahead` of them decoded before they are asked for; samples
-        without a picture are left out. `decode=False` only reads and digests them. Raises DataError when the shard
+    ) -> Iterator[DecodedImage]:
+        """The images of these samples in order, at most `ahead` of them decoded before they are asked for; samples
+        without an image are left out. `decode=False` only reads and digests them. Raises DataError when the shard
         cannot be read."""
-        waiting: deque[Future[Picture]] = deque()
+        waiting: deque[Future[DecodedImage]] = deque()
         try:
             for number in numbers:
-                member = picture_member(members, number)
+                member = image_member(members, number)
                 if member is None:
                     continue
                 waiting.append(self._pool.submit(self._load, shard, members, number, member, decode))
@@ -124,7 +124,7 @@ class PictureReader:
             for future in waiting:
                 future.cancel()
 
-    def _load(self, shard: Shard, members: ShardMembers, number: int, member: int, decode: bool) -> Picture:
+    def _load(self, shard: Shard, members: ShardMembers, number: int, member: int, decode: bool) -> DecodedImage:
         size = int(members.size[member])
         pixels, data, fault = None, b"", ""
         try:
@@ -137,18 +137,20 @@ class PictureReader:
         except SkipSample as reason:
             fault = str(reason)
         digest = hashlib.sha256(data).digest()
-        return Picture(number=number, key=members.keys[number], sha256=digest, size=size, pixels=pixels, fault=fault)
+        return DecodedImage(
+            number=number, key=members.keys[number], sha256=digest, size=size, pixels=pixels, fault=fault
+        )
 
 
-class PicturesDigest:
-    """SHA-256 over the keys and bytes of all pictures of a shard, in order."""
+class ImagesDigest:
+    """SHA-256 over the keys and bytes of all images of a shard, in order."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, picture: Picture) -> None:
-        """Count a picture in."""
-        self._digest.update(picture.key.encode("utf-8", "surrogateescape") + b"\0%d\0" % picture.size + picture.sha256)
+    def add(self, image: DecodedImage) -> None:
+        """Count an image in."""
+        self._digest.update(image.key.encode("utf-8", "surrogateescape") + b"\0%d\0" % image.size + image.sha256)
 
     def hex(self) -> str:
         """The digest so far."""

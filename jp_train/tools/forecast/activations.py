@@ -2,7 +2,7 @@
 
 Counted from the operations of transformers' Llama and SigLIP blocks in the order in which they run, with DeepSpeed's
 linear layer (it keeps its input whether or not its weight learns). b is the size of the compute dtype: 2 for bf16, 4
-for fp32. T tokens, N picture tokens, d width, f hidden width of an MLP, H heads. Checked against torch's own accounting
+for fp32. T tokens, N image tokens, d width, f hidden width of an MLP, H heads. Checked against torch's own accounting
 of the true 1B and 7B shapes (tests/tools/forecast/test_activations.py).
 """
 
@@ -82,7 +82,7 @@ def vision_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Block
     )
 
 
-def pictures(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
+def images(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
     """Kept of both adaptors and of the tower's ends: the MLPs' inputs, and their values before and after GELU. An
     absent kind has a dummy."""
     b, width = numerics.size, shapes.width
@@ -97,7 +97,7 @@ def pictures(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
 
 
 def placing(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
-    """Taken while pictures are put into their slots: embeddings before and after, and the features."""
+    """Taken while images are put into their slots: embeddings before and after, and the features."""
     b, width = numerics.size, shapes.width
     return 2 * b * batch.tokens * width + b * max(batch.und_images, batch.gen_images) * shapes.slots * width
 
@@ -151,10 +151,10 @@ def rotary(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
 
 
 VQ_MAPS = 4
-"""Feature maps of a picture at full resolution that exist at one time in the VQ encoder's first blocks (input, norm,
+"""Feature maps of an image at full resolution that exist at one time in the VQ encoder's first blocks (input, norm,
 swish's factor and product)."""
 VQ_AT_ONCE = 8
-"""model/vq.py PICTURES_AT_ONCE."""
+"""model/vq.py IMAGES_AT_ONCE."""
 
 
 def vq_encoding(shapes: Shapes, batch: MicroBatch) -> int:

@@ -1,7 +1,7 @@
 """Bytes of a rank, by what they are for: states that are always there, and the peak of the three phases that follow
 each other in a step.
 
-Phases: encoding pictures with the VQ tokenizer; forward and backward (activations, gathered parameters, and gradients
+Phases: encoding images with the VQ tokenizer; forward and backward (activations, gathered parameters, and gradients
 on their way, followed visit by visit); the optimizer's update. The states follow DeepSpeed 0.19.8
 (runtime/zero/stage3.py) under our DeepSpeed JSON (engine/config.py): one flat buffer of slices in the run's dtype, fp32
 master weights (a copy in an fp32 run too: DeepSpeed compares a device with its name), two moments, fp32 accumulated

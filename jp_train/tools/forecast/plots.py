@@ -1,4 +1,4 @@
-"""A forecast as pictures: the memory of every candidate against the GPU's limit, and where a step's time goes.
+"""A forecast as images: the memory of every candidate against the GPU's limit, and where a step's time goes.
 matplotlib is imported on use."""
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Shapes:
     vision_heads: int
     image_size: int
     slots: int
-    """Tokens of a picture."""
+    """Tokens of an image."""
     codebook: int
     code_width: int
     vq_base_channels: int
@@ -73,7 +73,7 @@ class MicroBatch:
     text_positions: int
     image_positions: int
     encoded_images: int = 0
-    """Pictures that the VQ tokenizer encodes on the fly before the pass."""
+    """Images that the VQ tokenizer encodes on the fly before the pass."""
 
 
 def shapes_of(cfg: RunConfig) -> Shapes:

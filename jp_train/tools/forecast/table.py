@@ -17,7 +17,7 @@ PARTS = (
     ("gathered", "gathered"),
     ("reducing", "reducing"),
 )
-"""Parts of a GPU's memory in the order of table and picture."""
+"""Parts of a GPU's memory in the order of table and image."""
 
 
 def format_forecast(forecast: dict[str, Any]) -> str:

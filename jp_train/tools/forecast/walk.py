@@ -54,7 +54,7 @@ class _Walk:
         self.vision = activations.vision_block(shapes, batch, numerics)
         self.text = activations.text_head(shapes, batch, numerics)
         self.image = activations.image_head(shapes, batch, numerics)
-        self.pictures = activations.pictures(shapes, batch, numerics)
+        self.images = activations.images(shapes, batch, numerics)
         self.placing = activations.placing(shapes, batch, numerics)
         self.norm = activations.final_norm(shapes, batch, numerics)
         self.rotary = activations.rotary(shapes, batch, numerics)
@@ -75,7 +75,7 @@ class _Walk:
         yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
         # transformers pools with it
         yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
-        self.saved += self.pictures
+        self.saved += self.images
         for part in ADAPTOR:
             yield Visit(_join("model.aligner", part), FORWARD, self.saved + self.placing)
         yield Visit("model.generation_embeddings", FORWARD, self.saved + self.placing)

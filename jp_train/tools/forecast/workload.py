@@ -38,7 +38,7 @@ class Row:
     image_positions: float
 
     def step(self, rows: int, *, encoded: bool) -> BatchStatistics:
-        """All rows of a step, in whole numbers. `encoded`: pictures to generate are encoded on the fly."""
+        """All rows of a step, in whole numbers. `encoded`: images to generate are encoded on the fly."""
         return BatchStatistics(
             tokens=round(rows * self.tokens),
             squared_lengths=round(rows * self.squared),
@@ -70,7 +70,7 @@ def average_row(cfg: RunConfig, slots: int) -> Row:
     limit = cfg.data.seq_len
     shares = np.array([getattr(cfg.stage.mixture, str(kind)) for kind in KINDS], float)
     drawn = [lengths_of(kind, cfg, slots) for kind in KINDS]
-    # long text goes on in the next row; what has a picture is cut
+    # long text goes on in the next row; what has an image is cut
     used = [
         lengths if kind is Kind.TEXT else np.minimum(lengths, limit) for kind, lengths in zip(KINDS, drawn, strict=True)
     ]

@@ -11,12 +11,12 @@ from jp_train.config import RunConfig
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
 from jp_train.errors import ConfigError
 from jp_train.tools.encode_images.work import (
+    DecodedImage,
     IdsState,
-    Picture,
-    PicturesDigest,
+    ImagesDigest,
     format_ranks,
     generation_shards,
-    picture_member,
+    image_member,
     rank_shares,
     shares,
 )
@@ -51,18 +51,18 @@ def test_an_image_is_the_only_member_with_an_image_extension() -> None:
         size=np.ones(6, np.int64),
         ignored=(),
     )
-    assert [picture_member(members, number) for number in range(4)] == [1, None, None, 5]
+    assert [image_member(members, number) for number in range(4)] == [1, None, None, 5]
 
 
-def image(key: str, sha256: bytes, size: int = 3) -> Picture:
-    return Picture(number=0, key=key, sha256=sha256, size=size, pixels=None, fault="")
+def image(key: str, sha256: bytes, size: int = 3) -> DecodedImage:
+    return DecodedImage(number=0, key=key, sha256=sha256, size=size, pixels=None, fault="")
 
 
 def test_the_digest_changes_with_keys_bytes_and_order() -> None:
     first, second = image("a", b"1" * 32), image("b", b"2" * 32)
     digests = set()
     for group in ([first, second], [second, first], [first], [image("c", b"1" * 32), second], []):
-        digest = PicturesDigest()
+        digest = ImagesDigest()
         for item in group:
             digest.add(item)
         digests.add(digest.hex())
