@@ -51,7 +51,7 @@ class Forensics:
         """Write the dump of a bad step. Collective. Returns its folder, or why (some of) it could not be written: a
         dump never ends a run."""
         folder = Path(self._cfg.run_dir) / FOLDER / f"step_{step:07d}"
-        everybodys = gather_objects(self._ranks, self._rows(micro_batches))
+        rows_of_ranks = gather_objects(self._ranks, self._rows(micro_batches))
         failure = ""
         if self._ranks.is_main:
             report = {
@@ -67,7 +67,7 @@ class Forensics:
                 "blocks": self._norms,
                 "explain": f"jp-train data explain {self._cfg.run_dir}/config.yaml --step {step} --run "
                 f"{self._cfg.run_dir}",
-                "rows": [row for rows in everybodys for row in rows],
+                "rows": [row for rows in rows_of_ranks for row in rows],
             }
             try:
                 folder.mkdir(parents=True, exist_ok=True)

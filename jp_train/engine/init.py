@@ -95,7 +95,7 @@ def leave_process_group(exit_code: int = 0, *, within_s: float = LEAVE_S) -> Non
     """Close the process group, so that interpreter shutdown has no open connections to trip over.
 
     Everything is saved by then, and no watchdog looks any more: where the network or the driver does not let go within
-    `within_s` seconds, that is said and the process ends with `exit_code`.
+    `within_s` seconds, that is printed and the process ends with `exit_code`.
     """
     if not torch.distributed.is_initialized():
         return
@@ -183,7 +183,7 @@ def build_engine(cfg: RunConfig, plan: BatchPlan, ranks: Ranks, *, n_sources: in
 
 
 def gather_for_writing(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
-    """The whole of these parameters on every rank inside the block; what rank 0 wrote is everybody's afterwards.
+    """The whole of these parameters on every rank inside the block; what rank 0 wrote is on all ranks afterwards.
     Collective."""
     import deepspeed
 

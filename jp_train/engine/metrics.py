@@ -1,6 +1,6 @@
 """The numbers of one optimizer step: tallied on each rank, exchanged once, then turned into the metrics.jsonl keys.
 
-Everything a rank has to tell the others at the end of a step is in one float64 vector, and one all-gather makes the
+What a rank sends the others at the end of a step is in one float64 vector, and one all-gather makes the
 [ranks, fields] table that every rank reads the same sums and maxima from. Signals ride along, so that all ranks stop
 after the same step.
 """

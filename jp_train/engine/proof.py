@@ -96,15 +96,13 @@ class FreezeWatch:
         if changed:
             raise FreezeProofError(
                 f"{len(changed)} frozen parameter(s) changed in step {step}: {_some(changed)}. stage.trainable does "
-                "not list their modules, so no code "
-                "may write to them: look for in-place updates outside the optimizer"
+                "not list their modules, so no code may write to them: look for in-place updates outside the optimizer"
             )
         if missed:
             raise FreezeProofError(
                 f"{len(missed)} trainable parameter(s) got no gradient in some micro-batch of step {step} on some "
-                f"rank: {_some(missed)}. Every trainable "
-                "parameter must take part in every micro-batch (ZeRO-3 would re-apply old gradients): the model's "
-                "forward pass skips them"
+                f"rank: {_some(missed)}. Every trainable parameter must take part in every micro-batch (ZeRO-3 would "
+                "re-apply old gradients): the model's forward pass skips them"
             )
         if applied and not grad_norm < float("inf"):
             raise FreezeProofError(f"step {step} was applied with a gradient norm of {grad_norm}")
@@ -135,7 +133,7 @@ def refuse_leaks(
     """Raise FreezeProofError unless `held`, the parameters that the optimizer updates, are exactly those that the stage
     trains, by name.
 
-    What the stage trains is asked of its configuration, not of `requires_grad`: code that sets the flag is one way in
+    What the stage trains is read from its configuration, not of `requires_grad`: code that sets the flag is one way in
     which a frozen weight learns.
     """
     named, expected = list(named_parameters), set(trainable)
@@ -191,7 +189,7 @@ def _slice_checksum(parameter: torch.Tensor, rank: int, world: int) -> int:
         held = parameter.ds_tensor.data.flatten()
         start = held.numel() * rank
         values = held[: max(0, min(held.numel(), parameter.ds_numel - start))]
-    else:  # not partitioned: rank 0 speaks for all
+    else:  # not partitioned: rank 0 counts for all
         values, start = (parameter.detach().flatten() if rank == 0 else parameter.detach().flatten()[:0]), 0
     bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
     total = 0

@@ -3,7 +3,7 @@
 DeepSpeed has no hook there. ZeRO-3's `step` asks `_get_norm_groups` for the gradient's norm and leaves the update out
 when that is not finite, before anything is written: weights, fp32 master weights and moments stay bit for bit what they
 were. The gate stands in that one method: it passes the norms on, or an infinite one. The name is private: with another
-DeepSpeed the constructor refuses, and tests/engine/test_forensics.py tells what broke.
+DeepSpeed the constructor refuses, and tests/engine/test_forensics.py shows what broke.
 """
 
 from __future__ import annotations

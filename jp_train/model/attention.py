@@ -1,10 +1,8 @@
 """Causal self-attention over packed documents, registered with transformers as ``jp_train_packed``.
 
 Llama reaches it through ``config._attn_implementation``; ``cu_seqlens`` and ``max_seqlen`` arrive as keyword arguments
-of
-``LlamaModel.forward``.  No mask tensor is ever built: the boundaries alone isolate the documents.  (With transformers'
-    own
-implementations, restarting ``position_ids`` do not isolate documents as soon as a mask or a cache is present.)
+of ``LlamaModel.forward``. No mask tensor is ever built: the boundaries alone isolate the documents. (With transformers'
+own implementations, restarting ``position_ids`` do not isolate documents as soon as a mask or a cache is present.)
 
 Shapes: T tokens of the micro-batch, H query heads, K key/value heads, C channels a head.
 """
@@ -63,8 +61,7 @@ def packed_attention(
     if cu_seqlens is None or max_seqlen is None:
         raise ValueError(
             f"{PACKED_ATTENTION} was called without cu_seqlens and max_seqlen: documents would see each other. Pass "
-            "both to the language "
-            "model's forward, or set its attention implementation to 'sdpa' for inference"
+            "both to the language model's forward, or set its attention implementation to 'sdpa' for inference"
         )
     if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1:
         raise ValueError(

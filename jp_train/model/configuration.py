@@ -150,8 +150,8 @@ def read_model_config(folder: str | Path) -> ModelConfig:
 
 
 def _from_released_config(raw: dict[str, Any]) -> ModelConfig:
-    """Released files name a SigLIP and a VQ, which are jp_train's defaults; the 7B's language_config leans on
-    Llama's defaults."""
+    """Released files name a SigLIP and a VQ, which are jp_train's defaults; the 7B's language_config leaves
+    keys out that have Llama's defaults."""
     tower, vq = raw["vision_config"]["params"]["model_name"], raw["gen_vision_config"]["cls"]
     if tower != "siglip_large_patch16_384" or vq != "VQ-16":
         raise CheckpointError(

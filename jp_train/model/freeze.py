@@ -40,7 +40,6 @@ class FreezeReport:
     frozen: dict[str, int]
     """Elements of each frozen module."""
     trainable_names: tuple[str, ...]
-    frozen_names: tuple[str, ...]
 
     def describe(self) -> str:
         """One line for the log."""
@@ -89,16 +88,11 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
         )
 
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
-    lists: dict[bool, list[str]] = {True: [], False: []}
+    learning: list[str] = []
     for name, parameter in model.named_parameters():
         module = module_of(name)
         learns = module in trainable
         parameter.requires_grad_(learns)
         counts[learns][module] = counts[learns].get(module, 0) + getattr(parameter, "ds_numel", parameter.numel())
-        lists[learns].append(name)
-    return FreezeReport(
-        trainable=counts[True],
-        frozen=counts[False],
-        trainable_names=tuple(lists[True]),
-        frozen_names=tuple(lists[False]),
-    )
+        learning += [name] * learns
+    return FreezeReport(trainable=counts[True], frozen=counts[False], trainable_names=tuple(learning))

@@ -49,8 +49,7 @@ class Float32Rotary(nn.Module):
     """Rotary position embedding whose frequencies are float32 however the model was built or cast.
 
     ``deepspeed.zero.Init`` rounds every tensor made under it to the model's dtype, and bf16 frequencies are wrong by
-    radians at
-    position 4000.  So nothing is stored: frequencies are computed in the forward pass (d/2 numbers).
+    radians at position 4000. So nothing is stored: frequencies are computed in the forward pass (d/2 numbers).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -82,7 +81,7 @@ class GenerationHead(JanusVQVAEHead):
 
 
 class JanusBody(nn.Module):
-    """The modules that transformers keeps under ``model.``; it has no forward of its own."""
+    """The modules that transformers keeps under ``model.``; it has no forward itself."""
 
     def __init__(self, config: JanusConfig) -> None:
         super().__init__()
@@ -178,8 +177,7 @@ class JanusPro(nn.Module):
         return out.last_hidden_state.squeeze(0)
 
     def input_embeddings(self, batch: PackedBatch) -> torch.Tensor:
-        """Token embeddings ``[T, d]`` with images in their slots; an absent kind of image adds its dummy times
-        zero."""
+        """Token embeddings ``[T, d]`` with images in their slots; an absent kind of image adds its dummy times zero."""
         _check_slots(batch, self.slots)
         embeddings = self.model.language_model.embed_tokens(batch.input_ids)
 
@@ -231,10 +229,8 @@ def _check_slots(batch: PackedBatch, slots: int) -> None:
         positions = len(getattr(batch, f"{name}_slots"))
         if positions != images * slots:
             raise ValueError(
-                f"{name}_slots has {positions} positions for {images} images of {slots} slots: the data was "
-                f"encoded "
-                "for another image size or "
-                "patch size than model.vision says"
+                f"{name}_slots has {positions} positions for {images} images of {slots} slots: the data was encoded "
+                "for another image size or patch size than model.vision says"
             )
 
 

@@ -1,9 +1,8 @@
 """Parameter names: the released deepseek-ai layout, transformers' layout (the canonical one here), and pretrained
 parts.
 
-Canonical names are those of ``transformers.JanusForConditionalGeneration``, ``model.vqmodel.*`` included.  One table
-    gives the map to
-and from the released ``MultiModalityCausalLM`` (docs/model.md).
+Canonical names are those of ``transformers.JanusForConditionalGeneration``, ``model.vqmodel.*`` included. One table
+gives the map to and from the released ``MultiModalityCausalLM`` (docs/model.md).
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Cross-entropy of a wide linear head, in chunks, so that its full logits never exist.
 
-``CrossEntropyLinear`` is an ``nn.Linear`` whose forward can also return per-position losses.  The chunk loop lives
-    inside ONE
-autograd function inside ONE module call: under ZeRO-3 the weight is gathered once in the forward and once in the
-backward pass and
-reduced once, whatever the number of chunks, which may differ between ranks.  (A module call per chunk would make the
-    ranks' collective
-sequences differ.)
+``CrossEntropyLinear`` is an ``nn.Linear`` whose forward can also return per-position losses. The chunk loop lives
+inside ONE autograd function inside ONE module call: under ZeRO-3 the weight is gathered once in the forward and once in
+the backward pass and reduced once, whatever the number of chunks, which may differ between ranks. (A module call per
+chunk would make the ranks' collective sequences differ.)
 
 Shapes: N supervised positions, d hidden width, V classes.
 """
@@ -93,9 +90,8 @@ class CrossEntropyLinear(nn.Linear):
         """Logits ``[..., V]`` of hidden ``[..., d]``; or, with int64 labels ``[N]`` and hidden ``[N, d]``, float32
         losses ``[N]``.
 
-        Losses are in nats and zero where the label is IGNORE_INDEX (with zero, not missing, gradients).  Softmax in
-            float32;
-        at most ``chunk_tokens`` rows of logits exist at one time, in the forward and in the backward pass.
+        Losses are in nats and zero where the label is IGNORE_INDEX (with zero, not missing, gradients). Softmax in
+        float32; at most ``chunk_tokens`` rows of logits exist at one time, in the forward and in the backward pass.
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)

@@ -1,11 +1,9 @@
 """Weights in: every parameter of the model set explicitly, from files or by rule.
 
-Nothing relies on transformers' initialisation, which is void under ``deepspeed.zero.Init``.  ``gather`` is how a caller
-    under ZeRO-3
-makes partitioned parameters whole for a moment (``deepspeed.zero.GatheredParameters(params, modifier_rank=0)``);
-elsewhere it does
-nothing.  Only the writer (rank 0) reads tensors; the others take part in the gathers.  The VQ tokenizer is replicated:
-    every rank reads it.
+Nothing relies on transformers' initialisation, which is void under ``deepspeed.zero.Init``. ``gather`` is how a caller
+under ZeRO-3 makes partitioned parameters whole for a moment (``deepspeed.zero.GatheredParameters(params,
+modifier_rank=0)``); elsewhere it does nothing. Only the writer (rank 0) reads tensors; the others take part in the
+gathers. The VQ tokenizer is replicated: every rank reads it.
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ def load_weights(
 ) -> None:
     """Set every parameter of ``model`` (a JanusPro) and of ``vq`` from a whole-model source.
 
-    The model takes its own dtype, the VQ tokenizer stays float32.  With ``vq`` None the source's VQ tensors are
-        ignored.
+    The model takes its own dtype, the VQ tokenizer stays float32. With ``vq`` None the source's VQ tensors are ignored.
 
     Raises:
         CheckpointError: if names or shapes differ in any way; nothing has been changed then.
@@ -114,11 +111,10 @@ def prepare_weights(
     gather: Gather = no_gather,
     is_writer: bool = True,
 ) -> str:
-    """Set every weight as the configuration says; returns one line that tells what was done.
+    """Set every weight as the configuration says; returns what was done, in one line.
 
-    ``init_from`` takes everything from a whole model.  Otherwise all is fresh, then ``init_parts`` are loaded, then
-                                                        gen_embed starts as
-    the VQ codebook (``gen_embed_init``).
+    ``init_from`` takes everything from a whole model. Otherwise all is fresh, then ``init_parts`` are loaded, then
+    gen_embed starts as the VQ codebook (``gen_embed_init``).
 
     Raises:
         ConfigError: if both ``init_from`` and ``init_parts`` are set.

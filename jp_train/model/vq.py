@@ -44,7 +44,7 @@ class VQTokenizer(nn.Module):
     """Images to ids and back.  Always float32, always frozen, always in eval mode.
 
     Build it outside ``deepspeed.zero.Init``: it is a plain replicated module.  Weights come from ``pretrained``; its
-        parameter
+    parameter
     names, prefixed with ``model.``, are those of transformers' JanusForConditionalGeneration (``vqmodel.encoder...``).
 
     Raises:
@@ -147,12 +147,10 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_pending(batch: PackedBatch, vq: VQTokenizer) -> PackedBatch:
-    """The batch with the VQ ids of its pending images encoded: ``gen_ids`` and the pending ``gen_labels`` are
-    complete.
+    """The batch with the VQ ids of its pending images encoded: ``gen_ids`` and the pending ``gen_labels`` are complete.
 
     The id of slot position p is the label of position p - 1 (the first one of boi), where that label is PENDING_VQ_ID;
-    an
-    unsupervised image only gets its inputs.  Batches without pending images come back unchanged.
+    an unsupervised image only gets its inputs. Batches without pending images come back unchanged.
     """
     if not len(batch.gen_pending):
         return batch

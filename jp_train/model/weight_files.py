@@ -1,9 +1,8 @@
 """Files of weights, read lazily, under canonical names, with strict checks of names and shapes.
 
-Canonical names are those of transformers' JanusForConditionalGeneration, VQ included (``layouts.py``).  No pickle is
-    executed:
-safetensors, or ``torch.load(weights_only=True)`` for .pt and .bin files (LlamaGen's VQ-16 and the released Janus-Pro-1B
-come as such).
+Canonical names are those of transformers' JanusForConditionalGeneration, VQ included (``layouts.py``). No pickle is
+executed: safetensors, or ``torch.load(weights_only=True)`` for .pt and .bin files (LlamaGen's VQ-16 and the released
+Janus-Pro-1B come as such).
 """
 
 from __future__ import annotations
@@ -137,9 +136,8 @@ def open_part(path: str | Path, part: str) -> WeightSource:
     """One pretrained part under canonical names, of ``language_model``, ``vision_model`` or ``gen_vision_model``.
 
     The file or folder may hold just that part (Hugging Face Llama; Hugging Face SigLIP or transformers'
-    JanusVisionModel; LlamaGen's VQ-16
-    .pt or transformers' JanusVQVAE) or a whole Janus model in either layout.  A Llama with tied embeddings lends them
-        to the text head.
+    JanusVisionModel; LlamaGen's VQ-16 .pt or transformers' JanusVQVAE) or a whole Janus model in either layout. A Llama
+    with tied embeddings lends them to the text head.
 
     Raises:
         CheckpointError: if there is nothing readable at ``path``.

@@ -90,8 +90,7 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise ConfigError(
             f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} entries but model.language.vocab_size "
-            "is "
-            f"{config.model.language.vocab_size}; the embedding needs a row for each"
+            f"is {config.model.language.vocab_size}; the embedding needs a row for each"
         )
     return {"path": config.tokenizer.path, "entries": tokenizer.vocab_size}
 

@@ -1,9 +1,8 @@
 """A trained model in use: images from prompts, answers about images.
 
-Prompts come from the same code as the training layouts (``data/encode.py``).  Batches of different prompt lengths are
-    padded on the
-left; padding is masked and takes no position, so a prompt's result does not depend on its neighbours (beyond float
-rounding).
+Prompts come from the same code as the training layouts (``data/encode.py``). Batches of different prompt lengths are
+padded on the left; padding is masked and takes no position, so a prompt's result does not depend on its neighbours
+(beyond float rounding).
 
 Shapes: B prompts, L padded prompt length, d hidden width, S ids an image, H = W image side.
 """

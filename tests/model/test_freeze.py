@@ -16,7 +16,6 @@ def test_exactly_the_listed_modules_learn_and_the_rest_is_frozen() -> None:
         n for n in model.state_dict() if n.startswith(("model.generation_head.", "model.language_model.", "lm_head."))
     }
     assert learning == expected == set(report.trainable_names)
-    assert set(report.frozen_names) == set(model.state_dict()) - expected
     assert sum(report.trainable.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert set(report.trainable) == {"gen_head", "language_model"}
     assert "gen_head" in report.describe()

@@ -68,8 +68,8 @@ class RankGroup:
         return values
 
     def on_main(self, action: Callable[[], T], what: str, folder: Path, damaged: Collection[str] = ()) -> T:
-        """Run on rank 0; its value is everybody's, and so is its failure, as a CheckpointError. `folder` and
-        `damaged` go into advice about space."""
+        """Run on rank 0; its value is returned on every rank, its failure raised there as a CheckpointError.
+        `folder` and `damaged` go into advice about space."""
         box: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -91,7 +91,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name tells; None for another name."""
+    """The step in a folder's name; None for another name."""
     match = _NAME.match(name)
     return int(match[1]) if match else None
 

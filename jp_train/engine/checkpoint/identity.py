@@ -31,7 +31,7 @@ FREE_KEYS = (
     "engine.collective_timeout_s",
     "engine.stall_timeout_s",
     "engine.grace_s",
-    # what is judged and skipped decides what is trained; how much of it is told, and when to give up, does not
+    # what is judged and skipped decides what is trained; how much of it is reported, and when to give up, does not
     "guard.max_consecutive_skips",
     "guard.skip_window",
     "guard.max_skip_share",
@@ -109,8 +109,7 @@ def accepted_differences(
         )
     raise CheckpointError(
         f"{origin} belongs to another configuration ({len(lines)} difference(s), saved -> now): "
-        f"{'; '.join(lines[:SHOWN])}{more}. "
-        f"Undo the changes to resume. {advice}".strip()
+        f"{'; '.join(lines[:SHOWN])}{more}. Undo the changes to resume. {advice}".strip()
     )
 
 

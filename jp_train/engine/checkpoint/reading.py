@@ -127,8 +127,7 @@ class CheckpointReader:
         if blind := [text for _, text in results if text]:
             raise CheckpointError(
                 f"{path} is there, but not every rank can read it: {joined_errors(blind)}. run_dir must lie on a file "
-                "system that all hosts share, "
-                "readable for this user on each of them"
+                "system that all hosts share, readable for this user on each of them"
             )
         return next((text for text, _ in results if text), None)
 
@@ -169,9 +168,8 @@ def _refuse_other_format(path: Path, manifest: dict[str, Any]) -> None:
     if manifest["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest['format']}, this jp_train reads format {FORMAT}. Resume it with the version "
-            "that wrote it "
-            f"(git commit {manifest.get('git_commit')}), or end it there and start a new run_dir with model.init_from "
-            "its export"
+            f"that wrote it (git commit {manifest.get('git_commit')}), or end it there and start a new run_dir with "
+            "model.init_from its export"
         )
 
 

@@ -50,7 +50,7 @@ from jp_train.model.partition_files import (
 )
 
 WAIT_S = 2.0
-"""How long a rank waits for its own thread before it tells the others, so that no collective waits longer for a slow
+"""How long a rank waits for its thread before it reports to the others, so that no collective waits longer for a slow
 disk."""
 
 
@@ -318,11 +318,11 @@ class CheckpointStore(CheckpointReader):
 
     def _remove(self, name: str) -> None:
         """Delete a checkpoint; renamed first: half a deletion must not look like one."""
-        doomed = self.folder / f".deleting_{name}"
+        renamed = self.folder / f".deleting_{name}"
         self._forget(name)
         with contextlib.suppress(FileNotFoundError):  # somebody was faster
-            os.rename(self.folder / name, doomed)
-            self._delete(doomed)
+            os.rename(self.folder / name, renamed)
+            self._delete(renamed)
 
     def _forget(self, name: str) -> None:
         """A damaged checkpoint that is gone or replaced is one no more."""

@@ -42,7 +42,7 @@ def moving(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> list[int]:
 
 def silent(before: Mapping[int, Beat], after: Mapping[int, Beat], world: int) -> list[int]:
     """Ranks whose watchdog wrote nothing between two readings: dead, stopped, or on a host that is gone. One that
-    said why it ended is not."""
+    wrote why it ended is not."""
     return [
         rank
         for rank in range(world)
@@ -64,7 +64,7 @@ def diagnose(
 
     The order is that of causes: a rank that ended or does not answer explains everything else, then data, then unequal
     module sequences, then a rank that is behind; only when all stand at the same place is it the collective itself.
-    `state` tells about a process of this `host`.
+    `state` describes a process of this `host`.
     """
     ended = [rank for rank in sorted(after) if after[rank].ended]
     if ended:
@@ -74,10 +74,10 @@ def diagnose(
     if lost:
         text = _listed([_lost(rank, after.get(rank), host, state) for rank in lost])
         return Diagnosis("missing", text, tuple(lost), LaunchError)
-    hungry = [rank for rank in sorted(after) if after[rank].phase == WAITING_FOR_DATA]
-    if hungry:
-        text = _listed([_hungry(after[rank]) for rank in hungry])
-        return Diagnosis("data", text, tuple(hungry), DataError)
+    waiting = [rank for rank in sorted(after) if after[rank].phase == WAITING_FOR_DATA]
+    if waiting:
+        text = _listed([_waiting(after[rank]) for rank in waiting])
+        return Diagnosis("data", text, tuple(waiting), DataError)
     unequal = _unequal(after)
     if unequal is not None:
         return unequal
@@ -112,7 +112,7 @@ def _lost(rank: int, beat: Beat | None, host: str, state: Callable[[int], str]) 
     return f"rank {rank} (process {beat.pid} on {beat.host}) {what}; last seen at {beat.place}"
 
 
-def _hungry(beat: Beat) -> str:
+def _waiting(beat: Beat) -> str:
     awaited = beat.awaited
     row = f"row {awaited['row']} of step {awaited['step']}" if "row" in awaited else "a row"
     document = f" (first document: {awaited['document']})" if awaited.get("document") else ""
@@ -153,10 +153,9 @@ def _first_difference(
     entered = next(name for name, ranks in names.items() if odd[0] in ranks)
     text = (
         f"rank {odd[0]} at step {step}{micro} entered {entered} where rank {min(names[common])} entered {common} "
-        f"(module call {number} of the step"
-        f"{f'; rank(s) {_numbers(odd)} differ' if len(odd) > 1 else ''}). Under ZeRO-3 every module must run once in "
-        "every micro-batch on every rank: "
-        "the model's forward pass may not branch on what a batch holds"
+        f"(module call {number} of the step{f'; rank(s) {_numbers(odd)} differ' if len(odd) > 1 else ''}). Under "
+        "ZeRO-3 every module must run once in every micro-batch on every rank: the model's forward pass may not "
+        "branch on what a batch holds"
     )
     return Diagnosis("sequence", text, tuple(odd), JpTrainError)
 

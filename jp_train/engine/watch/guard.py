@@ -4,7 +4,7 @@ Under ZeRO-3 a module that runs on one rank and not on another leaves the others
 guard notes the modules each micro-batch enters (a counter, a running hash and the last names: nothing is read from the
 device, nothing is sent), so that (1) the ranks' hashes can be compared with the other numbers at the end of a step, (2)
 a collective that fails says at which step, micro-batch and module each rank stood, and (3) the watchdog (`watchdog.py`)
-sees a rank that stands still and can tell whose sequence differs.
+sees a stalled rank and whose sequence differs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SequenceGuard:
 
     @contextmanager
     def watch(self, phase: str, micro_batch: int = -1, pace: Pace = Pace.NORMAL) -> Iterator[None]:
-        """Name the phase; a collective that fails inside becomes a JpTrainError which tells where this rank stood."""
+        """Name the phase; a collective that fails inside becomes a JpTrainError that names where this rank was."""
         self.enter(phase, micro_batch, pace)
         try:
             yield
@@ -109,9 +109,8 @@ class SequenceGuard:
 
 
 ADVICE = (
-    "Either another rank ended first (its message is the cause), or the ranks ran different modules: compare the "
-    "step, the micro-batch and the "
-    "last module that each rank names. A slow file system or a very long save needs a larger "
+    "Either another rank ended first (its message is the cause), or the ranks ran different modules: compare the step, "
+    "the micro-batch and the last module that each rank names. A slow file system or a very long save needs a larger "
     "engine.collective_timeout_s"
 )
 
@@ -143,9 +142,8 @@ def compare_signatures(signatures: list[int], step: int, explain: Callable[[], s
         detail = explain()
         raise JpTrainError(
             f"step {step}: rank(s) {', '.join(map(str, odd))} ran another sequence of modules than rank "
-            f"0{': ' if detail else ''}{detail}. Under ZeRO-3 that mixes up the collectives: "
-            "every module must run once in every micro-batch on every rank, so the model's forward pass may not "
-            "branch on what a batch holds"
+            f"0{': ' if detail else ''}{detail}. Under ZeRO-3 that mixes up the collectives: every module must run "
+            "once in every micro-batch on every rank, so the model's forward pass may not branch on what a batch holds"
         )
 
 

@@ -24,7 +24,7 @@ SAME_SIGNAL_S = 2.0
 launcher."""
 
 EXIT_HOOK_S = 2.0
-"""Seconds for what is told between a second signal and the end."""
+"""Seconds for `exit_hook` between a second signal and the end."""
 
 
 class SignalFlag:
@@ -35,9 +35,9 @@ class SignalFlag:
     (docs/zero3.md, rule 8). Python's handlers wait while the main thread is inside a collective or a system call, so
     signals are also written to a pipe, which `must_exit` reads in the watchdog's thread.
 
-    `exit_hook` is called with the exit status before a second signal ends the process, `end` ends it. The words have
-    EXIT_HOOK_S seconds in a thread of their own: the handler interrupts the training thread anywhere, so it may wait
-    for no lock and for no disk.
+    `exit_hook` is called with the exit status before a second signal ends the process, `end` ends it. The hook has
+    EXIT_HOOK_S seconds in another thread: the handler interrupts the training thread anywhere, so it may wait for no
+    lock and for no disk.
     """
 
     def __init__(self, exit_hook: Callable[[int], None] | None = None, end: Callable[[int], Any] = os._exit) -> None:
@@ -204,10 +204,9 @@ class GraceCheck:
         self._warned_s = needed
         return (
             f"a stop signal would come too late: the longest step ({self._step_s:.0f} s) and save ({save_s:.0f} s) "
-            f"take {needed:.0f} s, engine.grace_s is "
-            f"{self._grace_s:g} s. Ask the scheduler for its signal earlier (launch/slurm.sbatch: "
-            f"--signal=B:USR1@{int(needed * 1.5) + 1}) and set engine.grace_s "
-            "to that; else the work since the last checkpoint is lost"
+            f"take {needed:.0f} s, engine.grace_s is {self._grace_s:g} s. Ask the scheduler for its signal earlier "
+            f"(launch/slurm.sbatch: --signal=B:USR1@{int(needed * 1.5) + 1}) and set engine.grace_s to that; else the "
+            "work since the last checkpoint is lost"
         )
 
 

@@ -1,4 +1,4 @@
-"""One thread per rank that tells a slow run from one that stands still, names the cause, and ends it: never a silent
+"""One thread per rank that tells a slow run from a stalled one, names the cause, and ends it: never a silent
 hang.
 
 Every few seconds it writes where its rank stands (`heartbeat.py`). When the training thread has made no progress for
@@ -48,7 +48,7 @@ ACCESS_S = 5.0
 READ_S = 0.05
 """The same for each heartbeat, where those of all ranks are read."""
 REPORT_S = 20.0
-"""The same for what is told at the end: synced to a disk that may be slow, but before the other ranks take this one
+"""The same for the report at the end: synced to a disk that may be slow, but before the other ranks take this one
 for silent."""
 COLLECTIVE_SHARE = 0.9
 """Share of `engine.collective_timeout_s` after which even a slow phase stands still: the cause is named before
@@ -72,8 +72,8 @@ class Loader(Protocol):
 
 
 class Watchdog:
-    """Watches one rank for the duration of a `with` block. `follow` tells it whom, as soon as there is an engine and a
-    loader.
+    """Watches one rank for the duration of a `with` block. `follow` names what to watch, as soon as there is an engine
+    and a loader.
 
     `attempt` is the same on all ranks and new for every start. `report` is called on the rank that names the cause,
     from the watchdog's thread; `stopped` with the exit code when a signal ends the process at once (before there is
@@ -147,7 +147,7 @@ class Watchdog:
                 self._since += slept
             try:
                 self._look(now)
-            except Exception:  # the watch may not end because of a fault of its own, nor in silence
+            except Exception:  # a fault in the watchdog may not end the watch, and is printed
                 traceback.print_exc()
             before = time.monotonic()
 
@@ -189,12 +189,12 @@ class Watchdog:
             self._answer(request)
         if end is not None:
             self._say(
-                f"rank {self.rank} ends on the word of rank {end['rank']}"
+                f"rank {self.rank} ends because of the verdict of rank {end['rank']}"
                 + (f": {end['text']}" if self.rank == 0 else "")
             )
             self._leave(int(end["exit_code"]))
 
-    # -- standing still ----------------------------------------------------------------------------
+    # -- a stall ----------------------------------------------------------------------------
 
     def _stalled(self) -> None:
         """The training thread stands still. Leave it to a lower rank that answers, else find the cause, and end the
@@ -234,7 +234,7 @@ class Watchdog:
         self._conclude(self._cause(before, after))
 
     def _cause(self, before: dict[int, Beat], after: dict[int, Beat]) -> diagnosis.Diagnosis:
-        # the folder does not work: this rank can only speak for itself
+        # the folder does not work: this rank knows only itself
         if self.rank not in before or self.rank not in after:
             local = self._describe(full=True)
             before, after = {}, {self.rank: local}
@@ -245,8 +245,7 @@ class Watchdog:
                 return result
             text = (
                 f"{result.text}. The heartbeats of the other ranks cannot be read in {self._files.folder}: look at "
-                f"each "
-                "rank's own message"
+                "each rank's own message"
             )
             return diagnosis.Diagnosis(result.kind, text, result.ranks, result.error)
         return diagnosis.diagnose(before, after, self.world, self._host)
@@ -360,7 +359,7 @@ class Watchdog:
         return self._access(read, within_s=max(ACCESS_S, READ_S * self.world)) or {}
 
     def _access(self, action: Callable[[], T], within_s: float = ACCESS_S) -> T | None:
-        """Use the run folder; None when that fails or hangs, which is said once."""
+        """Use the run folder; None when that fails or hangs, which is printed once."""
         try:
             result = self._bounded(action, strict=True, within_s=within_s)
         except OSError as error:
@@ -376,7 +375,7 @@ class Watchdog:
         return result
 
     def _bounded(self, action: Callable[[], T], *, strict: bool = False, within_s: float = ACCESS_S) -> T | None:
-        """Run `action` in a thread of its own for at most `within_s`; None when it hangs or fails. `strict`: an
+        """Run `action` in another thread for at most `within_s`; None when it hangs or fails. `strict`: an
         OSError is raised instead."""
         if self._busy is not None and self._busy.is_alive():
             if strict:

@@ -91,8 +91,7 @@ def _tally_text(tally: Tally) -> str:
 def _verified_text(place: Place, verification: Verification) -> str:
     head = (
         f"rank {place.rank}: {verification.samples} samples encoded again (seed {verification.seed}): "
-        f"{verification.different_ids} of "
-        f"{verification.ids:,} ids differ"
+        f"{verification.different_ids} of {verification.ids:,} ids differ"
     )
     return "\n".join(
         [

@@ -3,7 +3,7 @@
 ZeRO-3 gathers parameters in the run's dtype, forward and backward anew (as far as they are not there still,
 `gathering.py`), and scatters fp32 gradients, all of it in EVERY micro-batch: accumulation saves nothing. With hpZ a
 node holds a second copy of what its ranks have gathered in a step; the first forward pass of the step fetches trained
-parameters from all nodes, everything else from the node. Frozen parameters' copies stay for good.
+parameters from all nodes, everything else from the node. Frozen parameters' copies stay valid.
 
 Of S bytes gathered over n nodes each node receives S (n - 1) / n from the others, and each of its W ranks S (W - 1) / W
 in all; a reduce-scatter sends as much.

@@ -94,9 +94,8 @@ def _assumptions(cfg: RunConfig, row: Any, worst: Any) -> list[str]:
     return [
         f"a row holds on average {row.tokens:,.0f} tokens in {row.documents:.2f} documents ({images}): the mixture "
         "with stated lengths, no data read",
-        f"memory is for a full row of {worst.und_images // max(1, cfg.engine.micro_batch_rows)} images to "
-        "understand and "
-        f"{worst.gen_images // max(1, cfg.engine.micro_batch_rows)} to generate, more than any row holds of both",
+        f"memory is for a full row of {worst.und_images // max(1, cfg.engine.micro_batch_rows)} images to understand "
+        f"and {worst.gen_images // max(1, cfg.engine.micro_batch_rows)} to generate, more than any row holds of both",
         "VQ ids of images to generate are "
         + ("stored" if stored else "encoded on the fly (data.vq_ids=require: stored)"),
         "all ranks have equal work, data never waits; saves and validation are not in the days (jp-train data "

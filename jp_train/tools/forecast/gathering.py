@@ -1,10 +1,10 @@
-"""What DeepSpeed ZeRO-3 gathers, prefetches and lets go during one forward and backward pass, replayed without
+"""What DeepSpeed ZeRO-3 gathers, prefetches and releases during one forward and backward pass, replayed without
 DeepSpeed.
 
 The rules are those of `PartitionedParameterCoordinator` (deepspeed 0.19.8,
 runtime/zero/partitioned_param_coordinator.py) in the steady state, with its recorded trace: a visit fetches what its
 module needs, then prefetches the next parameters of the trace (`prefetch` elements a visit, while fewer than `max_live`
-are available), and lets a parameter go unless it is needed again within `max_reuse` elements of the trace. So a small
+are available), and releases a parameter unless it is needed again within `max_reuse` elements of the trace. So a small
 model stays whole from forward to backward, and of a large one about `max_live` elements are there at any time.
 
 Several parameters gathered together arrive in one buffer and are copied out; the buffer lives until the last of them is

@@ -87,10 +87,9 @@ PRESETS: dict[str, Hardware] = {
     ),
 }
 """Data sheets: A100 (312 TFLOP/s, 19.5 in fp32, 1555 and 2039 GB/s, NVLink 3 with 600 GB/s both ways), H100 SXM (989.4,
-67, 3350, NVLink 4 with 900), H200 (4800).
-Links: DGX A100 has 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s. `a100-40gb-pcie` is a node of Fire-Flyer 2 (An et
-al. 2024, the cluster of the lab that trained Janus-Pro): PCIe 4.0 between GPUs, one 200 Gb/s adapter a node. Memory:
-the `total capacity` that torch prints on these GPUs."""
+67, 3350, NVLink 4 with 900), H200 (4800). Links: DGX A100 has 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s.
+`a100-40gb-pcie` is a node of Fire-Flyer 2 (An et al. 2024, the cluster of the lab that trained Janus-Pro): PCIe 4.0
+between GPUs, one 200 Gb/s adapter a node. Memory: the `total capacity` that torch prints on these GPUs."""
 
 
 def hardware(gpu: str, overrides: Sequence[str] = ()) -> Hardware:

@@ -24,7 +24,7 @@ from jp_train.tools.forecast.walk import BACKWARD, CONTINUED, ENTERED, Visit, wa
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """How a rank runs. Elements where not said otherwise."""
+    """How a rank runs. Elements unless stated otherwise."""
 
     world: int
     size: int

@@ -25,9 +25,7 @@ def format_forecast(forecast: dict[str, Any]) -> str:
     cluster, hardware = forecast["cluster"], forecast["hardware"]
     lines = [
         f"{printable(forecast['model'])}, {printable(forecast['stage'])}: {cluster['world']} ranks on "
-        f"{cluster['nodes']} "
-        "node(s), "
-        f"{cluster['gpu']} with {hardware['memory_gib']:g} GiB",
+        f"{cluster['nodes']} node(s), {cluster['gpu']} with {hardware['memory_gib']:g} GiB",
         forecast["batch"],
         "",
         "GiB of one GPU at the peak of its fullest micro-batch, and seconds of a step (overlapped - one after the "
@@ -117,16 +115,13 @@ def _step(forecast: dict[str, Any]) -> list[str]:
     return [
         *aligned(rows, left=(0,)),
         f"a step of {sent['micro_batches']} micro-batch(es): a node receives {sent['between_nodes_gib']:.1f} GiB from "
-        "the others, "
-        f"a GPU {sent['inside_node_gib']:.1f} GiB inside its node",
+        f"the others, a GPU {sent['inside_node_gib']:.1f} GiB inside its node",
         f"FLOPs a step: {flops['step']:.3g} (forward {flops['forward']:.3g}, backward {flops['backward']:.3g}), "
-        f"recomputed {flops['recomputed']:.3g}, "
-        f"VQ encoding {flops['vq_encode']:.3g}; of one GPU {flops['rank']:.3g}",
+        f"recomputed {flops['recomputed']:.3g}, VQ encoding {flops['vq_encode']:.3g}; of one GPU {flops['rank']:.3g}",
         f"seconds of a step by work: {seconds}",
         f"step {time['overlapped_s']:.2f} s overlapped, {time['serial_s']:.2f} s not; MFU {100 * time['mfu']:.1f} % "
-        f"and {100 * time['serial_mfu']:.1f} %; "
-        f"{time['tokens_per_second_per_gpu']:,.0f} and {time['serial_tokens_per_second_per_gpu']:,.0f} tokens/s a "
-        f"GPU; bound by {time['bound']}",
+        f"and {100 * time['serial_mfu']:.1f} %; {time['tokens_per_second_per_gpu']:,.0f} and "
+        f"{time['serial_tokens_per_second_per_gpu']:,.0f} tokens/s a GPU; bound by {time['bound']}",
     ]
 
 

@@ -37,8 +37,8 @@ VISION = "model.vision_model"
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """`activation`: bytes that exist while the module runs; `released`: whether its parameters may be let go behind it
-    (a module whose input needs no gradient has no hook behind its backward pass: DeepSpeed lets its parameters go at
+    """`activation`: bytes that exist while the module runs; `released`: whether its parameters may be released after it
+    (a module whose input needs no gradient has no hook after its backward pass: DeepSpeed releases its parameters at
     the end of the pass)."""
 
     path: str
