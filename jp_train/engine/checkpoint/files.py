@@ -90,10 +90,10 @@ def step_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
-def step_of(name: str) -> int | None:
-    """The step in a folder's name; None for another name."""
+def step_of(name: str) -> int:
+    """The step in a folder's name; -1 for another name."""
     match = _NAME.match(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def checkpoint_names(folder: Path, until: int | None = None) -> list[str]:
@@ -102,7 +102,7 @@ def checkpoint_names(folder: Path, until: int | None = None) -> list[str]:
     if not folder.is_dir():
         return []
     checkpoints = [
-        (step, path.name) for path in folder.iterdir() if path.is_dir() and (step := step_of(path.name)) is not None
+        (step, path.name) for path in folder.iterdir() if path.is_dir() and (step := step_of(path.name)) >= 0
     ]
     return [name for step, name in sorted(checkpoints) if until is None or step <= until]
 

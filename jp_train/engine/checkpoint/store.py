@@ -254,7 +254,7 @@ class CheckpointStore(CheckpointReader):
         for leftover in self.folder.glob(".*"):  # of saves and deletions that a crash interrupted
             if leftover.is_dir():
                 self._delete(leftover)
-        for name in sorted(self.damaged, key=lambda name: (name != target.name, step_of(name) or 0)):
+        for name in sorted(self.damaged, key=lambda name: (name != target.name, step_of(name))):
             if free_bytes(self.folder) >= needed + SPARE:
                 break
             self._remove(name)  # this run went on from an older one: its steps are trained again
@@ -305,11 +305,11 @@ class CheckpointStore(CheckpointReader):
         sound = self._sound(newest)
         try:
             for name in sound[: -self._cfg.keep_last]:
-                if name == best or (self._cfg.keep_every and (step_of(name) or 0) % self._cfg.keep_every == 0):
+                if name == best or (self._cfg.keep_every and step_of(name) % self._cfg.keep_every == 0):
                     continue
                 self._remove(name)
             for name in list(self.damaged):  # only while it may be the last trace of its steps is it worth its space
-                if sum((step_of(other) or 0) >= (step_of(name) or 0) for other in sound) >= self._cfg.keep_last:
+                if sum(step_of(other) >= step_of(name) for other in sound) >= self._cfg.keep_last:
                     self._remove(name)
             for replaced in self.folder.glob(".replaced_*"):
                 self._delete(replaced)

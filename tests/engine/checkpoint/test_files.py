@@ -21,9 +21,9 @@ from jp_train.engine.checkpoint.files import (
 from jp_train.errors import CheckpointError
 
 
-def test_a_folder_name_gives_its_step_and_others_give_none() -> None:
+def test_a_folder_name_gives_its_step_and_other_names_minus_one() -> None:
     assert [step_of(step_name(step)) for step in (0, 7, 1_234_567, 12_345_678)] == [0, 7, 1_234_567, 12_345_678]
-    assert [step_of(name) for name in ("latest", ".saving_step_0000007", "step_7", "step_0000007.old")] == [None] * 4
+    assert [step_of(name) for name in ("latest", ".saving_step_0000007", "step_7", "step_0000007.old")] == [-1] * 4
 
 
 def test_checkpoints_are_listed_by_step_and_up_to_a_step(tmp_path: Path) -> None:
