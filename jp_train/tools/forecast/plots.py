@@ -36,7 +36,7 @@ WORK = (
     ("reduce", "scatter gradients", "#CC79A7"),
     ("update", "update", "#8c96a0"),
 )
-INK, MUTED, GRID = "#1b1f24", "#656d76", "#e6e9ed"
+INK, MUTED, GRID, LIMIT = "#1b1f24", "#656d76", "#e6e9ed", "#b3261e"
 
 
 def save_forecast(forecast: dict[str, Any], folder: Path) -> str:
@@ -74,38 +74,16 @@ def draw_memory(forecast: dict[str, Any], path: Path) -> None:
             axes.barh(at, value, left=left, height=0.66, color=colour, edgecolor="white", linewidth=0.6)
             left += value
         mark = "fits" if row["roomy"] else "barely fits" if row["fits"] else "does not fit"
-        axes.text(
-            left + end / 150,
-            at,
-            f"{left:.1f}   {mark}",
-            va="center",
-            fontsize=9,
-            color=INK if row["fits"] else "#b3261e",
-        )
-    axes.axvline(limit, color="#b3261e", linewidth=1.6)
-    axes.text(
-        limit - end / 200,
-        -0.72,
-        f"{forecast['cluster']['gpu']}: {limit:g} GiB",
-        color="#b3261e",
-        fontsize=9,
-        ha="right",
-        va="bottom",
-    )
-    axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
-    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row["own"] else "normal")
-        label.set_color(INK)
+        colour = INK if row["fits"] else LIMIT
+        axes.text(left + end / 150, at, f"{left:.1f}   {mark}", va="center", fontsize=9, color=colour)
+    axes.axvline(limit, color=LIMIT, linewidth=1.6)
+    text = f"{forecast['cluster']['gpu']}: {limit:g} GiB"
+    axes.text(limit - end / 200, -0.72, text, color=LIMIT, fontsize=9, ha="right", va="bottom")
+    _name_rows(axes, rows)
     axes.set_ylim(len(rows) - 0.45, -0.95)
     axes.set_xlim(0, end)
     axes.set_xlabel("GiB at the peak of the fullest micro-batch", fontsize=9, color=MUTED, loc="left")
-    _legend(
-        figure,
-        [
-            (LABELS[name], colour)
-            for name, colour in zip([name for name, _ in PARTS] + ["overhead"], COLOURS, strict=True)
-        ],
-    )
+    _legend(figure, list(zip(LABELS.values(), COLOURS, strict=True)))
     figure.savefig(path)
 
 
@@ -122,25 +100,13 @@ def draw_time(forecast: dict[str, Any], path: Path) -> None:
             axes.text(left + value / 2, 0, f"{value:.2f}", ha="center", va="center", color="white", fontsize=9)
         left += value
     axes.axvline(time["overlapped_s"], color=INK, linewidth=1.2, linestyle=":")
-    axes.text(
-        time["overlapped_s"],
-        -0.42,
-        f"overlapped: {time['overlapped_s']:.2f} s  ",
-        fontsize=9,
-        color=INK,
-        ha="right",
-        va="bottom",
-    )
+    text = f"overlapped: {time['overlapped_s']:.2f} s  "
+    axes.text(time["overlapped_s"], -0.42, text, fontsize=9, color=INK, ha="right", va="bottom")
     axes.set_yticks([0], ["one after\nthe other"])
     axes.set_ylim(0.45, -0.75)
     axes.set_xlim(0, 1.04 * left)
-    axes.set_title(
-        f"This configuration: MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %, bound by "
-        f"{time['bound']}",
-        fontsize=10,
-        loc="left",
-        color=INK,
-    )
+    mfu = f"MFU {100 * time['serial_mfu']:.0f} to {100 * time['mfu']:.0f} %"
+    axes.set_title(f"This configuration: {mfu}, bound by {time['bound']}", fontsize=10, loc="left", color=INK)
     axes.set_xlabel("seconds", fontsize=9, color=MUTED, loc="left")
     for at, row in enumerate(rows):
         colour = "#0072B2" if row["fits"] else "#c5ccd3"
@@ -149,10 +115,7 @@ def draw_time(forecast: dict[str, Any], path: Path) -> None:
         second.text(
             row["serial_step_s"], at, f"   {text}", va="center", fontsize=9, color=INK if row["fits"] else MUTED
         )
-    second.set_yticks(range(len(rows)), [_name(row) for row in rows])
-    for label, row in zip(second.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row["own"] else "normal")
-        label.set_color(INK)
+    _name_rows(second, rows)
     second.set_ylim(len(rows) - 0.5, -0.6)
     second.set_xlim(0, 1.3 * max(row["serial_step_s"] for row in rows))
     second.set_title("Every candidate: from full overlap to none", fontsize=10, loc="left", color=INK)
@@ -172,6 +135,13 @@ def _figure(height: float, panels: tuple[float, ...] = ()) -> tuple[Any, Any]:
     for panel in axes:
         _style(panel)
     return figure, axes if panels else axes[0]
+
+
+def _name_rows(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row["own"] else "normal")
+        label.set_color(INK)
 
 
 def _style(axes: Axes) -> None:
