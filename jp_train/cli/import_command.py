@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from jp_train.cli.arguments import add_command
@@ -23,7 +24,8 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jp_train.tools.export import convert
+    from jp_train.tools.export import convert, describe
 
     print(convert(arguments.source, arguments.out, layout="hf", dtype=arguments.dtype))
+    print(f"written: {describe(arguments.out)}, {arguments.dtype} (VQ tokenizer fp32)", file=sys.stderr)
     return 0
