@@ -144,7 +144,8 @@ def _stage(config: RunConfig) -> None:
     at_step = stage.early_stop.at_step
     if at_step is not None and not 0 < at_step <= stage.training_steps:
         raise ConfigError(
-            f"stage.early_stop.at_step {at_step} must lie between 1 and stage.training_steps {stage.training_steps}"
+            f"stage.early_stop.at_step {at_step} must lie between 1 and stage.training_steps {stage.training_steps}; "
+            "stage.early_stop.at_step=null trains all of them"
         )
     if stage.early_stop.patience is not None and (stage.early_stop.patience < 1 or not config.validation.every_steps):
         raise ConfigError(

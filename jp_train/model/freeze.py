@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jp_train.config.schema import MODULES
-from jp_train.errors import ConfigError
+from jp_train.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:  # `check` and `forecast` read names only
     from torch import nn
@@ -78,8 +77,7 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
     trainable = list(names)
     for name in trainable:
         if name not in PREFIXES:
-            close = difflib.get_close_matches(name, PREFIXES, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, PREFIXES, cutoff=0.4)
             extra = " (the VQ tokenizer is never trained here)" if name == VQ_MODULE else ""
             raise ConfigError(f"stage.trainable: unknown module {name!r}{extra}{hint} Known: {', '.join(PREFIXES)}")
     if not trainable or len(set(trainable)) != len(trainable):

@@ -6,11 +6,10 @@ Figures are rounded as their sources print them. TFLOP/s are dense bf16 (no spar
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
-from jp_train.errors import ConfigError
+from jp_train.errors import ConfigError, did_you_mean
 
 GIB = 2**30
 
@@ -105,9 +104,8 @@ def hardware(gpu: str, overrides: Sequence[str] = ()) -> Hardware:
     for text in overrides:
         name, _, value = text.partition("=")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(f"--hardware {text!r}: no such figure; {hint}known: {', '.join(known)}")
+            hint = did_you_mean(name, known, cutoff=0.4)
+            raise ConfigError(f"--hardware {text!r}: no such figure{hint} Known: {', '.join(known)}")
         try:
             number = float(value)
         except ValueError:

@@ -70,7 +70,7 @@ def test_figures_of_the_hardware_can_be_overridden_and_wrong_ones_are_refused():
     assert hardware("h100", ["inter_gbs=50", "nccl_gib=0"]) == replace(PRESETS["h100"], inter_gbs=50.0, nccl_gib=0.0)
     for gpu, figures, said in (
         ("a100", [], "a100-40gb"),
-        ("h100", ["inter_gb=50"], "did you mean inter_gbs"),
+        ("h100", ["inter_gb=50"], "did you mean 'inter_gbs'"),
         ("h100", ["inter_gbs=fast"], "positive number"),
         ("h100", ["inter_gbs=-1"], "positive number"),
         ("h100", ["achievable=1.5"], "at most 1"),
