@@ -140,7 +140,7 @@ def _stage(config: RunConfig) -> None:
     for name in stage.trainable:
         if name not in MODULES:
             hint = did_you_mean(name, MODULES, cutoff=0.4)
-            raise ConfigError(f"stage.trainable: unknown module {name!r}{hint} Valid: {', '.join(MODULES)}")
+            raise ConfigError(f"stage.trainable: unknown module {name!r}{hint or ';'} Valid: {', '.join(MODULES)}")
     at_step = stage.early_stop.at_step
     if at_step is not None and not 0 < at_step <= stage.training_steps:
         raise ConfigError(

@@ -79,7 +79,9 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
         if name not in PREFIXES:
             hint = did_you_mean(name, PREFIXES, cutoff=0.4)
             extra = " (the VQ tokenizer is never trained here)" if name == VQ_MODULE else ""
-            raise ConfigError(f"stage.trainable: unknown module {name!r}{extra}{hint} Known: {', '.join(PREFIXES)}")
+            raise ConfigError(
+                f"stage.trainable: unknown module {name!r}{extra}{hint or ';'} Known: {', '.join(PREFIXES)}"
+            )
     if not trainable or len(set(trainable)) != len(trainable):
         raise ConfigError(
             f"stage.trainable={trainable}: list each module that learns once, and at least one of {', '.join(PREFIXES)}"

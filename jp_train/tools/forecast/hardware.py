@@ -105,7 +105,7 @@ def hardware(gpu: str, overrides: Sequence[str] = ()) -> Hardware:
         name, _, value = text.partition("=")
         if name not in known:
             hint = did_you_mean(name, known, cutoff=0.4)
-            raise ConfigError(f"--hardware {text!r}: no such figure{hint} Known: {', '.join(known)}")
+            raise ConfigError(f"--hardware {text!r}: no such figure{hint or ';'} Known: {', '.join(known)}")
         try:
             number = float(value)
         except ValueError:
