@@ -202,3 +202,18 @@ def _reaches(path: Path, heavy: set[str]) -> bool:
         if isinstance(node, (ast.Import, ast.ImportFrom))
     )
     return bool(imports_in(top, module_name(path).rpartition(".")[0]) & heavy)
+
+
+def test_every_module_has_tests_in_the_folder_that_mirrors_its_own() -> None:
+    """`jp_train/data/plan.py` has `tests/data/test_plan.py`, or a file beside it names `jp_train.data.plan`."""
+    without = []
+    for path in MODULES:
+        if path.stem in ("__init__", "__main__"):
+            continue
+        folder = ROOT / "tests" / path.relative_to(PACKAGE).parent
+        name = module_name(path)
+        imported = {name for test in folder.glob("*.py") for name in imports_of(test)}
+        as_text = any(f"{name} import" in test.read_text(encoding="utf-8") for test in folder.glob("*.py"))
+        if not ((folder / f"test_{path.stem}.py").is_file() or name in imported or as_text):
+            without.append(name)
+    assert without == []
