@@ -25,9 +25,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loaders.rivals import StartRows
     from loaders.sides import Side
 
     from jp_train.config.schema import TokenizerConfig
@@ -46,7 +47,7 @@ WITHOUT_TOKEN_IDS = ("ids", "stored")
 QUICK_ROUNDS = 3
 
 
-def measure(sides: list[Side], samples: int, rounds: int) -> list[dict]:
+def measure(sides: list[Side], samples: int, rounds: int) -> list[dict[str, Any]]:
     """Run `sides` in turn, `rounds` times after one round of warming up; figures of each, ratios to the second side."""
     spent: dict[str, list[tuple[float, float, float]]] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
@@ -82,7 +83,9 @@ def cpu_seconds(side: Side) -> float:
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in side.processes())
 
 
-def compare(kind: str, tokenizer: TokenizerConfig, *, rounds: int, workers: int, rivals: dict) -> list[dict]:
+def compare(
+    kind: str, tokenizer: TokenizerConfig, *, rounds: int, workers: int, rivals: dict[str, StartRows]
+) -> list[dict[str, Any]]:
     """One table."""
     from loaders.rivals import Rival
     from loaders.samples import RECIPE

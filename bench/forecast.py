@@ -381,7 +381,7 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
             super().__init__()
             self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
             for tensor in tree_leaves(made):
                 if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:

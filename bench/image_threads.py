@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loaders.sides import Side
@@ -30,7 +30,7 @@ SETTINGS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1))
 """Workers (0: none, the images are decoded in the trainer), threads in each."""
 
 
-def measure(shards: str, images: int, tokenizer: TokenizerConfig, rounds: int) -> list[dict]:
+def measure(shards: str, images: int, tokenizer: TokenizerConfig, rounds: int) -> list[dict[str, Any]]:
     """A figure for each of SETTINGS."""
     from loaders.sides import Ours, config
 

@@ -239,7 +239,7 @@ class Row:
             )
         return tuple(documents)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """As plain tuples: pickling thousands of small dataclasses costs more than making their rows."""
         provenance = tuple([(p.source, p.shard, p.key, p.kind.value, p.start, p.length) for p in self.provenance])
         arrays = (self.tokens, self.image_slots, self.image_starts, self.und_images, self.gen_images)

@@ -18,7 +18,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
@@ -94,6 +94,12 @@ def install(folder: Path) -> None:
     subprocess.run([*command, *PACKAGES], check=True)
 
 
+Document: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Token ids, and the image or its VQ ids."""
+StartRows: TypeAlias = "Callable[[RunConfig, RowMaker], Iterable[dict[str, torch.Tensor]]]"
+"""A loader's endless rows, from a configuration."""
+
+
 class RowMaker:
     """Samples -> rows ready for the device: ids, labels and image labels int64 [T], cu_seqlens, images uint8 or
     ids stacked."""
@@ -115,7 +121,7 @@ class RowMaker:
             return ids, load_generation_image(image, self._size)
         return ids, np.frombuffer(image, np.uint16, offset=NPY_HEADER)
 
-    def row(self, documents: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def row(self, documents: list[Document]) -> dict[str, torch.Tensor]:
         """One packed row."""
         lengths = [len(ids) for ids, _ in documents]
         targets = []
@@ -132,9 +138,9 @@ class RowMaker:
         }
         return {name: torch.from_numpy(array) for name, array in row.items()}
 
-    def next_fit(self, documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[dict[str, torch.Tensor]]:
+    def next_fit(self, documents: Iterable[Document]) -> Iterator[dict[str, torch.Tensor]]:
         """Rows that close as soon as the next document does not fit."""
-        held: list[tuple[np.ndarray, np.ndarray]] = []
+        held: list[Document] = []
         room = self.seq_len
         for document in documents:
             if len(document[0]) > room:
@@ -147,9 +153,7 @@ class RowMaker:
 class Rival:
     """A side over an endless iterator of rows, made by `start(workers)`."""
 
-    def __init__(
-        self, name: str, cfg: RunConfig, start: Callable[[RunConfig, RowMaker], Iterable[dict[str, torch.Tensor]]]
-    ) -> None:
+    def __init__(self, name: str, cfg: RunConfig, start: StartRows) -> None:
         self.name = name
         self._rows = iter(start(cfg, RowMaker(cfg)))
 
@@ -191,7 +195,7 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
     member = "jpg" if is_image else "vq.npy"
 
     @energon.stateless
-    def cook(sample: dict) -> dict:
+    def cook(sample: dict[str, Any]) -> dict[str, Any]:
         return dict(sample)
 
     class Encoder(energon.TaskEncoder):
@@ -199,10 +203,10 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
         decoder = None
 
         @energon.stateless
-        def encode_sample(self, sample):
+        def encode_sample(self, sample: Any) -> Any:
             return maker.encode(sample[member], sample["json"], is_image=is_image)
 
-        def select_samples_to_pack(self, samples):
+        def select_samples_to_pack(self, samples: Any) -> Any:
             rows: list[list[Any]] = []
             rooms: list[int] = []
             for document in sorted(samples, key=lambda document: -len(document[0])):
@@ -215,7 +219,7 @@ def energon_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.Te
             return rows
 
         @energon.stateless
-        def pack_selected_samples(self, samples):
+        def pack_selected_samples(self, samples: Any) -> Any:
             return maker.row(samples)
 
     dataset = energon.get_train_dataset(
@@ -255,11 +259,11 @@ def streaming_rows(cfg: RunConfig, maker: RowMaker) -> Iterable[dict[str, torch.
 RIVALS = {"webdataset": webdataset_rows, "Megatron-Energon": energon_rows, "MosaicML Streaming": streaming_rows}
 
 
-def available(folder: Path) -> dict[str, Callable]:
+def available(folder: Path) -> dict[str, StartRows]:
     """The rivals that can be imported, from here or from `folder`; a line on stderr for each that cannot."""
     if folder.is_dir():
         site.addsitedir(str(folder))
-    importable = {}
+    importable: dict[str, StartRows] = {}
     for name, start in RIVALS.items():
         module = {
             "webdataset": "webdataset",
@@ -276,15 +280,15 @@ def available(folder: Path) -> dict[str, Callable]:
     return importable
 
 
-class _Packed(IterableDataset):
-    def __init__(self, documents: Iterable | Callable[[], Iterator], maker: RowMaker) -> None:
+class _Packed(IterableDataset[dict[str, torch.Tensor]]):
+    def __init__(self, documents: Iterable[Document] | Callable[[], Iterator[Document]], maker: RowMaker) -> None:
         self._documents, self._maker = documents, maker
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self._maker.next_fit(self._documents() if callable(self._documents) else self._documents)
 
 
-def _loaded(dataset: IterableDataset, workers: int) -> Iterable[dict[str, torch.Tensor]]:
+def _loaded(dataset: IterableDataset[dict[str, torch.Tensor]], workers: int) -> Iterable[dict[str, torch.Tensor]]:
     return DataLoader(dataset, batch_size=None, num_workers=workers) if workers else dataset
 
 

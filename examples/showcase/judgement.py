@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Drawings:
 
 def read_drawings(data: Path, sources: Sequence[str], side: int) -> Drawings:
     """Every drawing of generation sources once, with its first caption."""
-    drawings: dict[tuple[str, str], tuple] = {}
+    drawings: dict[tuple[str, str], tuple[np.ndarray, dict[str, Any]]] = {}
     for source in sources:
         for sample in read_source(data / source):
             note = note_of(sample)
@@ -97,7 +98,7 @@ class NearestDrawing:
         return float(np.mean([1 / np.count_nonzero(self.styles == style) for style in styles]))
 
 
-def judge_showcase(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict]:
+def judge_showcase(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict[str, Any]]:
     """Judge `out/stage3/export`; returns the rows of evaluation.json. `tiny` asks a handful of everything."""
     run = out / "stage3"
     model = load_for_inference(run / "export")
@@ -149,7 +150,7 @@ def _drawn(
     seed: int,
     path: Path,
     note: str,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     images = generate_images(model, group.prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
     ids = model.vq.encode(torch.from_numpy(group.images).permute(0, 3, 1, 2).contiguous())
     ceiling = float(np.mean(_right(nearest, model.vq.decode(ids).permute(0, 2, 3, 1).numpy(), group)))
@@ -168,7 +169,7 @@ def _drawn(
     return [_row(f"emoji drawn, {title}", float(np.mean(right)), nearest.chance(group.styles), about, ceiling=ceiling)]
 
 
-def _named(model: InferenceModel, title: str, group: Drawings, names: int, path: Path) -> list[dict]:
+def _named(model: InferenceModel, title: str, group: Drawings, names: int, path: Path) -> list[dict[str, Any]]:
     """Name, kind and style of the drawings; exact answers."""
     questions = {
         "name": (
@@ -208,7 +209,7 @@ def _commonest(values: Sequence[str]) -> float:
     return max(Counter(values).values()) / len(values)
 
 
-def _row(name: str, value: float, chance: float, note: str, *, ceiling: float | None = None) -> dict:
+def _row(name: str, value: float, chance: float, note: str, *, ceiling: float | None = None) -> dict[str, Any]:
     ceiling = None if ceiling is None else round(float(ceiling), 4)
     return {
         "name": name,

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -128,12 +129,12 @@ def detail(item: Emoji, style: str) -> str:
     )
 
 
-def _sample(image: Image.Image, note: dict, item: Emoji, style: str) -> dict:
+def _sample(image: Image.Image, note: dict[str, Any], item: Emoji, style: str) -> dict[str, bytes]:
     about = {"name": item.name, "kind": item.kind, "style": style}
     return {"png": png_bytes(image), "json": json.dumps({**note, **about}, ensure_ascii=False, sort_keys=True).encode()}
 
 
-def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iterator[dict]:
+def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iterator[dict[str, bytes]]:
     for wording in range(wordings):
         for item, style in drawings:
             yield _sample(
@@ -141,7 +142,9 @@ def _generation(drawings: Sequence[tuple[Emoji, str]], *, wordings: int) -> Iter
             )
 
 
-def _understanding(seed: int, source: str, drawings: Sequence[tuple[Emoji, str]], *, trained: bool) -> Iterator[dict]:
+def _understanding(
+    seed: int, source: str, drawings: Sequence[tuple[Emoji, str]], *, trained: bool
+) -> Iterator[dict[str, bytes]]:
     """Every question about every drawing, in a mixed order; trained ones moved a little, and described as well."""
     dealt = []
     for item, style in drawings:
@@ -182,12 +185,12 @@ def split_text(synsets: Sequence[Synset], seed: int, counts: ShowcaseCounts) -> 
     return [usable[n] for n in order[held_out:]], [usable[n] for n in order[:held_out]]
 
 
-def _documents(synsets: Sequence[Synset], limit: int) -> Iterator[dict]:
+def _documents(synsets: Sequence[Synset], limit: int) -> Iterator[dict[str, bytes]]:
     for synset in synsets[:limit]:
         yield {"txt": f"{', '.join(synset.words)}: {synset.gloss}".encode()}
 
 
-def _conversations(seed: int, source: str, synsets: Sequence[Synset], limit: int) -> Iterator[dict]:
+def _conversations(seed: int, source: str, synsets: Sequence[Synset], limit: int) -> Iterator[dict[str, bytes]]:
     nouns = [synset for synset in synsets if synset.key.startswith("n") and synset.definition]
     for number, synset in enumerate(nouns[:limit]):
         wording = int(generator(seed, source, number).integers(len(MEANING_QUESTIONS)))
@@ -211,7 +214,7 @@ def build_showcase_shards(out_dir: Path, cache: Path, seed: int, counts: Showcas
     counts = counts or ShowcaseCounts()
     split, synsets = read_split(Path(cache), seed, counts)
     text, text_val = split_text(synsets, seed, counts)
-    sources: dict[str, Iterator[dict]] = {}
+    sources: dict[str, Iterator[dict[str, bytes]]] = {}
     for style in STYLES:
         trained = [pair for pair in split.trained if pair[1] == style]
         unseen = [pair for pair in split.names if pair[1] == style]

@@ -73,7 +73,7 @@ class Bench:
         return generate_images(self.model, prompts, cfg_scale=scale, temperature=TEMPERATURE, seed=seed, batch_size=64)
 
 
-def judge(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict]:
+def judge(out: Path, *, seed: int = 0, tiny: bool = False) -> list[dict[str, Any]]:
     """Judge `out/stage3/export`; returns the rows of evaluation.json. `tiny` asks a handful of everything."""
     run = out / "stage3"
     _check_transformers_load(run / "export")
@@ -104,7 +104,7 @@ def _row(
     ceiling: float | None = None,
     target: float | None = None,
     note: str = "",
-) -> dict:
+) -> dict[str, Any]:
     return {
         "name": name,
         "value": round(value, 4),
@@ -115,7 +115,7 @@ def _row(
     }
 
 
-def _digits_generated(bench: Bench, samples: Path) -> list[dict]:
+def _digits_generated(bench: Bench, samples: Path) -> list[dict[str, Any]]:
     def ask(each: int, scale: float, seed: int) -> tuple[np.ndarray, list[int]]:
         labels = [label for _ in range(each) for label in range(10)]
         return bench.generate([digits.digit_prompt(label) for label in labels], scale, seed), labels
@@ -166,7 +166,7 @@ def _held_out_scenes(bench: Bench, source: str, categories: Sequence[str]) -> li
     return [scene for scene in scenes if scene.category in categories]
 
 
-def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
+def _scenes_generated(bench: Bench, samples: Path) -> list[dict[str, Any]]:
     scenes = _held_out_scenes(bench, "scenes-gen-val", CATEGORIES)
     easy = [scene for scene in scenes if scene.category in SHOWN_CATEGORIES]
     sweep = {}
@@ -223,7 +223,7 @@ def _scenes_generated(bench: Bench, samples: Path) -> list[dict]:
     ]
 
 
-def _digits_named(bench: Bench, samples: Path) -> list[dict]:
+def _digits_named(bench: Bench, samples: Path) -> list[dict[str, Any]]:
     held_out = digits.load_digit_split(bench.seed)[1]
     count = min(len(held_out.labels), 18 * bench.digits_each)
     images, labels = drawn(held_out.ink[:count], bench.side), held_out.labels[:count]
@@ -256,7 +256,7 @@ def _digits_named(bench: Bench, samples: Path) -> list[dict]:
     ]
 
 
-def _scenes_described(bench: Bench, samples: Path) -> list[dict]:
+def _scenes_described(bench: Bench, samples: Path) -> list[dict[str, Any]]:
     scenes = _held_out_scenes(bench, "scenes-und-val", CATEGORIES)
     questions = [(scene, question) for scene in scenes for question in scene_questions(scene)]
     images = evaluate.scene_images([scene for scene, _ in questions], bench.side)

@@ -17,7 +17,7 @@ def bfloat16_pays() -> bool:
     return bool(supported and supported())
 
 
-def autocast(enabled: bool) -> contextlib.AbstractContextManager:
+def autocast(enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Matrix products and convolutions in bfloat16 if that is ``enabled`` and pays on this CPU; otherwise float32."""
     if enabled and bfloat16_pays():
         return torch.autocast("cpu", torch.bfloat16)

@@ -10,6 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,7 +29,7 @@ def read_source(folder: Path) -> Iterator[dict[str, bytes]]:
         raise DataError(f"no .tar shards in {folder}")
     for shard in shards:
         with tarfile.open(shard) as archive:
-            sample: dict = {}
+            sample: dict[str, Any] = {}
             for member in archive:
                 key, _, extension = member.name.partition(".")
                 if sample and sample["__key__"] != key:
@@ -42,7 +43,7 @@ def read_source(folder: Path) -> Iterator[dict[str, bytes]]:
                 yield sample
 
 
-def note_of(sample: dict[str, bytes]) -> dict:
+def note_of(sample: dict[str, bytes]) -> dict[str, Any]:
     """The sample's ``json`` member."""
     return json.loads(sample["json"])
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -76,7 +77,7 @@ def _json_bytes(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
 
 
-def conversation(question: str, answer: str, *, image: bool) -> dict:
+def conversation(question: str, answer: str, *, image: bool) -> dict[str, Any]:
     """One question and its answer in the LLaVA layout; ``image`` puts ``<image>`` before the question."""
     turn = f"<image>\n{question}" if image else question
     return {"conversations": [{"from": "human", "value": turn}, {"from": "gpt", "value": answer}]}
@@ -96,7 +97,7 @@ def held_out_scene(seed: int, source: str, number: int) -> scenes.Scene:
     return scenes.sample_scene(rng, scenes.CATEGORIES[number % len(scenes.CATEGORIES)], pairs=pairs)
 
 
-def _digits(seed: int, source: str, count: int) -> Iterator[dict]:
+def _digits(seed: int, source: str, count: int) -> Iterator[dict[str, bytes]]:
     held_out = source.endswith("-val")
     chosen = digits.load_digit_split(seed)[1 if held_out else 0]
     order = generator(seed, source, "order").permutation(len(chosen))
@@ -114,7 +115,7 @@ def _digits(seed: int, source: str, count: int) -> Iterator[dict]:
         yield {"png": png_bytes(image), "json": _json_bytes({**note, "label": label})}
 
 
-def _scenes(seed: int, source: str, count: int) -> Iterator[dict]:
+def _scenes(seed: int, source: str, count: int) -> Iterator[dict[str, bytes]]:
     held_out = source.endswith("-val")
     for number in range(count):
         if held_out:
@@ -131,7 +132,7 @@ def _scenes(seed: int, source: str, count: int) -> Iterator[dict]:
         yield {"png": png_bytes(scenes.draw_scene(scene)), "json": _json_bytes({**note, "category": scene.category})}
 
 
-def _texts(seed: int, source: str) -> Iterator[dict]:
+def _texts(seed: int, source: str) -> Iterator[dict[str, bytes]]:
     held_out = int(source.endswith("-val"))
     if source.startswith("text-dialogues"):
         for pair in text.split_conversations(seed)[held_out]:
@@ -141,7 +142,7 @@ def _texts(seed: int, source: str) -> Iterator[dict]:
             yield {"txt": document.encode()}
 
 
-def source_samples(seed: int, source: str, count: int) -> Iterator[dict]:
+def source_samples(seed: int, source: str, count: int) -> Iterator[dict[str, bytes]]:
     """The samples of a source without their keys: extension to bytes.  ``count`` is ignored by the text sources.
 
     Raises:
@@ -165,7 +166,7 @@ def source_counts(sizes: ShardSizes) -> dict[str, int]:
     return trained | held_out | texts
 
 
-def write_source(folder: Path, source: str, samples: Iterator[dict], samples_per_shard: int) -> int:
+def write_source(folder: Path, source: str, samples: Iterator[dict[str, bytes]], samples_per_shard: int) -> int:
     """Write samples into ``folder/00000.tar``, ``00001.tar``, …; returns how many samples were written.
 
     Raises:

@@ -6,10 +6,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jp_train.cluster.options import DEFAULT_PORT, LaunchOptions
 from jp_train.errors import did_you_mean
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What `register` of a command adds its parser to."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,9 +106,7 @@ def add_sampling(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_command(
-    commands: argparse._SubParsersAction, name: str, summary: str, details: str = ""
-) -> argparse.ArgumentParser:
+def add_command(commands: Commands, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
     """A subparser whose help starts with what the command is for."""
     return commands.add_parser(
         name, help=summary, description=f"{summary}.\n\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter

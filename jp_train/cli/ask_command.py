@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_model
+from jp_train.cli.arguments import Commands, add_command, add_model
 from jp_train.errors import DataError
 
 DETAILS = """\
   jp-train ask --model runs/janus_pro_1b/stage3 --image cat.jpg --question 'What is the cat doing?'"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "ask", "answer a question about an image", DETAILS)
     add_model(parser)
     parser.add_argument("--image", type=Path, required=True, help="JPEG, PNG or WebP")

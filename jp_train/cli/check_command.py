@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json
+from jp_train.cli.arguments import Commands, add_command, add_config, add_json
 
 DETAILS = """\
 Reads the configuration, the hostfile, the tokenizer, the headers of the starting weights, and the shards' indexes as
@@ -18,7 +18,7 @@ there is one.
   jp-train check launch/janus_pro_1b_stage1.yaml --config-only optimizer.lr=5e-5"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "check", "what a configuration would run, and whether it fits together", DETAILS)
     add_config(parser)
     parser.add_argument("--hostfile", type=Path, help="take the world size from this hostfile")

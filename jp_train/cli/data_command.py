@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 
-from jp_train.cli.arguments import add_command
+from jp_train.cli.arguments import Commands, add_command
 
 TOOLS = ("import", "index", "verify", "explain", "inspect", "encode-images", "simulate")
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "data", "tools for the data of a run")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     for name in TOOLS:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json, launch_options, whole_number
+from jp_train.cli.arguments import Commands, add_command, add_config, add_json, launch_options, whole_number
 
 DETAILS = """\
 Training then neither reads nor decodes a generation image. For each shard X.tar of a generation source, training and
@@ -25,7 +25,7 @@ by their images. An image that cannot be decoded is named, and skipped in traini
 Exit status 3: ids differ."""
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(
         tools, "encode-images", "compute the VQ ids of all generation images once, beside the shards", DETAILS
     )

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_json
+from jp_train.cli.arguments import Commands, add_command, add_json
 from jp_train.cli.replay_arguments import add_replay, config_and_overrides
 
 DETAILS = """\
@@ -25,7 +25,7 @@ the counts in its metrics.jsonl. Without it, planning starts at step 1.
 back."""
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(tools, "explain", "which documents the rows of an optimizer step were made of", DETAILS)
     add_replay(parser, step_required=True)
     parser.add_argument("--row", type=int, help="only this row of the step, counted from 0 over all ranks")

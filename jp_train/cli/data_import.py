@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jp_train.cli.arguments import add_command, add_json
+from jp_train.cli.arguments import Commands, add_command, add_json
 
 if TYPE_CHECKING:
     from jp_train.tools.importers.entries import Reader
@@ -37,7 +37,7 @@ on, without a duplicate or a hole. The shards depend on the source and the optio
 KINDS = ("understanding", "generation")
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(
         tools,
         "import",
@@ -49,7 +49,7 @@ def register(tools: argparse._SubParsersAction) -> None:
         add_layout(formats)
 
 
-AddLayout = Callable[[argparse._SubParsersAction], None]
+AddLayout = Callable[[Commands], None]
 LAYOUTS: list[AddLayout] = []
 """Every layout in the order of the help: functions below that are marked with @layout."""
 
@@ -62,7 +62,7 @@ def layout(add_layout: AddLayout) -> AddLayout:
 
 
 @layout
-def _imagenet(formats: argparse._SubParsersAction) -> None:
+def _imagenet(formats: Commands) -> None:
     details = """\
 SOURCE/CLASS/image: each image becomes a generation sample whose caption is the name of its class. The recipe's
 `class_prompt` shapes it in training (first_lemma: "tench, Tinca tinca" -> "tench")."""
@@ -87,7 +87,7 @@ SOURCE/CLASS/image: each image becomes a generation sample whose caption is the 
 
 
 @layout
-def _coco(formats: argparse._SubParsersAction) -> None:
+def _coco(formats: Commands) -> None:
     details = """\
 One JSON with "images" (id, file_name) and "annotations" (image_id, caption). It is loaded whole: about 6 times its
 size in memory."""
@@ -112,7 +112,7 @@ size in memory."""
 
 
 @layout
-def _conversations(formats: argparse._SubParsersAction) -> None:
+def _conversations(formats: Commands) -> None:
     details = """\
 [{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
 {"from": "gpt", "value": "A cat."}]}, ...] as a JSON array (read as a stream) or a record a line; "messages" with role
@@ -138,7 +138,7 @@ counted, or with --text-out written as text shards."""
 
 
 @layout
-def _pairs(formats: argparse._SubParsersAction) -> None:
+def _pairs(formats: Commands) -> None:
     details = """\
 One image and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column,
 understanding samples ask that column and answer with --caption-column."""
@@ -153,7 +153,7 @@ understanding samples ask that column and answer with --caption-column."""
 
 
 @layout
-def _text(formats: argparse._SubParsersAction) -> None:
+def _text(formats: Commands) -> None:
     details = """\
 Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text", or "conversations" of a conversation. Plain
 text (.txt, .md, .txt.gz): a file is a document, or --document paragraph or line."""
@@ -176,7 +176,7 @@ text (.txt, .md, .txt.gz): a file is a document, or --document paragraph or line
 
 
 @layout
-def _parquet(formats: argparse._SubParsersAction) -> None:
+def _parquet(formats: Commands) -> None:
     details = """\
 Rows with an image as bytes (Hugging Face's {bytes, path}, or binary) or as a path inside --images, or rows of text.
 Needs pyarrow: pip install 'jp_train[parquet]'. A process reads one row group at a time."""
@@ -198,7 +198,7 @@ Needs pyarrow: pip install 'jp_train[parquet]'. A process reads one row group at
 
 
 @layout
-def _webdataset(formats: argparse._SubParsersAction) -> None:
+def _webdataset(formats: Commands) -> None:
     details = """\
 Shards that already exist are validated and indexed in place; OUT gets the reports. Compressed tars (.gz, .bz2, .xz)
 are written again as plain ones into OUT. 'pipe:COMMAND' (braces work: 'pipe:aws s3 cp s3://bucket/{000..127}.tar -')
@@ -220,9 +220,7 @@ needs --allow-pipe; the command runs without a shell, and its tar stream becomes
     parser.set_defaults(run=run_webdataset)
 
 
-def _format(
-    formats: argparse._SubParsersAction, name: str, summary: str, details: str, source: str
-) -> argparse.ArgumentParser:
+def _format(formats: Commands, name: str, summary: str, details: str, source: str) -> argparse.ArgumentParser:
     parser = add_command(formats, name, summary, details)
     parser.add_argument("source", metavar="SOURCE", type=Path, help=source)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards, manifest.json and skipped.jsonl")

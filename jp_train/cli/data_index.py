@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
+from jp_train.cli.arguments import Commands, add_command, add_config, add_json, whole_number
 
 DETAILS = """\
 Training builds a missing index itself; for large data do it beforehand, in parallel. An index is rebuilt when the
@@ -21,7 +21,7 @@ more CPU.
   jp-train data index launch/janus_pro_1b_stage1.yaml --processes 16 data.token_ids=off"""
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(
         tools,
         "index",

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_json
+from jp_train.cli.arguments import Commands, add_command, add_json
 from jp_train.cli.replay_arguments import add_replay, config_and_overrides
 
 DETAILS = """\
@@ -22,7 +22,7 @@ minute.
 VQ ids are decoded with the weights of --model, else with those the configuration starts from."""
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(
         tools, "inspect", "packed rows of a step as one HTML page: text, images, boundaries, loss masks", DETAILS
     )

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json
+from jp_train.cli.arguments import Commands, add_command, add_config, add_json
 
 DETAILS = """\
 Plans some hundred steps from all over the stage (real rows, from the index alone) and shows how full rows are, how
@@ -19,7 +19,7 @@ with their error. Without data yet, give --synthetic or --lengths.
   jp-train data simulate launch/janus_pro_1b_stage2.yaml --world 128 --step-seconds 4.5 --synthetic"""
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(
         tools, "simulate", "forecast a stage's data: fill, mixture, epochs, balance between ranks, reads", DETAILS
     )

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
+from jp_train.cli.arguments import Commands, add_command, add_config, add_json, whole_number
 
 DETAILS = """\
 Finds truncated or damaged tars, links, duplicate or interleaved keys, missing or ill-typed fields, broken JSON, text
@@ -24,7 +24,7 @@ examples:
   jp-train data verify launch/janus_pro_1b_stage1.yaml --exclude        leave bad images out of the next index"""
 
 
-def register(tools: argparse._SubParsersAction) -> None:
+def register(tools: Commands) -> None:
     parser = add_command(
         tools, "verify", "read every shard of a configuration once and name every fault in it", DETAILS
     )

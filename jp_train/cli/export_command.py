@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_sampling
+from jp_train.cli.arguments import Commands, add_command, add_sampling
 from jp_train.terminal import duration
 
 DETAILS = """\
@@ -20,7 +20,7 @@ out).
   jp-train export runs/janus_pro_1b/stage3 released/janus_pro_1b --layout deepseek"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(
         commands, "export", "write a run's weights as safetensors, in transformers' or the released layout", DETAILS
     )

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_config, add_json, whole_number
+from jp_train.cli.arguments import Commands, add_command, add_config, add_json, whole_number
 
 DETAILS = """\
 Needs no GPU and no data. For every micro-batch, with and without activation checkpointing and hpZ: memory of one GPU by
@@ -20,7 +20,7 @@ measured ones with --hardware.
   jp-train forecast launch/janus_pro_1b_stage2.yaml --world 64 --gpu h100 --hardware inter_gbs=100"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(
         commands, "forecast", "memory, communication, FLOPs, time and days of a stage on a cluster", DETAILS
     )

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_model, add_sampling
+from jp_train.cli.arguments import Commands, add_command, add_model, add_sampling
 from jp_train.errors import ConfigError
 from jp_train.terminal import duration
 
@@ -18,7 +18,7 @@ what is best for it: `jp-train export RUN OUT --cfg-scale 2 --temperature 0.6`.
   jp-train generate --model runs/janus_pro_1b/stage3 --prompt 'a red circle' --out circle.png"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "generate", "images from prompts, with classifier-free guidance", DETAILS)
     add_model(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times; one image each")

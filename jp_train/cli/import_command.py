@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command
+from jp_train.cli.arguments import Commands, add_command
 
 DETAILS = """\
 Turns a released deepseek-ai Janus-Pro folder (or any layout that `export` writes) into transformers' format, and checks
@@ -15,7 +15,7 @@ names and shapes. Optional: `model.init_from` reads a released folder directly t
   jp-train import Janus-Pro-1B weights/janus_pro_1b"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "import", "turn a released checkpoint into transformers' format", DETAILS)
     parser.add_argument("source", metavar="IN", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", type=Path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jp_train.cli.arguments import add_command, add_config, add_hosts, launch_options, whole_number
+from jp_train.cli.arguments import Commands, add_command, add_config, add_hosts, launch_options, whole_number
 from jp_train.cluster.options import DEFAULT_GRACE_S, DEFAULT_PATIENCE_S, LAUNCHERS
 
 DETAILS = """\
@@ -29,7 +29,7 @@ exit status: 0 done, 1 an exception in a rank, 2 configuration, 3 data, 4 checkp
 rank, 130/138/143 stopped by a signal after saving"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "launch", "start a training run on every host of a hostfile", DETAILS)
     add_config(parser)
     add_hosts(parser)

@@ -7,7 +7,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_hosts, add_json, launch_options
+from jp_train.cli.arguments import Commands, add_command, add_hosts, add_json, launch_options
 from jp_train.cluster.checks import CHECK_NAMES, CHECKS
 
 DETAILS = """\
@@ -26,7 +26,7 @@ exit status 0 when there is no fault (warnings do not count), 5 when there is on
 command line."""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     listed = "\n".join(
         textwrap.fill(f"{check.name:<10}{check.question}", 120, initial_indent="  ", subsequent_indent=" " * 12)
         for check in CHECKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command
+from jp_train.cli.arguments import Commands, add_command
 
 DETAILS = """\
 Writes report.html (one self-contained file) and PNG curves. Several run folders are overlaid to compare runs; folders
@@ -15,7 +15,7 @@ that are consecutive stages of one training are laid side by side.
   jp-train report runs/janus_pro_1b/stage1 runs/janus_pro_1b/stage2 --out runs/janus_pro_1b"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(
         commands, "report", "loss curves, mixture, throughput, events and samples as one HTML page and PNGs", DETAILS
     )

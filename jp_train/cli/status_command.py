@@ -7,14 +7,14 @@ import json
 import time
 from pathlib import Path
 
-from jp_train.cli.arguments import add_command, add_json
+from jp_train.cli.arguments import Commands, add_command, add_json
 
 DETAILS = """\
   jp-train status runs/janus_pro_1b/stage1
   jp-train status runs/janus_pro_1b/stage1 --watch 10"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(
         commands,
         "status",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jp_train.cli.arguments import add_command, add_config
+from jp_train.cli.arguments import Commands, add_command, add_config
 
 DETAILS = """\
 The deepspeed launcher starts this on every rank; started by hand it trains with one process. To train on several
@@ -14,7 +14,7 @@ Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, exit status 130 / 1
   jp-train train examples/smoke/stage1.yaml run_dir=runs/try stage.training_steps=20"""
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: Commands) -> None:
     parser = add_command(commands, "train", "run one rank of a training run", DETAILS)
     add_config(parser)
     parser.set_defaults(run=run)

@@ -113,7 +113,7 @@ class HttpRanges:
             connection.close()
         self._connections().clear()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (HttpRanges, ())
 
     def _connections(self) -> dict[tuple[str, str], _Connection]:

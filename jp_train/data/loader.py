@@ -288,7 +288,7 @@ class _Failure:
     message: str
 
 
-class _Rows(Dataset):
+class _Rows(Dataset[Any]):
     """RowSpec -> Row, as the map-style dataset that DataLoader wants."""
 
     def __init__(self, builder: RowBuilder) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class RowBuilder:
         self._no_images = torch.zeros((0, 3, size, size), dtype=torch.uint8)
         self._length_may_change = not held_out and cfg.data.pad_dropout_form is not PadDropoutForm.every_token
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self._cfg, self._locators, self._tokenizer, self._held_out, self._shared))
 
     def build(self, spec: RowSpec) -> Row:

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Collection
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -141,7 +142,7 @@ def _image(raw: RawSample) -> bytes | None:
     return raw.fields[present[0]] if present else None
 
 
-def _json(raw: RawSample) -> dict:
+def _json(raw: RawSample) -> dict[str, Any]:
     if "json" not in raw.fields:
         raise SkipSample(f"no .json: found {_extensions_of(raw)}", "missing_field")
     try:
@@ -167,17 +168,17 @@ def _checked(text: object, what: str, *, allow_empty: bool = False) -> str:
     return text
 
 
-def _string(value: dict, name: str) -> str:
+def _string(value: dict[str, Any], name: str) -> str:
     if name not in value:
         raise SkipSample(f'.json lacks "{name}"; it has {_keys(value)}', "missing_field")
     return _checked(value[name], f'"{name}"').strip()
 
 
-def _keys(value: dict) -> str:
+def _keys(value: dict[str, Any]) -> str:
     return ", ".join(f'"{key}"' for key in list(value)[:8]) or "no keys"
 
 
-def _understanding_turns(value: dict) -> tuple[Turn, ...]:
+def _understanding_turns(value: dict[str, Any]) -> tuple[Turn, ...]:
     if "conversations" not in value:
         if "caption" not in value:
             raise SkipSample(f'.json has neither "conversations" nor "caption"; it has {_keys(value)}', "missing_field")

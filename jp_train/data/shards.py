@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import braceexpand
 import numpy as np
@@ -174,7 +174,7 @@ class ShardReader:
         self._begin()
         self._http.close()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (ShardReader, (self._tries,))
 
     def _begin(self) -> None:

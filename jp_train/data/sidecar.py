@@ -96,7 +96,7 @@ def load_tokens(shard: Shard, fingerprint: str, *, with_ids: bool = False) -> Sh
     """The tokens sidecar of a shard for a fingerprint, or None when there is none that is current, and (`with_ids`)
     holds token ids."""
 
-    def made(meta: dict, arrays: NpzFile) -> ShardTokens:
+    def made(meta: dict[str, Any], arrays: NpzFile) -> ShardTokens:
         tokens = _tokens(meta, arrays)
         _require(not with_ids or tokens.ids_bytes is not None)
         return tokens
@@ -108,7 +108,7 @@ def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[Sh
     """The tokens sidecar of a shard, and its token ids, to be read through `reader`; None when there is no current
     one that has them."""
 
-    def made(meta: dict, arrays: NpzFile) -> tuple[ShardTokens, StoredTokenIds]:
+    def made(meta: dict[str, Any], arrays: NpzFile) -> tuple[ShardTokens, StoredTokenIds]:
         tokens = _tokens(meta, arrays)
         archive, size = arrays.zip, tokens.ids_bytes
         assert archive is not None and archive.fp is not None and archive.filename is not None
@@ -133,7 +133,7 @@ def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[Sh
     return _read(shard, _tokens_suffix(shard, fingerprint), _tokens_identity(shard, fingerprint), made)
 
 
-def _members(shard: Shard, meta: dict, arrays: Mapping[str, np.ndarray]) -> ShardMembers:
+def _members(shard: Shard, meta: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> ShardMembers:
     keys, extensions = tuple(_unpack(arrays["keys"])), _texts(meta["extensions"])
     start, extension = arrays["member_start"], arrays["extension"]
     offset, size = arrays["offset"], arrays["size"]
@@ -154,7 +154,7 @@ def _members(shard: Shard, meta: dict, arrays: Mapping[str, np.ndarray]) -> Shar
     )
 
 
-def _tokens(meta: dict, arrays: NpzFile) -> ShardTokens:
+def _tokens(meta: dict[str, Any], arrays: NpzFile) -> ShardTokens:
     sample, table = arrays["sample"], arrays["table"]
     _require(sample.dtype == table.dtype == np.int32 and sample.ndim == 1 and table.shape == (4, len(sample)))
     _require(
@@ -208,11 +208,11 @@ def _tokens_suffix(shard: Shard, fingerprint: str) -> str:
     return f".jp-tokens-{fingerprint[:12]}{f'-x{shard.excluded[:8]}' if shard.excluded else ''}.npz"
 
 
-def _tokens_identity(shard: Shard, fingerprint: str) -> dict:
+def _tokens_identity(shard: Shard, fingerprint: str) -> dict[str, Any]:
     return _identity(shard) | {"fingerprint": fingerprint, "excluded": shard.excluded or None}
 
 
-def _identity(shard: Shard) -> dict:
+def _identity(shard: Shard) -> dict[str, Any]:
     return {"format": FORMAT, "size": shard.size, "stamp": shard.stamp}
 
 
@@ -259,13 +259,15 @@ def _remove_left_behind(folder: Path) -> None:
                         os.unlink(entry.path)
 
 
-def _write(shard: Shard, suffix: str, meta: dict, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(shard: Shard, suffix: str, meta: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     blob = np.frombuffer(json.dumps(meta, ensure_ascii=True).encode(), np.uint8)
     contents: dict[str, Any] = {"meta": blob, **arrays}
     write_sidecar(shard, suffix, lambda file: np.savez(file, **contents))
 
 
-def _read(shard: Shard, suffix: str, expected: dict, made: Callable[[dict, NpzFile], _Made]) -> _Made | None:
+def _read(
+    shard: Shard, suffix: str, expected: dict[str, Any], made: Callable[[dict[str, Any], NpzFile], _Made]
+) -> _Made | None:
     """`made` of the meta data and the arrays (read when asked for) of a sidecar; None when it is absent, of other
     content, or damaged."""
     for path in sidecar_places(shard, suffix):

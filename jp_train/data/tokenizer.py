@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jp_train.config.schema import TokenizerConfig
 from jp_train.errors import ConfigError
@@ -131,7 +131,7 @@ class Tokenizer(ABC):
         strings = json.dumps({key: value for key, value in asdict(self.cfg).items() if key != "path"}, sort_keys=True)
         return hashlib.sha256(strings.encode() + b"\0" + self._content()).hexdigest()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (_restored, (type(self), self.cfg, self._content()))
 
     @abstractmethod

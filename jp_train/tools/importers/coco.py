@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.entries import Chunk, Entry, Listing, Reader, Skip, chunked
 from jp_train.tools.importers.files import file_identity
 from jp_train.types import Kind
+
+Pair: TypeAlias = "tuple[str, Any, str, Any, tuple[str, str] | None]"
+"""Of an entry: where it is in the file, path, slug, caption, and (reason, message) where it is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class CocoReader(Reader):
                 continue
             yield Entry(number=number, name=name, note={"caption": caption, "source_id": name}, image=path, slug=slug)
 
-    def _load(self) -> tuple[list[dict], list[dict]]:
+    def _load(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if not self.source.is_file():
             raise ConfigError(
                 f"SOURCE {self.source} is not a file; expected COCO's captions JSON, "
@@ -67,8 +70,8 @@ class CocoReader(Reader):
         return value["images"], value["annotations"]
 
 
-def _pairs(images: list[dict], annotations: list[dict], per: str) -> Iterator[tuple]:
-    """(where it is in the file, path, slug, caption, None or (reason, message)) of every entry."""
+def _pairs(images: list[dict[str, Any]], annotations: list[dict[str, Any]], per: str) -> Iterator[Pair]:
+    """What the listing holds, of every entry."""
     captions: dict[Any, list[tuple[Any, Any]]] = {}
     broken = []
     for place, annotation in enumerate(annotations):

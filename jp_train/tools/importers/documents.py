@@ -65,7 +65,7 @@ def text_reader(source: Path, document: str, columns: Columns) -> Reader:
     return DocumentReader(source=source, document=document)
 
 
-def _named(file: str, start: int, items: list) -> Iterator[tuple[str, str, bytes | Path]]:
+def _named(file: str, start: int, items: list[Any]) -> Iterator[tuple[str, str, bytes | Path]]:
     """(name, slug, bytes or the file that holds them) of every document of a chunk: lines are bare bytes, files and
     paragraphs have names."""
     for place, item in enumerate(items):

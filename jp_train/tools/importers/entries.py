@@ -42,7 +42,7 @@ class Skip(SkipSample):
     def __init__(self, fault: str, message: str) -> None:
         super().__init__(message, fault)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (Skip, (self.fault, str(self)))
 
 

@@ -84,7 +84,7 @@ def record_entry(record: Any, number: int, name: str, columns: Columns, kind: Ki
         return Entry(number=number, name=name, skip=skip)
 
 
-def _note(record: Mapping, columns: Columns, kind: Kind) -> dict[str, Any]:
+def _note(record: Mapping[str, Any], columns: Columns, kind: Kind) -> dict[str, Any]:
     conversations = record.get(columns.conversations)
     if conversations is None:
         conversations = record.get("messages")
@@ -115,7 +115,7 @@ def _turns(conversations: Any) -> Any:
     ]
 
 
-def _value(record: Mapping, column: str) -> str:
+def _value(record: Mapping[str, Any], column: str) -> str:
     if column not in record:
         raise Skip("bad_record", f'no "{column}"; the record has {_names(record)}')
     value = record[column]
@@ -124,7 +124,7 @@ def _value(record: Mapping, column: str) -> str:
     return value
 
 
-def _image(record: Mapping, columns: Columns) -> str | bytes | None:
+def _image(record: Mapping[str, Any], columns: Columns) -> str | bytes | None:
     image = record.get(columns.image)
     if isinstance(image, list):
         if len(image) > 1:
@@ -141,7 +141,7 @@ def _image(record: Mapping, columns: Columns) -> str | bytes | None:
     return image
 
 
-def _names(record: Mapping) -> str:
+def _names(record: Mapping[str, Any]) -> str:
     return ", ".join(f'"{name}"' for name in list(record)[:8]) or "nothing"
 
 

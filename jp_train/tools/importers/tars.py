@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import braceexpand
 
@@ -45,7 +45,7 @@ PIPE = "pipe:"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of a compressed file."""
 
-_DECOMPRESSORS: dict[str, Callable] = {
+_DECOMPRESSORS: dict[str, Callable[[Any], io.BufferedIOBase]] = {
     "": lambda stream: stream,
     "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
     "bzip2": bz2.BZ2File,

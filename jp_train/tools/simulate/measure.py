@@ -335,6 +335,6 @@ def _histograms(plan: Plan, sample: Sample, filled: np.ndarray) -> dict[str, Any
     }
 
 
-def _histogram(values: np.ndarray) -> dict[str, list]:
+def _histogram(values: np.ndarray) -> dict[str, list[float]]:
     counts, edges = np.histogram(values, bins=40)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
