@@ -29,7 +29,7 @@ def test_a_forecast_is_saved_as_an_image_and_as_its_numbers(forecast, tmp_path):
         assert image.format == "PNG" and image.size == (17 * 120, 9.8 * 120)
 
 
-def test_epochs_below_one_and_a_source_without_documents_are_drawn_too(forecast, tmp_path):
+def test_epochs_below_1_and_a_source_without_documents_are_drawn_too(forecast, tmp_path):
     changed = json.loads(json.dumps(forecast))
     for source in changed["sources"]:
         source["repeats_at_steps"] = []
