@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 
-PROGRAM = """
 from jp_train.engine.cpu_operator import skip_shared_memory_operator
+
+PROGRAM = f"""
+from {skip_shared_memory_operator.__module__} import skip_shared_memory_operator
 skip_shared_memory_operator()
 import deepspeed
-assert deepspeed.ops.__compatible_ops__ == {}
+assert deepspeed.ops.__compatible_ops__ == {{}}
 from deepspeed.comm.torch import build_shm_op
 assert build_shm_op() is None
 """

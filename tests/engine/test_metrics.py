@@ -98,10 +98,10 @@ def test_the_keys_are_those_of_the_design():
 
 
 def test_losses_are_sums_over_ranks_divided_by_counts_over_ranks():
-    found = values()
-    assert found["loss/total"] == 2.0
-    assert (found["loss/understanding"], found["loss/text"], found["loss/generation"]) == (3.0, 3.0, 1.5)
-    assert (found["loss/source/und"], found["loss/source/text"], found["loss/source/gen"]) == (3.0, 3.0, 1.5)
+    result = values()
+    assert result["loss/total"] == 2.0
+    assert (result["loss/understanding"], result["loss/text"], result["loss/generation"]) == (3.0, 3.0, 1.5)
+    assert (result["loss/source/und"], result["loss/source/text"], result["loss/source/gen"]) == (3.0, 3.0, 1.5)
 
 
 def test_mixture_counts_samples_once_and_tokens_by_length():
@@ -124,17 +124,17 @@ def test_mixture_counts_samples_once_and_tokens_by_length():
 
 
 def test_times_and_memory_are_those_of_the_slowest_rank():
-    found = values()
-    assert (found["time/step_s"], found["time/data_wait_s"], found["memory/peak_gib"]) == (3.0, 0.5, 2.0)
-    assert found["perf/tokens_per_s"] == pytest.approx(found["tokens/total"] / 3.0) and found[
+    result = values()
+    assert (result["time/step_s"], result["time/data_wait_s"], result["memory/peak_gib"]) == (3.0, 0.5, 2.0)
+    assert result["perf/tokens_per_s"] == pytest.approx(result["tokens/total"] / 3.0) and result[
         "perf/mfu"
     ] == pytest.approx(1.0)
 
 
 def test_signals_skips_and_truncation_of_any_rank_are_seen_by_all():
-    found = totals()
-    assert found.signal == 15 and found.skipped == 1 and found.signatures == [9, 9]
-    assert found.source_samples() == [1, 1, 2], "sources are text, und, gen; the continued text was counted before"
+    result = totals()
+    assert result.signal == 15 and result.skipped == 1 and result.signatures == [9, 9]
+    assert result.source_samples() == [1, 1, 2], "sources are text, und, gen; the continued text was counted before"
     assert values()["packing/truncated_tokens"] == 7 and values()["data/skipped"] == 1
 
 
@@ -142,7 +142,7 @@ def test_a_kind_without_a_supervised_token_has_no_loss():
     tally = StepTally(1)
     tally.count(replace(batch([Kind.TEXT]), document_sources=torch.zeros(1, dtype=torch.int64)))
     vector = tally.vector(step_s=1.0, data_wait_s=0.0, peak_gib=0.0)
-    found = step_values(
+    result = step_values(
         StepTotals(1, exchange(vector)),
         source_names=["a"],
         ratio_unit=RatioUnit.samples,
@@ -151,7 +151,7 @@ def test_a_kind_without_a_supervised_token_has_no_loss():
         flops=0.0,
         peak_flops=1.0,
     )
-    assert not {key for key in found if key.startswith("loss/")} - {"loss/total"}
+    assert not {key for key in result if key.startswith("loss/")} - {"loss/total"}
 
 
 def test_the_vector_has_a_place_for_every_field():
@@ -160,10 +160,17 @@ def test_the_vector_has_a_place_for_every_field():
 
 
 def test_validation_means_over_tokens_within_a_kind_and_over_kinds_in_total():
-    found = validation_values(
+    result = validation_values(
         {"a": ("text", 10.0, 5.0), "b": ("text", 2.0, 1.0), "c": ("generation", 8.0, 2.0), "empty": ("text", 0.0, 0.0)}
     )
-    assert found == {"val/a": 2.0, "val/b": 2.0, "val/c": 4.0, "val/text": 2.0, "val/generation": 4.0, "val/total": 3.0}
+    assert result == {
+        "val/a": 2.0,
+        "val/b": 2.0,
+        "val/c": 4.0,
+        "val/text": 2.0,
+        "val/generation": 4.0,
+        "val/total": 3.0,
+    }
 
 
 def test_json_has_no_nan_at_any_depth():
@@ -179,8 +186,8 @@ def digest(*ranks: list[PackedBatch]) -> float:
     tallies = []
     for batches in ranks:
         tally = StepTally(N_SOURCES)
-        for one in batches:
-            tally.count(one)
+        for item in batches:
+            tally.count(item)
         tallies.append(tally.vector(step_s=1.0, data_wait_s=0.0))
     table = StepTotals(N_SOURCES, torch.stack(tallies))
     return step_values(

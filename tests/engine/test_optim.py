@@ -24,11 +24,11 @@ def test_a_constant_schedule_without_warm_up_is_the_rate_at_every_step():
 
 
 def test_cosine_falls_to_half_midway_and_to_zero_at_the_last_planned_step():
-    found = [
+    result = [
         lr_factor(step, warmup_steps=10, warmup_from=0.0, schedule=Schedule.cosine, training_steps=110)
         for step in (10, 35, 60, 85, 110, 200)
     ]
-    assert found == pytest.approx([1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0], abs=1e-6)
+    assert result == pytest.approx([1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0], abs=1e-6)
 
 
 def test_only_matrices_of_trainable_parameters_are_decayed_and_modules_keep_their_factor():
@@ -40,13 +40,13 @@ def test_only_matrices_of_trainable_parameters_are_decayed_and_modules_keep_thei
     }
     cfg = OptimizerConfig(lr=1e-3, weight_decay=0.1)
     cfg.lr_scale.vision_model = 0.1
-    found = parameter_groups(
+    result = parameter_groups(
         named.items(), cfg, lambda name: "language_model" if name == "lm_head.weight" else "vision_model"
     )
-    assert [group["weight_decay"] for group in found.groups] == [0.1, 0.0, 0.1] and found.lr_scales == (0.1, 0.1, 1.0)
-    assert [id(p) for group in found.groups for p in group["params"]] == [id(p) for p in list(named.values())[:3]]
-    optimizer = torch.optim.AdamW(found.groups, lr=1.0)
-    set_learning_rate(optimizer, 0.5, found.lr_scales)
+    assert [group["weight_decay"] for group in result.groups] == [0.1, 0.0, 0.1] and result.lr_scales == (0.1, 0.1, 1.0)
+    assert [id(p) for group in result.groups for p in group["params"]] == [id(p) for p in list(named.values())[:3]]
+    optimizer = torch.optim.AdamW(result.groups, lr=1.0)
+    set_learning_rate(optimizer, 0.5, result.lr_scales)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05, 0.5]
 
 

@@ -25,9 +25,9 @@ def test_noise_is_no_outlier_and_a_spike_of_either_value_is():
     judge = usual()
     assert not any(judge.judge(*values).bad for values in noise(2000))
     assert judge.judge(3.0, 40.0).what.startswith("grad norm 40 is ")
-    found = judge.judge(9.0, 1.0)
-    assert found.what.startswith("loss 9 is ") and found.action == "record" and found.applies
-    assert "of the last 32 steps" in found.what
+    result = judge.judge(9.0, 1.0)
+    assert result.what.startswith("loss 9 is ") and result.action == "record" and result.applies
+    assert "of the last 32 steps" in result.what
     early = usual()
     for values in noise(31):
         early.judge(*values)
@@ -39,11 +39,11 @@ def test_the_limit_is_the_median_and_the_median_distance_by_hand():
     judge = usual(outlier_factor=10.0)
     for number in range(16):
         judge.judge(1.0 + number, 1.0)
-    found = judge.summary()["loss"]
+    result = judge.summary()["loss"]
     assert (
-        found["median"] == 8.5
-        and found["spread"] == pytest.approx(1.4826 * 4.0)
-        and found["limit"] == pytest.approx(8.5 + 10 * 1.4826 * 4.0)
+        result["median"] == 8.5
+        and result["spread"] == pytest.approx(1.4826 * 4.0)
+        and result["limit"] == pytest.approx(8.5 + 10 * 1.4826 * 4.0)
     )
     assert judge.summary()["grad_norm"]["spread"] == pytest.approx(0.02), (
         "a value that does not move has a spread of 2%"
@@ -68,8 +68,8 @@ def test_a_lasting_shift_is_learnt_within_half_the_window():
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
 def test_values_that_are_not_finite_are_bad_from_the_first_step_and_leave_no_trace(values):
     judge = usual()
-    found = judge.judge(*values)
-    assert found.action == "skip" and not found.applies and found.what.endswith("not finite")
+    result = judge.judge(*values)
+    assert result.action == "skip" and not result.applies and result.what.endswith("not finite")
     assert judge.state() == usual().state()
     assert usual(nonfinite_action=NonfiniteAction.stop).judge(*values).action == "stop"
 
@@ -79,8 +79,8 @@ def test_the_action_on_an_outlier_is_the_configured_one(action, applies):
     judge = usual(outlier_action=OutlierAction(action))
     for values in noise(40):
         judge.judge(*values)
-    found = judge.judge(3.0, 900.0)
-    assert found.applies is applies and found.bad is (action != "off")
+    result = judge.judge(3.0, 900.0)
+    assert result.applies is applies and result.bad is (action != "off")
     assert not judge.judge(-math.inf, 1.0).applies, "off looks for no outliers, and yet not finite is not finite"
 
 

@@ -126,8 +126,8 @@ def pack(docs: Sequence[Doc]) -> PackedBatch:
         return torch.tensor([x for doc in docs for x in getattr(doc, name)], dtype=torch.int64)
 
     def slots(kind: Kind) -> torch.Tensor:
-        found = [s + start for doc, start in zip(docs, starts, strict=False) if doc.kind is kind for s in doc.slots]
-        return torch.tensor(found, dtype=torch.int64)
+        result = [s + start for doc, start in zip(docs, starts, strict=False) if doc.kind is kind for s in doc.slots]
+        return torch.tensor(result, dtype=torch.int64)
 
     images = [doc.image for doc in docs if doc.image is not None]
     codes = [doc.codes for doc in docs if doc.codes is not None]

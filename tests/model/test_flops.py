@@ -55,9 +55,9 @@ def test_parameter_counts_equal_those_of_the_released_models(size: str) -> None:
 
 
 def test_picture_costs_equal_those_of_the_released_models() -> None:
-    one = BatchStatistics(tokens=0, squared_lengths=0, und_images=1, gen_images=0, text_positions=0, image_positions=0)
+    item = BatchStatistics(tokens=0, squared_lengths=0, und_images=1, gen_images=0, text_positions=0, image_positions=0)
     aligner = 576 * 2 * (1024 * 2048 + 2048 * 2048)
-    assert (step_flops(MODELS["1B"], one, []).forward - aligner) / 1e12 == pytest.approx(0.381, abs=5e-4)
+    assert (step_flops(MODELS["1B"], item, []).forward - aligner) / 1e12 == pytest.approx(0.381, abs=5e-4)
     encode, decode = vq_flops(MODELS["1B"])
     assert encode / 1e12 == pytest.approx(0.313, abs=5e-4)
     assert decode / 1e12 == pytest.approx(0.570, abs=5e-4)
@@ -130,13 +130,13 @@ def test_a_frozen_module_has_no_weight_gradient_but_the_llm_still_passes_gradien
 def test_statistics_of_a_batch_are_its_counts_and_add_up() -> None:
     docs = random_docs(3, list(Kind))
     batch = pack(docs)
-    found = BatchStatistics.of(batch)
+    result = BatchStatistics.of(batch)
     lengths = [len(doc.ids) for doc in docs]
-    assert (found.tokens, found.squared_lengths) == (sum(lengths), sum(n * n for n in lengths))
-    assert (found.und_images, found.gen_images, found.encoded_images) == (1, 1, 0)
-    assert (found.text_positions, found.image_positions) == (
+    assert (result.tokens, result.squared_lengths) == (sum(lengths), sum(n * n for n in lengths))
+    assert (result.und_images, result.gen_images, result.encoded_images) == (1, 1, 0)
+    assert (result.text_positions, result.image_positions) == (
         batch.supervised_text_tokens,
         batch.supervised_image_tokens,
     )
     pending = replace(batch, gen_pending=torch.tensor([0]), gen_images=torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))
-    assert (found + BatchStatistics.of(pending)).encoded_images == 1
+    assert (result + BatchStatistics.of(pending)).encoded_images == 1

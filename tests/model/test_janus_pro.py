@@ -112,9 +112,9 @@ def test_loss_terms_equal_a_plain_cross_entropy_of_each_document() -> None:
         mean_sum = mean_sum + (text + 0.5 * image) / count
         kinds[doc.kind][0] += float((text + image).detach())
         kinds[doc.kind][1] += count
-        found = sources.setdefault(doc.source, [0.0, 0])
-        found[0] += float((text + image).detach())
-        found[1] += count
+        result = sources.setdefault(doc.source, [0.0, 0])
+        result[0] += float((text + image).detach())
+        result[1] += count
     close = {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(terms.text_sum, text_sum, **close)
     torch.testing.assert_close(terms.image_sum, image_sum, **close)
@@ -142,8 +142,8 @@ def test_gradients_equal_transformers_run_one_document_at_a_time() -> None:
         (loss + image).backward()
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        wanted = expected[name].grad  # of a key bias it is zero but for rounding
-        assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-6, name
+        intended = expected[name].grad  # of a key bias it is zero but for rounding
+        assert (parameter.grad - intended).abs().max() <= 1e-4 * intended.abs().max() + 1e-6, name
 
 
 def changed(doc: Doc) -> Doc:

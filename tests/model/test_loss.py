@@ -36,8 +36,8 @@ def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk: int, bias: 
     losses = head(chunked, labels, chunk)
     grads = torch.autograd.grad((losses * weights).sum(), [chunked, *head.parameters()])
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-5)
-    for found, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for result, intended in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(result, intended, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_losses_are_float32_and_near_the_exact_ones() -> None:
@@ -85,8 +85,8 @@ def test_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyP
 
 
 def test_a_head_without_a_supervised_position_gets_one_ignored_stand_in() -> None:
-    found = SupervisedPositions(torch.full((5,), IGNORE_INDEX), torch.zeros(5, dtype=torch.int64))
-    assert (found.count, found.positions.tolist(), found.labels.tolist()) == (0, [0], [IGNORE_INDEX])
+    result = SupervisedPositions(torch.full((5,), IGNORE_INDEX), torch.zeros(5, dtype=torch.int64))
+    assert (result.count, result.positions.tolist(), result.labels.tolist()) == (0, [0], [IGNORE_INDEX])
 
 
 def test_tokens_know_their_document_and_wrong_lengths_are_a_bug() -> None:

@@ -163,7 +163,7 @@ def test_the_configurations_of_the_released_models_are_understood(tmp_path: Path
     language = read_model_config(tmp_path).language
     assert (language.hidden_size, language.intermediate_size, language.layers, language.heads) == (4096, 11008, 30, 32)
     assert (language.vocab_size, language.max_position_embeddings) == (102400, 16384)
-    one = {
+    item = {
         **seven,
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -171,7 +171,7 @@ def test_the_configurations_of_the_released_models_are_understood(tmp_path: Path
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
     }
-    (tmp_path / "config.json").write_text(json.dumps({**parts, "language_config": one}))
+    (tmp_path / "config.json").write_text(json.dumps({**parts, "language_config": item}))
     assert read_model_config(tmp_path) == ModelConfig()
 
 
@@ -254,7 +254,7 @@ def test_fresh_weights_follow_the_rules_whatever_construction_left() -> None:
     cfg = ModelConfig(
         vision=tiny_config().vision, vq=tiny_config().vq, language=tiny_config().language, adaptor_init_std=0.05
     )
-    model, vq, told = fresh(cfg)
+    model, vq, messages = fresh(cfg)
     for name, p in model.named_parameters():
         assert torch.isfinite(p).all(), name
         if name.endswith("bias"):
@@ -264,10 +264,10 @@ def test_fresh_weights_follow_the_rules_whatever_construction_left() -> None:
         elif module_of(name) == "gen_embed":
             assert torch.equal(p, vq.codebook)
         else:
-            wanted = 0.02 if module_of(name) in ("language_model", "vision_model") else 0.05
-            assert p.std().item() == pytest.approx(wanted, rel=0.25), name
+            expected = 0.02 if module_of(name) in ("language_model", "vision_model") else 0.05
+            assert p.std().item() == pytest.approx(expected, rel=0.25), name
     assert all(torch.isfinite(p).all() for p in vq.parameters())
-    assert "gen_embed: codebook" in told
+    assert "gen_embed: codebook" in messages
 
 
 def test_fresh_weights_depend_on_seed_and_name_alone() -> None:
@@ -335,8 +335,8 @@ def test_a_stage_starts_from_a_llama_a_siglip_and_a_vq_file(tmp_path: Path) -> N
     cfg.init_parts.language_model = str(tmp_path / "llama")
     cfg.init_parts.vision_model = str(tmp_path / "siglip")
     cfg.init_parts.gen_vision_model = str(tmp_path / "vq16.pt")
-    model, vq, told = fresh(cfg)
-    assert all(name in told for name in ("llama", "siglip", "vq16.pt"))
+    model, vq, messages = fresh(cfg)
+    assert all(name in messages for name in ("llama", "siglip", "vq16.pt"))
     doc = random_docs(2, [Kind.TEXT])
     image = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
     pixels = (image.float() / 255 - 0.5) / 0.5
@@ -400,10 +400,10 @@ def test_init_from_takes_every_weight_from_an_export(tmp_path: Path) -> None:
     model, vq = make(seed=6)
     cfg = tiny_config()
     cfg.init_from = str(export(tmp_path / "e", model, vq))
-    loaded, loaded_vq, told = fresh(cfg)
+    loaded, loaded_vq, messages = fresh(cfg)
     assert same(model, loaded)
     assert loaded_vq.fingerprint() == vq.fingerprint()
-    assert told == f"all weights from {tmp_path / 'e'}"
+    assert messages == f"all weights from {tmp_path / 'e'}"
 
 
 def test_the_released_map_covers_every_tensor_of_the_full_size_model() -> None:

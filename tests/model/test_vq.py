@@ -63,9 +63,9 @@ def test_decoding_is_transformers_decoding_clipped_to_bytes() -> None:
     vq = tokenizer()
     ids = torch.randint(0, CODES, (9, SLOTS), generator=torch.Generator().manual_seed(3))
     expected = ((vq.vqmodel.decode(ids).detach() + 1) * 127.5).clamp(0, 255)
-    found = vq.decode(ids)
-    assert found.dtype is torch.uint8
-    assert (found.float() - expected).abs().max() <= 0.5 + 1e-3
+    result = vq.decode(ids)
+    assert result.dtype is torch.uint8
+    assert (result.float() - expected).abs().max() <= 0.5 + 1e-3
 
 
 def test_nothing_of_it_learns_and_nothing_sets_it_to_training() -> None:

@@ -102,9 +102,9 @@ def sampled_without_cache(
 def test_generation_equals_guided_sampling_without_cache_or_padding(
     model: InferenceModel, scale: float, temperature: float
 ) -> None:
-    found = generate_image_ids(model, PROMPTS, cfg_scale=scale, temperature=temperature, seed=4)
+    result = generate_image_ids(model, PROMPTS, cfg_scale=scale, temperature=temperature, seed=4)
     expected = [sampled_without_cache(model, prompt, i, 4, scale, temperature) for i, prompt in enumerate(PROMPTS)]
-    assert found.tolist() == expected
+    assert result.tolist() == expected
 
 
 @torch.no_grad()
@@ -124,9 +124,9 @@ def test_cached_logits_of_a_padded_batch_equal_uncached_logits_of_each_prompt(mo
 
 
 def test_scale_one_is_conditional_sampling_alone(model: InferenceModel) -> None:
-    found = generate_image_ids(model, PROMPTS, cfg_scale=1.0, seed=2)
+    result = generate_image_ids(model, PROMPTS, cfg_scale=1.0, seed=2)
     almost = generate_image_ids(model, PROMPTS, cfg_scale=1.0 + 1e-9, seed=2)  # runs both branches
-    assert torch.equal(found, almost)
+    assert torch.equal(result, almost)
 
 
 def test_a_picture_depends_on_seed_and_index_and_not_on_the_batch(model: InferenceModel) -> None:
@@ -168,10 +168,10 @@ def test_answers_equal_greedy_decoding_without_cache_or_padding(model: Inference
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8) for _ in range(5)]
     questions = ["what is this", "what", "is this red", "a", "is this a blue square"]
-    found = answer_questions(model, pictures, questions, max_new_tokens=6, batch_size=3)
+    result = answer_questions(model, pictures, questions, max_new_tokens=6, batch_size=3)
     expected = [greedy_without_cache(model, p, q, 6) for p, q in zip(pictures, questions, strict=True)]
-    assert found == [model.tokenizer.decode(ids).strip() for ids in expected]
-    assert len(set(found)) > 1
+    assert result == [model.tokenizer.decode(ids).strip() for ids in expected]
+    assert len(set(result)) > 1
 
 
 def test_an_answer_ends_at_eos(model: InferenceModel) -> None:

@@ -87,7 +87,7 @@ def _candidates(forecast: dict[str, Any]) -> list[str]:
 
 
 def _verdict(forecast: dict[str, Any]) -> list[str]:
-    current = next(one for one in forecast["candidates"] if one["own"])
+    current = next(row for row in forecast["candidates"] if row["own"])
     lines = ["(> this configuration, * the best that fits; between: GiB a node receives from the others in a step)"]
     if forecast["best"] is None:
         lines.append(

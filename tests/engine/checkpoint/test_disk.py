@@ -74,9 +74,9 @@ def small(tmp_path):
 
 
 def assert_untouched(made: CheckpointStore, step: int) -> None:
-    found = made.newest()
-    assert found.step == step and found.path.name in [path.name for path in made.folder.iterdir()]
-    assert torch.equal(loaded(made, found)["master/w"], values(step)["master/w"])
+    result = made.newest()
+    assert result.step == step and result.path.name in [path.name for path in made.folder.iterdir()]
+    assert torch.equal(loaded(made, result)["master/w"], values(step)["master/w"])
     assert not list(made.folder.glob(".saving_*")), (
         "what could not be completed is removed, so that its space is free again"
     )
@@ -238,15 +238,15 @@ class Holder:
 
 
 def saver(run_dir: Path, **policy: Any) -> tuple[Contents, Told]:
-    cfg, told = RunConfig(run_dir=str(run_dir)), Told()
+    cfg, messages = RunConfig(run_dir=str(run_dir)), Told()
     cfg.checkpoint.every_steps = 10
     for key, value in policy.items():
         setattr(cfg.checkpoint, key, value)
-    return Contents(cfg, told), told
+    return Contents(cfg, messages), messages
 
 
 def test_continue_tries_again_at_the_next_interval_and_forgets_failures_after_a_success(small):
-    made, told = saver(small, on_error=SaveErrorAction["continue"], max_failed_saves=3)
+    made, messages = saver(small, on_error=SaveErrorAction["continue"], max_failed_saves=3)
     filler = fill(small, 100_000)
     for step in (10, 20):
         made.save(step, {"step": step}, {}, final=False)
@@ -258,25 +258,25 @@ def test_continue_tries_again_at_the_next_interval_and_forgets_failures_after_a_
         made.save(step, {"step": step}, {}, final=False)
     with pytest.raises(CheckpointError, match=r"3 failed saves in a row.*resume from it with the same command"):
         made.save(60, {"step": 60}, {}, final=False)
-    assert told.events == [
+    assert messages.events == [
         *[("save_failed", step) for step in (10, 20)],
         ("save", 30),
         *[("save_failed", step) for step in (40, 50, 60)],
     ]
-    assert told.failed == 5 and "trying again after step 20" in told.said[0]
+    assert messages.failed == 5 and "trying again after step 20" in messages.said[0]
 
 
 @pytest.mark.parametrize(("policy", "final"), (("stop", False), ("continue", True)))
 def test_stop_and_every_final_save_end_the_run(policy, final, small):
-    made, told = saver(small, on_error=SaveErrorAction[policy])
+    made, messages = saver(small, on_error=SaveErrorAction[policy])
     fill(small, 100_000)
     with pytest.raises(CheckpointError) as error:
         made.save(10, {"step": 10}, {}, final=final)
-    assert error.value.exit_code == 4 and told.events == [("save_failed", 10)]
+    assert error.value.exit_code == 4 and messages.events == [("save_failed", 10)]
 
 
 def test_a_final_save_is_made_although_the_one_before_failed(small, monkeypatch):
-    made, told = saver(small, on_error=SaveErrorAction.stop)
+    made, messages = saver(small, on_error=SaveErrorAction.stop)
     monkeypatch.setattr(
         checkpoint_module, "write_shard", lambda path, tensors: os.open("/nonexistent/folder", os.O_RDONLY)
     )
@@ -286,21 +286,23 @@ def test_a_final_save_is_made_although_the_one_before_failed(small, monkeypatch)
             thread.join()
     monkeypatch.undo()
     made.save(13, {"step": 13}, {}, final=True)
-    assert told.events == [("save_failed", 13), ("save", 13)] and made.saved_step == 13
+    assert messages.events == [("save_failed", 13), ("save", 13)] and made.saved_step == 13
 
 
 def test_a_step_is_saved_once(tmp_path):
-    made, told = saver(tmp_path)
+    made, messages = saver(tmp_path)
     made.save(10, {"step": 10}, {}, final=False)
     made.save(10, {"step": 10}, {}, final=True)
     assert (
-        told.events == [("save", 10)] and made.values() == {"checkpoint/stall_s": made.stall_s} and made.values() == {}
+        messages.events == [("save", 10)]
+        and made.values() == {"checkpoint/stall_s": made.stall_s}
+        and made.values() == {}
     )
 
 
 def test_metrics_and_events_wait_for_room_and_come_whole_and_in_order(small):
     """A full disk must not end a run through its log: `checkpoint.on_error` decides."""
-    metrics, told, state = (
+    metrics, messages, state = (
         MetricsFile(small / "metrics.jsonl", None),
         Events(small / "events.jsonl"),
         StatusFile(small / "status.json"),
@@ -311,7 +313,7 @@ def test_metrics_and_events_wait_for_room_and_come_whole_and_in_order(small):
         if step == 280:
             filler.unlink()
         metrics.log(step, {"loss/total": 1 / step})
-        told.write("save_failed", step, reason="x" * 100)
+        messages.write("save_failed", step, reason="x" * 100)
         state.update(step=step)
         if step == 279:
             assert len((small / "metrics.jsonl").read_text()) < 5000, "the disk is full"

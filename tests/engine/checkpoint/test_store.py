@@ -57,15 +57,15 @@ def save(made: CheckpointStore, step: int, **changes: Any) -> Path:
 
 
 def loaded(made: CheckpointStore, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
 
     def fill(reader: PartitionReader) -> None:
         for name in values(0):
             kind, _, parameter = name.partition("/")
-            found[name] = reader.read(kind, parameter, 0, reader.parameters[parameter].numel)
+            result[name] = reader.read(kind, parameter, 0, reader.parameters[parameter].numel)
 
     made.load(checkpoint, fill)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("background", (True, False))
@@ -74,10 +74,10 @@ def test_the_newest_checkpoint_is_found_by_itself_with_its_state(background, tmp
     assert made.newest() is None
     save(made, 100), save(made, 200)
     (tmp_path / "checkpoints" / "latest").write_text("step_0000100\n")
-    found = made.newest()
-    assert (found.step, found.state, found.path.name) == (200, {"step": 200}, "step_0000200"), "latest is for people"
-    assert found.manifest["dp_world_size"] == 1
-    for name, tensor in loaded(made, found).items():
+    result = made.newest()
+    assert (result.step, result.state, result.path.name) == (200, {"step": 200}, "step_0000200"), "latest is for people"
+    assert result.manifest["dp_world_size"] == 1
+    for name, tensor in loaded(made, result).items():
         assert torch.equal(tensor, values(200)[name])
 
 
@@ -166,9 +166,9 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_complete_checkpoint(where, tmp_
         save(made, 200)
     renamed = where in ("before latest", "before deleting old ones")
     again = store(tmp_path, keep_last=1)
-    found = again.newest()
-    assert found.step == (200 if renamed else 100)
-    assert torch.equal(loaded(again, found)["master/w"], values(found.step)["master/w"])
+    result = again.newest()
+    assert result.step == (200 if renamed else 100)
+    assert torch.equal(loaded(again, result)["master/w"], values(result.step)["master/w"])
     save(again, 200)  # and the next save clears what was left over
     assert again.newest().step == 200
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_0000200"]

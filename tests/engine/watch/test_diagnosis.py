@@ -29,76 +29,76 @@ def beat(rank: int, **values) -> Beat:
 
 
 def ask(beats: list[Beat], world: int, *, silent: tuple[int, ...] = (), state: str = "running"):
-    before = {one.rank: one for one in beats}
-    after = {one.rank: one if one.rank in silent else replace(one, beat=one.beat + 1) for one in beats}
+    before = {item.rank: item for item in beats}
+    after = {item.rank: item if item.rank in silent else replace(item, beat=item.beat + 1) for item in beats}
     return diagnose(before, after, world, "host0", state=lambda pid: state)
 
 
 def test_the_first_unequal_module_is_named_with_both_ranks_and_the_micro_batch():
-    found = ask([beat(0), beat(1, trail=("embed", "layers.0", "layers.1", "norm"))], 2)
-    assert found.kind == "sequence" and found.ranks == (1,) and found.error is JpTrainError
+    result = ask([beat(0), beat(1, trail=("embed", "layers.0", "layers.1", "norm"))], 2)
+    assert result.kind == "sequence" and result.ranks == (1,) and result.error is JpTrainError
     assert (
         "rank 1 at step 7 micro-batch 0 entered layers.0 where rank 0 entered vision (module call 2 of the step)"
-        in found.text
+        in result.text
     )
 
 
 def test_trails_that_begin_at_different_calls_are_compared_by_their_place_in_the_step():
     """Only the last modules are kept: rank 0 has entered 1003, rank 1 1001."""
     shared = tuple(f"m{n}" for n in range(990, 1001))
-    found = ask(
+    result = ask(
         [beat(0, trail=(*shared, "a", "b", "c"), entered=1003), beat(1, trail=("x", *shared, "z"), entered=1001)], 2
     )
-    assert "entered z where rank 0 entered a (module call 1001 of the step)" in found.text
+    assert "entered z where rank 0 entered a (module call 1001 of the step)" in result.text
 
 
 def test_among_256_ranks_the_odd_one_is_named_even_when_it_is_rank_0():
     odd = ("embed", "layers.0")
-    found = ask([beat(rank, trail=odd if rank == 0 else NAMES) for rank in range(256)], 256)
+    result = ask([beat(rank, trail=odd if rank == 0 else NAMES) for rank in range(256)], 256)
     assert (
-        found.ranks == (0,)
-        and "rank 0 at step 7 micro-batch 0 entered layers.0 where rank 1 entered vision" in found.text
+        result.ranks == (0,)
+        and "rank 0 at step 7 micro-batch 0 entered layers.0 where rank 1 entered vision" in result.text
     )
-    assert len(found.text) < 600
+    assert len(result.text) < 600
 
 
 def test_a_rank_whose_trail_only_ends_earlier_is_behind():
-    found = ask([beat(0), beat(1, trail=NAMES[:3], frame="model/janus_pro.py:80 in forward"), beat(2)], 3)
-    assert found.kind == "behind" and found.ranks == (1,)
+    result = ask([beat(0), beat(1, trail=NAMES[:3], frame="model/janus_pro.py:80 in forward"), beat(2)], 3)
+    assert result.kind == "behind" and result.ranks == (1,)
     assert (
         "rank(s) 1 are behind: step 7, forward, micro-batch 0, last module layers.0 (3 entered) [model/janus_pro.py:80 "
-        "in forward]" in found.text
+        "in forward]" in result.text
     )
-    assert "rank(s) 0, 2 are at step 7" in found.text
+    assert "rank(s) 0, 2 are at step 7" in result.text
 
 
 def test_a_rank_in_an_earlier_step_is_behind():
-    found = ask(
+    result = ask(
         [beat(0, step=8, trail=(), phase="the count of supervised tokens"), beat(1, phase="the exchange of metrics")], 2
     )
-    assert found.ranks == (1,) and "behind: step 7, the exchange of metrics" in found.text
+    assert result.ranks == (1,) and "behind: step 7, the exchange of metrics" in result.text
 
 
 @pytest.mark.parametrize(
     ("state", "told"), [("gone", "is gone"), ("stopped", "is stopped"), ("running", "its watchdog does not")]
 )
 def test_a_silent_rank_of_this_host_is_named_with_what_the_kernel_says(state, told):
-    found = ask([beat(0), beat(1)], 2, silent=(1,), state=state)
+    result = ask([beat(0), beat(1)], 2, silent=(1,), state=state)
     assert (
-        found.kind == "missing"
-        and found.error is LaunchError
-        and "rank 1 (process 101 on host0)" in found.text
-        and told in found.text
+        result.kind == "missing"
+        and result.error is LaunchError
+        and "rank 1 (process 101 on host0)" in result.text
+        and told in result.text
     )
-    assert "last seen at step 7, forward, micro-batch 0" in found.text
+    assert "last seen at step 7, forward, micro-batch 0" in result.text
 
 
 def test_silent_ranks_of_another_host_are_counted():
-    found = ask([beat(rank) for rank in range(16)], 16, silent=tuple(range(8, 16)))
+    result = ask([beat(rank) for rank in range(16)], 16, silent=tuple(range(8, 16)))
     assert (
-        found.ranks == tuple(range(8, 16))
-        and "rank 8 (process 108 on host1) does not answer" in found.text
-        and "and 4 more" in found.text
+        result.ranks == tuple(range(8, 16))
+        and "rank 8 (process 108 on host1) does not answer" in result.text
+        and "and 4 more" in result.text
     )
 
 
@@ -107,8 +107,8 @@ def test_a_rank_without_any_heartbeat_is_missing():
 
 
 def test_an_error_with_which_a_rank_ended_explains_the_rest():
-    found = ask([beat(0), beat(1, ended="DataError: shard x.tar is broken")], 2, silent=(1,))
-    assert found.text == "rank 1 ended with DataError: shard x.tar is broken"
+    result = ask([beat(0), beat(1, ended="DataError: shard x.tar is broken")], 2, silent=(1,))
+    assert result.text == "rank 1 ended with DataError: shard x.tar is broken"
 
 
 def test_a_rank_without_data_is_named_with_row_document_and_worker():
@@ -118,18 +118,20 @@ def test_a_rank_without_data_is_named_with_row_document_and_worker():
         "document": "source 'text', shard t.tar, key 'k'",
         "workers": [{"pid": 9, "state": "stopped"}],
     }
-    found = ask([beat(0, phase="the count of supervised tokens"), beat(1, phase=WAITING_FOR_DATA, awaited=awaited)], 2)
-    assert found.error is DataError and found.ranks == (1,)
+    result = ask([beat(0, phase="the count of supervised tokens"), beat(1, phase=WAITING_FOR_DATA, awaited=awaited)], 2)
+    assert result.error is DataError and result.ranks == (1,)
     assert (
         "rank 1 has waited 300 s for row 5 of step 7 (first document: source 'text', shard t.tar, key 'k'): "
-        "loader worker 9 is stopped" in found.text
+        "loader worker 9 is stopped" in result.text
     )
 
 
 def test_when_all_stand_at_the_same_place_it_is_the_collective():
-    found = ask([beat(rank) for rank in range(3)], 3)
+    result = ask([beat(rank) for rank in range(3)], 3)
     assert (
-        found.kind == "collective" and found.ranks == () and "all 3 ranks stand still at step 7, forward" in found.text
+        result.kind == "collective"
+        and result.ranks == ()
+        and "all 3 ranks stand still at step 7, forward" in result.text
     )
     assert "rank 0 stands still" in ask([beat(0)], 1).text
 

@@ -60,8 +60,8 @@ def test_without_a_limit_patience_never_ends():
 
 def test_skips_in_a_row_stop_the_run_and_a_good_step_between_forgives():
     skips = SkipCounter()
-    told = [skips.observe(ok, step, LIMITS) for step, ok in enumerate((False, False, True, False, False, False), 1)]
-    assert told[:5] == [""] * 5 and told[5].startswith("3 updates in a row")
+    messages = [skips.observe(ok, step, LIMITS) for step, ok in enumerate((False, False, True, False, False, False), 1)]
+    assert messages[:5] == [""] * 5 and messages[5].startswith("3 updates in a row")
     assert (skips.total, skips.consecutive) == (5, 3)
 
 
@@ -71,9 +71,9 @@ def test_too_large_a_share_of_skips_stops_the_run_and_old_ones_are_forgotten():
         "5 in any 200 steps are allowed"
     )
     assert skips.recent == [200, 240, 280, 320, 360]
-    told = [skips.observe(step % 2 != 0, step, LIMITS) for step in range(400, 410)]
-    assert [bool(text) for text in told] == [False, False, True, False, True, False, True, False, True, False]
-    assert "6 updates of the last 200 steps were left out, 5 are allowed" in told[2]
+    messages = [skips.observe(step % 2 != 0, step, LIMITS) for step in range(400, 410)]
+    assert [bool(text) for text in messages] == [False, False, True, False, True, False, True, False, True, False]
+    assert "6 updates of the last 200 steps were left out, 5 are allowed" in messages[2]
     again = SkipCounter()
     again.restore(skips.state())
     assert again == skips
@@ -81,8 +81,8 @@ def test_too_large_a_share_of_skips_stops_the_run_and_old_ones_are_forgotten():
 
 def test_a_share_that_binary_fractions_miss_by_a_hair_is_the_number_of_steps_that_was_meant():
     skips, limits = SkipCounter(), GuardConfig(max_consecutive_skips=1000, skip_window=100, max_skip_share=0.29)
-    told = [skips.observe(False, step, limits) for step in range(1, 31)]
-    assert not any(told[:29]) and "29 are allowed" in told[29]
+    messages = [skips.observe(False, step, limits) for step in range(1, 31)]
+    assert not any(messages[:29]) and "29 are allowed" in messages[29]
 
 
 def test_a_grace_time_that_a_step_and_a_save_do_not_fit_in_is_said_once_and_again_when_it_grows():
@@ -227,8 +227,8 @@ def test_slurm_leaves_an_ended_job_alone_and_passes_its_status_on(slurm, tmp_pat
     assert hostfile.read_text() == "node1 slots=8\nnode2 slots=8\n"
     (tmp_path / "end").write_text(str(code))
     assert process.wait(120) == code and not (tmp_path / "queued").exists()
-    told = (tmp_path / "arguments").read_text().split()
-    assert told[:4] == ["launch", "run.yaml", "--hostfile", str(hostfile)] and told[4:] == [
+    messages = (tmp_path / "arguments").read_text().split()
+    assert messages[:4] == ["launch", "run.yaml", "--hostfile", str(hostfile)] and messages[4:] == [
         "--max-restarts",
         "2",
         "seed=1",

@@ -21,7 +21,7 @@ FILES = sorted(LAUNCH.glob("janus_pro_*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def forecast() -> dict:
     return forecast_stage(LAUNCH / "janus_pro_7b_stage2.yaml", [], Question(hostfile=ROOT / "hostfiles" / "a100_32x8"))
 
 
@@ -35,68 +35,70 @@ def test_every_shipped_configuration_is_the_best_that_fits_its_cluster(file):
     assert is_configured(cfg, choice), f"{file.name}: {choice.describe()}"
 
 
-def test_7b_stage_2_has_settings_that_fit_40_gb_and_some_that_do_not(found):
-    fits = {one["fits"] for one in found["candidates"]}
+def test_7b_stage_2_has_settings_that_fit_40_gb_and_some_that_do_not(forecast):
+    fits = {item["fits"] for item in forecast["candidates"]}
     assert fits == {True, False}
-    own = next(one for one in found["candidates"] if one["own"])
-    assert own["fits"] and own["best"] and found["best_is_own"]
+    current = next(item for item in forecast["candidates"] if item["own"])
+    assert current["fits"] and current["best"] and forecast["best_is_own"]
 
 
-def test_every_part_of_the_memory_adds_up_and_the_days_follow_from_the_step(found):
-    for one in found["candidates"]:
-        parts = {name: value for name, value in one["memory_gib"].items() if name not in ("states", "tensors")}
-        assert sum(parts.values()) + one["overhead_gib"] == pytest.approx(one["total_gib"])
-        assert one["fits"] == (one["total_gib"] <= found["hardware"]["memory_gib"])
-        assert one["step_s"] <= one["serial_step_s"]
-    time = found["chosen"]["time"]
-    assert found["days"]["overlapped"] == pytest.approx(270_000 * time["overlapped_s"] / 86_400)
-    assert found["training"]["overlapped"] == pytest.approx(
-        sum(one["overlapped"] for one in found["training"]["stages"])
+def test_every_part_of_the_memory_adds_up_and_the_days_follow_from_the_step(forecast):
+    for item in forecast["candidates"]:
+        parts = {name: value for name, value in item["memory_gib"].items() if name not in ("states", "tensors")}
+        assert sum(parts.values()) + item["overhead_gib"] == pytest.approx(item["total_gib"])
+        assert item["fits"] == (item["total_gib"] <= forecast["hardware"]["memory_gib"])
+        assert item["step_s"] <= item["serial_step_s"]
+    time = forecast["chosen"]["time"]
+    assert forecast["days"]["overlapped"] == pytest.approx(270_000 * time["overlapped_s"] / 86_400)
+    assert forecast["training"]["overlapped"] == pytest.approx(
+        sum(item["overlapped"] for item in forecast["training"]["stages"])
     )
-    assert [one["ranks"] for one in found["training"]["stages"]] == [256, 256, 128]
-    assert time["mfu"] == pytest.approx(found["chosen"]["flops"]["step"] / (time["overlapped_s"] * 256 * 312e12))
+    assert [item["ranks"] for item in forecast["training"]["stages"]] == [256, 256, 128]
+    assert time["mfu"] == pytest.approx(forecast["chosen"]["flops"]["step"] / (time["overlapped_s"] * 256 * 312e12))
     assert sum(time["parts_s"].values()) == pytest.approx(time["serial_s"])
 
 
-def test_advice_is_ranked_and_each_variant_is_faster(found):
-    gains = [one["gain"] for one in found["advice"]]
-    own = next(one for one in found["candidates"] if one["own"])
+def test_advice_is_ranked_and_each_variant_is_faster(forecast):
+    gains = [item["gain"] for item in forecast["advice"]]
+    current = next(item for item in forecast["candidates"] if item["own"])
     assert gains == sorted(gains, reverse=True) and gains
-    for one in found["advice"]:
-        expected = 1 - (one["step_s"] + one["serial_step_s"]) / (own["step_s"] + own["serial_step_s"])
-        assert one["gain"] == pytest.approx(expected) and one["gain"] >= 0.01
+    for item in forecast["advice"]:
+        expected = 1 - (item["step_s"] + item["serial_step_s"]) / (current["step_s"] + current["serial_step_s"])
+        assert item["gain"] == pytest.approx(expected) and item["gain"] >= 0.01
 
 
 def test_slow_links_between_nodes_become_what_binds_and_what_is_advised():
     file = LAUNCH / "janus_pro_7b_stage2.yaml"
-    found = forecast_stage(file, [], Question(world=256, gpu="a100-40gb", figures=("inter_gbs=5",)))
-    assert found["chosen"]["time"]["bound"] == "inter-node links"
-    faster = [one for one in found["advice"] if one["kind"] == "cluster" and "twice the bandwidth" in one["change"]]
+    result = forecast_stage(file, [], Question(world=256, gpu="a100-40gb", figures=("inter_gbs=5",)))
+    assert result["chosen"]["time"]["bound"] == "inter-node links"
+    faster = [
+        item for item in result["advice"] if item["kind"] == "cluster" and "twice the bandwidth" in item["change"]
+    ]
     assert faster[0]["change"] == "twice the bandwidth between nodes" and faster[0]["gain"] > 0.3
 
 
-def test_the_table_marks_this_configuration_and_names_the_paper(found):
-    text = format_forecast(found)
+def test_the_table_marks_this_configuration_and_names_the_paper(forecast):
+    text = format_forecast(forecast)
     assert len([line for line in text.splitlines() if re.match(r">", line)]) == 1
-    for said in (
+    for phrase in (
         "14 days on 32 nodes",
         "what would make it faster",
         "inter_gbs=200",
         "no data read",
         "this configuration fits",
     ):
-        assert said in text, said
-    for one in found["candidates"]:
-        assert f"{one['total_gib']:.1f}" in text
+        assert phrase in text, phrase
+    for item in forecast["candidates"]:
+        assert f"{item['total_gib']:.1f}" in text
 
 
-def test_pictures_and_page_are_written_and_need_nothing_else(found, tmp_path):
-    save_forecast(found, tmp_path)
+def test_pictures_and_page_are_written_and_need_nothing_else(forecast, tmp_path):
+    save_forecast(forecast, tmp_path)
     for name in ("memory.png", "time.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "forecast.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2 and "http://" not in page and "https://" not in page
-    assert json.loads((tmp_path / "forecast.json").read_text())["best"] == found["best"]
+    assert json.loads((tmp_path / "forecast.json").read_text())["best"] == forecast["best"]
 
 
 def test_the_command_prints_one_json_object_and_refuses_what_cannot_be(capsys):
