@@ -11,7 +11,7 @@ import pytest
 
 from jp_train.errors import ConfigError, DataError
 from jp_train.run.reading import read_run
-from jp_train.tools.report import build_report
+from jp_train.tools.report.page import build_report
 from jp_train.tools.report.panels import Layout, panel_groups
 from tests.run.synthetic_run import write_run
 
