@@ -152,11 +152,16 @@ def _all_keys(schema: Any, prefix: str) -> Iterator[str]:
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:
-    """`; did you mean ...?`: first by whole dotted path, then by the last part under any parent."""
+    """`; did you mean ...?`: a key of the same section that has all words of `name` (`steps` of `training_steps`), then
+    the nearest by whole dotted path, then by the last part under any parent."""
+    section, _, last = name.rpartition(".")
+    for key in valid:
+        if key.rpartition(".")[0] == section and set(last.split("_")) <= set(key.rpartition(".")[2].split("_")):
+            return f"; did you mean {key!r}?"
     leaves: dict[str, str] = {}
     for key in valid:
         leaves.setdefault(key.rsplit(".", 1)[-1], key)
-    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
+    leaf = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
     return did_you_mean(name, valid, cutoff=0.7) or (f"; did you mean {leaves[leaf[0]]!r}?" if leaf else "")
 
 

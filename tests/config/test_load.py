@@ -45,6 +45,8 @@ def test_a_dumped_configuration_reads_back_equal(launch, tmp_path):
         ("stage.earlystop.at_step=3", "did you mean 'stage.early_stop'"),
         ("data.sources.art.wieght=3", "did you mean"),
         ("lr=3", "did you mean 'optimizer.lr'"),
+        ("stage.steps=3", "did you mean 'stage.training_steps'"),
+        ("checkpoint.every=3", "did you mean 'checkpoint.every_steps'"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("stage.batch_unit=rows", "expected one of [samples, packed]"),
         ("stage.trainable=[gen_heat]", "did you mean 'gen_head'"),
