@@ -92,7 +92,8 @@ def test_the_metadata_names_the_licence_and_exactly_the_packages_that_the_code_i
     requirements = [line.split()[1] for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
     required = {MODULES.get(name, name) for name in (re.split("[=<>;]", text)[0] for text in requirements)}
     imported = {module.split(".")[0] for path in (ROOT / "jp_train").rglob("*.py") for module in imports_of(path)}
-    foreign = imported - set(sys.stdlib_module_names) - {"jp_train", ""}
+    # _typeshed: names of types that exist for type checkers only
+    foreign = imported - set(sys.stdlib_module_names) - {"jp_train", "", "_typeshed"}
     assert foreign - OPTIONAL == required
 
 
