@@ -4,6 +4,7 @@ made once."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # `make test &` in a script ignores it, and so would every process that a test interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONG = (

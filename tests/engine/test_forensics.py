@@ -117,7 +117,9 @@ def test_a_bad_step_is_dumped_with_rows_losses_and_norms_and_dumps_are_bounded(l
     assert [path.name for path in (run / "forensics").iterdir()] == ["step_0000009"]
     report = json.loads((run / "forensics/step_0000009/report.json").read_text())
     assert report["loss"] > 1e4 and report["action"] == "skip" and report["applied"] is False
-    assert report["usual"]["loss"]["limit"] < report["loss"] and report["losses"]["loss/source/gen"] > 0
+    ninth = json.loads((run / "metrics.jsonl").read_text().splitlines()[8])
+    assert report["losses"] == {key: value for key, value in ninth.items() if key.startswith("loss/")}
+    assert report["usual"]["loss"]["limit"] < report["loss"] and report["losses"]["loss/source/text"] > 0
     assert (
         report["blocks"]["language_model"]["gradients"] > 100 and report["blocks"]["vision_model"]["gradients"] is None
     )
