@@ -24,7 +24,7 @@ _ROUTINE = re.compile(
 )
 """Beginnings of lines that only the log file keeps: DeepSpeed's INFO, progress bars, facts that the run folder has."""
 _STEP = re.compile(r"step +(?P<step>\d+)/(?P<total>\d+) +loss .*?ETA (?P<eta>.+?)(?:  |$)")
-_DETAILS = re.compile(r"  lr \S+|  norm \S+")
+_DETAILS = re.compile(r"  lr \S+|  norm \S+|  \S+ tok/s")
 
 
 class LineFilter:
