@@ -71,8 +71,9 @@ def test_check_of_a_configuration_alone_imports_nothing_heavy() -> None:
     assert imported_by("check", LAUNCH, "--config-only") == (0, set())
 
 
-def test_check_reads_weights_without_transformers() -> None:
-    assert imported_by("check", STAGE1) == (2, {"torch"})
+def test_check_looks_for_weights_without_transformers(tmp_path: Path) -> None:
+    absent = [f"{key}={tmp_path / 'absent'}" for key in ("data.root", "model.init_from", "tokenizer.path")]
+    assert imported_by("check", STAGE1, *absent) == (2, {"torch"})
 
 
 def test_an_error_in_a_hostfile_is_answered_before_anything_heavy_is_imported(tmp_path: Path) -> None:
