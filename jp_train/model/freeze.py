@@ -94,5 +94,6 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
         learns = module in trainable
         parameter.requires_grad_(learns)
         counts[learns][module] = counts[learns].get(module, 0) + getattr(parameter, "ds_numel", parameter.numel())
-        learning += [name] * learns
+        if learns:
+            learning.append(name)
     return FreezeReport(trainable=counts[True], frozen=counts[False], trainable_names=tuple(learning))

@@ -98,6 +98,12 @@ def _piece(entry: _Entry, piece: layouts.Piece) -> _Entry:
     return _Entry((third, *entry.shape[1:]), lambda: entry.read()[start : start + third])
 
 
+def export_folder(path: str | Path) -> Path:
+    """Of a run folder its ``export/``; any other path as it is."""
+    path = Path(path)
+    return path / "export" if not (path / "config.json").exists() and (path / "export").is_dir() else path
+
+
 def open_weights(path: str | Path) -> WeightSource:
     """Weights of a whole model under canonical names.
 
@@ -111,8 +117,7 @@ def open_weights(path: str | Path) -> WeightSource:
     path = Path(path)
     if (path / INDEX_FILE).is_file():
         return _open_checkpoint(path)
-    if not (path / "config.json").exists() and (path / "export").is_dir():
-        path = path / "export"
+    path = export_folder(path)
     if (path / "checkpoints").is_dir():
         raise CheckpointError(
             f"{path} is a run folder without export/: its stage has not ended, or checkpoint.export_at_end was off. "

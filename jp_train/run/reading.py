@@ -233,6 +233,14 @@ def _forget_from(columns: dict[str, tuple[array[int], array[float]]], step: int)
         del steps[keep:], numbers[keep:]
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a run's YAML; empty where it is missing, damaged or cannot be read."""
+    try:
+        return _read_config(path, {})[0]
+    except OSError:
+        return {}
+
+
 def _read_config(path: Path, missing: dict[str, str]) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         missing["config"] = (

@@ -11,11 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from jp_train.errors import DataError
 from jp_train.files import json_object, read_json_lines
-from jp_train.run.reading import checkpoint_names
+from jp_train.run.reading import checkpoint_names, read_config
 from jp_train.run.summary import KIND_NAMES, as_int, parse_time, planned_steps, run_state
 from jp_train.terminal import duration
 
@@ -53,7 +51,7 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
     trained = [record for record in recent if "loss/total" in record]
     speed = _speed(trained, timeline, written)
     step = max((as_int(record["step"]) or 0 for record in (*recent[-1:], {"step": written.get("step")})), default=0)
-    planned = as_int(written.get("planned_steps")) or planned_steps(_read_config(run_dir / "config.yaml"))
+    planned = as_int(written.get("planned_steps")) or planned_steps(read_config(run_dir / "config.yaml"))
     age = _heartbeat_age((run_dir / "status.json", metrics), now)
     step_times = _values(trained, "time/step_s")
     stale_after = max(STALE_FLOOR_S, STALE_FACTOR * max(step_times)) if step_times else None
@@ -219,14 +217,6 @@ def _read_object(path: Path) -> dict[str, Any]:
         return json_object(path.read_text(encoding="utf-8", errors="replace")) or {}
     except OSError:
         return {}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _float(value: Any) -> float | None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jp_train.config import BatchPlan, RunConfig, batch_plan, save_config
 from jp_train.data.index import IndexProgress, SourceIndex, index_sources
 from jp_train.data.ledger import Ledger
@@ -33,7 +31,9 @@ from jp_train.engine.watch.stop import SignalFlag
 from jp_train.engine.watch.watchdog import Watchdog
 from jp_train.errors import CheckpointError, ConfigError
 from jp_train.model.export import RUN_CONFIG
+from jp_train.model.weight_files import export_folder
 from jp_train.run.log import RunLog
+from jp_train.run.reading import read_config
 from jp_train.run.summary import template_change
 from jp_train.terminal import ProgressLine
 from jp_train.types import Kind
@@ -164,18 +164,21 @@ def open_engine(cfg: RunConfig, batch: BatchPlan, ranks: Ranks, log: RunLog, tok
         cfg, batch, ranks, n_sources=len(cfg.data.sources), image_token_id=tokenizer.special.image_placeholder
     )
     log.say(f"{engine.freeze_report.describe()}; weights: {engine.weights}")
-    if cfg.validation.sources and (sentence := changed_template(cfg)):
+    if ranks.is_main and cfg.validation.sources and (sentence := changed_template(cfg)):
         log.say(sentence)
     return engine
 
 
 def changed_template(cfg: RunConfig) -> str:
-    """A sentence where the stage asks in another form than the run whose export it starts from; else empty."""
-    exported = Path(cfg.model.init_from or "") / RUN_CONFIG
-    if cfg.model.init_from is None or not exported.is_file():
+    """A sentence where the stage asks in another form than the run that it starts from (a run folder, an export or a
+    checkpoint); else empty."""
+    if cfg.model.init_from is None:
         return ""
-    before = yaml.safe_load(exported.read_text(encoding="utf-8")).get("stage", {}).get("template")
-    return template_change(before, cfg.stage.template.value, cfg.model.init_from)
+    folder = export_folder(cfg.model.init_from)
+    before = read_config(folder / RUN_CONFIG) or read_config(folder / "config.yaml")
+    stage = before.get("stage")
+    template = stage.get("template") if isinstance(stage, dict) else None
+    return template_change(template, cfg.stage.template.value, cfg.model.init_from)
 
 
 def resume(checkpoint: Checkpoint, plan: Plan, saver: Saver, ledger: Ledger) -> None:

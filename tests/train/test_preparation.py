@@ -127,6 +127,17 @@ def test_a_stage_says_at_its_start_when_it_asks_in_another_form_than_the_run_it_
         assert sentence.startswith("stage.template stage2 -> stage3: ") and str(tmp_path) in sentence
 
 
+@pytest.mark.parametrize("file", ["export/jp_train.yaml", "jp_train.yaml", "config.yaml"])
+def test_the_form_before_is_read_from_a_run_folder_an_export_and_a_checkpoint(tmp_path, file):
+    cfg = tiny_run(tmp_path, tmp_path / "run", stage=3, init_from=tmp_path / "before")
+    (tmp_path / "before" / file).parent.mkdir(parents=True)
+    (tmp_path / "before" / file).write_text("stage:\n  template: stage2\n")
+    assert changed_template(cfg).startswith("stage.template stage2 -> stage3: ")
+    for damaged in ("stage: [", "stage: 2", "[]"):
+        (tmp_path / "before" / file).write_text(damaged)
+        assert changed_template(cfg) == "", "a damaged file stops no training"
+
+
 def test_a_held_out_source_is_measured_and_their_absence_is_none(opened, finished, ranks):
     inputs, engine = opened
     ledger = Ledger(finished.run_dir, finished)
