@@ -40,7 +40,7 @@ RUN python3 -m venv /opt/venv \
 COPY --chown=trainer:trainer . .
 # pinned in setup.cfg
 # hadolint ignore=DL3013
-RUN pip install '.[parquet,tensorboard]'
+RUN pip install '.[cloud,parquet,zstd,tensorboard]'
 
 # pdsh starts ranks over ssh: keys come from a mounted ~/.ssh, and sshd runs on the host or on a port of its own
 ENV PDSH_RCMD_TYPE=ssh

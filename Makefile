@@ -11,7 +11,7 @@ SHOWCASE_RUNS ?= runs/showcase
 # --seed and sizes of the smoke run: see `python -m examples.smoke --help`
 SMOKE_ARGS ?=
 SHOWCASE_ARGS ?=
-# --faults --seed --kinds: see `python -m tests.chaos.run --help`
+# --faults --on-hosts --seed --kinds: see `python -m tests.chaos.run --help`
 CHAOS_ARGS ?=
 # test files that run side by side; each may start 2 to 4 ranks of its own
 TEST_JOBS ?= 2
@@ -66,7 +66,7 @@ coverage: $(STAMP)  ## lines of the package that test-fast does not reach, and s
 	$(BIN)/coverage html --quiet
 	$(BIN)/coverage report
 
-chaos: $(STAMP)  ## 200 faults injected into training on purpose, and what was lost (<= 30 minutes; root for the faults of the disk)
+chaos: $(STAMP)  ## 500 faults injected into training on purpose, and what was lost (<= 90 minutes; root for those of disks and hosts)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, hadolint; nothing changed

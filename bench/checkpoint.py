@@ -65,10 +65,11 @@ class Peak:
 def configuration(folder: Path) -> RunConfig:
     """About 100M parameters, 90% of them trained."""
     from jp_train.config import RunConfig
-    from jp_train.config.choices import BatchUnit, Precision
+    from jp_train.config.choices import BatchUnit, Init, Precision
     from jp_train.config.schema import LanguageConfig, VisionConfig, VQConfig
 
     cfg = RunConfig(run_dir=str(folder / "run"), precision=Precision.bf16)
+    cfg.model.init = Init.random
     cfg.model.vision = VisionConfig(hidden_size=256, layers=6, heads=4, image_size=64, patch_size=16)
     cfg.model.vq = VQConfig(
         codebook_size=4096,

@@ -1,7 +1,7 @@
 """Samples per CPU second of the loader beside a bare loop and beside other loaders, on the same samples, in one run.
 
     python bench/data.py [--samples 2400] [--rounds 9] [--workers 2] [--quick] [--no-rivals] [--install] [--json]
-    [--save FILE]
+    [--store] [--save FILE]
 
 Every loader works in turn, A B A B ..., each round on the same number of samples, and a ratio is taken within each
 round (the median and the quartiles are shown), because other work on the machine changes a speed by far more than the
@@ -12,7 +12,9 @@ have. The bare loop packs nothing and checks nothing: it reads members at known 
 same call), decodes and transforms (the same function). The loader takes the token ids that its index stores, as it does
 by default; where no image is decoded, it is shown with data.token_ids=off too, where it tokenises as the others do. The
 files are made once, in .cache/bench/data, and lie in the page cache. With `--workers N`, every loader runs N worker
-processes, so that moving rows between processes counts too; the bare loop has none.
+processes, so that moving rows between processes counts too; the bare loop has none. `--store` adds the loader on the
+same photographs in a real S3 server on this machine (tests/data/store_server.py), whose own CPU time counts in the wall
+time alone.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +88,31 @@ def cpu_seconds(side: Side) -> float:
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in side.processes())
 
 
+@contextmanager
+def photos_in_store() -> Iterator[str]:
+    """An S3 server with the photographs; their URL."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from jp_train.data.stores import StoreRanges
+    from tests.data.store_server import BUCKET, store_server
+
+    with tempfile.TemporaryDirectory() as folder, store_server(Path(folder)) as server:
+        os.environ.update(server.environment(server.direct))
+        url, store = f"s3://{BUCKET}/", StoreRanges()
+        for path in sorted((CACHE / "data").glob("photos-*.tar")):
+            store.write(path, url + path.name)
+        yield url
+
+
 def compare(
-    kind: str, tokenizer: TokenizerConfig, *, rounds: int, workers: int, rivals: dict[str, StartRows]
+    kind: str,
+    tokenizer: TokenizerConfig,
+    *,
+    rounds: int,
+    workers: int,
+    rivals: dict[str, StartRows],
+    store: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One table."""
+    """One table. `store`: URL where the photographs lie too."""
     from loaders.rivals import Rival
     from loaders.samples import RECIPE
     from loaders.sides import Bare, Ours, config
@@ -104,6 +130,9 @@ def compare(
                 "jp_train, fast decode",
             )
         )
+    if store is not None and kind == "photos":
+        there = config(CACHE / "data", store + shards, tokenizer, workers=workers, index_dir=str(CACHE / "index"))
+        sides.append(Ours(there, "jp_train, from S3"))
     if kind in WITHOUT_TOKEN_IDS:
         tokenising = config(CACHE / "data", shards, tokenizer, workers=workers, token_ids=TokenIds.off)
         sides.append(Ours(tokenising, "jp_train, token_ids=off", recipe=recipe))
@@ -133,6 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=WORKLOADS, help="one workload")
     parser.add_argument("--no-rivals", action="store_true", help="only the bare loop")
+    parser.add_argument("--store", action="store_true", help="photographs from an S3 server on this machine too")
     parser.add_argument(
         "--install", action="store_true", help=f"fetch Energon and Streaming with pip into {CACHE / 'rivals'} first"
     )
@@ -153,7 +183,11 @@ def main() -> None:
     rivals = {} if arguments.no_rivals else others.available(CACHE / "rivals")
     rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     kinds = [arguments.only] if arguments.only else list(WORKLOADS)
-    tables = {kind: compare(kind, tokenizer, rounds=rounds, workers=arguments.workers, rivals=rivals) for kind in kinds}
+    with photos_in_store() if arguments.store else nullcontext() as store:
+        tables = {
+            kind: compare(kind, tokenizer, rounds=rounds, workers=arguments.workers, rivals=rivals, store=store)
+            for kind in kinds
+        }
     if delivered(arguments, {"rounds": rounds, "workers": arguments.workers, **tables}):
         return
     for kind, figures in tables.items():

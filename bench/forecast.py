@@ -88,11 +88,12 @@ def configuration(
 ) -> RunConfig:
     """A Janus-Pro of about `size` parameters; 36 tokens an image, rows of 512 tokens."""
     from jp_train.config import RunConfig
-    from jp_train.config.choices import BatchUnit, Precision
+    from jp_train.config.choices import BatchUnit, Init, Precision
     from jp_train.config.schema import LanguageConfig, MixtureConfig, VisionConfig, VQConfig
 
     s = SIZES[size]
     cfg = RunConfig(precision=Precision(precision))
+    cfg.model.init = Init.random
     cfg.model.vision = VisionConfig(
         hidden_size=s["vision"], layers=s["vision_layers"], heads=4, image_size=96, patch_size=16
     )
@@ -354,7 +355,7 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
+def fake_passes(cfg: Any, batch: Any, *, checkpointing: int) -> dict[str, int]:
     """Bytes of tensors at the peak of one forward and backward pass of the true model in bf16 on a GPU that is not
     there; parameters not counted.
 
@@ -395,18 +396,8 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
         def free(self, size: int) -> None:
             self.now -= size
 
-    class Positions:
-        """Stands in for SupervisedPositions, whose number depends on values that a fake tensor does not have."""
-
-        def __init__(self, labels: Any, owner: Any) -> None:
-            self.count = counts.pop(0)
-            self.positions = torch.arange(self.count, device=labels.device)
-            self.labels, self.documents = labels[self.positions], owner[self.positions]
-
-    counts = [max(1, batch.supervised_text_tokens), max(1, batch.supervised_image_tokens)]
     stand_ins = (
         (torch.nn.functional, "linear", zero3_linear_wrap),
-        (janus_pro, "SupervisedPositions", Positions),
         (janus_pro, "document_of_token", lambda given: torch.zeros_like(given.input_ids)),
         (attention, "uses_varlen_kernel", lambda _: True),
     )
@@ -455,7 +446,7 @@ def fake_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
             setattr(owner, name, value)
 
 
-def predicted_passes(cfg: Any, batch: Any, *, checkpointing: bool) -> dict[str, int]:
+def predicted_passes(cfg: Any, batch: Any, *, checkpointing: int) -> dict[str, int]:
     """The forecast of the same: activations, and one whole weight gradient at a time."""
     from jp_train.tools.forecast.activations import Numerics
     from jp_train.tools.forecast.shapes import shapes_of
@@ -491,7 +482,7 @@ def true_shape(model: str, stage: int) -> RunConfig:
         return load_config(path)
 
 
-def compare_shapes(model: str, stage: int, checkpointing: bool) -> dict[str, Any]:
+def compare_shapes(model: str, stage: int, checkpointing: int) -> dict[str, Any]:
     """One line of the table of the true shapes: bytes at the peak of a backward pass, predicted and followed."""
     cfg = true_shape(model, stage)
     batch = synthetic_batch(cfg, 1)

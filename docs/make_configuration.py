@@ -3,18 +3,16 @@ default, its values and the comment that stands under it there."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_origin
 
-from jp_train.config import schema
+from jp_train.config.keys import Key, keys, meanings
 from jp_train.config.load import preset_names
+from jp_train.config.schema import RunConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = (
@@ -29,56 +27,32 @@ HEAD = (
 )
 
 
-def comments() -> dict[str, dict[str, str]]:
-    """{class: {field or "": the string under it}} of schema.py."""
-    assert schema.__file__ is not None
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        texts = {"": ast.get_docstring(node) or ""}
-        for field, below in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and _is_text(below):
-                texts[field.target.id] = below.value.value  # type: ignore[attr-defined]
-        found[node.name] = {name: " ".join(text.split()) for name, text in texts.items()}
-    return found
+def lines() -> Iterator[str]:
+    """Every section with its keys."""
+    sections: dict[str, list[Key]] = {"": []}
+    kinds: dict[str, type] = {"": RunConfig}
+    for key in keys():
+        if key.section is None:
+            sections[key.name.rpartition(".")[0]].append(key)
+        else:
+            name = f"{key.name}.NAME" if get_origin(key.kind) is dict else key.name
+            sections[name], kinds[name] = [], key.section
+    for name, members in sections.items():
+        yield f"## `{name}`" if name else "## The root"
+        yield ""
+        if about := meanings()[kinds[name].__name__][""]:
+            yield from (_wrapped(_linked(about)), "")
+        for key in members:
+            head = f"- **`{key.name}`** · {_values(key)}"
+            yield _wrapped(f"{head}: {_linked(key.meaning)}" if key.meaning else head, after="  ")
+        if members:
+            yield ""
 
 
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def section(cls: Any, prefix: str, texts: dict[str, dict[str, str]]) -> Iterator[str]:
-    """The lines of one dataclass and of those inside it."""
-    types, defaults = get_type_hints(cls), cls()
-    inner: list[tuple[Any, str]] = []
-    yield f"## `{prefix.rstrip('.')}`" if prefix else "## The root"
-    yield ""
-    if about := texts[cls.__name__][""]:
-        yield from (_wrapped(_linked(about)), "")
-    for field in fields(cls):
-        kind = types[field.name]
-        text = texts[cls.__name__].get(field.name, "")
-        if is_dataclass(kind):
-            inner.append((kind, f"{prefix}{field.name}."))
-            continue
-        if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
-            inner.append((get_args(kind)[1], f"{prefix}{field.name}.NAME."))
-            continue
-        what = f"- **`{prefix}{field.name}`** · {_values(kind, getattr(defaults, field.name))}"
-        yield _wrapped(f"{what}: {_linked(text)}" if text else what, after="  ")
-    yield ""
-    for kind, name in inner:
-        yield from section(kind, name, texts)
-
-
-def _values(kind: Any, default: Any) -> str:
-    if isinstance(default, Enum):
-        default = default.value
+def _values(key: Key) -> str:
+    default = key.default
     shown = json.dumps(default) if default is None or default == "" or isinstance(default, bool) else str(default)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return f"`{shown}`, of {', '.join(f'`{member.value}`' for member in kind)}"
-    return f"`{shown}`"
+    return f"`{shown}`" + (f", of {', '.join(f'`{word}`' for word in key.choices)}" if key.choices else "")
 
 
 def _linked(text: str) -> str:
@@ -90,7 +64,7 @@ def page() -> str:
     """The whole page."""
     presets = f"Presets (`preset:`): {', '.join(f'`{name}`' for name in preset_names())}."
     paragraphs = ["# Configuration keys", *(_wrapped(text) for text in (*HEAD, presets))]
-    return "\n\n".join(paragraphs) + "\n\n" + "\n".join(section(schema.RunConfig, "", comments())).rstrip() + "\n"
+    return "\n\n".join(paragraphs) + "\n\n" + "\n".join(lines()).rstrip() + "\n"
 
 
 def _wrapped(text: str, after: str = "") -> str:

@@ -77,13 +77,27 @@ def folded(line: str, columns: int | None) -> str:
     head = STEP_LINE.match(line)
     if head is None or columns is None or len(line) <= columns:
         return line
-    lines = [head[0]]
-    for field in line[head.end() + 2 :].split("  "):
-        if len(lines[-1]) + 2 + len(field) <= columns:
-            lines[-1] += f"  {field}"
+    return filled([head[0], *line[head.end() + 2 :].split("  ")], columns, joint="  ", indent=4)
+
+
+def filled(fields: Sequence[str], columns: int, *, joint: str, indent: int) -> str:
+    """The fields with `joint` between them on as many lines as `columns` ask for, the later ones indented. A field that
+    is longer has a line of its own."""
+    lines = [fields[0]]
+    for field in fields[1:]:
+        if len(lines[-1]) + len(joint) + len(field) <= columns:
+            lines[-1] += joint + field
         else:
-            lines.append(f"    {field}")
+            lines.append(" " * indent + field)
     return "\n".join(lines)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text on one line, cut between two words and marked with `…` where it has more than `most` characters."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    return f"{line[: most - 1].rpartition(' ')[0] or line[: most - 2]} …"
 
 
 def terminal_columns(stream: TextIO | int) -> int | None:
@@ -92,6 +106,10 @@ def terminal_columns(stream: TextIO | int) -> int | None:
         return os.get_terminal_size(stream if isinstance(stream, int) else stream.fileno()).columns or None
     except (OSError, ValueError):
         return None
+
+
+_STEADY, _STEADY_S = 0.01, 60.0
+"""A time left is told once this share of the work is done, or after so many seconds."""
 
 
 class ProgressLine:
@@ -126,6 +144,8 @@ class ProgressLine:
             return None
         self._shown = now
         timing = [f"{min(done / total, 1):.0%}" if total else "100%", duration(spent)]
-        if self._before < done < total:
+        # before, the start-up would count as slow work: after 2 s, 2 KiB of 16 GiB are 194 days
+        is_known = spent >= _STEADY_S or done - self._before >= _STEADY * (total - self._before)
+        if self._before < done < total and is_known:
             timing.append(f"{duration(spent * (total - done) / (done - self._before))} left")
         return f"{self._name}: {', '.join([*details, *timing])}"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # 2 s of start-up that the importers and a misspelt key need 
 IGNORE_INDEX = -100
 """Label of a position that no head is trained on."""
 
+IMAGE_MARKER = "<image>"
+"""Where an image stands in a question."""
+
 PENDING_VQ_ID = -1
 """`gen_labels` of a supervised image slot whose VQ id is not known yet: the trainer encodes the image on the fly."""
 
@@ -88,7 +91,8 @@ class RawSample:
 
     `vq_ids` uint16 [S] are those stored beside the shard; `image_fault` is why there are none: the reason for which
     decoding the image would fail. With either, the image's bytes are left empty. `token_ids` is the stored record of
-    its texts (data/token_ids.py): with it the bytes of the texts are left empty.
+    its texts (data/token_ids.py): with it the bytes of the texts are left empty. `extensions` are those of all its
+    files, also of those that are not needed, for messages.
     """
 
     info: SourceInfo
@@ -96,11 +100,12 @@ class RawSample:
     vq_ids: np.ndarray | None = None
     image_fault: str = ""
     token_ids: bytes | None = None
+    extensions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One question and its answer. `question` is text only; the image slot markers are gone."""
+    """One question and its answer; an IMAGE_MARKER in `question` is where an image stands."""
 
     question: str
     answer: str
@@ -108,23 +113,27 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnderstandingSample:
-    """An image and a conversation about it. `image` is the undecoded file; the first question refers to it. With the
-    stored record `token_ids` there are no turns."""
+    """Images and a conversation about them, or a `text` in which they stand. `images` are the undecoded files, in the
+    order of the IMAGE_MARKERs in questions (or text); where there is none, they come before the first question.
+    `system` replaces `data.system_prompt`. With the stored record `token_ids` there are no turns."""
 
     info: SourceInfo
-    image: bytes
-    turns: tuple[Turn, ...]
+    images: tuple[bytes, ...]
+    turns: tuple[Turn, ...] = ()
+    text: str | None = None
+    system: str = ""
     token_ids: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSample:
     """Pure text: a plain document (`text`), a conversation (`turns`), or the stored record of either (`token_ids`);
-    exactly one is set."""
+    exactly one is set. `system`: what a conversation begins with (stage 3)."""
 
     info: SourceInfo
     text: str | None = None
     turns: tuple[Turn, ...] = ()
+    system: str = ""
     token_ids: bytes | None = None
 
 
@@ -146,9 +155,9 @@ class EncodedDocument:
     """One sample as tokens, next-token shifted once, here: `labels[i]` is what position i must predict.
 
     All arrays have length T. `labels` are the text head's targets, `gen_labels` the image head's (VQ ids, or
-    PENDING_VQ_ID); IGNORE_INDEX elsewhere; never both set at one position. `und_slots` / `gen_slots` int64 [S] are the
-    positions filled by image features / by VQ embeddings (empty when the document has no such image). Images are
-    uint8 [3, H, W], already at model size.
+    PENDING_VQ_ID); IGNORE_INDEX elsewhere; never both set at one position. `und_slots` int64 [I * S] / `gen_slots`
+    int64 [S] are the positions filled by the features of I images / by VQ embeddings (empty when the document has no
+    such image). Images are uint8 [3, H, W], already at model size; `und_images` [I, 3, H, W].
     """
 
     info: SourceInfo
@@ -158,7 +167,7 @@ class EncodedDocument:
     gen_labels: np.ndarray
     und_slots: np.ndarray
     gen_slots: np.ndarray
-    und_image: np.ndarray | None = None
+    und_images: np.ndarray | None = None
     gen_image: np.ndarray | None = None
     vq_ids: np.ndarray | None = None
 
@@ -192,17 +201,18 @@ class Row:
     """One packed sequence of at most `seq_len` tokens: whole documents, save a text cut at the row's end.
 
     Its D documents lie end to end in a few arrays, so that a row crosses processes as one small message, with the
-    images in shared memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_starts` [D] the first
-    image slot of each document within the document (-1 without an image), of `image_slots` each; `und_images` uint8
-    [U, 3, H, W] and `gen_images` uint8 [P, 3, H, W] the images of the understanding documents, and of the generation
-    documents whose ids are pending, in order. `provenance` and `source_indices` are parallel to the documents;
-    provenance holds their lengths.
+    images in shared memory: `tokens` int32 [3, T] are input_ids, labels and gen_labels; `image_counts` [D] the images
+    of each document, `image_starts` the first slot of each image, of all documents in order, within its document, of
+    `image_slots` each; `und_images` uint8 [U, 3, H, W] and `gen_images` uint8 [P, 3, H, W] the images of the
+    understanding documents, and of the generation documents whose ids are pending, in order. `provenance` and
+    `source_indices` are parallel to the documents; provenance holds their lengths.
     """
 
     step: int
     row: int
     tokens: np.ndarray
     image_slots: int
+    image_counts: tuple[int, ...]
     image_starts: tuple[int, ...]
     und_images: torch.Tensor
     gen_images: torch.Tensor
@@ -215,12 +225,16 @@ class Row:
     def documents(self) -> tuple[EncodedDocument, ...]:
         """The documents one by one, as views; `info` names the shard by its file name alone."""
         documents: list[EncodedDocument] = []
-        und, gen, at, none = iter(self.und_images), iter(self.gen_images), 0, np.zeros(0, np.int64)
-        for origin, image_start in zip(self.provenance, self.image_starts, strict=True):
+        gen, at, image, seen, none = iter(self.gen_images), 0, 0, 0, np.zeros(0, np.int64)
+        for origin, count in zip(self.provenance, self.image_counts, strict=True):
             input_ids, labels, gen_labels = self.tokens[:, at : at + origin.length]
             at += origin.length
             understanding, generation = origin.kind is Kind.UNDERSTANDING, origin.kind is Kind.GENERATION
-            slots = np.arange(image_start, image_start + self.image_slots) if image_start >= 0 else none
+            starts = np.array(self.image_starts[image : image + count], np.int64)
+            image += count
+            slots = (starts[:, None] + np.arange(self.image_slots)).reshape(-1)
+            shown = self.und_images[seen : seen + count].numpy() if understanding else None
+            seen += count * understanding
             ids = gen_labels[slots - 1] if generation else none
             pending = generation and ids[0] == PENDING_VQ_ID
             documents.append(
@@ -232,7 +246,7 @@ class Row:
                     gen_labels=gen_labels,
                     und_slots=slots if understanding else none,
                     gen_slots=slots if generation else none,
-                    und_image=next(und).numpy() if understanding else None,
+                    und_images=shown,
                     gen_image=next(gen).numpy() if pending else None,
                     vq_ids=ids if generation and not pending else None,
                 )
@@ -242,7 +256,9 @@ class Row:
     def __reduce__(self) -> tuple[Any, ...]:
         """As plain tuples: pickling thousands of small dataclasses costs more than making their rows."""
         provenance = tuple([(p.source, p.shard, p.key, p.kind.value, p.start, p.length) for p in self.provenance])
-        arrays = (self.tokens, self.image_slots, self.image_starts, self.und_images, self.gen_images)
+        arrays = (
+            self.tokens, self.image_slots, self.image_counts, self.image_starts, self.und_images, self.gen_images
+        )  # fmt: skip
         return (
             _received_row,
             (self.step, self.row, *arrays, provenance, self.source_indices, self.skipped, self.truncated_tokens),
@@ -254,6 +270,7 @@ def _received_row(
     row: int,
     tokens: np.ndarray,
     image_slots: int,
+    image_counts: tuple[int, ...],
     image_starts: tuple[int, ...],
     und_images: torch.Tensor,
     gen_images: torch.Tensor,
@@ -267,6 +284,7 @@ def _received_row(
         row=row,
         tokens=tokens,
         image_slots=image_slots,
+        image_counts=image_counts,
         image_starts=image_starts,
         und_images=und_images,
         gen_images=gen_images,
@@ -292,6 +310,8 @@ class PackedBatch:
     (PENDING_VQ_ID rows where `gen_pending` int64 [P] points: those images are in gen_images uint8 [P, 3, H, W], and
     VQ encoding fills them in); document_lengths, document_kinds (index into KINDS) and document_sources: int64 [D]. All
     zero-size where absent, never None.
+    text_positions, image_positions: int64 [N], the positions that each head is trained on. They follow from the labels;
+    `to` looks them up before those are on a GPU, where the host would have to wait for everything before.
     """
 
     input_ids: torch.Tensor
@@ -315,27 +335,42 @@ class PackedBatch:
     provenance: tuple[tuple[Provenance, ...], ...] = ()
     skipped: tuple[SkippedDocument, ...] = ()
     truncated_tokens: int = 0
+    text_positions: torch.Tensor | None = None
+    image_positions: torch.Tensor | None = None
 
     @property
     def supervised_text_tokens(self) -> int:
         """Positions of this micro-batch that the text head is trained on."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return _count(self.text_positions, self.labels)
 
     @property
     def supervised_image_tokens(self) -> int:
         """Positions of this micro-batch that the image head is trained on."""
-        return int((self.gen_labels != IGNORE_INDEX).sum())
+        return _count(self.image_positions, self.gen_labels)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on `device`; to a GPU from pinned memory, so that the host need not wait."""
         import torch
 
-        moved: dict[str, Any] = {}
+        moved: dict[str, Any] = {
+            "text_positions": positions(self.text_positions, self.labels),
+            "image_positions": positions(self.image_positions, self.gen_labels),
+        }
+        pinned = torch.device(device).type == "cuda"
         for name in self.__slots__:
-            value = getattr(self, name)
+            value = moved.get(name, getattr(self, name))
             if isinstance(value, torch.Tensor):
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = (value.pin_memory() if pinned else value).to(device, non_blocking=True)
         return replace(self, **moved)
+
+
+def positions(known: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """Supervised positions of labels, int64 [N]; `known` if they have been looked up."""
+    return (labels != IGNORE_INDEX).nonzero().squeeze(1) if known is None else known
+
+
+def _count(known: torch.Tensor | None, labels: torch.Tensor) -> int:
+    return int((labels != IGNORE_INDEX).sum()) if known is None else len(known)
 
 
 class LossTerms(NamedTuple):
@@ -344,7 +379,8 @@ class LossTerms(NamedTuple):
     A named tuple, not a dataclass: DeepSpeed's hooks look for the output tensors inside tuples, lists and dicts only,
     and would miss (or fail on) any other class. Construct it by keyword.
 
-    text_sum, image_sum: scalars with gradient, the summed cross-entropy (nats) of each head (head weights not applied);
+    text_sum, image_sum: scalars, the summed cross-entropy (nats) of each head (head weights not applied), with gradient
+    unless document_mean_sum is given;
     text_tokens, image_tokens: supervised positions of each head;
     kind_sums float32 [3] and kind_tokens int64 [3] in KINDS order, source_sums float32 [n_sources] and source_tokens
     int64 [n_sources]: detached, for the curves.

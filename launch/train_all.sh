@@ -13,10 +13,10 @@ model=$1
 hostfile=$2
 shift 2
 # a signal to this script goes on to the launch, which lets the ranks save: bash alone would end, and the ranks train on unwatched
-launcher="" asked=""
+launcher="" asked="" sent=""
 forward() {
-    asked=1
-    [ -z "$launcher" ] || kill -"$1" "$launcher" 2>/dev/null || true
+    asked=$1
+    [ -z "$launcher" ] || { sent=1 && kill -"$1" "$launcher" 2>/dev/null; } || true
 }
 trap 'forward TERM' TERM INT
 trap 'forward USR1' USR1
@@ -27,6 +27,7 @@ for stage in 1 2 3; do
     echo "== $model stage $stage on $hostfile" >&2 || true
     jp-train launch "launch/${model}_stage${stage}.yaml" --hostfile "$hostfile" --max-restarts "${MAX_RESTARTS:-5}" "$@" &
     launcher=$!
+    if [ -n "$asked" ] && [ -z "$sent" ]; then forward "$asked"; fi # it came before the launch had a number
     while :; do
         code=0
         wait "$launcher" || code=$?

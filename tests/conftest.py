@@ -6,11 +6,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.data.store_server import StoreServer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -110,3 +116,26 @@ def small_world(tmp_path_factory) -> SmallWorld:
     train_tokenizer(root / "data", root / "tokenizer")
     pretrain_all(root / "init", root / "data", root / "tokenizer", sizes, 0)
     return SmallWorld(root)
+
+
+@pytest.fixture(scope="session")
+def running_store(tmp_path_factory) -> Iterator[StoreServer]:
+    """A real S3 server, for all tests of this process: 3 seconds."""
+    from tests.data.store_server import store_server
+
+    with store_server(tmp_path_factory.mktemp("store")) as server:
+        yield server
+
+
+@pytest.fixture
+def store(running_store: StoreServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StoreServer:
+    """The S3 server without faults, as the store that the environment names; nothing of this user's own."""
+    forkserver._forkserver._stop()  # one that an earlier test started has not this environment
+    running_store.faults.clear()
+    running_store.requests.clear()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in running_store.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return running_store

@@ -99,7 +99,7 @@ def test_the_metadata_names_the_licence_and_exactly_the_packages_that_the_code_i
 
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Packages whose module has another name."""
-OPTIONAL = {"pyarrow"}
+OPTIONAL = {"huggingface_hub", "obstore", "pyarrow", "zstandard"}
 """Modules of the extras."""
 
 

@@ -14,7 +14,7 @@ from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.cluster.launch import launch
 from jp_train.cluster.options import LaunchOptions
 from jp_train.config import load_config
-from jp_train.tools.check import check
+from jp_train.tools.check.check import check
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), ROOT / ".ci" / "run"])
@@ -51,7 +51,9 @@ def test_every_launch_configuration_is_sound_and_becomes_a_command_for_its_clust
     told = capsys.readouterr().out
     ranks = sum(host.slots for host in parse_hostfile(hostfile))
     assert f"{ranks} ranks on" in told and found["batch"]["text"] in told
-    assert told.rstrip().endswith(f"--module jp_train.cluster.rank train {config} seed=3")
+    assert told.rstrip().endswith(f"--module jp_train.cluster.rank train {config} seed=3'"), (
+        "the words of pdsh are one quoted command"
+    )
 
 
 def test_train_all_launches_the_stages_in_order_and_stops_at_the_first_that_fails(tmp_path: Path) -> None:

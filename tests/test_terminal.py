@@ -19,6 +19,7 @@ from jp_train.terminal import (
     measured,
     printable,
     short_number,
+    shortened,
     terminal_columns,
 )
 
@@ -52,6 +53,20 @@ def test_progress_tells_the_share_the_time_spent_and_the_time_left_and_skips_lin
         "verify: shard 50/100, 50%, 1 min 40 s, 1 min 40 s left",
         "verify: shard 100/100, 100%, 2 min 30 s",
     ], "1.5 s after 100 s are too soon: lines come further apart as the work grows long"
+
+
+def test_no_time_left_is_told_from_the_first_bytes_after_a_slow_start() -> None:
+    now = [0.0]
+    line = ProgressLine("verify", None, every_s=0, clock=lambda: now[0])
+    told = []
+    for now[0], done in ((2.0, 2), (4.0, 90), (5.0, 100)):
+        told.append(line.text(done, 10_000))
+    assert told[:2] == ["verify: 0%, 2.0 s", "verify: 1%, 4.0 s"]
+    assert told[2] == "verify: 1%, 5.0 s, 8 min 15 s left"
+    now[0] = 130.0
+    slow = ProgressLine("verify", None, every_s=0, done=9_000, clock=lambda: now[0])
+    now[0] = 195.0
+    assert slow.text(9_001, 10_000) == "verify: 90%, 1 min 5 s, 18 h 2 min left", "after a minute it is slow work"
 
 
 def test_what_an_earlier_run_did_does_not_count_as_speed() -> None:
@@ -131,3 +146,9 @@ def test_what_is_not_finite_is_named() -> None:
 )
 def test_a_measured_value_has_the_same_decimals_whatever_its_size(value: float, text: str) -> None:
     assert measured(value) == text
+
+
+def test_a_long_text_is_cut_between_words_onto_one_line() -> None:
+    assert shortened("one  two\nthree", 13) == "one two three"
+    assert shortened("one two three", 12) == "one two …"
+    assert shortened("a" * 20, 10) == "aaaaaaaa …"

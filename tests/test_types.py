@@ -24,6 +24,7 @@ def row() -> Row:
         row=1,
         tokens=np.stack([ids, labels, gen_labels]).astype(np.int32),
         image_slots=2,
+        image_counts=(1, 1),
         image_starts=(1, 2),
         und_images=torch.full((1, 3, 2, 2), 9, dtype=torch.uint8),
         gen_images=torch.zeros((0, 3, 2, 2), dtype=torch.uint8),
@@ -46,8 +47,8 @@ def test_an_error_message_names_source_shard_and_key() -> None:
 def test_a_row_gives_each_document_its_tokens_slots_and_image() -> None:
     seen, made = row().documents
     assert (len(seen), seen.und_slots.tolist(), seen.gen_slots.tolist(), seen.vq_ids) == (5, [1, 2], [], None)
-    assert seen.und_image is not None and seen.und_image.shape == (3, 2, 2) and int(seen.und_image.min()) == 9
-    assert (made.input_ids.tolist(), made.gen_slots.tolist(), made.und_image) == ([5, 6, 7, 8], [2, 3], None)
+    assert seen.und_images is not None and seen.und_images.shape == (1, 3, 2, 2) and int(seen.und_images.min()) == 9
+    assert (made.input_ids.tolist(), made.gen_slots.tolist(), made.und_images) == ([5, 6, 7, 8], [2, 3], None)
     assert made.vq_ids is not None and made.vq_ids.tolist() == [7, 8], "slot i is predicted at position i - 1"
     assert made.gen_image is None, "ids that are known need no image"
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from examples.smoke.console import LineFilter, recorded
 from examples.smoke.sizes import SmokeSizes
 from jp_train.errors import ConfigError, JpTrainError, LaunchError
+from jp_train.files import has_gpu_files
 from jp_train.terminal import duration
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +189,8 @@ def stage_overrides(options: Options, stage: int) -> list[str]:
         f"data.root={out / 'data'}",
         f"seed={options.seed}",
     ]
+    if has_gpu_files():
+        overrides.append("precision=bf16")  # so that the kernels of a real run are used
     if options.tiny:
         steps = {1: 3, 2: 6, 3: 4}[stage]
         overrides += [f"stage.training_steps={steps}", "validation.documents=8", "optimizer.warmup_steps=1"]
@@ -198,6 +201,7 @@ def stage_overrides(options: Options, stage: int) -> list[str]:
 def train_stage(options: Options, stage: int) -> int:
     """Train one stage under the deepspeed launcher; returns its exit status. Raises LaunchError if it wrote no
     export."""
+    from jp_train.cluster.facts import device_count
     from jp_train.cluster.launch import launch
     from jp_train.cluster.options import LaunchOptions
 
@@ -205,7 +209,11 @@ def train_stage(options: Options, stage: int) -> int:
     code = launch(
         config,
         stage_overrides(options, stage),
-        LaunchOptions(hostfile=options.hostfile, master_port=options.master_port),
+        LaunchOptions(
+            hostfile=options.hostfile,
+            master_port=options.master_port,
+            include="localhost:0" if options.hostfile == Options.hostfile and device_count() == 1 else "",
+        ),
     )
     if code:
         say(f"stage {stage} ended with status {code}; run the same command again to resume it")
@@ -295,7 +303,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--tiny", action="store_true", help="a few steps of everything: tests the plumbing, learns nothing"
     )
     parser.add_argument(
-        "--hostfile", type=Path, default=Options.hostfile, help="default hostfiles/local: this machine, two ranks"
+        "--hostfile",
+        type=Path,
+        default=Options.hostfile,
+        help="default hostfiles/local: this machine, two ranks (one on a single GPU)",
     )
     parser.add_argument("--master-port", type=int, default=29500)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override keys of all three stages")

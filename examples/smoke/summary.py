@@ -4,6 +4,7 @@ look."""
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from examples.smoke.targets import SPREADS
 from jp_train.run.reading import read_run
 from jp_train.run.summary import LossChange, Summary, summarize, template_changes
 
-MISS = """below target: every step ran to its end (else the exit status would not be 0), but the model learned less than
-in about 19 of 20 runs. Run once more with SMOKE_ARGS="--seed 1"; a second miss points at a fault in data or training:
-compare the held-out losses above with README's, and look at the curves in the report."""
+COLUMNS = 100
+MISS = """below target: every step ran to its end (else the exit status would not be 0), but the model
+learned less than in about 19 of 20 runs. Run once more with SMOKE_ARGS="--seed 1"; a second miss
+points at a fault in data or training: look at the held-out losses above and at the report's curves."""
 """A miss is not an error: the exit status stays 0."""
 
 
@@ -26,12 +28,13 @@ def format_summary(out: Path, *, seconds: float) -> str:
     for run in runs:
         lines += _stage(summarize(run))
         if run.label in changes:
-            lines += [f"  {changes[run.label]}"]
+            lines += textwrap.wrap(changes[run.label], COLUMNS, initial_indent="  ", subsequent_indent="  ")
     evaluation = out / "stage3" / "evaluation.json"
     if evaluation.exists():
         rows = json.loads(evaluation.read_text())
         lines += ["", f"{'after stage 3':<44}{'score':>7}{'chance':>8}{'ceiling':>9}{'target':>8}"]
-        lines += [_score(row) for row in rows]
+        lines += [_score(row).rstrip() for row in rows]
+        lines += ["ceiling: what the judge says of true images; it errs, so a score can lie above it"]
         lines += [f"scores vary between seeds and machines: {', '.join(f'{n} ±{s:.2f}' for n, s in SPREADS.items())}"]
         if any(row.get("target") is not None and row["value"] < row["target"] for row in rows):
             lines += [MISS]
@@ -46,16 +49,16 @@ def format_summary(out: Path, *, seconds: float) -> str:
 
 
 def _stage(summary: Summary) -> list[str]:
-    stopped = f" of {summary.schedule_steps} planned, {summary.reason}" if summary.state == "stopped_early" else ""
+    stopped = f", {summary.reason}" if summary.state == "stopped_early" else ""
     speed = f"{summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else "speed not measured"
     fill = f"{summary.fill:.1%} full" if summary.fill is not None else "fill not measured"
     shares = " : ".join("–" if share.realised is None else f"{share.realised:.3f}" for share in summary.shares)
     configured = " : ".join("–" if share.configured is None else f"{share.configured:.3f}" for share in summary.shares)
     lines = [
         "",
-        f"{summary.label}: {summary.steps_done} steps{stopped}; {summary.world_size} ranks, {speed}, "
-        f"rows {fill}, {summary.skipped or 0} samples skipped",
-        f"  understanding : text : generation   configured {configured}   realised {shares}",
+        f"{summary.label}: {summary.steps_done} steps{stopped}",
+        f"  {summary.world_size} ranks, {speed}, rows {fill}, {summary.skipped or 0} samples skipped",
+        f"  und : text : gen   configured {configured}   realised {shares}",
     ]
     return lines + [_loss(change) for change in summary.losses if change.name != "total"]
 
@@ -71,7 +74,7 @@ def _loss(change: LossChange) -> str:
 def _score(row: dict[str, Any]) -> str:
     def cell(name: str, width: int) -> str:
         value = row.get(name)
-        return f"{'' if value is None else f'{value:.2f}':>{width}}"
+        return f"{'' if value is None else f'{value:.3f}':>{width}}"
 
     target = row.get("target")
     verdict = "" if target is None else ("  met" if row["value"] >= target else "  below target")

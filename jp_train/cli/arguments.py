@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from jp_train.cluster.options import DEFAULT_PORT, LaunchOptions
-from jp_train.errors import did_you_mean
+from jp_train.errors import did_you_mean, one_of
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `register` of a command adds its parser to."""
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             what = str(action.metavar).lower()
-            hint = did_you_mean(value, action.choices) or f"; it is one of {', '.join(action.choices)}"
+            hint = did_you_mean(value, action.choices) or one_of(value, action.choices)
             raise argparse.ArgumentError(None, f"there is no {what} {value!r}{hint}")
         super()._check_value(action, value)
 
@@ -32,6 +32,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", type=Path, help="a YAML of launch/, or the config.yaml of a run folder"
     )
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Any number of key=value."""
     parser.add_argument(
         "overrides",
         metavar="key=value",
@@ -43,32 +48,51 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_hosts(parser: argparse.ArgumentParser) -> None:
     """--hostfile with its filters and the rendezvous, for `launch_options`."""
     parser.add_argument(
-        "--hostfile", type=Path, required=True, help="DeepSpeed hostfile: `name slots=N` a line (hostfiles/README.md)"
+        "--hostfile",
+        type=Path,
+        required=True,
+        help="DeepSpeed hostfile: `[user@]name slots=N` a line, node[01-16] for many (hostfiles/README.md)",
     )
     parser.add_argument("--include", default="", help="only these hosts or slots, deepspeed syntax: host1:0,1@host2")
     parser.add_argument("--exclude", default="", help="all but these hosts or slots")
     parser.add_argument(
         "--master-port",
         type=int,
-        default=DEFAULT_PORT,
-        help=f"rendezvous port on the first host (default {DEFAULT_PORT})",
+        help=f"rendezvous port on the first host (default {DEFAULT_PORT}; a free one if that is in use and the "
+        "hostfile is this host alone)",
     )
     parser.add_argument(
         "--master-addr",
         default="",
         help="the first host's address for the others (default: what its `hostname -I` names first)",
     )
+    parser.add_argument(
+        "--ssh-args", default="", metavar='"-p 2222 ..."', help="more words for every ssh, pdsh's and mpirun's too"
+    )
+    parser.add_argument(
+        "--env", action="append", metavar="NAME", help="one more variable of this shell for remote ranks"
+    )
 
 
 def launch_options(arguments: argparse.Namespace) -> LaunchOptions:
-    """The options of a launch that the command has, the others at their defaults. Raises ConfigError."""
-    given = vars(arguments)
-    return LaunchOptions(**{field.name: given[field.name] for field in fields(LaunchOptions) if field.name in given})
+    """The options of a launch that the command was given, the others at their defaults. Raises ConfigError."""
+    names = {field.name for field in fields(LaunchOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return LaunchOptions(**given, choose_port="master_port" not in given)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json: one object on stdout and nothing else there."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+
+
+def add_upload(parser: argparse.ArgumentParser) -> None:
+    """--upload: a copy of what was written in an object store."""
+    parser.add_argument(
+        "--upload",
+        metavar="URL",
+        help="also copy the folder, under its own name, into this one of an object store (s3://, gs://, az://)",
+    )
 
 
 def whole_number(lowest: int) -> Callable[[str], int]:
@@ -85,7 +109,9 @@ def whole_number(lowest: int) -> Callable[[str], int]:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model and --template: a trained model in use."""
-    parser.add_argument("--model", type=Path, required=True, help="an exported folder, or a finished run folder")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="an exported folder, a finished run folder, or a checkpoint of a run"
+    )
     parser.add_argument(
         "--template",
         choices=("stage1", "stage2", "stage3"),

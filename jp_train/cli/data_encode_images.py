@@ -40,8 +40,7 @@ def register(tools: Commands) -> None:
     parser.add_argument(
         "--master-port",
         type=int,
-        default=29500,
-        help="with --hostfile: rendezvous port of the launcher (default 29500)",
+        help="with --hostfile: rendezvous port of the launcher (default 29500, or a free one)",
     )
     parser.add_argument(
         "--batch",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jp_train.cli.arguments import Commands, add_command, add_json
+from jp_train.cli.arguments import Commands, add_command, add_json, add_upload
 
 if TYPE_CHECKING:
     from jp_train.tools.importers.entries import Reader
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 DETAILS = """\
 Reads data as it is published and writes the tar shards that training reads, with a manifest.json and a skipped.jsonl
-(every entry that was left out, and why) beside them. Run the same command again after a kill or a full disk: it goes
+(every entry that was left out, and why) beside them. JSON lines, JSON arrays and compression (gzip, bzip2, xz, zstd)
+are known by content, whatever a file's name. Run the same command again after a kill or a full disk: it goes
 on, without a duplicate or a hole. The shards depend on the source and the options only, not on --processes.
 
   jp-train data import imagenet      ILSVRC/Data/CLS-LOC/train            shards/imagenet
@@ -115,9 +117,11 @@ size in memory."""
 def _conversations(formats: Commands) -> None:
     details = """\
 [{"id": ..., "image": "coco/000001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
-{"from": "gpt", "value": "A cat."}]}, ...] as a JSON array (read as a stream) or a record a line; "messages" with role
-and content work too. Entries with several images are rejected by name. Entries without an image are skipped and
-counted, or with --text-out written as text shards."""
+{"from": "gpt", "value": "A cat."}]}, ...] as a JSON array (read as a stream) or a record a line; also "messages" with
+role and content, "texts" of user and assistant, and several images: "images": ["a.jpg", "b.jpg"], each at its <image>
+or all before the first question. data_recipes/README.md lists every form that is read. Entries without an image are
+skipped and counted, or with --text-out written as text shards, unless a field or a question shows that they are about
+an image, a video or sound that is not read."""
     parser = _format(
         formats,
         "conversations",
@@ -140,8 +144,8 @@ counted, or with --text-out written as text shards."""
 @layout
 def _pairs(formats: Commands) -> None:
     details = """\
-One image and one text a record: .jsonl (also .gz), .json, .csv or .tsv with a header line. With --question-column,
-understanding samples ask that column and answer with --caption-column."""
+One image and one text a record: JSON lines, a JSON array, .csv or .tsv with a header line, also compressed. With
+--question-column, understanding samples ask that column and answer with --caption-column."""
     parser = _format(
         formats, "pairs", "image-text JSONL or CSV -> understanding or generation", details, "file, folder or glob"
     )
@@ -155,8 +159,9 @@ understanding samples ask that column and answer with --caption-column."""
 @layout
 def _text(formats: Commands) -> None:
     details = """\
-Records (.jsonl, .ndjson, also .gz; .json, .csv, .tsv): the column "text", or "conversations" of a conversation. Plain
-text (.txt, .md, .txt.gz): a file is a document, or --document paragraph or line."""
+Records (JSON lines or a JSON array, whatever the name; .csv, .tsv): the column "text", or "conversations" of a
+conversation. Any other text in UTF-8: a file is a document, or --document paragraph or line. Binary files are
+refused."""
     parser = _format(formats, "text", "text JSONL or plain text files -> text", details, "file, folder or glob")
     parser.add_argument(
         "--document",
@@ -205,7 +210,9 @@ are written again as plain ones into OUT. 'pipe:COMMAND' (braces work: 'pipe:aws
 needs --allow-pipe; the command runs without a shell, and its tar stream becomes a plain shard in OUT."""
     parser = add_command(formats, "webdataset", "an existing WebDataset -> validated, indexed, plain", details)
     parser.add_argument(
-        "source", metavar="SOURCE", help="shards as in a recipe (braces, glob, folder, http), or pipe:COMMAND"
+        "source",
+        metavar="SOURCE",
+        help="shards as in a recipe (braces, glob, folder, URL of http, s3, gs, az or hf), or pipe:COMMAND",
     )
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="folder for reports, and for shards that must be written again"
@@ -215,7 +222,7 @@ needs --allow-pipe; the command runs without a shell, and its tar stream becomes
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="tars at a time (default: all cores)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="read up to 200 samples, write nothing")
     add_json(parser)
     parser.set_defaults(run=run_webdataset)
 
@@ -244,8 +251,10 @@ def _format(formats: Commands, name: str, summary: str, details: str, source: st
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="read the listing and some images, say what would be written, write nothing",
+        help="read the listing and up to 200 images spread over it, say what would be written, write nothing; "
+        "exit status 3 where no entry would become a sample",
     )
+    add_upload(parser)
     add_json(parser)
     return parser
 
@@ -326,9 +335,10 @@ def run(arguments: argparse.Namespace) -> int:
         decode=arguments.decode,
         max_image_pixels=arguments.max_image_pixels,
     )
-    summary, text = import_command(arguments.reader(arguments), settings, dry_run=arguments.dry_run)
-    print(json.dumps(summary) if arguments.json else text)
-    return 0
+    summary, text = import_command(
+        arguments.reader(arguments), settings, dry_run=arguments.dry_run, upload=arguments.upload
+    )
+    return _printed(summary, text, arguments)
 
 
 def run_webdataset(arguments: argparse.Namespace) -> int:
@@ -342,5 +352,11 @@ def run_webdataset(arguments: argparse.Namespace) -> int:
         allow_pipe=arguments.allow_pipe,
         dry_run=arguments.dry_run,
     )
+    return _printed(summary, text, arguments)
+
+
+def _printed(summary: dict[str, Any], text: str, arguments: argparse.Namespace) -> int:
     print(json.dumps(summary) if arguments.json else text)
-    return 0
+    if arguments.json and summary.get("warning"):
+        print(summary["warning"], file=sys.stderr)
+    return 3 if summary.get("stops") else 0

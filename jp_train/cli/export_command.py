@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from jp_train.cli.arguments import Commands, add_command, add_sampling
+from jp_train.cli.arguments import Commands, add_command, add_sampling, add_upload
 from jp_train.terminal import duration
 
 DETAILS = """\
@@ -34,13 +34,16 @@ def register(commands: Commands) -> None:
         help="of the trained modules; the VQ tokenizer stays fp32 (default bf16)",
     )
     add_sampling(parser, "SOURCE's generation_config.json")
+    add_upload(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.tools.export import convert, describe
+    from jp_train.tools.upload import Upload
 
     began = time.monotonic()
+    upload = Upload(arguments.upload) if arguments.upload else None
     options = {name: getattr(arguments, name) for name in ("layout", "dtype", "cfg_scale", "temperature")}
     print(convert(arguments.source, arguments.out, **options))
     print(
@@ -48,4 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"{duration(time.monotonic() - began)}",
         file=sys.stderr,
     )
+    if upload is not None:
+        print(upload.copy(arguments.out, sys.stderr))
     return 0

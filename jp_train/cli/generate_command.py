@@ -41,6 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     began = time.monotonic()
     model = load_for_inference(arguments.model)
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # as every --out does, and before the work
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: its folder cannot be made: {error}") from error
     sampling = model.sampling.override(arguments.cfg_scale, arguments.temperature)
     images = generate_images(
         model,
@@ -50,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         template=arguments.template,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images, start=1):
         file = arguments.out if len(images) == 1 else arguments.out.with_name(f"{arguments.out.stem}-{number}.png")
         Image.fromarray(image).save(file)

@@ -8,8 +8,9 @@ from jp_train.cli.arguments import Commands, add_command, add_config, add_hosts,
 from jp_train.cluster.options import DEFAULT_GRACE_S, DEFAULT_PATIENCE_S, LAUNCHERS
 
 DETAILS = """\
-Checks the configuration, the hostfile and the hosts (`jp-train preflight`), prints the batch arithmetic and the exact
-command, then runs it and watches it to its end. `--dry-run` stops after printing. Run the same command again to resume.
+Makes the quick checks of `jp-train check`, examines the hosts (`jp-train preflight`), prints the batch arithmetic and
+the exact command, then runs it and watches it to its end. `--dry-run` asks no host and stops after printing; files that
+are not on this host are named and left to the hosts. Run the same command again to resume.
 
 Stopping: SIGTERM, SIGUSR1 or Ctrl-C reaches all ranks at once: they finish the step, save and exit; a second signal
 kills. Before the ranks run it ends the launch at once. A terminal that goes away (SIGHUP) stops nothing.
@@ -57,5 +58,6 @@ def register(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jp_train.cluster.launch import launch
+    from jp_train.tools.check.check import require_startable
 
-    return launch(arguments.config, arguments.overrides, launch_options(arguments))
+    return launch(arguments.config, arguments.overrides, launch_options(arguments), require_startable)

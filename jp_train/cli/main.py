@@ -12,10 +12,12 @@ from jp_train.cli.arguments import Parser
 from jp_train.errors import JpTrainError
 
 COMMANDS = (
+    "init",
     "train",
     "launch",
     "preflight",
     "check",
+    "config",
     "forecast",
     "data",
     "import",
@@ -28,6 +30,8 @@ COMMANDS = (
 
 EPILOG = """\
 the steps of a training, in order:
+  jp-train init mine --data shards/llava --init-from weights/Janus-Pro-1B             the files of a first run
+  jp-train config launch/janus_pro_1b_stage1.yaml                                     every key: value, origin, meaning
   jp-train check launch/janus_pro_1b_stage1.yaml --hostfile hostfiles/a100_16x8       what would run, and does it fit
   jp-train data import conversations llava.json shards/llava --images llava           shards from what was downloaded
   jp-train data index launch/janus_pro_1b_stage1.yaml                                 token counts, once

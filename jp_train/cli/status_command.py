@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     parser.add_argument(
-        "--watch", type=float, metavar="SECONDS", default=0, help="print again every SECONDS until Ctrl-C"
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        default=0,
+        help="print again every SECONDS until the run has ended well, or Ctrl-C",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -34,7 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     while True:
         state = status(arguments.run_dir)
+        if arguments.watch and not arguments.json and sys.stdout.isatty():
+            print("\033[H\033[2J", end="")  # one screen, not one below another
         print(json.dumps(state) if arguments.json else format_status(state), flush=True)
-        if not arguments.watch:
+        if not arguments.watch or state["state"] in ("finished", "stopped_early"):
             return 0
         time.sleep(arguments.watch)

@@ -29,6 +29,8 @@ class Answers:
     jobs: Sequence[Mapping[str, Any]] = ()
     config: str | None = None
     """The resolved YAML; None without a configuration."""
+    run_dir: str = ""
+    """Absolute; empty without a configuration."""
     checkpoint_bytes: int = 0
     """Lower bound of one checkpoint; 0: unknown."""
 

@@ -30,7 +30,7 @@ CHECKS = (
     Check(
         "versions",
         "python, torch, deepspeed, transformers, numpy, NCCL and driver are the same everywhere",
-        {"facts": [hosts.check_versions], "torch": [hosts.check_torch_loads, hosts.check_torch]},
+        {"facts": [hosts.check_versions], "torch": [hosts.check_torch_loads, hosts.check_torch, hosts.check_gpus_work]},
     ),
     Check("code", "every host imports the same jp_train", {"facts": [hosts.check_code]}),
     Check("config", "every host reads the same configuration", {"facts": [hosts.check_config]}),

@@ -36,6 +36,7 @@ class Conversation:
         *,
         limit_s: float,
         local: Collection[str] = (),
+        ssh_args: Sequence[str] = (),
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -50,7 +51,9 @@ class Conversation:
         self._number = 0
         try:
             for host in hosts:
-                command = command_for(host, argv, local=host in self._local, cwd=cwd, env=env, limit_s=limit_s)
+                command = command_for(
+                    host, argv, local=host in self._local, ssh_args=ssh_args, cwd=cwd, env=env, limit_s=limit_s
+                )
                 self._start(host, command)
         except BaseException:
             self.close()
@@ -74,8 +77,7 @@ class Conversation:
         others are in `lost`.
 
         `what` describes the question in the error of a host that falls silent. An answer is an object with `answer`, or
-        with `error`, the reason why the host could not give one; `came` is when it arrived here, in seconds since the
-        epoch.
+        with `error`, the reason why the host could not give one; `came` is when it arrived here, by time.monotonic.
         """
         self._number += 1
         waiting = set()
@@ -137,9 +139,9 @@ class Conversation:
         with contextlib.suppress(OSError, ValueError):
             while line := process.stdout.readline(MAX_LINE):
                 if line.startswith(MARK):
-                    self._lines.put((host, time.time(), line[len(MARK) :]))
+                    self._lines.put((host, time.monotonic(), line[len(MARK) :]))
             process.stdout.close()
-        self._lines.put((host, time.time(), None))
+        self._lines.put((host, time.monotonic(), None))
 
     def _read_stderr(self, host: str, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None

@@ -37,7 +37,8 @@ def data_facts(config: str, overrides: Sequence[str], number: int) -> dict[str, 
     a sample of another shard than its neighbours. Raises ConfigError."""
     cfg = loaded_config(config, tuple(overrides))
     sources = {**cfg.data.sources, **{f"{name} (held out)": source for name, source in cfg.validation.sources.items()}}
-    reader = ShardReader(1)  # a source that answers only now and then is worth knowing beforehand
+    # one try: a source that answers only now and then is worth knowing beforehand
+    reader = ShardReader(1, index_dir=cfg.data.index_dir)
     try:
         return {
             "sources": {

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import pwd
 import re
 import socket
 import subprocess
@@ -23,7 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jp_train.cluster.command import LOGS
 from jp_train.cluster.signals import read_proc
+from jp_train.files import file_system_time
 from jp_train.run.lock import LAUNCH_ID
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
-RUNNERS = (b"deepspeed.launcher.runner", b"mpirun", b"srun")
+RUNNERS = (b"deepspeed.launcher.runner", b"pdsh", b"mpirun", b"srun")
 """Arguments (or programs) by which the one process that keeps a launch together is known."""
 NVIDIA_SMI_S = 5.0
 GPU_FREE_MIB = 1024
@@ -57,7 +60,9 @@ class Query:
 
     def folders(self) -> dict[str, str]:
         """{what it is for: path} of all folders that a rank writes."""
-        return cache_folders(os.environ) | ({"run folder": self.run_dir} if self.run_dir else {})
+        folders = cache_folders(os.environ) | ({"run folder": self.run_dir} if self.run_dir else {})
+        index_dir = loaded_config(self.config, self.overrides).data.index_dir if self.config else ""
+        return folders | ({"index cache": os.path.abspath(os.path.expanduser(index_dir))} if index_dir else {})
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,7 @@ def gpu_memory_at_rest(read: Callable[[], list[list[int]]] = gpu_memory) -> list
 
 
 def host_addresses() -> list[str]:
-    """All addresses of the host as `hostname -I` lists them: DeepSpeed's runner makes the first host's first one the
-    rendezvous."""
+    """All addresses of the host as `hostname -I` lists them: the first host's first one is the rendezvous."""
     done = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=5, check=True)
     return done.stdout.split()
 
@@ -251,28 +255,41 @@ def build_locks(folder: Path) -> list[dict[str, Any]]:
     """Lock files of torch's extension builder, with their age in seconds: a process that loads the extension waits
     until the file is gone."""
     locks = sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
-    return [{"path": str(path), "age_s": max(0.0, time.time() - path.stat().st_mtime)} for path in locks]
+    return [
+        {"path": str(path), "age_s": max(0.0, file_system_time(path.parent) - path.stat().st_mtime)} for path in locks
+    ]
 
 
 def launched_jobs(expected: Collection[str], *, proc: Path = Path("/proc")) -> list[dict[str, Any]]:
     """Processes of launches that are not `expected` on this host, by the mark in their environment: `launch`, `pid`,
-    `command`, and whether it is the launch's `runner`."""
+    `command`, whether it is the launch's `runner`, the `user` it runs as, whether that is ours (`own`; of root, whom
+    several people may be, nobody's), and the `run_dir` of the launch, empty where it keeps no logs."""
     jobs = []
     for entry in proc.iterdir():
         if not entry.name.isdigit():
             continue
-        mark = next(
-            (item for item in read_proc(entry / "environ").split(b"\0") if item.startswith(LAUNCH_ID.encode() + b"=")),
-            b"",
-        )
-        launch = mark.partition(b"=")[2].decode(errors="replace")
+        pairs = (item.decode(errors="replace").partition("=") for item in read_proc(entry / "environ").split(b"\0"))
+        variables = {name: value for name, _, value in pairs if name in (LAUNCH_ID, LOGS)}
+        launch, logs = variables.get(LAUNCH_ID, ""), variables.get(LOGS, "")
         words = read_proc(entry / "cmdline").split(b"\0")
         if launch and launch not in expected and words != [b""]:  # a zombie has no command line
             command = b" ".join(words).decode(errors="replace").strip()
-            jobs.append(
-                {"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)}
-            )
+            job = {"launch": launch, "pid": int(entry.name), "command": command[:200], "runner": _is_runner(words)}
+            run_dir = str(Path(logs).parent.parent) if logs else ""  # RUN_DIR/logs/LAUNCH
+            jobs.append(job | _owner(entry) | {"run_dir": run_dir})
     return sorted(jobs, key=lambda job: job["pid"])
+
+
+def _owner(process: Path) -> dict[str, Any]:
+    """`user` and `own` of a process of /proc; nobody's where it has ended meanwhile."""
+    try:
+        number = process.stat().st_uid
+        user = pwd.getpwuid(number).pw_name
+    except OSError:
+        return {"user": "?", "own": False}
+    except KeyError:  # of a container, without a name
+        user = str(number)
+    return {"user": user, "own": number != 0 and number == os.geteuid()}
 
 
 def _is_runner(words: Sequence[bytes]) -> bool:

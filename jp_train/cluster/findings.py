@@ -14,6 +14,12 @@ NAMED = 4
 """Hosts named in one line of the table; JSON has them all."""
 ELAPSED = re.compile(r" after \d+\.\d s")
 """How long a host took to answer or to fail, in `Answer.summary`."""
+ADDRESS = re.compile(
+    r"(?<![\w.:])"
+    r"(?:\d{1,3}(?:\.\d{1,3}){3}|\[?(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?:%\w+)?\]?)"
+    r"(?::\d+| port \d+)?"
+)
+"""An IPv4 or IPv6 address, with a port where one follows."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,14 @@ def _plain(fault: Fault) -> dict[str, str]:
 
 
 def _alike(faults: list[Fault]) -> list[tuple[str, Fault]]:
-    """Faults of several hosts that differ in the host and the time taken only, as one line each: (hosts, the
-    first's)."""
+    """Faults of several hosts that differ in the host, its addresses and the time taken only, as one line each:
+    (hosts, the first's)."""
     groups: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:
-        texts = (text.replace(fault.host, "\0") for text in (fault.message, fault.remedy))
-        groups.setdefault((fault.check, *(ELAPSED.sub("", text) for text in texts)), []).append(fault)
+        texts = [ELAPSED.sub("", text.replace(fault.host, "\0")) for text in (fault.message, fault.remedy)]
+        if fault.check != "versions":  # there 1.2.3.4 is none
+            texts = [ADDRESS.sub("(address)", text) for text in texts]
+        groups.setdefault((fault.check, *texts), []).append(fault)
     return [(_hosts_text([fault.host for fault in group]), group[0]) for group in groups.values()]
 
 

@@ -108,8 +108,8 @@ def check_torch_loads(answers: Answers) -> Iterator[Fault]:
 
 
 def check_torch(answers: Answers) -> Iterator[Fault]:
-    """torch as it imports on each host: `version`, `cuda`, `nccl`, and the `devices` that it can use, against the
-    selected slots."""
+    """torch as it imports on each host: `version`, `cuda`, `nccl`, the `devices` that it can use, against the
+    selected slots, and those of them that are `broken`."""
     torch, facts = answers.torch, answers.facts
     for name in ("version", "cuda", "nccl"):
         values = {host: str(build.get(name, "")) for host, build in torch.items()}
@@ -130,6 +130,23 @@ def check_torch(answers: Answers) -> Iterator[Fault]:
                 f"on {host}: a torch build that fits the driver, a healthy driver (`nvidia-smi`), and no "
                 "CUDA_VISIBLE_DEVICES in the shell's start-up files",
                 warning=build["devices"] > max(answers.selection[host]),
+            )  # fmt: skip
+
+
+def check_gpus_work(answers: Answers) -> Iterator[Fault]:
+    """`broken` of each host's torch: GPUs on which no tensor can be made."""
+    for host, build in answers.torch.items():
+        by_error: dict[str, list[str]] = {}
+        for device, error in build.get("broken", {}).items():
+            if int(device) in answers.selection[host]:
+                by_error.setdefault(error, []).append(device)
+        for error, devices in by_error.items():
+            yield Fault(
+                host, "devices",
+                f"torch {build['version']} (CUDA {build['cuda'] or 'none'}) cannot use {_some(devices, 'GPU')}: "
+                f"{error}; driver {answers.facts[host]['driver'] or 'unknown'}",
+                f"on {host}: a driver new enough for this torch (`nvidia-smi` names the newest CUDA it serves), or "
+                f"leave them out with --exclude {host}:{','.join(devices)}",
             )  # fmt: skip
 
 
@@ -349,7 +366,7 @@ def check_data(answers: Answers) -> Iterator[Fault]:
 
 def check_jobs(answers: Answers) -> Iterator[Fault]:
     """`jobs` of each host: processes of launches, and whether the runner of each is alive on any host. A run on this
-    host alone (`local`) may share it."""
+    host alone (`local`) may share it. How to end them is said of those of the run folder and of our own user's."""
     everywhere = [*answers.jobs, *(job for fact in answers.facts.values() for job in fact["jobs"])]
     alive = {job["launch"] for job in everywhere if job["runner"]}
     for host, fact in answers.facts.items():
@@ -358,7 +375,9 @@ def check_jobs(answers: Answers) -> Iterator[Fault]:
             launches.setdefault(job["launch"], []).append(job)
         for launch, jobs in launches.items():
             count = f"{len(jobs)} {'process' if len(jobs) == 1 else 'processes'}"
-            what = f"{count} of launch {launch} ({jobs[0]['command'][:60]} ...)"
+            run_dir, user = jobs[0]["run_dir"], ", ".join(sorted({job["user"] for job in jobs}))
+            where = f" in {run_dir}" if run_dir else ""
+            what = f"{count} of launch {launch}{where}, of user {user} ({jobs[0]['command'][:60]} ...)"
             if launch.startswith(PREFLIGHT):
                 message, remedy = f"{what}: another preflight examines this host", "start again when it has ended"
                 yield Fault(host, "jobs", message, remedy, warning=True)
@@ -367,9 +386,15 @@ def check_jobs(answers: Answers) -> Iterator[Fault]:
                 yield Fault(host, "jobs", message, remedy, warning=True)
             else:
                 pids = " ".join(str(job["pid"]) for job in jobs)
+                ours = answers.run_dir and run_dir == answers.run_dir
+                if ours or all(job["own"] for job in jobs):
+                    whose = "of this run folder" if ours else f"yours, {user}'s"
+                    remedy = f"ssh {host} kill -9 {pids}   (they are {whose}; if nobody trains there)"
+                else:
+                    remedy = f"not of this run, perhaps another person's: ask whose they are (processes {pids})"
                 yield Fault(
-                    host, "jobs", f"{what}, whose launcher is gone: they hold devices, memory and ports",
-                    f"ssh {host} kill -9 {pids}   (if nobody trains there)", warning=answers.local,
+                    host, "jobs", f"{what}, whose launcher is gone: they hold devices, memory and ports", remedy,
+                    warning=answers.local,
                 )  # fmt: skip
 
 

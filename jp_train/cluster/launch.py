@@ -12,20 +12,25 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from jp_train.cluster.command import rank_variables, ranks_command
-from jp_train.cluster.environment import environment_file, has_gpu, passed_environment, runner_environment
+from jp_train.cluster.credentials import hand_over, take_back
+from jp_train.cluster.environment import deepspeed_env_files, passed_environment, runner_environment
 from jp_train.cluster.findings import Report
 from jp_train.cluster.hostfile import Selection, runs_locally, world_size
-from jp_train.cluster.options import LaunchOptions
+from jp_train.cluster.options import PDSH_SSH_ARGS, LaunchOptions
 from jp_train.cluster.outcome import Outcome, explain, judge
 from jp_train.cluster.records import LAUNCHER_LOG, new_launch_id, open_logs, read_records
+from jp_train.cluster.remote import first_address
 from jp_train.cluster.restarts import (
     Progress,
     Restart,
@@ -37,10 +42,11 @@ from jp_train.cluster.restarts import (
     worth_starting,
 )
 from jp_train.cluster.running import Run, StopSignals, say, sweep
-from jp_train.cluster.supervision import Supervision
+from jp_train.cluster.supervision import Supervision, ask_hosts
 from jp_train.config import RunConfig, batch_plan, load_config
 from jp_train.errors import ConfigError, LaunchError
-from jp_train.run.lock import read_holder, refusal, release_dead_launch, standing_of
+from jp_train.files import has_gpu_files
+from jp_train.run.lock import LAUNCH_ID, release_dead_launch, require_free
 
 PROGRAMS = {
     "pdsh": ("pdsh", "pdsh openssh-client"),
@@ -48,7 +54,7 @@ PROGRAMS = {
     "slurm": ("srun", "slurm-client"),
 }
 """What each launcher needs on this host, and Debian's packages with it."""
-PDSH_SSH_ARGS = "-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=8"
+KEEP_ALIVE = "-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=8"
 UNRELIABLE_KILLS = 2
 """A host on which ranks were killed so often is left out of a restart if the run can do without it."""
 SETTLE_S = 15.0
@@ -56,18 +62,38 @@ SETTLE_S = 15.0
 that is still there then."""
 
 
-def launch(config_path: str | os.PathLike[str], overrides: Sequence[str], options: LaunchOptions) -> int:
+LOCAL_SKIP = ("versions", "code", "config", "port", "reach", "bandwidth")
+"""Preflight's checks that compare hosts, or load torch: one local host does without. Its port is asked for last."""
+LOCAL_TIMEOUT_S = 60.0
+"""Of a preflight question to this host, which may be busy with anything."""
+
+Startable: TypeAlias = Callable[[RunConfig, LaunchOptions], str]
+"""Raises a JpTrainError for a run that could not start; returns the sentence about a finished run, else nothing."""
+
+
+def launch(
+    config_path: str | os.PathLike[str],
+    overrides: Sequence[str],
+    options: LaunchOptions,
+    require_startable: Startable = lambda cfg, options: "",
+) -> int:
     """Check everything that can be known, print the batch arithmetic and the command, run it, and return the ranks'
     exit code.
 
     SIGTERM, SIGINT and SIGUSR1 go to every rank at once; the ranks save and exit, or are killed after `grace_s` seconds
     or by a second signal. A run that ends because of a host or a rank goes on from its newest checkpoint,
-    `max_restarts` times, without the hosts that do not answer. `dry_run` stops after printing and returns 0. Raises
+    `max_restarts` times, without the hosts that do not answer. `dry_run` stops after printing and returns 0; so does a
+    finished run, at once. `require_startable` looks at the run before any host is asked. Raises what that raises,
     ConfigError (configuration, filter, ranks that do not divide the rows) and LaunchError (hostfile, preflight, busy
     port, missing program, a run folder in use, a rank that was killed, a host that is gone).
     """
     cfg = load_config(config_path, overrides)
-    _reject_second_job(Path(cfg.run_dir), options)
+    if finished := require_startable(cfg, options):
+        say(finished)
+        if not options.dry_run:
+            return 0
+    if not options.dry_run:
+        require_free(cfg.run_dir)
     target = ["train", str(config_path), *overrides]
     with StopSignals().installed() as stop:
         return _Attempts(cfg, target, options, stop, _Preflight(config_path, overrides)).run()
@@ -82,48 +108,58 @@ def launch_ranks(target: Sequence[str], options: LaunchOptions) -> int:
 
 def _start(
     target: Sequence[str], options: LaunchOptions, stop: StopSignals, *,
-    launch_id: str, facts: str = "", run_dir: Path | None = None, restart: Restart | None = None,
+    launch_id: str, facts: str = "", run_dir: Path | None = None, progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
     """One start of all ranks, to its end. `facts` is printed before the command. Without `run_dir` there are no
     logs, and all ranks write to the terminal."""
     selection = options.selection()
     local = runs_locally(selection)
+    options = options.with_free_port()
     logs = None if run_dir is None or options.dry_run else _logs(run_dir, launch_id)
-    env = runner_environment(os.environ, launch_id, local=local, launcher=options.launcher) | rank_variables(
-        options, str(logs or "")
-    )
-    passed = passed_environment(env)
+    if options.launcher == "pdsh" and not (local or options.dry_run or options.master_addr):
+        first = first_address(next(iter(selection)), ssh_args=options.ssh_words())
+        if not first.ok:
+            cause = f"host {first.host} does not tell its address: {first.summary}"
+            return Outcome(LaunchError.exit_code, cause, "yes", lost={first.host: first.summary})
+        options = replace(options, master_addr=first.stdout)
+    given = {**os.environ, LAUNCH_ID: launch_id} | rank_variables(options, str(logs or ""))
+    passed = passed_environment(given, more=options.env, launcher=options.launcher)
+    env = runner_environment(given, passed, local=local, launcher=options.launcher)
     command = ranks_command(target, options, passed)
-    out = sys.stdout if options.dry_run else sys.stderr
-    lines = [
-        f"{world_size(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}",
-        *([facts] if facts else []),
-    ]
-    lines += [] if local else passed.describe()
+    lines = [f"{world_size(selection)} ranks on {_describe(selection)}{' (this host)' if local else ''}"]
+    lines += [facts] if facts else []
+    unread = [f"not read, as all ranks are on this host: {path}" for path in deepspeed_env_files(os.environ)]
+    lines += unread if local else passed.describe()
     lines += [f"logs of the ranks: {logs}"] if logs else []
-    print("\n".join([*lines, f"command: {shlex.join(command)}"]), file=out, flush=True)
+    lines += [f"command: {shlex.join(command)}"]
+    print("\n".join(lines), file=sys.stdout if options.dry_run else sys.stderr, flush=True)
     if options.dry_run:
         return Outcome(0)
     _check_ready(selection, options, local=local)
     if not local:
-        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {PDSH_SSH_ARGS}".strip()
+        env[PDSH_SSH_ARGS] = " ".join([*options.ssh_words(), KEEP_ALIVE])
     placed = [host for host, slots in selection.items() for _ in slots]
     remote = () if local else tuple(selection)
     slurm = options.launcher == "slurm" and not local
     watch = None
     if not local and not slurm:  # on this host the runner sees what happens; Slurm watches its nodes itself
-        watch = Supervision(logs, run_dir, launch_id, placed, patience_s=options.patience_s, grace_s=options.grace_s)
-    began = time.time()
-    progress = Progress(run_dir, restart, began) if run_dir is not None and restart is not None else None
-    with environment_file(passed) as path:
-        run = Run(
-            command, env | {"DS_ENV_FILE": str(path)}, launch_id, remote, stop, grace_s=options.grace_s,
-            supervision=watch, signal_launcher=slurm, notice=lambda: _report_progress(progress, run_dir),
-            output=logs and logs / LAUNCHER_LOG,
+        watch = Supervision(
+            logs, run_dir, launch_id, placed, patience_s=options.patience_s, grace_s=options.grace_s,
+            ask=partial(ask_hosts, ssh_args=options.ssh_words()),
         )  # fmt: skip
-        ending = run.wait()
+    with _credentials_on(remote if not slurm else (), launch_id, passed.credentials, options.ssh_words()) as lost:
+        if lost:
+            cause = (
+                f"credentials of the object stores cannot be handed to {', '.join(lost)}: {next(iter(lost.values()))}"
+            )
+            return Outcome(LaunchError.exit_code, cause, "yes", lost=lost)
+        ending = Run(
+            command, env, launch_id, remote, stop, grace_s=options.grace_s,
+            supervision=watch, signal_launcher=slurm, notice=lambda: _report_progress(progress, run_dir),
+            output=logs and logs / LAUNCHER_LOG, ssh_args=options.ssh_words(),
+        ).wait()  # fmt: skip
     records = read_records(logs)
-    outcome = judge(ending, records, stop.number, _failure(run_dir, since=began))
+    outcome = judge(ending, records, stop.number, _failure(progress))
     if outcome.code and stop.number is None:
         lines = explain(records, len(placed))
         # the cause of a "yes" becomes the error's message instead
@@ -132,6 +168,21 @@ def _start(
         for line in lines:
             say(line)
     return outcome
+
+
+@contextmanager
+def _credentials_on(
+    hosts: Sequence[str], launch_id: str, credentials: Mapping[str, str], ssh_args: Sequence[str]
+) -> Iterator[dict[str, str]]:
+    """The credentials of object stores in the memory of `hosts`, as long as ranks may run there; gives the hosts that
+    do not take them, and why."""
+    if not (hosts and credentials):
+        yield {}
+        return
+    try:
+        yield hand_over(hosts, launch_id, credentials, ssh_args=ssh_args)
+    finally:
+        take_back(hosts, launch_id, ssh_args=ssh_args)
 
 
 class _Attempts:
@@ -158,16 +209,15 @@ class _Attempts:
             with self._stop.interrupting():
                 self._preflight.require_fit(self._options, self._all_hosts)
             while True:
-                launch_id, began = new_launch_id(), time.time()
+                launch_id, progress = new_launch_id(), Progress(self._run_dir, self._restart)
                 outcome = _start(
                     self._target, self._options, self._stop, launch_id=launch_id, facts=batch, run_dir=self._run_dir,
-                    restart=self._restart,
+                    progress=progress,
                 )  # fmt: skip
-                last = standing(self._run_dir)
-                if not self._worth_another(outcome, last, began):
+                if not self._worth_another(outcome, progress):
                     return _final_code(outcome, self._restarts)
                 self._launch_ids.append(launch_id)
-                self._plan_restart(outcome, last, began)
+                self._plan_restart(outcome, progress)
                 batch = self._batch()
         except KeyboardInterrupt:
             return _stopped_before_start(self._stop)
@@ -181,11 +231,11 @@ class _Attempts:
         ranks = world_size(self._options.selection())
         return batch_plan(self._cfg, ranks, shrink=has_checkpoints(self._run_dir)).describe()
 
-    def _worth_another(self, outcome: Outcome, last: Standing, began: float) -> bool:
-        """Whether to start again. `last`: the run folder after the start that `began` then, in seconds since 1970."""
-        moved = last.updated >= began
-        advanced = moved and last.step > self._furthest_step
-        fell_short = not (moved and last.step >= self._furthest_step)
+    def _worth_another(self, outcome: Outcome, progress: Progress) -> bool:
+        """Whether to start again after the start that made this progress."""
+        last = progress.now()
+        advanced = progress.moved and last.step > self._furthest_step
+        fell_short = not (progress.moved and last.step >= self._furthest_step)
         before, self._fell_short = self._fell_short, fell_short
         self._furthest_step = max(self._furthest_step, last.step)
         if self._stop.number is not None or self._restarts >= self._options.max_restarts:
@@ -194,14 +244,14 @@ class _Attempts:
             outcome.again, first=self._restart is None, advanced=advanced, fell_short=fell_short, before=before
         )
 
-    def _plan_restart(self, outcome: Outcome, last: Standing, began: float) -> None:
+    def _plan_restart(self, outcome: Outcome, progress: Progress) -> None:
         """Choose the hosts of the next start, print and store what it costs. Raises LaunchError when no host can be
         used, KeyboardInterrupt for a stop signal."""
         selection = self._options.selection()
         self._kills.update(outcome.killed_on)
         # idle, or lost before: they may have recovered
         idle = [host for host in self._all_hosts if host not in selection]
-        unswept = sweep(idle, *self._launch_ids, lost=idle)
+        unswept = sweep(idle, *self._launch_ids, lost=idle, ssh_args=self._options.ssh_words())
         silent = dict(outcome.lost) | {host: answer.summary for host, answer in unswept.items()}
         with self._stop.interrupting():
             usable = self._usable_hosts(silent)
@@ -209,8 +259,8 @@ class _Attempts:
         if next(iter(selection)) in usable:
             release_dead_launch(self._run_dir, self._launch_ids[-1])
         self._restart = plan_restart(
-            self._restarts + 1, self._options.max_restarts, outcome.cause, self._all_hosts, selection, usable, last,
-            began=began,
+            self._restarts + 1, self._options.max_restarts, outcome.cause, self._all_hosts, selection, usable,
+            progress.now(), down_s=progress.quiet_s,
         )  # fmt: skip
         say(self._restart.describe())
         _event(self._run_dir, "restart", self._restart.failed_at_step, **self._restart.event())
@@ -263,12 +313,16 @@ class _Preflight:
         self._config, self._overrides = Path(config_path), tuple(overrides)
 
     def require_fit(self, options: LaunchOptions, selection: Selection) -> None:
-        """Print the table of facts and faults; raises LaunchError when there is a fault. One local host is checked
-        by `_check_ready`."""
-        if options.skip_preflight or options.dry_run or runs_locally(selection):
+        """Print the table of facts and faults (of one local host only where there is a fault); raises
+        LaunchError when there is a fault."""
+        if options.skip_preflight or options.dry_run:
             return
         report = self._ask(options)
-        print(report.table(), file=sys.stderr, flush=True)
+        if report.faults or not runs_locally(selection):
+            print(report.table(), file=sys.stderr, flush=True)
+        else:
+            for found in report.warnings:
+                say(f"warning: {found.check}: {found.message}; {found.remedy}")
         if report.faults:
             raise LaunchError(
                 f"preflight found {len(report.faults)} faults (above), the first: {report.faults[0].host}: "
@@ -295,22 +349,13 @@ class _Preflight:
         return {fault.host: fault.message for fault in report.faults}
 
     def _ask(self, options: LaunchOptions, skip: Sequence[str] = ()) -> Report:
-        from jp_train.cluster.preflight import preflight
+        from jp_train.cluster.preflight import DEFAULT_TIMEOUT_S, preflight
 
-        return preflight(options, config=self._config, overrides=self._overrides, skip=skip)
-
-
-def _reject_second_job(run_dir: Path, options: LaunchOptions) -> None:
-    """Two jobs in one run folder would mix their metrics and delete each other's checkpoints. (The ranks see a job
-    on another host, too.)"""
-    if options.dry_run:
-        return
-    try:
-        holder = read_holder(run_dir)
-    except OSError:
-        return
-    if holder is not None and standing_of(holder) == "alive":
-        raise LaunchError(refusal(run_dir, holder))
+        local = runs_locally(options.selection())
+        return preflight(
+            options, config=self._config, overrides=self._overrides, skip=LOCAL_SKIP if local else skip,
+            timeout_s=LOCAL_TIMEOUT_S if local else DEFAULT_TIMEOUT_S, progress=not local,
+        )  # fmt: skip
 
 
 def _report_progress(progress: Progress | None, run_dir: Path | None) -> None:
@@ -349,18 +394,10 @@ def _check_ready(selection: Selection, options: LaunchOptions, *, local: bool) -
                 f"apt-get install {packages})"
             )
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", options.master_port))
-        except OSError:
-            raise LaunchError(
-                f"port {options.master_port} is in use on this host, perhaps by another run; give another one with "
-                "--master-port"
-            ) from None
+    options.require_port()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     slots = ",".join(map(str, next(iter(selection.values()))))
-    if visible and visible != slots and has_gpu():
+    if visible and visible != slots and has_gpu_files():
         raise LaunchError(
             f"CUDA_VISIBLE_DEVICES={visible} is set, but the launcher would use devices {slots} of the hostfile; unset "
             "it and choose with --include, or give the hostfile as many slots as there are devices"
@@ -374,7 +411,7 @@ def _describe(selection: Selection) -> str:
     return ", ".join(f"{name} (slots {','.join(map(str, slots))})" for name, slots in selection.items())
 
 
-def _failure(run_dir: Path | None, *, since: float) -> str:
+def _failure(progress: Progress | None) -> str:
     """The error that this start's status.json names as its end; empty without one."""
-    last = standing(run_dir) if run_dir is not None else None
-    return last.reason if last is not None and last.state == "failed" and last.updated >= since else ""
+    last = progress.now() if progress is not None else Standing()
+    return last.reason if progress is not None and progress.moved and last.state == "failed" else ""

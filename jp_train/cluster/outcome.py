@@ -101,14 +101,15 @@ def signalled(code: int) -> int:
 
 
 def explain(records: Sequence[RankRecord], world: int) -> list[str]:
-    """Lines for the terminal about the ranks that failed, the likely cause first, with the end of that rank's stderr
-    (rank 0's is on the terminal already)."""
+    """Lines for the terminal about the ranks that failed, the likely cause first, with the end of that rank's stderr;
+    what rank 0 said too is on the terminal already."""
     failed = culprits(records)
     lines = [record.describe() for record in failed[:NAMED]]
     if len(failed) > NAMED:
         lines.append(f"and {len(failed) - NAMED} more of {world} ranks failed after it")
     if failed and failed[0].rank != 0:
-        lines += [f"[{failed[0].host} rank {failed[0].rank}] {line}" for line in failed[0].tail]
+        shown = {line for record in records if record.rank == 0 for line in record.tail}
+        lines += [f"[{failed[0].host} rank {failed[0].rank}] {line}" for line in failed[0].tail if line not in shown]
     return lines
 
 

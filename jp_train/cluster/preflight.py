@@ -21,7 +21,7 @@ from jp_train.cluster.answers import Answers
 from jp_train.cluster.bandwidth import host_rates
 from jp_train.cluster.checks import CHECK_NAMES, CHECKS
 from jp_train.cluster.conversation import Conversation
-from jp_train.cluster.environment import EXPORTED_BY_DEEPSPEED, is_secret, passed_environment
+from jp_train.cluster.environment import passed_environment
 from jp_train.cluster.facts import code_digests, launched_jobs
 from jp_train.cluster.findings import Fault, Report, gib, rate_text
 from jp_train.cluster.host_checks import PREFLIGHT, check_answers, settled
@@ -54,19 +54,20 @@ def preflight(
     overrides: Sequence[str] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
     skip: Collection[str] = (),
+    progress: bool = True,
 ) -> Report:
     """Examine the hosts that `options` select, and report.
 
     With `config`, the run folder, the data and the configuration are examined too. `skip`: names of CHECKS to leave
-    out. The probes get what the ranks would get of this shell's environment. Raises ConfigError (configuration, filter,
-    unknown check) and LaunchError (hostfile).
+    out; `progress`: a line on stderr before each phase. The probes get what the ranks would get of this shell's
+    environment. Raises ConfigError (configuration, filter, unknown check) and LaunchError (hostfile).
     """
     unknown = [name for name in skip if name not in CHECK_NAMES]
     if unknown:
         raise ConfigError(f"there is no check {unknown[0]!r} to skip; there are {', '.join(CHECK_NAMES)}")
     if not 0 < timeout_s < LIFETIME_S / 4:
         raise ConfigError(f"--timeout {timeout_s:g} is not between 0 and {LIFETIME_S // 4} seconds")
-    return _Examination(options, config, overrides, timeout_s, frozenset(skip)).run()
+    return _Examination(options, config, overrides, timeout_s, frozenset(skip), progress).run()
 
 
 class _Examination:
@@ -80,14 +81,19 @@ class _Examination:
         overrides: Sequence[str],
         timeout_s: float,
         skip: frozenset[str],
+        progress: bool,
     ) -> None:
+        options = options.with_free_port()
         self._cfg = cfg = None if config is None else load_config(config, overrides)
         self._question = {"config": None if config is None else str(config), "overrides": list(overrides)}
         self._selection, self._timeout_s, self._skip = options.selection(), timeout_s, skip
-        self._master_addr = options.master_addr
+        self._progress_lines = progress
+        self._master_addr, self._ssh_args = options.master_addr, options.ssh_words()
         self._run_dir = os.path.abspath(cfg.run_dir) if cfg else ""
         self._id = f"{PREFLIGHT}{uuid.uuid4().hex[:12]}"
         self._local = runs_locally(self._selection)
+        self._env = probe_environment(os.environ, options, local=self._local)
+        self._credentials = passed_environment(os.environ, more=options.env, launcher=options.launcher).credentials
         self._answers = Answers(
             selection=self._selection,
             slots={host.name: host.slots for host in parse_hostfile(options.hostfile)},
@@ -96,6 +102,7 @@ class _Examination:
             code=code_digests(),
             config=dump_config(cfg) if cfg else None,
             checkpoint_bytes=checkpoint_bytes(cfg) if cfg else 0,
+            run_dir=self._run_dir,
         )
         self._faults: list[Fault] = []
         self._notes: list[str] = []
@@ -105,11 +112,12 @@ class _Examination:
 
     def run(self) -> Report:
         argv = [sys.executable, "-m", "jp_train.cluster.probe"]
-        env = probe_environment(os.environ) | {LAUNCH_ID: self._id, "JP_TRAIN_PROBE_LIFETIME_S": str(LIFETIME_S)}
+        env = self._env | {LAUNCH_ID: self._id, "JP_TRAIN_PROBE_LIFETIME_S": str(LIFETIME_S)}
         hosts = list(self._selection)
         with Conversation(
-            hosts, argv, limit_s=LIFETIME_S, local=hosts if self._local else (), cwd=os.getcwd(), env=env
-        ) as self._talk:
+            hosts, argv, limit_s=LIFETIME_S, local=hosts if self._local else (), ssh_args=self._ssh_args,
+            cwd=os.getcwd(), env=env,
+        ) as self._talk:  # fmt: skip
             self._ask_all()
             lost = self._talk.lost
         self._faults.extend(check_answers(lost, sys.executable, os.getcwd()))
@@ -143,7 +151,9 @@ class _Examination:
             with self._progress("the data", 2 * self._timeout_s):
                 self._ask_data()
         # CPU hosts load torch for the all-reduce only
-        if with_torch := [host for host in self._present() if can_meet or self._answers.facts[host]["devices"]]:
+        asked = can_meet or self._needed("torch")
+        with_torch = [host for host in self._present() if can_meet or self._answers.facts[host]["devices"]]
+        if asked and with_torch:
             with self._progress("torch", 2 * self._timeout_s):
                 with_torch = self._ask_torch(with_torch)
         if can_meet and len(with_torch) > 1:
@@ -185,14 +195,14 @@ class _Examination:
             return
         best = self._answers.clocks
         for _ in range(PINGS):
-            sent_at = time.time()
+            sent_at, sent = time.time(), time.monotonic()
             replies = self._talk.ask(
                 {host: {"ask": "clock"} for host in self._answers.facts}, timeout_s=self._timeout_s, what="the time"
             )
             for host, reply in replies.items():
                 if "answer" in reply:
-                    middle, uncertainty = (sent_at + reply["came"]) / 2, (reply["came"] - sent_at) / 2
-                    offset = (reply["answer"]["time"] - middle, uncertainty)
+                    half = (reply["came"] - sent) / 2
+                    offset = (reply["answer"]["time"] - sent_at - half, half)
                     best[host] = min(best.get(host, offset), offset, key=lambda pair: pair[1])
         for host, (ahead, uncertainty) in best.items():
             self._hosts[host]["clock"] = f"{ahead:+.2f} s" if abs(ahead) > uncertainty else "0 s"
@@ -275,7 +285,9 @@ class _Examination:
 
     def _ask_data(self) -> None:
         hosts = [host for host in self._present() if not isinstance(self._answers.facts[host]["config"], dict)]
-        questions = {host: {"ask": "data", **self._question, "number": number} for number, host in enumerate(hosts)}
+        # over the pipe of ssh, as the probes' command lines are in the process lists
+        question = {"ask": "data", **self._question, "credentials": dict(self._credentials)}
+        questions = {host: {**question, "number": number} for number, host in enumerate(hosts)}
         self._answers.data = self._ask(questions, "the data", 2 * self._timeout_s)
         self._judge("data")
 
@@ -289,7 +301,7 @@ class _Examination:
         blind = [
             host
             for host, build in answers.torch.items()
-            if answers.facts[host]["devices"] and build["devices"] <= self._selection[host][0]
+            if answers.facts[host]["devices"] and (build["devices"] <= self._selection[host][0] or build.get("broken"))
         ]
         if blind:  # a fault of theirs already, and the others would wait for them
             self._notes.append(f"no all-reduce was made: torch cannot use the GPUs of {', '.join(blind)}")
@@ -396,8 +408,9 @@ class _Examination:
             return
         command = [sys.executable, "-m", "jp_train.cluster.signals", self._id, "9"]
         answers = run_on_hosts(
-            hosts, command, timeout_s=self._timeout_s / 2, cwd=os.getcwd(), local=hosts if self._local else ()
-        )
+            hosts, command, timeout_s=self._timeout_s / 2, cwd=os.getcwd(), local=hosts if self._local else (),
+            ssh_args=self._ssh_args,
+        )  # fmt: skip
         for host, answer in answers.items():
             if not answer.ok:
                 self._notes.append(
@@ -408,23 +421,21 @@ class _Examination:
     def _progress(self, what: str, limit_s: float) -> Iterator[None]:
         self._phase += 1
         phases = 6 if self._cfg is not None and self._needed("data") else 5
-        print(
-            f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, "
-            f"{time.monotonic() - self._began:.1f} s, at most {limit_s:g} s for this)",
-            file=sys.stderr,
-            flush=True,
-        )
+        if self._progress_lines:
+            print(
+                f"preflight: {self._phase}/{phases} {what} ({len(self._talk.hosts)} hosts, "
+                f"{time.monotonic() - self._began:.1f} s, at most {limit_s:g} s for this)",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
 
 
-def probe_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks would get of the launching shell: what `launch` passes on, and what DeepSpeed's runner exports
-    by itself."""
-    env = dict(line.partition("=")[::2] for line in passed_environment(environ).lines)
-    exported = {
-        name: value for name, value in environ.items() if name.startswith(EXPORTED_BY_DEEPSPEED) and not is_secret(name)
-    }
-    return {**exported, **env, "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", "1")}
+def probe_environment(environ: Mapping[str, str], options: LaunchOptions, *, local: bool) -> dict[str, str]:
+    """What the ranks get of the launching shell, beside which a local probe has all of it. Raises as
+    `passed_environment`."""
+    passed = {} if local else passed_environment(environ, more=options.env, launcher=options.launcher).variables
+    return {"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", "1"), **passed}
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:

@@ -85,6 +85,7 @@ class Probe:
         """What this host sees of the data."""
         from jp_train.cluster.data_facts import data_facts
 
+        os.environ.update(question.get("credentials", {}))
         return data_facts(question["config"], question["overrides"], int(question["number"]))
 
     def bandwidth(self, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,13 +100,21 @@ class Probe:
         )  # fmt: skip
 
     def torch(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        """torch as it imports (which may differ from its metadata), with CUDA and NCCL as they run."""
+        """torch as it imports (which may differ from its metadata), with CUDA and NCCL as they run; `broken`: the GPUs
+        on which no tensor can be made, and why (a driver older than torch's CUDA still counts them)."""
         if self._torch is not None:
             self._torch.join()
         import torch
 
         devices = torch.cuda.device_count()
+        broken = {}
+        for device in range(devices):
+            try:
+                torch.zeros(1, device=f"cuda:{device}").item()
+            except Exception as error:
+                broken[str(device)] = str(error).strip().partition("\n")[0]
         build = {"version": str(torch.__version__), "cuda": str(torch.version.cuda or ""), "devices": devices}
+        build |= {"broken": broken} if broken else {}
         return build | ({"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if devices else {})
 
 

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import queue
+import re
 import selectors
 import signal
 import socket
@@ -28,9 +29,12 @@ from types import FrameType
 from typing import IO, Any
 
 from jp_train.cluster.command import LOGS, WORLD
+from jp_train.cluster.credentials import received
 from jp_train.cluster.options import ranks_of
 from jp_train.cluster.records import LOG_BYTES, STOPPED, TAIL_LINES, RankRecord, log_path, ranks_over
 from jp_train.errors import LaunchError
+from jp_train.files import has_gpu_files
+from jp_train.run.lock import LAUNCH_ID
 from jp_train.terminal import folded, terminal_columns
 
 NUMBERINGS = (
@@ -48,6 +52,8 @@ OTHERS_S = 120.0
 """Seconds that a rank which has obeyed a stop signal waits for the others; they save together, so it takes a moment."""
 WAITING_LINES = 10_000
 """Lines that a slow terminal may be behind; more are left out there (the log has them)."""
+TRACKER_NOISE = re.compile(rb"resource_tracker|^ *warnings\.warn\(")
+"""What Python's resource tracker says after every process that was killed; no last words of a rank."""
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -86,6 +92,18 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     # chosen them already
     env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(str(slot) for name, slot in world if name == host))
     return env
+
+
+def gpu_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torch and NCCL are told on a host with GPUs, before they are loaded, where the user has not: memory in
+    segments that grow (pictures a row vary, so sizes do), and NCCL's flight recorder, with a file a rank in
+    RUN_DIR/stacks when a collective times out."""
+    settings = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    if environ.get(LOGS):
+        settings["TORCH_FR_DUMP_TEMP_FILE"] = str(Path(environ[LOGS]).parents[1] / "stacks" / "nccl_rank_")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environ:
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {name: value for name, value in settings.items() if name not in environ}
 
 
 class Log:
@@ -255,7 +273,7 @@ class Supervisor:
     def _keep(self, line: bytes, descriptor: int, terminal: Terminal | None) -> None:
         assert self._log is not None
         self._log.write(line)
-        if descriptor == 2:
+        if descriptor == 2 and not TRACKER_NOISE.search(line):
             self._tail.append(line)
         if terminal is not None:
             terminal.write(descriptor, line)
@@ -285,10 +303,12 @@ def _end_with_parent(parent: int) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the rank and end as it ended: with its code, or by its signal."""
     try:
-        env: dict[str, Any] = rank_environment(os.environ)
+        env: dict[str, Any] = rank_environment(os.environ) | received(os.environ.get(LAUNCH_ID, ""))
     except LaunchError as error:
         print(f"jp_train.cluster.rank: LaunchError: {error}", file=sys.stderr)
         return error.exit_code
+    if has_gpu_files():
+        env |= gpu_settings(env)
     code = Supervisor(arguments, env).run()
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None

@@ -19,7 +19,7 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -49,11 +49,13 @@ def log_path(folder: Path, host: str, rank: int) -> Path:
 
 
 def open_logs(run_dir: Path, launch_id: str) -> Path:
-    """Make the launch's log folder, and remove those of the oldest launches. Raises OSError."""
+    """Make the launch's log folder, and remove those of the oldest launches, by the times of the file system: the clock
+    that named them may have been set back. Raises OSError."""
     logs = run_dir.absolute() / FOLDER
     folder = logs / launch_id
     folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(path for path in logs.iterdir() if _LAUNCH.fullmatch(path.name))[:-KEPT_LAUNCHES]:
+    others = [path for path in logs.iterdir() if _LAUNCH.fullmatch(path.name) and path != folder]
+    for old in sorted(others, key=lambda path: (path.stat().st_mtime_ns, path.name))[: 1 - KEPT_LAUNCHES]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -106,13 +108,20 @@ def ranks_over(folder: Path) -> int:
         return 0
 
 
+SIGNAL_HINTS: Mapping[int, str] = {
+    signal.SIGKILL: " (the kernel's out-of-memory killer does this: see dmesg there)",
+    signal.SIGABRT: " (abort(): so NCCL ends a process after a failed collective; its log names it, and "
+    "RUN_DIR/stacks/nccl_rank_N has each rank's last ones)",
+}
+
+
 def how_it_ended(code: int | None) -> str:
     """A code of Popen in words."""
     if code is None:
         return "still running, as far as is known"
     if code < 0:
         known = -code in {number.value for number in signal.Signals}
-        hint = " (the kernel's out-of-memory killer does this: see dmesg there)" if -code == signal.SIGKILL else ""
+        hint = SIGNAL_HINTS.get(-code, "")
         return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}{hint}"
     meaning = {
         0: "done",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -18,13 +17,15 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from jp_train.cluster.environment import NAME
 from jp_train.cluster.hostfile import HOST_NAME
 from jp_train.errors import LaunchError
 
 CONNECT_TIMEOUT_S = 5.0
+ADDRESS_S = 20.0
 AT_ONCE = 64
 """ssh processes that run side by side."""
 END_WAIT_S = 2.0
@@ -32,7 +33,6 @@ LOOK_S = 0.5
 SSH_FAILED = 255
 TIMED_OUT_THERE = (124, 137)
 """What coreutils' `timeout` returns after its TERM and its KILL."""
-SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Cause(str, Enum):
@@ -118,30 +118,39 @@ class Answer:
         return REMEDIES[self.cause].format(host=self.host) if self.cause else ""
 
 
+def shell_text(argv: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> str:
+    """The text by which a remote shell runs `argv` in folder `cwd` with `env` added, every word and value unchanged.
+
+    Raises LaunchError for a variable that is no name.
+    """
+    wrong = [name for name in env or {} if not NAME.fullmatch(name)]
+    if wrong:
+        raise LaunchError(f"environment variable {wrong[0]!r} is not a name of letters, digits and underscores")
+    words = ["env", *(f"{name}={value}" for name, value in env.items())] if env else []
+    return f"{f'cd {shlex.quote(cwd)} && ' if cwd else ''}exec {shlex.join([*words, *argv])}"
+
+
 def command_for(
     host: str,
     argv: Sequence[str],
     *,
     local: bool = False,
+    ssh_args: Sequence[str] = (),
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
     limit_s: float | None = None,
 ) -> list[str]:
     """The argv that runs `argv` on `host` (`local`: here, without ssh), in folder `cwd`, with `env` added, for at most
-    `limit_s` seconds.
+    `limit_s` seconds. `ssh_args`: more words for ssh; they come before ours, so that they win.
 
     Raises LaunchError for a host name that could be an option or shell text, and for a variable that is no name.
     """
-    wrong = [name for name in env or {} if not SHELL_NAME.fullmatch(name)]
-    if wrong:
-        raise LaunchError(f"environment variable {wrong[0]!r} is not a name of letters, digits and underscores")
-    words = ["timeout", "-k", "2", f"{limit_s:g}"] if limit_s is not None else []
-    words += ["env", *(f"{name}={value}" for name, value in env.items())] if env else []
-    words += argv
+    words = [*(["timeout", "-k", "2", f"{limit_s:g}"] if limit_s is not None else []), *argv]
     if local:
-        return ["env", "-C", cwd, *words] if cwd else words
+        there = [*(["-C", cwd] if cwd else []), *(f"{name}={value}" for name, value in (env or {}).items())]
+        return ["env", *there, *words] if there else words
     if not HOST_NAME.fullmatch(host):
-        raise LaunchError(f"host name {host!r} has characters other than letters, digits, dot, dash and underscore")
+        raise LaunchError(f"host name {host!r} is none: expected [user@]name, or an address")
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": f"{max(1, round(min(CONNECT_TIMEOUT_S, limit_s or CONNECT_TIMEOUT_S)))}",
@@ -154,15 +163,8 @@ def command_for(
         "ForwardX11": "no",
         "LogLevel": "ERROR",
     }
-    remote = f"{f'cd {shlex.quote(cwd)} && ' if cwd else ''}exec {shlex.join(words)}"
-    return [
-        "ssh",
-        "-T",
-        *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
-        "--",
-        host,
-        remote,
-    ]
+    ours = (word for name, value in options.items() for word in ("-o", f"{name}={value}"))
+    return ["ssh", "-T", *ssh_args, *ours, "--", host, shell_text(words, cwd=cwd, env=env)]
 
 
 def run_on_hosts(
@@ -171,18 +173,21 @@ def run_on_hosts(
     *,
     timeout_s: float,
     local: Collection[str] = (),
+    ssh_args: Sequence[str] = (),
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
+    text: str = "",
 ) -> dict[str, Answer]:
     """Run `argv` on all hosts side by side and wait for every one, at most `timeout_s` seconds each. Answers in the
-    order of `hosts`.
+    order of `hosts`. `text` is the input of each.
 
     Hosts in `local` are this machine: no ssh. Nothing is left behind after a time-out or a KeyboardInterrupt: local
     processes are killed, and the command ends on its host at the latest `timeout_s` seconds after it began there.
     Raises LaunchError as `command_for`.
     """
     commands = {
-        host: command_for(host, argv, local=host in local, cwd=cwd, env=env, limit_s=timeout_s) for host in hosts
+        host: command_for(host, argv, local=host in local, ssh_args=ssh_args, cwd=cwd, env=env, limit_s=timeout_s)
+        for host in hosts
     }
     if not commands:
         return {}
@@ -190,7 +195,7 @@ def run_on_hosts(
     with ThreadPoolExecutor(min(len(commands), AT_ONCE)) as pool:
         try:
             answers = {
-                host: pool.submit(_answer_of, running, host, command, timeout_s, host in local)
+                host: pool.submit(_answer_of, running, host, command, timeout_s, host in local, text)
                 for host, command in commands.items()
             }
             # in short waits: a signal that comes just as this thread lets go of the interpreter is not noticed before
@@ -202,6 +207,15 @@ def run_on_hosts(
             running.kill_all()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def first_address(host: str, *, ssh_args: Sequence[str] = ()) -> Answer:
+    """The first of a host's own addresses in `stdout`: where DeepSpeed's runner has the ranks meet."""
+    answer = run_on_hosts([host], ["hostname", "-I"], timeout_s=ADDRESS_S, ssh_args=ssh_args)[host]
+    first = next(iter(last_line(answer.stdout).split()), "")
+    if answer.ok and not first:
+        return replace(answer, returncode=1, stderr="`hostname -I` names no address; give --master-addr")
+    return replace(answer, stdout=first)
 
 
 def last_line(text: str) -> str:
@@ -232,7 +246,9 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _answer_of(running: _Running, host: str, command: Sequence[str], timeout_s: float, local: bool) -> Answer:
+def _answer_of(
+    running: _Running, host: str, command: Sequence[str], timeout_s: float, local: bool, text: str
+) -> Answer:
     began = time.monotonic()
     try:
         process = running.start(command)
@@ -241,7 +257,7 @@ def _answer_of(running: _Running, host: str, command: Sequence[str], timeout_s: 
     if process is None:
         return Answer(host, None, "", "interrupted before it began", 0.0, Cause.TIMEOUT)
     try:
-        stdout, stderr = process.communicate(timeout=timeout_s + END_WAIT_S)
+        stdout, stderr = process.communicate(text, timeout=timeout_s + END_WAIT_S)
         code = process.returncode
         cause = None if local else classify(code, stderr)
         if code in TIMED_OUT_THERE and time.monotonic() - began >= timeout_s:

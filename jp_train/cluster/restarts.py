@@ -20,6 +20,7 @@ from jp_train.cluster.hostfile import Selection, world_size
 from jp_train.errors import CheckpointError, ConfigError, DataError
 
 FINAL_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
+LOOK_S = 1.0
 _CHECKPOINT = re.compile(r"step_(\d{7,})")
 
 
@@ -48,8 +49,8 @@ def worth_starting(again: str, *, first: bool, advanced: bool, fell_short: bool,
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run is, from its run folder. `step_s`: seconds of its last step; `updated`: when it was completed,
-    seconds since 1970."""
+    """Where a run is, from its run folder. `step_s`: seconds of its last step; `updated`: when status.json was written
+    last, seconds since 1970 by the clock of rank 0's host, which only tells one writing from another."""
 
     state: str = ""
     reason: str = ""
@@ -129,16 +130,12 @@ def plan_restart(
     after: Selection,
     last: Standing,
     *,
-    began: float,
-    now: float | None = None,
+    down_s: float,
 ) -> Restart:
     """What a restart costs so far. `everything`, `before`, `after`: all slots of the launch, those of the failed
-    start and of the next one; `last`: the run folder after the failure; `began`: when the failed start began,
-    seconds since 1970."""
-    now = time.time() if now is None else now
+    start and of the next one; `last`: the run folder after the failure; `down_s`: seconds since its last progress."""
     resumes = last.checkpoint_step or 0
     lost = max(0, last.step - resumes)
-    fresh = last.updated >= began  # else the failed start never made progress, and all of its time is lost
     return Restart(
         number=number,
         of=of,
@@ -151,32 +148,59 @@ def plan_restart(
         resumes_at_step=resumes,
         lost_steps=lost,
         lost_steps_s=lost * (last.step_s or 0.0),
-        down_s=max(0.0, now - (last.updated if fresh else began)),
+        down_s=down_s,
     )
 
 
 class Progress:
-    """Reports once, after a restart, when the run makes progress again."""
+    """What one start makes of the run, by the changes of status.json and the clock of this process: the clock of rank
+    0's host, whose times that file holds, may be another hour's. Make it when nothing of an earlier start runs any
+    more. `restart`: None for a first start."""
 
-    def __init__(self, run_dir: Path, restart: Restart, began: float) -> None:
-        self._run_dir, self._restart, self._began = run_dir, restart, began
-        self._over = False
-        self._next_look = 0.0
+    def __init__(
+        self, run_dir: Path, restart: Restart | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._run_dir, self._restart, self._clock = run_dir, restart, clock
+        self._before = self._last = standing(run_dir)
+        self._began = self._changed_at = self._looked_at = clock()
+        self._reported = restart is None
+
+    @property
+    def moved(self) -> bool:
+        """Whether this start has written status.json: what stands there is its own."""
+        return self._last.updated not in (0.0, self._before.updated)  # 0: there is none, or it cannot be read
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since status.json changed last, or since the start where it has not."""
+        return self._clock() - self._changed_at
+
+    def now(self) -> Standing:
+        """Look at the run folder."""
+        self._looked_at = self._clock()
+        last, self._last = self._last, standing(self._run_dir)
+        if self._last.updated not in (0.0, last.updated):
+            self._changed_at = self._looked_at
+        return self._last
 
     def look(self) -> dict[str, Any] | None:
-        """The whole cost, when the first new step is done: {"step", "start_s", "lost_s"}, in seconds; None before,
-        and ever after."""
-        if self._over or time.monotonic() < self._next_look:
+        """Call often. The whole cost of the restart, when the first new step is done: {"step", "start_s", "lost_s"},
+        in seconds; None before, and ever after."""
+        if self._clock() - self._looked_at < LOOK_S:
             return None
-        self._next_look = time.monotonic() + 1.0
-        now = standing(self._run_dir)
-        if now.state == "starting" or now.updated < self._began or now.step <= self._restart.resumes_at_step:
+        now = self.now()
+        if self._reported or not self.moved or now.state == "starting" or now.step <= self._resumes_at:
             return None
-        self._over = True
-        start_s = now.updated - self._began
+        self._reported = True
+        assert self._restart is not None
+        start_s = self._changed_at - self._began
         # the steps up to the one that the run had reached are trained a second time
         return {
             "step": now.step,
             "start_s": round(start_s, 3),
             "lost_s": round(self._restart.lost_steps_s + self._restart.down_s + start_s, 3),
         }
+
+    @property
+    def _resumes_at(self) -> int:
+        return self._restart.resumes_at_step if self._restart is not None else 0

@@ -104,13 +104,13 @@ class Run:
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], launch_id: str, remote: Sequence[str], stop: StopSignals,
         *, grace_s: float, supervision: Supervision | None = None, signal_launcher: bool = False,
-        notice: Callable[[], None] = lambda: None, output: Path | None = None,
+        notice: Callable[[], None] = lambda: None, output: Path | None = None, ssh_args: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """`output`: the file for the launcher's stdout, which has DeepSpeed's messages about itself; what people are to
         read comes on stderr. None: the stdout of this process. `notice` is called after each look at the run
         folder."""
         self._launch_id, self._remote, self._stop, self._grace_s = launch_id, tuple(remote), stop, grace_s
-        self._supervision, self._notice = supervision, notice
+        self._supervision, self._notice, self._ssh_args = supervision, notice, tuple(ssh_args)
         self._signal_launcher = signal_launcher
         """srun passes SIGUSR1 on to all tasks: no ssh is needed."""
         self._nobody_signalled = False
@@ -190,7 +190,7 @@ class Run:
             self._process.send_signal(signal.SIGUSR1)
             return set()
         if self._remote:
-            answers = ask_hosts(self._remote, self._launch_id, number, timeout_s=60.0)
+            answers = ask_hosts(self._remote, self._launch_id, number, ssh_args=self._ssh_args, timeout_s=60.0)
             if missing := failures_text(answers):
                 say(f"not told to stop, its ranks may go on: {missing}")
             # ranks share the signal at the end of a step: one that got it is enough, and a second one would make it
@@ -212,7 +212,8 @@ class Run:
             _wait_until(lambda: not launched_processes(self._launch_id), KILL_WAIT_S)
         silent: dict[str, Answer] = {}
         if self._remote and (killed or self._process.returncode != 0) and not self._signal_launcher:
-            silent = sweep(self._remote, self._launch_id, lost=verdict.lost if verdict else ())
+            lost = verdict.lost if verdict else ()
+            silent = sweep(self._remote, self._launch_id, lost=lost, ssh_args=self._ssh_args)
         if killed and self._signal_launcher:
             self._process.send_signal(signal.SIGTERM)  # srun kills every task
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -223,7 +224,9 @@ class Run:
         return silent
 
 
-def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) -> dict[str, Answer]:
+def sweep(
+    hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = (), ssh_args: Sequence[str] = ()
+) -> dict[str, Answer]:
     """Kill every process of these launches on these hosts until there is none. Returns the hosts that did not answer,
     or kept some.
 
@@ -235,7 +238,7 @@ def sweep(hosts: Sequence[str], *launch_ids: str, lost: Collection[str] = ()) ->
         queried = [host for host in hosts if host not in silent]
         until, first = time.monotonic() + SWEEP_WAIT_S, True
         while queried:
-            answers = ask_hosts(queried, launch_id, signal.SIGKILL)
+            answers = ask_hosts(queried, launch_id, signal.SIGKILL, ssh_args=ssh_args)
             left = {host: answer for host, answer in answers.items() if not answer.ok or reached(answer.stdout) != 0}
             over = time.monotonic() > until and not first
             queried = [

@@ -47,14 +47,17 @@ class Verdict:
     lost: tuple[str, ...] = ()
 
 
-def ask_hosts(hosts: Sequence[str], launch_id: str, number: int, *, timeout_s: float = ASK_S) -> dict[str, Answer]:
+def ask_hosts(
+    hosts: Sequence[str], launch_id: str, number: int, *, ssh_args: Sequence[str] = (), timeout_s: float = ASK_S
+) -> dict[str, Answer]:
     """Send a signal to the ranks of a launch on these hosts (SIGKILL: to all its processes; 0: to none, count only)."""
     argv = [sys.executable, "-m", "jp_train.cluster.signals", launch_id, str(number)]
-    return run_on_hosts(hosts, argv, timeout_s=timeout_s, cwd=str(ROOT))
+    return run_on_hosts(hosts, argv, timeout_s=timeout_s, ssh_args=ssh_args, cwd=str(ROOT))
 
 
 class Supervision:
-    """Looks at one start of a run. `placed` has the host of every rank, by rank; `ask` is `ask_hosts` but for tests."""
+    """Looks at one start of a run. `placed` has the host of every rank, by rank; `ask` is `ask_hosts` with
+    the launch's words for ssh."""
 
     def __init__(
         self,

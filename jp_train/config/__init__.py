@@ -1,7 +1,7 @@
 """Configuration: structured, strict, merged in one order and dumped whole (see `schema.py` for every key)."""
 
 from jp_train.config.batch import BatchPlan, batch_plan, valid_world_sizes
-from jp_train.config.load import dump_config, load_config, preset_names, save_config
+from jp_train.config.load import dump_config, load_config, load_stored_config, preset_names, save_config
 from jp_train.config.schema import RunConfig
 from jp_train.config.validate import validate
 
@@ -11,6 +11,7 @@ __all__ = [
     "batch_plan",
     "dump_config",
     "load_config",
+    "load_stored_config",
     "preset_names",
     "save_config",
     "valid_world_sizes",

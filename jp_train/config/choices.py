@@ -99,6 +99,11 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Init(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
 class GenEmbedInit(Enum):
     codebook = "codebook"
     random = "random"

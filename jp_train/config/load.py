@@ -1,25 +1,29 @@
 """Reading a run's configuration: defaults < preset < recipe < the YAML file < `key=value`, strict at every level.
 
-A key that the schema does not know stops the run with the nearest valid name: a misspelt `warmup_step` that is silently
-ignored costs a 270K-step run. YAML is read by OmegaConf's safe loader; nothing in a configuration is executed.
+A key that the schema does not know stops the run (unknown_keys.py): a misspelt `warmup_step` that is silently ignored
+costs a 270K-step run. YAML is read by OmegaConf's safe loader; nothing in a configuration is executed, unless
+`allow_code` lets a source name a function.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from jp_train.config.deepspeed import with_file
 from jp_train.config.schema import RunConfig
+from jp_train.config.unknown_keys import check_keys
 from jp_train.config.validate import validate
-from jp_train.errors import ConfigError, did_you_mean
+from jp_train.errors import ConfigError, one_of
 from jp_train.files import write_atomically
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
@@ -32,23 +36,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     `path`: a launch YAML (or a run folder's `config.yaml`); `overrides`: `key.sub=value` strings, later ones win.
     Raises ConfigError: unreadable file, unknown key (with the nearest valid one), wrong type, impossible combination.
     """
-    path = Path(path)
-    run = _read_yaml(path)
-    given = _parse_overrides(overrides)
-    # `preset=null` turns off the one that the file names: a run's config.yaml is whole without them
-    preset, recipe = ((given if key in given else run).get(key) for key in ("preset", "recipe"))
-
-    layers: list[tuple[str, DictConfig]] = []
-    if preset:
-        layers += [(str(file), _read_yaml(file)) for file in preset_files(str(preset))]
-    if recipe:
-        layers.append((str(recipe), _read_yaml(_find(str(recipe), beside=path.parent))))
-    layers += [(str(path), run), ("the command line", given)]
-
     merged = OmegaConf.structured(RunConfig)
+    layers = config_layers(path, overrides)
     for origin, layer in layers:
-        check_keys(layer, origin)
-        _restore_off(layer, RunConfig)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -58,13 +48,71 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
     assert isinstance(config, RunConfig)
-    validate(config)
+    if given_file := config.engine.deepspeed_config:
+        file = _find("engine.deepspeed_config", given_file, beside=Path(path).parent)
+        config.engine.deepspeed = with_file(config, file)
+        config.engine.deepspeed_config = None  # what it says is part of the configuration from here on
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_elsewhere(str(error), layers)}") from None
     return config
 
 
+def load_stored_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_config` of a file that a run has written: it is whole, and its preset and recipe may have changed since."""
+    return load_config(path, ["preset=null", "recipe=null", *overrides])
+
+
+def config_layers(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[tuple[str, DictConfig]]:
+    """What is merged over the defaults, in this order, each with its origin in words; only keys of the schema.
+    Raises ConfigError as `load_config`, but for wrong types and combinations."""
+    path = Path(path)
+    run = _read_yaml(path)
+    given = _parse_overrides(overrides)
+    # `preset=null` turns off the one that the file names: a run's config.yaml is whole without them
+    preset, recipe = ((given if key in given else run).get(key) for key in ("preset", "recipe"))
+    layers: list[tuple[str, DictConfig]] = []
+    if preset:
+        layers += [(f"preset {preset}", _read_yaml(file)) for file in preset_files(str(preset))]
+    if recipe:
+        layers.append((f"recipe {recipe}", _read_yaml(_find("recipe", str(recipe), beside=path.parent))))
+    for origin, layer in layers:
+        if "allow_code" in layer:
+            raise ConfigError(f"{origin} sets allow_code, which only you can: give it in {path} or as an override")
+    layers += [(str(path), run), ("the command line", given)]
+    check_keys(layers)
+    for _, layer in layers:
+        _restore_off(layer, RunConfig)
+    return layers
+
+
+def key_origins(layers: Sequence[tuple[str, DictConfig]]) -> dict[str, str]:
+    """{dotted key: the last layer that gives it}, sections too; what is not in it has its default."""
+
+    def dotted(tree: Any, prefix: str = "") -> Iterator[str]:
+        for key, value in tree.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                yield from dotted(value, f"{prefix}{key}.")
+
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        origins |= dict.fromkeys(dotted(OmegaConf.to_container(layer, resolve=False)), origin)
+    return origins
+
+
+def _elsewhere(message: str, layers: Sequence[tuple[str, DictConfig]]) -> str:
+    """Where values in `message` come from that are not in the user's own file: ` (KEY is from preset ...)`."""
+    origins, own = key_origins(layers), [origin for origin, _ in layers[-2:]]
+    named = dict.fromkeys(key for key in re.findall(r"\w+(?:\.\w+)+", message) if origins.get(key, own[0]) not in own)
+    return f" ({', '.join(f'{key} is from {origins[key]}' for key in named)})" if named else ""
+
+
 def dump_config(config: RunConfig) -> str:
-    """The whole configuration as YAML; reading it back gives an equal RunConfig (without preset and recipe files)."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    """The whole configuration as YAML; reading it back gives an equal RunConfig. It names no recipe: that may have
+    changed since, and would add its sources."""
+    container = OmegaConf.to_container(OmegaConf.structured(replace(config, recipe=None)), enum_to_str=True)
     return OmegaConf.to_yaml(OmegaConf.create(container))
 
 
@@ -88,39 +136,9 @@ def preset_files(name: str) -> list[Path]:
     """Files of one preset in merge order: the model shared by its stages, then the stage."""
     file = PRESETS / f"{name}.yaml"
     if name not in preset_names():
-        raise ConfigError(
-            f"unknown preset {name!r}{_nearest(name, preset_names())}; presets: {', '.join(preset_names())}"
-        )
+        raise ConfigError(f"unknown preset {name!r}{one_of(name, preset_names())}")
     model = file.parent / SHARED_MODEL_FILE
     return [model, file] if model.exists() else [file]
-
-
-def check_keys(layer: DictConfig, origin: str) -> None:
-    """Raise ConfigError for the first key of `layer` that the schema does not have."""
-    plain = OmegaConf.to_container(layer, resolve=False)
-    if "${oc." in str(plain):
-        raise ConfigError(
-            f"{origin}: `${{oc.env:...}}` is not allowed: the resolved configuration is stored and logged, and would "
-            "carry the value with it; write the value, or leave it to the library that reads the environment itself"
-        )
-    for key in _unknown_keys(plain, RunConfig, ""):
-        valid = list(_all_keys(RunConfig, ""))
-        raise ConfigError(f"{origin}: unknown key {key!r}{_nearest(key, valid)}")
-
-
-def _unknown_keys(given: Any, schema: Any, prefix: str) -> Iterator[str]:
-    if is_dataclass(schema):
-        if not isinstance(given, dict):
-            return  # a wrong type: OmegaConf's own message names it
-        types = get_type_hints(schema)
-        for key, value in given.items():
-            if key not in types:
-                yield f"{prefix}{key}"
-            else:
-                yield from _unknown_keys(value, types[key], f"{prefix}{key}.")
-    elif get_origin(schema) is dict and isinstance(given, dict):
-        for key, value in given.items():
-            yield from _unknown_keys(value, get_args(schema)[1], f"{prefix}{key}.")
 
 
 def _restore_off(given: Any, schema: Any) -> None:
@@ -140,31 +158,6 @@ def _restore_off(given: Any, schema: Any) -> None:
             _restore_off(given._get_node(key), kind)
 
 
-def _all_keys(schema: Any, prefix: str) -> Iterator[str]:
-    types = get_type_hints(schema)
-    for field in fields(schema):
-        yield f"{prefix}{field.name}"
-        kind = types[field.name]
-        if is_dataclass(kind):
-            yield from _all_keys(kind, f"{prefix}{field.name}.")
-        elif get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
-            yield from _all_keys(get_args(kind)[1], f"{prefix}{field.name}.NAME.")
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    """`; did you mean ...?`: a key of the same section that has all words of `name` (`steps` of `training_steps`), then
-    the nearest by whole dotted path, then by the last part under any parent."""
-    section, _, last = name.rpartition(".")
-    for key in valid:
-        if key.rpartition(".")[0] == section and set(last.split("_")) <= set(key.rpartition(".")[2].split("_")):
-            return f"; did you mean {key!r}?"
-    leaves: dict[str, str] = {}
-    for key in valid:
-        leaves.setdefault(key.rsplit(".", 1)[-1], key)
-    leaf = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
-    return did_you_mean(name, valid, cutoff=0.7) or (f"; did you mean {leaves[leaf[0]]!r}?" if leaf else "")
-
-
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for text in overrides:
         key, sign, _ = text.partition("=")
@@ -174,6 +167,9 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         return OmegaConf.from_dotlist(list(overrides))
     except OmegaConfBaseException as error:
         raise ConfigError(f"the command line: {_first_line(error)}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the command line: a value is no YAML (a `:` needs a space after it): {reason}") from error
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -188,13 +184,13 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _find(name: str, beside: Path) -> Path:
-    """A recipe's file: as given, or relative to the folder (and its parents) of the YAML that names it."""
+def _find(key: str, name: str, beside: Path) -> Path:
+    """The file that `key` names: as given, or relative to the folder (and its parents) of the YAML that names it."""
     candidates = [Path(name), *(folder / name for folder in (beside, *beside.resolve().parents))]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ConfigError(f"recipe {name!r} is neither a file here ({Path.cwd()}) nor beside {beside}")
+    raise ConfigError(f"{key} {name!r} is neither a file here ({Path.cwd()}) nor beside {beside}")
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from jp_train.config.choices import (
     GenEmbedInit,
     ImageDecode,
     ImageEnd,
+    Init,
     Mix,
     NonfiniteAction,
     OutlierAction,
@@ -99,6 +100,10 @@ class ModelConfig:
     stage.
     Weights only: the optimizer and the data position start anew."""
     init_parts: InitPartsConfig = field(default_factory=InitPartsConfig)
+    init: Init = Init.pretrained
+    """`pretrained`: what never trains (modules that are not in `stage.trainable`, and the VQ tokenizer) must have
+    weights from `init_from` or `init_parts`; `random`: it may stay random, for tests and measurements of speed. Modules
+    that train may start from random weights with either."""
     gen_embed_init: GenEmbedInit = GenEmbedInit.codebook
     """[10] used only when `init_from` is not set."""
     adaptor_init_std: float = 0.02
@@ -165,14 +170,28 @@ class StageConfig:
 class SourceConfig:
     kind: SourceKind = SourceKind.text
     shards: str = ""
-    """Tar shards: a path or URL with brace expansion or a glob, `folder/{000000..000127}.tar`, or a folder. Relative
-    to `data.root`."""
+    """Tar shards: a path or URL (http, https, s3, gs, az, hf) with brace expansion or, but for http, a glob:
+    `folder/{000000..000127}.tar`, or a folder. Relative to `data.root`."""
     weight: float = 1.0
     """Share within the kind: real 1 and synthetic 1 is the paper's 1:1."""
     from_step: int = 0
     """First step at which the source is used."""
     to_step: Optional[int] = None
     """First step at which it is no longer used (Janus: ImageNet generation until 120000)."""
+    fields: Dict[str, str] = field(default_factory=dict)
+    """Where the parts of a sample lie, by name: `image`, `caption`, `conversations`, `question` and `answer`, `text`,
+    `system`. `txt` is a file, `json:key.list[0]` a place in its JSON, `json:captions[*]` one of a list, drawn anew
+    every epoch; `a;b` the first that there is; `left.png, right.png` two images. Empty: the usual names
+    (data_recipes/README.md)."""
+    filter: List[str] = field(default_factory=list)
+    """Conditions on a sample's JSON, all of which it must meet: `width >= 384`, `status == success`,
+    `language in [en, de]`, `aspect_ratio <= 2` (width / height). Samples that do not are counted by reason."""
+    map: str = ""
+    """`module:function` of your own: gets a sample's texts, decoded ({"__key__", "json", "txt", ...}), and returns them
+    as `fields` and `filter` are to see them, or None to leave the sample out. Needs `allow_code`; the module must be
+    importable on every host. Another version of its file is another index."""
+    class_names: str = ""
+    """A text file with the name of class i in line i + 1, for class numbers in `.cls` files."""
     class_prompt: ClassPrompt = ClassPrompt.as_is
     """[12] ImageNet-style captions: `first_lemma` keeps the text before the first comma, `template` puts it into
     `class_template`."""
@@ -244,14 +263,25 @@ class DataConfig:
     holds one decoded image."""
     prefetch_rows: int = 2
     """Rows each worker prepares ahead."""
+    max_bad_share: float = 0.05
+    """A source, held out or not, of which more than this share of the samples cannot be used stops the run before its
+    start: its index leaves them out, so the rest would be drawn more often. Samples that a `filter` leaves out do not
+    count."""
     skip_budget: float = 0.001
     """Bad samples allowed per source, as a share of its samples used so far (at least `skip_minimum` are always
     allowed)."""
     skip_minimum: int = 8
     skip_consecutive: int = 32
     """Bad samples in a row of one source that stop the run."""
-    io_retries: int = 4
-    """Tries for one byte-range read, with exponential back-off from 0.1 s."""
+    io_retries: int = 20
+    """Tries of one read of a shard. The waits between them double from 0.1 s to 10 s, with the default 133 s in all: a
+    storage server takes 30 to 60 s to fail over, one for NFS serves nobody for 90 s more. More than
+    `engine.stall_timeout_s` in all would let the watchdog end the run first. Looking a shard up at a start is tried at
+    most four times."""
+    index_dir: str = ""
+    """Folder for what is written about shards (index with token ids, VQ ids, exclusions), for data that is read-only or
+    in an object store; shared by all hosts. Relative to the current folder. Empty: beside each shard, or in
+    `$XDG_CACHE_HOME/jp_train/index` where that cannot be written."""
     snapshot_steps: int = 1000
     """The plan keeps a snapshot of its few integers every this many steps, so that any row is reached by a short
     fold."""
@@ -304,6 +334,13 @@ class EngineConfig:
     micro_batch_rows: int = 1
     """Rows per rank per forward; gradient accumulation follows from the batch and the world size."""
     activation_checkpointing: bool = True
+    recompute_every: int = 1
+    """With `activation_checkpointing`: every k-th layer of each tower keeps only its input and is computed again in the
+    backward pass; the others keep all. 1: every layer; 3: a third of the arithmetic again, for more memory."""
+    deterministic: bool = False
+    """Equal bits in every run on the same number and kind of GPUs, resumed or not: PyTorch's deterministic algorithms.
+    Without it the backward pass of attention adds in any order on a GPU: the rows are the same, losses to rounding.
+    CPUs are deterministic without it."""
     persistence_threshold: int = 100_000
     """ZeRO-3 keeps parameters below this many elements gathered."""
     hpz_partition_size: int = 1
@@ -318,8 +355,19 @@ class EngineConfig:
     """Seconds between the scheduler's stop signal and its kill. A warning says when the longest step and save so far
     take longer together."""
     deepspeed: Dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, merged last, for experts. A key that jp_train owns (batch sizes, clip, dtype, optimizer)
-    is rejected."""
+    """Raw DeepSpeed keys, merged last, for experts. Those that have an effect stand in `config/deepspeed.py`; a key
+    that jp_train owns (batch sizes, clip, dtype, optimizer), that has no effect here, or that DeepSpeed does not know
+    is rejected with what to use instead. `{zero_optimization: {offload_optimizer: {device: cpu}}}` keeps master
+    weights and moments in host memory (docs/zero3.md)."""
+    deepspeed_config: Optional[str] = None
+    """A DeepSpeed user's JSON file (path, as `recipe`), merged below `deepspeed` when the configuration is read: the
+    resolved configuration has its keys under `deepspeed`, and null here. What jp_train sets must be "auto" or the
+    same there."""
+
+    @property
+    def recomputed(self) -> int:
+        """Every k-th layer is computed again in the backward pass; 0: none."""
+        return self.recompute_every if self.activation_checkpointing else 0
 
 
 @dataclass
@@ -369,6 +417,10 @@ class CheckpointConfig:
     next interval. A save that ends the run (last step, early stop, signal) and fails always is an error."""
     max_failed_saves: int = 3
     """With `on_error: continue`: failed saves in a row that stop the run."""
+    resume_from: Optional[int] = None
+    """Go back to the checkpoint of this step and train on from there. What came after it is moved to
+    RUN_DIR/abandoned, a run folder of its own. Done once: the same command, run again, goes on from its newest
+    checkpoint; with another setting that decides what is trained (`optimizer.lr` ...) it goes back again."""
     accept: List[str] = field(default_factory=list)
     """Keys that may differ from the checkpoint that is resumed, like `optimizer.lr`; for the once that they change
     on purpose (events.jsonl keeps it)."""
@@ -389,12 +441,17 @@ class ValidationConfig:
 @dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.auto
-    """`auto`: online when logged in (API key present), offline otherwise."""
+    """`auto`: online when logged in (API key present), offline otherwise. A server that cannot be reached delays
+    nothing: the run is then offline, and the console has the command that uploads it later."""
     project: str = "jp_train"
     entity: Optional[str] = None
     group: Optional[str] = None
     name: Optional[str] = None
     tags: List[str] = field(default_factory=list)
+
+
+A100_TFLOPS = 312.0
+"""Dense bf16 arithmetic of an A100."""
 
 
 @dataclass
@@ -403,8 +460,8 @@ class LoggingConfig:
     """Console line every N steps; metrics.jsonl and wandb get every step."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
-    peak_tflops: float = 312.0
-    """Per device, for MFU: 312 is an A100 in bf16."""
+    peak_tflops: Optional[float] = None
+    """Per device, for MFU. null: of the GPU by its name (`engine/device.py`), 312 (A100, bf16) for unknown ones."""
 
 
 @dataclass
@@ -418,6 +475,8 @@ class RunConfig:
     run_dir: str = "runs/default"
     seed: int = 0
     precision: Precision = Precision.bf16
+    allow_code: bool = False
+    """Whether functions that sources name (`map`) may be imported and run. A preset or recipe cannot set it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     stage: StageConfig = field(default_factory=StageConfig)

@@ -4,11 +4,17 @@ change."""
 from __future__ import annotations
 
 import math
+import re
 
 from jp_train.config.batch import rows_per_step
 from jp_train.config.choices import Crop, Template, VqIds
-from jp_train.config.schema import MODULES, RunConfig, SourceConfig
-from jp_train.errors import ConfigError, did_you_mean
+from jp_train.config.deepspeed import check_raw_keys
+from jp_train.config.fields import parse_fields, parse_filter
+from jp_train.config.schema import A100_TFLOPS, MODULES, ModelConfig, RunConfig, SourceConfig
+from jp_train.errors import ConfigError, one_of
+
+NORM_GROUPS = 32
+"""Groups of the VQ tokenizer's group norms."""
 
 
 def validate(config: RunConfig) -> None:
@@ -21,6 +27,7 @@ def validate(config: RunConfig) -> None:
     _sources(config)
     _checkpoint(config)
     rows_per_step(config)
+    check_raw_keys(config.engine.deepspeed)
 
 
 def _positive(config: RunConfig) -> None:
@@ -39,6 +46,7 @@ def _positive(config: RunConfig) -> None:
         "optimizer.eps": config.optimizer.eps,
         "loss.chunk_tokens": config.loss.chunk_tokens,
         "engine.micro_batch_rows": config.engine.micro_batch_rows,
+        "engine.recompute_every": config.engine.recompute_every,
         "engine.hpz_partition_size": config.engine.hpz_partition_size,
         "engine.collective_timeout_s": config.engine.collective_timeout_s,
         "engine.grace_s": config.engine.grace_s,
@@ -50,7 +58,7 @@ def _positive(config: RunConfig) -> None:
         "checkpoint.max_failed_saves": config.checkpoint.max_failed_saves,
         "validation.documents": config.validation.documents,
         "logging.every_steps": config.logging.every_steps,
-        "logging.peak_tflops": config.logging.peak_tflops,
+        "logging.peak_tflops": A100_TFLOPS if config.logging.peak_tflops is None else config.logging.peak_tflops,
     }
     for key, value in numbers.items():
         if not value > 0 or math.isinf(value):
@@ -74,7 +82,7 @@ def _positive(config: RunConfig) -> None:
 
 
 def _fractions(config: RunConfig) -> None:
-    for key in ("pad_dropout", "first_sentence", "skip_budget"):
+    for key in ("pad_dropout", "first_sentence", "max_bad_share", "skip_budget"):
         value = getattr(config.data, key)
         if not 0 <= value <= 1:
             raise ConfigError(f"data.{key} is a probability or share between 0 and 1, found {value}")
@@ -98,28 +106,7 @@ def _guard(config: RunConfig) -> None:
 
 def _model(config: RunConfig) -> None:
     model = config.model
-    if model.vision.image_size % model.vision.patch_size:
-        raise ConfigError(
-            f"model.vision.image_size {model.vision.image_size} is not a multiple of model.vision.patch_size "
-            f"{model.vision.patch_size}"
-        )
-    stride = 2 ** (len(model.vq.channel_multiplier) - 1)
-    if stride != model.vision.patch_size:
-        raise ConfigError(
-            f"an image must take as many slots in both directions: model.vision.patch_size is "
-            f"{model.vision.patch_size}, but the VQ stride is {stride} (2 ** (len(model.vq.channel_multiplier) - 1)); "
-            "make them equal"
-        )
-    if model.vq.base_channels % 32:
-        raise ConfigError(
-            f"model.vq.base_channels must be a multiple of 32 (group normalisation), found {model.vq.base_channels}"
-        )
-    for part, width, heads in (
-        ("vision", model.vision.hidden_size, model.vision.heads),
-        ("language", model.language.hidden_size, model.language.heads),
-    ):
-        if width % heads:
-            raise ConfigError(f"model.{part}.hidden_size {width} is not a multiple of model.{part}.heads {heads}")
+    check_sizes(model)
     slots = (model.vision.image_size // model.vision.patch_size) ** 2
     if config.data.seq_len < slots + 4:
         raise ConfigError(
@@ -133,14 +120,36 @@ def _model(config: RunConfig) -> None:
         )
 
 
+def check_sizes(cfg: ModelConfig) -> None:
+    """Raise ConfigError where the sizes of a model do not fit each other."""
+    vision, vq, language = cfg.vision, cfg.vq, cfg.language
+    stride = 2 ** (len(vq.channel_multiplier) - 1)
+    patches, codes = vision.image_size / vision.patch_size, vision.image_size / stride
+    if patches != codes or patches % 1:
+        raise ConfigError(
+            f"model.vision.image_size={vision.image_size} with model.vision.patch_size={vision.patch_size} and a VQ "
+            f"stride of {stride} gives {patches:g} and {codes:g} tokens a side: they must be the same whole number"
+        )
+    for key, width, heads in (
+        ("vision", vision.hidden_size, vision.heads),
+        ("language", language.hidden_size, language.heads),
+    ):
+        if width % heads:
+            raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
+    if any(vq.base_channels * factor % NORM_GROUPS for factor in vq.channel_multiplier):
+        raise ConfigError(
+            f"model.vq.base_channels={vq.base_channels} times each of channel_multiplier={list(vq.channel_multiplier)} "
+            f"must be divisible by {NORM_GROUPS}, the number of groups of its norms"
+        )
+
+
 def _stage(config: RunConfig) -> None:
     stage = config.stage
     if not stage.trainable:
         raise ConfigError(f"stage.trainable is empty: nothing would learn; name some of {', '.join(MODULES)}")
     for name in stage.trainable:
         if name not in MODULES:
-            hint = did_you_mean(name, MODULES, cutoff=0.4)
-            raise ConfigError(f"stage.trainable: unknown module {name!r}{hint or ';'} Valid: {', '.join(MODULES)}")
+            raise ConfigError(f"stage.trainable: unknown module {name!r}{one_of(name, MODULES, cutoff=0.4)}")
     at_step = stage.early_stop.at_step
     if at_step is not None and not 0 < at_step <= stage.training_steps:
         raise ConfigError(
@@ -169,6 +178,11 @@ def _checkpoint(config: RunConfig) -> None:
 
 
 def _sources(config: RunConfig) -> None:
+    if "://" in config.data.index_dir:
+        raise ConfigError(
+            f"data.index_dir {config.data.index_dir!r} is no folder: the index is read by many small reads, so it lies "
+            "on a disk of this host or one that the hosts share"
+        )
     if config.data.vq_ids is VqIds.require and config.data.crop is not Crop.centre:
         raise ConfigError(
             f"data.vq_ids=require cannot be met with data.crop={config.data.crop.value}: stored ids are of the centre "
@@ -177,7 +191,7 @@ def _sources(config: RunConfig) -> None:
     known = {"training": config.data.sources, "validation": config.validation.sources}
     for where, sources in known.items():
         for name, source in sources.items():
-            _source(f"{'data' if where == 'training' else 'validation'}.sources.{name}", source)
+            _source(f"{'data' if where == 'training' else 'validation'}.sources.{name}", source, config.allow_code)
     for kind in ("understanding", "text", "generation"):
         share = getattr(config.stage.mixture, kind)
         mine = [source for source in config.data.sources.values() if source.kind.value == kind and source.weight > 0]
@@ -197,7 +211,14 @@ def _sources(config: RunConfig) -> None:
         )
 
 
-def _source(key: str, source: SourceConfig) -> None:
+def _source(key: str, source: SourceConfig, allow_code: bool) -> None:
+    if source.map and not re.fullmatch(r"[\w.]+:\w+", source.map):
+        raise ConfigError(f"{key}.map {source.map!r} names no function; write `module:function`")
+    if source.map and not allow_code:
+        raise ConfigError(
+            f"{key}.map runs code of the module {source.map.partition(':')[0]} on every host: set allow_code: true in "
+            "your configuration if you trust it"
+        )
     if not source.shards:
         raise ConfigError(f"{key}.shards is empty: give a path, folder, glob or brace expansion of tar shards")
     if source.weight < 0 or not math.isfinite(source.weight):
@@ -206,5 +227,11 @@ def _source(key: str, source: SourceConfig) -> None:
         raise ConfigError(
             f"{key}: steps from {source.from_step} to {source.to_step} are empty; to_step must exceed from_step"
         )
+    try:
+        parse_fields(source.kind.value, source.fields)
+        for text in source.filter:
+            parse_filter(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}") from None
     if source.class_template.count("{}") != 1:
         raise ConfigError(f"{key}.class_template needs exactly one {{}}, found {source.class_template!r}")

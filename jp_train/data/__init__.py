@@ -3,8 +3,13 @@
 shards: files with byte ranges, and the samples in them
     tar_headers     the members of a tar, checked strictly
     tar_samples     members with one key are a sample
+    hub             addresses of hf:// files
     http_ranges     byte ranges of a shard on a server
+    stores          byte ranges, listing and uploads of objects in a store (s3, gs, az)
     shards          names of shards, byte ranges, lists of members
+    field_map       where the parts of a sample lie, and which samples are used
+    sample_map      a user's own function between the files of a sample and its texts
+    dialogue        conversations as public sets write them -> questions and answers
     samples         members -> a typed sample, or the reason to skip it
     writer          new shards, whole or absent
 

@@ -22,7 +22,9 @@ A described row is made of plain values only (JSON-able):
         loss           {"text": {"tokens": n, "spans": [[a, b), ...]}, "image": ...}: positions of the row that carry a
                        label, by head;
                        position i is trained to predict token i + 1
-        snippet        a line of its text (only with a tokenizer)
+        condition_dropped
+                       whether its caption was (data.pad_dropout); only with a tokenizer, as is
+        snippet        a line of its text
     skipped            documents whose place in the row is empty, each: source, shard, key, document_span, reason
 
 `a` and `b` count tokens from 0, `b` is excluded.
@@ -144,7 +146,10 @@ def _described(
             "loss": loss,
         }
         if tokenizer is not None:
-            entry["snippet"] = snippet(arrays["input_ids"][start:end].tolist(), tokenizer)
+            ids = arrays["input_ids"][start:end]
+            pads = bool((ids == tokenizer.special.pad).any())  # pads stand for nothing else within a document
+            entry["condition_dropped"] = document.kind is Kind.GENERATION and pads
+            entry["snippet"] = snippet(ids.tolist(), tokenizer)
         documents.append(entry)
         start = end
     return {

@@ -45,10 +45,14 @@ class Collator:
         if self._packing is Packing.causal:
             segments = [total for row in rows if (total := row.tokens.shape[1])] or lengths
         ends = np.array(list(itertools.accumulate(lengths)))
-        first_slots = ends - lengths + np.array([start for row in rows for start in row.image_starts] or [-1])
         kind_numbers = np.array(kinds)
-        und_slots = first_slots[kind_numbers == _UNDERSTANDING, None] + self._slots
-        gen_slots = first_slots[kind_numbers == _GENERATION, None] + self._slots
+        counts = [count for row in rows for count in row.image_counts] or [0]
+        first_slots, of_images = ends - lengths, kind_numbers
+        if counts.count(1) < len(counts):  # most often every document has one image
+            first_slots, of_images = np.repeat(first_slots, counts), np.repeat(of_images, counts)
+        first_slots = first_slots + np.array([start for row in rows for start in row.image_starts], np.int64)
+        und_slots = first_slots[of_images == _UNDERSTANDING, None] + self._slots
+        gen_slots = first_slots[of_images == _GENERATION, None] + self._slots
         input_ids, labels, gen_labels = tokens
         gen_ids = gen_labels[gen_slots - 1]  # boi predicts the first id, slot i predicts id i + 1
         boundaries = [0, *itertools.accumulate(segments)]

@@ -12,6 +12,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,29 +48,43 @@ class TokenCounts:
     """Length of one sample in tokens, in four forms: whole; with the first-sentence caption; with the text condition
     dropped, for the whole and for the short caption.
 
-    Without a caption to shorten or a condition to drop, all are equal.
+    Without a caption to shorten or a condition to drop, all are equal. `images` it has; below `min_tokens` it cannot be
+    truncated: its images, and what stands before the last of them; 0 for text.
     """
 
     tokens: int
     short_tokens: int
     dropped_tokens: int
     short_dropped_tokens: int
+    images: int = 0
+    min_tokens: int = 0
+
+
+def too_many_images(images: int, min_tokens: int, seq_len: int) -> str:
+    """Why a sample of so many images is never used; empty for one that a row can hold."""
+    if images < 2 or min_tokens <= seq_len:
+        return ""
+    return (
+        f"its {images} images and the text before the last take {min_tokens:,} tokens, and a row has {seq_len:,} "
+        "(data.seq_len): never used"
+    )
 
 
 class Draft:
-    """A tokenised document that is not written yet: `length` in tokens, `pieces` in order, `image_start` the
-    position of its first image slot (-1 without an image)."""
+    """A tokenised document that is not written yet: `length` in tokens, `pieces` in order, `image_starts` the
+    position of the first slot of each image."""
 
-    __slots__ = ("image_start", "length", "pieces", "sample")
+    __slots__ = ("image_starts", "length", "pieces", "sample")
 
     def __init__(self, sample: Sample, pieces: list[Piece]) -> None:
         self.sample, self.pieces = sample, pieces
-        self.length, self.image_start = 0, -1
+        self.length = 0
+        self.image_starts: list[int] = []
         for piece, _ in pieces:
             if isinstance(piece, int):
                 self.length += 1
             elif isinstance(piece, ImageBlock):
-                self.image_start = self.length + 1
+                self.image_starts.append(self.length + 1)
                 self.length += len(piece.ids)
             else:
                 self.length += len(piece)
@@ -147,23 +162,37 @@ class Encoder:
 
         Raises SkipSample for a text or caption that the tokenizer turns into nothing.
         """
-        lengths = [len(ids) for ids, _ in (self.texts(sample) if texts is None else texts)]
+        runs = self.texts(sample) if texts is None else texts
         if not isinstance(sample, GenerationSample):
-            tokens = sum(lengths)
-            if isinstance(sample, UnderstandingSample):
-                tokens += len(self._layouts.understanding_block.ids)
-            elif tokens <= 2:  # BOS and EOS alone
+            tokens = images = min_tokens = 0
+            for ids, role in runs:
+                tokens += len(self._layouts.understanding_block.ids) if role == IMAGE else len(ids)
+                images, min_tokens = (images + 1, tokens) if role == IMAGE else (images, min_tokens)
+            if tokens <= 2:  # BOS and EOS alone
                 raise SkipSample("the text has no token", "empty_text")
-            return TokenCounts(tokens=tokens, short_tokens=tokens, dropped_tokens=tokens, short_dropped_tokens=tokens)
-        both, whole, short = lengths
+            return TokenCounts(
+                tokens=tokens,
+                short_tokens=tokens,
+                dropped_tokens=tokens,
+                short_dropped_tokens=tokens,
+                images=images,
+                min_tokens=min_tokens,
+            )
+        both, whole, short = [len(ids) for ids, _ in runs]
         if min(whole, short) + both <= sum(self._condition_markers()):
             raise SkipSample("the caption has no token", "empty_text")
         rest = self._length(self._layouts.generation([]))
+        least = rest + sum(self._condition_markers())
         dropped = self._layouts.dropped([(np.zeros(0, np.int32), READ)])
         counts = [rest + both + whole, rest + both + short]
         kept = counts if dropped and dropped[0][1] == PAD else [rest + len(dropped)] * 2
         return TokenCounts(
-            tokens=counts[0], dropped_tokens=kept[0], short_tokens=counts[1], short_dropped_tokens=kept[1]
+            tokens=counts[0],
+            dropped_tokens=kept[0],
+            short_tokens=counts[1],
+            short_dropped_tokens=kept[1],
+            images=1,
+            min_tokens=least,
         )
 
     def length(self, sample: Sample, *, short_caption: bool = False, drop_condition: bool = False) -> int:
@@ -174,7 +203,8 @@ class Encoder:
         return counts.short_tokens if short_caption else counts.tokens
 
     def min_tokens(self, kind: Kind) -> int:
-        """The length below which no document of `kind` can be truncated: its image, and the template around it."""
+        """The length below which no document of `kind` can be truncated: an image, and the template around it (before
+        it, of an image to understand). Documents of several images have more (`token_counts`)."""
         if kind is Kind.GENERATION:
             return self._length(self._layouts.generation([])) + sum(self._condition_markers())
         if kind is Kind.UNDERSTANDING:
@@ -185,6 +215,12 @@ class Encoder:
     def drops_condition(self, source: str, epoch: int, sample_index: int) -> bool:
         """Whether this document of a generation source loses its text condition (unconditional training)."""
         return document_uniform(self._seed, source, epoch, sample_index, "pad_dropout") < self._data.pad_dropout
+
+    def variant(self, source: str, epoch: int, sample_index: int, variants: int) -> int:
+        """Which of a sample's captions this epoch draws."""
+        if variants == 1:
+            return 0
+        return int(document_uniform(self._seed, source, epoch, sample_index, "variant") * variants)
 
     def draft(self, sample: Sample, *, short_caption: bool = False, drop_condition: bool = False) -> Draft:
         """One document, laid out and tokenised under these two draws."""
@@ -217,7 +253,8 @@ class Encoder:
                 condition = np.concatenate([ids[:both], ids[both + whole :]]) if short else ids[: both + whole]
                 parts: list[Part] = [(condition, READ)]
                 return layouts.generation(layouts.dropped(parts) if drop else parts)
-            if [role for _, role in runs].count(IMAGE) != isinstance(sample, UnderstandingSample):
+            images = len(sample.images) if isinstance(sample, UnderstandingSample) else 0
+            if [role for _, role in runs].count(IMAGE) != images:
                 raise ValueError("another number of images")
             if not runs or runs[0][1] != READ or not runs[0][0]:  # a label stands one place before its id
                 raise ValueError("it does not begin with BOS")
@@ -255,7 +292,7 @@ class Encoder:
             at = end
         if isinstance(draft.sample, GenerationSample):
             # boi predicts the first id, slot i predicts id i + 1
-            boi, vq_ids = draft.image_start - 1, draft.sample.vq_ids
+            boi, vq_ids = draft.image_starts[0] - 1, draft.sample.vq_ids
             gen_labels[boi : boi + self.image_slots] = PENDING_VQ_ID if vq_ids is None else vq_ids
 
     def written(self, draft: Draft) -> np.ndarray:
@@ -264,25 +301,27 @@ class Encoder:
         self.write(draft, tokens)
         return tokens
 
-    def truncated(self, draft: Draft, max_tokens: int) -> tuple[np.ndarray, int]:
-        """int64 [3, max_tokens] of a longer document, and its first image slot: the end of a conversation or text is
-        cut, or the end of a caption (the template around it stays).
+    def truncated(self, draft: Draft, max_tokens: int) -> tuple[np.ndarray, list[int]]:
+        """int64 [3, max_tokens] of a longer document, and the first slot of each image: the end of a conversation or
+        text is cut, or the end of a caption (the template around it stays).
 
         Raises SkipSample when nothing would be left to learn.
         """
-        tokens, image_start = self.written(draft), draft.image_start
+        tokens, image_starts = self.written(draft), draft.image_starts
         excess = draft.length - max_tokens
         if isinstance(draft.sample, GenerationSample):
             lead, tail = self._condition_markers()
-            cut_end = image_start - 1 - tail  # where the caption ends
+            cut_end = image_starts[0] - 1 - tail  # where the caption ends
             cut_start = cut_end - excess
             if cut_start < 1 + lead:
                 raise SkipSample(
                     f"the image and the template alone exceed data.seq_len {max_tokens}", "nothing_to_learn"
                 )
-            return np.concatenate([tokens[:, :cut_start], tokens[:, cut_end:]], axis=1), image_start - excess
-        if isinstance(draft.sample, UnderstandingSample) and image_start + self.image_slots + 1 > max_tokens:
-            raise SkipSample(f"the image and what comes before it exceed data.seq_len {max_tokens}", "nothing_to_learn")
+            return np.concatenate([tokens[:, :cut_start], tokens[:, cut_end:]], axis=1), [image_starts[0] - excess]
+        if image_starts and image_starts[-1] + self.image_slots + 1 > max_tokens:
+            raise SkipSample(
+                f"the images and what comes before them exceed data.seq_len {max_tokens}", "nothing_to_learn"
+            )
         tokens = tokens[:, :max_tokens].copy()
         tokens[1, -1] = IGNORE_INDEX  # the token that follows is lost
         if (tokens[1] == IGNORE_INDEX).all():
@@ -290,24 +329,26 @@ class Encoder:
                 f"truncated to data.seq_len {max_tokens} tokens, nothing of its answers is left to learn",
                 "nothing_to_learn",
             )
-        return tokens, image_start
+        return tokens, image_starts
 
-    def has_image(self, sample: Sample) -> bool:
-        """Whether `image` decodes a file for this sample."""
-        return isinstance(sample, UnderstandingSample) or (
-            isinstance(sample, GenerationSample) and sample.vq_ids is None
-        )
+    def images(self, sample: Sample) -> int:
+        """How many files `image` decodes for this sample."""
+        if isinstance(sample, UnderstandingSample):
+            return len(sample.images)
+        return int(isinstance(sample, GenerationSample) and sample.vq_ids is None)
 
-    def image(self, sample: Sample, *, source: str, epoch: int, sample_index: int, held_out: bool) -> np.ndarray | None:
-        """The image of a sample as the model takes it, uint8 [3, H, W]; None where it has none, or stored ids.
+    def image(
+        self, sample: Sample, number: int = 0, *, source: str, epoch: int, sample_index: int, held_out: bool
+    ) -> np.ndarray:
+        """Image `number` of a sample that has `images`, as the model takes it: uint8 [3, H, W].
 
         Raises SkipSample when it is undecodable.
         """
         data = self._data
         if isinstance(sample, UnderstandingSample):
-            return load_understanding_image(sample.image, self.image_size, data.max_image_pixels, data.image_decode)
-        if not isinstance(sample, GenerationSample) or sample.vq_ids is not None:
-            return None
+            file = sample.images[number]
+            return load_understanding_image(file, self.image_size, data.max_image_pixels, data.image_decode)
+        assert isinstance(sample, GenerationSample)
         if sample.image_fault:
             raise SkipSample(sample.image_fault)
         assert sample.image is not None
@@ -347,11 +388,12 @@ class Encoder:
         if expected_tokens is not None:
             check_length(draft, expected_tokens)
         if max_tokens is not None and draft.length > max_tokens:
-            tokens, image_start = self.truncated(draft, max_tokens)
+            tokens, image_starts = self.truncated(draft, max_tokens)
         else:
-            tokens, image_start = self.written(draft), draft.image_start
-        image = self.image(sample, source=source, epoch=epoch, sample_index=sample_index, held_out=held_out)
-        slots = np.arange(image_start, image_start + (self.image_slots if image_start >= 0 else 0))
+            tokens, image_starts = self.written(draft), draft.image_starts
+        draws: dict[str, Any] = {"source": source, "epoch": epoch, "sample_index": sample_index, "held_out": held_out}
+        images = [self.image(sample, number, **draws) for number in range(self.images(sample))]
+        slots = (np.array(image_starts, np.int64)[:, None] + np.arange(self.image_slots)).reshape(-1)
         kind, none = kind_of(sample), np.zeros(0, np.int64)
         return EncodedDocument(
             info=sample.info,
@@ -361,8 +403,8 @@ class Encoder:
             gen_labels=tokens[2],
             und_slots=slots if kind is Kind.UNDERSTANDING else none,
             gen_slots=slots if kind is Kind.GENERATION else none,
-            und_image=image if kind is Kind.UNDERSTANDING else None,
-            gen_image=image if kind is Kind.GENERATION else None,
+            und_images=np.stack(images) if kind is Kind.UNDERSTANDING else None,
+            gen_image=images[0] if kind is Kind.GENERATION and images else None,
             vq_ids=sample.vq_ids if isinstance(sample, GenerationSample) else None,
         )
 
@@ -377,13 +419,16 @@ class Encoder:
             layouts.generation_prompt(layouts.dropped(layouts.condition(caption, self._template(template))))
         )
 
-    def understanding_prompt_ids(self, question: str, template: Template | str | None = None) -> list[int]:
-        """The ids of an image and a question, ending where the answer starts (its first token carries the space).
+    def understanding_prompt_ids(
+        self, question: str, template: Template | str | None = None, images: int = 1
+    ) -> list[int]:
+        """The ids of images and a question, ending where the answer starts (its first token carries the space).
 
-        The S image slots hold the image_placeholder id. An empty question becomes `data.caption_question`, as for a
-        captioned sample in training.
+        The S slots of each image hold the image_placeholder id. Each stands at its IMAGE_MARKER in the question; an
+        only one, or all where there is no marker, before it. An empty question becomes `data.caption_question`, as for
+        a captioned sample in training. Raises SkipSample for another number of markers than of images.
         """
-        return self._ids(self._layouts.question_prompt(question, self._template(template)))
+        return self._ids(self._layouts.question_prompt(question, self._template(template), images))
 
     def _template(self, template: Template | str | None) -> Template:
         return self.template if template is None else Template(template)

@@ -96,7 +96,7 @@ def _load(shard: Shard) -> dict[Kind, dict[str, Excluded]] | None:
                 }
                 for kind in KINDS
             }
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(

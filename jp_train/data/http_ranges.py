@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jp_train.data.hub import WHO_READS, hub_request, is_hub
 from jp_train.errors import DataError
 
 HTTP_TIMEOUT_S = 60.0
@@ -32,6 +33,7 @@ MAX_REDIRECTS = 5
 
 _CHUNK = 1 << 20
 _UNESCAPED = "/%:@!$&'()*+,;=~"
+_EXPIRED = (401, 403, 404, 410)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
@@ -63,14 +65,21 @@ class HttpRanges:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self._sent_to: dict[str, str] = {}
+        """Where the hub has sent the reads of a file: it counts the requests of each user, the servers behind it do
+        not."""
 
     def stat(self, url: str) -> Answered:
-        """Size and stamp, by a HEAD request."""
-        with self._answer("HEAD", url, {}, HTTP_TIMEOUT_S) as answer:
-            answer.read()  # nothing, but http.client keeps the connection only after it
-            if answer.status != 200:
-                raise HttpStatusError(answer.status, answer.reason)
+        """Size and stamp, by a HEAD request; of the hub, whose links are signed for GET, by reading a byte."""
+        hub = is_hub(url)
+        method, headers, good = ("GET", {"Range": "bytes=0-0"}, 206) if hub else ("HEAD", {}, 200)
+        with self._answer(method, url, headers, HTTP_TIMEOUT_S) as answer:
+            if answer.status != good:
+                raise _refusal(url, answer)
+            answer.read()  # at most a byte, but http.client keeps the connection only after it
             length = answer.headers.get("Content-Length")
+            if hub:
+                length = answer.headers.get("Content-Range", "").rpartition("/")[2]
             if length is None or not _LENGTH.fullmatch(length.strip()):
                 raise DataError(
                     f"shard {url}: the server sends no usable Content-Length; jp_train needs a server that answers "
@@ -90,7 +99,7 @@ class HttpRanges:
                     "shards from a server with range support, or copy them to a local disk"
                 )
             if answer.status != 206:
-                raise HttpStatusError(answer.status, answer.reason)
+                raise _refusal(url, answer)
             now = _stamp(answer)
             if now != stamp:
                 raise DataError(
@@ -128,13 +137,21 @@ class HttpRanges:
     ) -> Iterator[http.client.HTTPResponse]:
         """The final answer, after redirects. A connection is kept only when its answer was read to the end."""
         deadline = time.monotonic() + limit_s
-        at = url
+        hub = is_hub(url)
+        first, who = hub_request(url) if hub else (url, {})
+        at = self._sent_to.get(url, first)
         for _ in range(MAX_REDIRECTS + 1):
             server = _server(at)
-            connection, answer = self._ask(method, at, headers, deadline)
+            shown = who if server == _server(first) else {}  # a token is for the hub alone
+            connection, answer = self._ask(method, at, {**headers, **shown}, deadline)
             try:
                 target = answer.headers.get("Location") if answer.status in _REDIRECTS else None
+                if target is None and answer.status in _EXPIRED and self._sent_to.pop(url, ""):
+                    at = first
+                    continue
                 if target is None:
+                    if hub and at != first:
+                        self._sent_to[url] = at
                     yield answer
                     return
                 at = _redirected(url, at, target)
@@ -281,6 +298,11 @@ def _redirected(url: str, here: str, target: str) -> str:
             "from https to http"
         )
     return location
+
+
+def _refusal(url: str, answer: http.client.HTTPResponse) -> HttpStatusError:
+    hint = f" ({WHO_READS})" if is_hub(url) and answer.status in _EXPIRED else ""
+    return HttpStatusError(answer.status, f"{answer.reason}{hint}")
 
 
 def _stamp(answer: http.client.HTTPResponse) -> str:

@@ -8,21 +8,31 @@ exclusions are left out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
 from jp_train.config.choices import Crop, TokenIds
 from jp_train.config.schema import RunConfig, SourceConfig
-from jp_train.data.encode import Encoder
+from jp_train.data.encode import Encoder, too_many_images
 from jp_train.data.exclusions import excluded_samples, with_exclusions
+from jp_train.data.field_map import FieldMap, Fields, field_map
 from jp_train.data.processes import ordered_results
 from jp_train.data.sample_fields import read_fields
-from jp_train.data.samples import parse_sample
-from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, scan_members
+from jp_train.data.samples import parse_variants
+from jp_train.data.shards import (
+    Shard,
+    ShardMembers,
+    ShardReader,
+    expand_shards,
+    passed_over,
+    passed_over_text,
+    scan_members,
+)
 from jp_train.data.sidecar import (
     FORMAT,
     ShardTokens,
@@ -34,7 +44,7 @@ from jp_train.data.sidecar import (
 )
 from jp_train.data.token_ids import RecordSpool
 from jp_train.data.tokenizer import Tokenizer
-from jp_train.errors import DataError, SkipSample
+from jp_train.errors import DataError, SkipSample, named
 from jp_train.types import Kind, SourceInfo, TextSample
 
 SMALL_BYTES = 64 << 20
@@ -86,6 +96,7 @@ class SourceLocator:
     name: str
     kind: Kind
     config: SourceConfig
+    fields: FieldMap
     fingerprint: str
     shards: tuple[Shard, ...]
     samples_before: np.ndarray
@@ -113,8 +124,13 @@ class SourceLocator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceIndex:
-    """The index of one source, over its shards in order: token counts int32 [N] of its N usable samples, and the bad
-    ones; `ids_bytes` is the size of the stored token ids, 0 where they are not used."""
+    """The index of one source, over its shards in order: token counts int32 [G] of its usable samples, and the bad
+    ones, among them those whose images no row can hold (they keep their numbers, and the plan passes them over);
+    `ids_bytes` is the size of the stored token ids, 0 where they are not used.
+
+    `first_entry` int64 [N + 1] says which counts are a sample's, where samples have several captions; None where each
+    of the N samples has one. `taken`, `filtered` and `notes` as in ShardTokens, of all shards.
+    """
 
     locator: SourceLocator
     tokens: np.ndarray
@@ -122,7 +138,16 @@ class SourceIndex:
     dropped_tokens: np.ndarray
     conversations: int
     bad: tuple[BadSample, ...]
+    passed_over: str = ""
+    """Which tars of the source's folders are no shards (`passed_over_text`)."""
     ids_bytes: int = 0
+    first_entry: np.ndarray | None = None
+    taken: Mapping[str, int] = field(default_factory=dict)
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
+    images: np.ndarray | None = None
+    min_tokens: np.ndarray | None = None
+    """int32 [G], as in ShardTokens."""
 
     @property
     def name(self) -> str:
@@ -136,8 +161,28 @@ class SourceIndex:
     def shards(self) -> tuple[Shard, ...]:
         return self.locator.shards
 
+    @property
+    def mean_tokens(self) -> float:
+        """The mean length of a sample, over its captions where it has several."""
+        if self.first_entry is None:
+            return float(self.tokens.mean())
+        sums = np.add.reduceat(self.tokens, self.first_entry[:-1], dtype=np.int64)
+        return float((sums / np.diff(self.first_entry)).mean())
+
+    @property
+    def image_count(self) -> int:
+        """Images to understand of all samples."""
+        if self.images is None:
+            return len(self) if self.kind is Kind.UNDERSTANDING else 0
+        first = slice(None) if self.first_entry is None else self.first_entry[:-1]
+        return int(self.images[first].sum())
+
+    def entry(self, sample: int) -> int:
+        """The number of a sample's first count."""
+        return sample if self.first_entry is None else int(self.first_entry[sample])
+
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) if self.first_entry is None else len(self.first_entry) - 1
 
 
 def index_sources(
@@ -157,34 +202,39 @@ def index_sources(
     """
     sources = cfg.data.sources if sources is None else sources
     encoder = Encoder(cfg, tokenizer)
-    reader = ShardReader(cfg.data.io_retries)
-    shards = {
-        name: [with_exclusions(reader.stat(path)) for path in expand_shards(source.shards, cfg.data.root)]
-        for name, source in sources.items()
-    }
-    prints = {name: source_fingerprint(encoder, source) for name, source in sources.items()}
+    reader = ShardReader(cfg.data.io_retries, index_dir=cfg.data.index_dir)
+    shards = {}
+    for name, source in sources.items():
+        with named(f"source {name}"):
+            paths = expand_shards(source.shards, cfg.data.root)
+            shards[name] = [with_exclusions(reader.stat(path)) for path in paths]
+    maps = {name: field_map(source) for name, source in sources.items()}
+    prints = {name: source_fingerprint(encoder, fields) for name, fields in maps.items()}
     loaded: dict[tuple[str, str], ShardTokens] = {}
     stale: list[_Task] = []
     with_ids = cfg.data.token_ids is not TokenIds.off
     without_ids = 0
-    for name, source in sources.items():
+    for name in sources:
         for shard in shards[name]:
             tokens = load_tokens(shard, prints[name], with_ids=with_ids)
             if tokens is not None and has_members(shard):
                 loaded[name, shard.path] = tokens
             else:
-                stale.append(_Task(name=name, source=source, shard=shard, fingerprint=prints[name]))
+                stale.append(_Task(name=name, fields=maps[name], shard=shard, fingerprint=prints[name]))
                 without_ids += with_ids and load_tokens(shard, prints[name]) is not None and has_members(shard)
     _build(stale, cfg, encoder, reader, processes, progress, without_ids)
     reader.close()
-    return [_assemble(name, source, shards[name], prints[name], loaded, with_ids) for name, source in sources.items()]
+    return [
+        _assemble(name, source, cfg, encoder, maps[name], shards[name], prints[name], loaded)
+        for name, source in sources.items()
+    ]
 
 
 def index_shard(
     shard: Shard,
     *,
     name: str,
-    source: SourceConfig,
+    fields: FieldMap,
     fingerprint: str,
     encoder: Encoder,
     reader: ShardReader,
@@ -196,7 +246,7 @@ def index_shard(
     members = shard_members(shard, reader)
     with RecordSpool() if with_ids else nullcontext() as records:
         tokens = _tokens_of(
-            shard, members, name, source, encoder, reader, crop, None if records is None else records.add
+            shard, members, name, fields, encoder, reader, crop, None if records is None else records.add
         )
         tokens = tokens if records is None else replace(tokens, ids_bytes=records.size)
         store_tokens(shard, fingerprint, tokens, records)
@@ -207,39 +257,47 @@ def _tokens_of(
     shard: Shard,
     members: ShardMembers,
     name: str,
-    source: SourceConfig,
+    fields: FieldMap,
     encoder: Encoder,
     reader: ShardReader,
     crop: Crop,
     store: Callable[[bytes], None] | None,
 ) -> ShardTokens:
     """The counts of a shard; the record of each usable sample's texts goes to `store`."""
-    kind = Kind(source.kind.value)
     good: list[int] = []
-    counts: list[tuple[int, int, int, int]] = []
+    counts: list[tuple[int, int, int, int, int, int]] = []
     bad = list(members.ignored)
     conversations = 0
-    excluded = excluded_samples(shard, kind)
+    taken: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    excluded = excluded_samples(shard, fields.kind)
     for number, key in enumerate(members.keys):
         if key in excluded:
             bad.append((key, excluded[key].described))
             continue
         try:
-            raw = read_fields(shard, members, number, kind, crop, reader, name, images=False)
-            sample = parse_sample(
-                raw, kind, source, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
-            )
-            texts = encoder.texts(sample)
-            count = encoder.token_counts(sample, texts)
+            found = Fields(read_fields(shard, members, number, fields, crop, reader, name, images=False), fields)
+            if failed := found.rejected():
+                filtered[failed] += 1
+                continue
+            samples = parse_variants(found, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
+            texts = [encoder.texts(sample) for sample in samples]
+            lengths = [encoder.token_counts(*variant) for variant in zip(samples, texts, strict=True)]
         except SkipSample as reason:
             bad.append((key, str(reason)))
             continue
-        good.append(number)
-        counts.append((count.tokens, count.short_tokens, count.dropped_tokens, count.short_dropped_tokens))
-        if store is not None:
-            store(encoder.record(texts))
-        conversations += isinstance(sample, TextSample) and bool(sample.turns)
-    table = np.array(counts, np.int32).reshape(-1, 4)
+        taken[" and ".join(map(str, found.taken.values()))] += 1
+        notes.update(found.notes)
+        conversations += isinstance(samples[0], TextSample) and bool(samples[0].turns)
+        for variant, count in zip(texts, lengths, strict=True):
+            good.append(number)
+            lengths_of = (count.tokens, count.short_tokens, count.dropped_tokens, count.short_dropped_tokens)
+            counts.append((*lengths_of, count.images, count.min_tokens))
+            if store is not None:
+                store(encoder.record(variant))
+    table = np.array(counts, np.int32).reshape(-1, 6)
+    usual = fields.kind is not Kind.UNDERSTANDING or (table[:, 4:] == (1, encoder.min_tokens(fields.kind))).all()
     return ShardTokens(
         sample=np.array(good, np.int32),
         tokens=table[:, 0],
@@ -248,6 +306,11 @@ def _tokens_of(
         short_dropped_tokens=table[:, 3],
         conversations=conversations,
         bad=tuple(bad),
+        taken=tuple(taken.items()),
+        filtered=tuple(filtered.items()),
+        notes=tuple(notes.items()),
+        images=None if usual else table[:, 4],
+        min_tokens=None if usual else table[:, 5],
     )
 
 
@@ -261,16 +324,17 @@ def shard_members(shard: Shard, reader: ShardReader) -> ShardMembers:
     return members
 
 
-def source_fingerprint(encoder: Encoder, source: SourceConfig) -> str:
+def source_fingerprint(encoder: Encoder, fields: FieldMap) -> str:
     """Hex digest of everything that determines the token counts and ids of a source's shards, except their bytes."""
-    parts = [str(FORMAT), encoder.fingerprint, source.kind.value, source.class_prompt.value, source.class_template]
+    parts = [str(FORMAT), encoder.fingerprint, fields.kind.value, fields.class_prompt.value, fields.class_template]
+    parts += [fields.fingerprint] if fields.fingerprint else []
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Task:
     name: str
-    source: SourceConfig
+    fields: FieldMap
     shard: Shard
     fingerprint: str
 
@@ -319,7 +383,7 @@ def _run(task: _Task, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> 
     tokens = index_shard(
         task.shard,
         name=task.name,
-        source=task.source,
+        fields=task.fields,
         fingerprint=task.fingerprint,
         encoder=encoder,
         reader=reader,
@@ -332,11 +396,14 @@ def _run(task: _Task, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> 
 def _assemble(
     name: str,
     source: SourceConfig,
+    cfg: RunConfig,
+    encoder: Encoder,
+    fields: FieldMap,
     shards: Sequence[Shard],
     fingerprint: str,
     loaded: Mapping[tuple[str, str], ShardTokens],
-    with_ids: bool,
 ) -> SourceIndex:
+    with_ids = cfg.data.token_ids is not TokenIds.off
     parts: list[ShardTokens] = []
     bad: list[BadSample] = []
     for shard in shards:
@@ -349,21 +416,33 @@ def _assemble(
         parts.append(part)
         bad += [
             BadSample(info=SourceInfo(source=name, shard=shard.path, key=key), reason=reason)
-            for key, reason in part.bad
+            for key, reason in (*part.bad, *_without_room(shard, part, cfg.data.seq_len))
         ]
     lengths = [len(part) for part in parts]
     if not sum(lengths):
         examples = "; ".join(f"{sample.info.key}: {sample.reason}" for sample in bad[:_NAMED_BAD])
         problem = f"all {len(bad)} are bad, e.g. {examples}" if bad else "the shards are empty"
+        filtered = _summed(part.filtered for part in parts)
+        if filtered:
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in filtered.items())
+            problem = f"its filter leaves out {counts}{f'; {len(bad)} are bad, e.g. {examples}' if bad else ''}"
         raise DataError(f"source {name!r} ({source.shards}) has no usable {source.kind.value} sample: {problem}")
 
     def joined(field: str) -> np.ndarray:
         return np.concatenate([getattr(part, field) for part in parts]).astype(np.int32)
 
+    def joined_or(field: str, usual: int) -> np.ndarray | None:
+        arrays = [getattr(part, field) for part in parts]
+        if all(array is None for array in arrays):
+            return None
+        rest = [np.full(len(part.sample), usual, np.int32) for part in parts]
+        return np.concatenate([r if array is None else array for array, r in zip(arrays, rest, strict=True)])
+
     locator = SourceLocator(
         name=name,
-        kind=Kind(source.kind.value),
+        kind=fields.kind,
         config=source,
+        fields=fields,
         fingerprint=fingerprint,
         shards=tuple(shards),
         samples_before=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -376,5 +455,39 @@ def _assemble(
         dropped_tokens=joined("dropped_tokens"),
         conversations=sum(part.conversations for part in parts),
         bad=tuple(bad),
+        passed_over=passed_over_text(passed_over(source.shards, cfg.data.root)),
         ids_bytes=sum(part.ids_bytes or 0 for part in parts) if with_ids else 0,
+        first_entry=_first_entries(parts),
+        taken=_summed(part.taken for part in parts),
+        filtered=_summed(part.filtered for part in parts),
+        notes=_summed(part.notes for part in parts),
+        images=joined_or("images", 1),
+        min_tokens=joined_or("min_tokens", encoder.min_tokens(fields.kind)),
     )
+
+
+def _without_room(shard: Shard, tokens: ShardTokens, seq_len: int) -> list[tuple[str, str]]:
+    """(key, reason) of the samples of a shard whose images no row can hold."""
+    if tokens.images is None or tokens.min_tokens is None or tokens.min_tokens.max(initial=0) <= seq_len:
+        return []
+    reasons = {}
+    for sample, images, least in zip(tokens.sample.tolist(), tokens.images, tokens.min_tokens, strict=True):
+        if reason := too_many_images(int(images), int(least), seq_len):
+            reasons[sample] = reason
+    members = load_members(shard) if reasons else None
+    return [] if members is None else [(members.keys[sample], reason) for sample, reason in reasons.items()]
+
+
+def _first_entries(parts: Sequence[ShardTokens]) -> np.ndarray | None:
+    """The joined `first_entry` of shards; None where every sample has one entry."""
+    if all(part.first_entry is None for part in parts):
+        return None
+    counts = [np.ones(len(part), np.int64) if part.first_entry is None else np.diff(part.first_entry) for part in parts]
+    return np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+
+
+def _summed(counts: Iterable[Iterable[tuple[str, int]]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for pairs in counts:
+        total.update(dict(pairs))
+    return dict(total.most_common())

@@ -27,9 +27,10 @@ import numpy as np
 
 from jp_train.config.choices import ImageEnd, PadDropoutForm, Template
 from jp_train.config.schema import RunConfig
+from jp_train.data.dialogue import Dialogue, with_our_markers
 from jp_train.data.samples import Sample, first_sentence
 from jp_train.data.tokenizer import Tokenizer
-from jp_train.types import GenerationSample, SpecialTokens, TextSample, Turn, UnderstandingSample
+from jp_train.types import IMAGE_MARKER, GenerationSample, SpecialTokens, TextSample, Turn, UnderstandingSample
 
 READ, LEARN, ASK, PAD = 0, 1, 2, 3
 """What a part is: input only; supervised by the text head; a question, which is either; input of which only the
@@ -72,9 +73,13 @@ class Layouts:
             caption = first_sentence(sample.caption) if short_caption else sample.caption
             return self.generation(self.dropped(self.condition(caption)) if drop_condition else self.condition(caption))
         if isinstance(sample, UnderstandingSample):
-            return self._conversation(sample.turns, self.template, image=True)
+            if sample.text is not None:
+                pieces = self._in_place(sample.text, LEARN)
+                return [(self._special.bos, READ), *pieces, (self._special.eos, LEARN)]
+            system = sample.system or self._data.system_prompt
+            return self._conversation(sample.turns, self.template, images=len(sample.images), system=system)
         if sample.turns and self.template is Template.stage3:
-            return self._conversation(sample.turns, self.template, image=False)
+            return self._conversation(sample.turns, self.template, images=0, system=sample.system)
         text = sample.text if sample.text is not None else _plain_conversation(sample)
         return [(self._special.bos, READ), *_texts([text], LEARN), (self._special.eos, LEARN)]
 
@@ -107,35 +112,40 @@ class Layouts:
         """What the image tokens are sampled after."""
         return [(self._special.bos, READ), *condition, (self._special.boi, READ)]
 
-    def question_prompt(self, question: str, template: Template) -> list[Part]:
-        """An understanding document up to where its answer starts."""
-        return self._conversation((Turn(question=question, answer=""),), template, image=True, prompt=True)
+    def question_prompt(self, question: str, template: Template, images: int = 1) -> list[Part]:
+        """An understanding document up to where its answer starts; the images stand where they do in training
+        (`Dialogue.with_images`). Raises SkipSample for another number of IMAGE_MARKERs than of images."""
+        placed = Dialogue(with_our_markers([question]), ("",)).with_images(images)
+        return self._conversation(placed.turns(), template, images=images, system=self._data.system_prompt, prompt=True)
 
     def _condition_tail(self) -> list[str | int]:
         return ["\n\n", self._assistant, ": " if self._data.space_before_boi else ":"]
 
     def _conversation(
-        self, turns: Sequence[Turn], template: Template, *, image: bool, prompt: bool = False
+        self, turns: Sequence[Turn], template: Template, *, images: int, system: str, prompt: bool = False
     ) -> list[Part]:
-        """Question-answer documents; with `prompt` it stops where the last answer would start."""
+        """Question-answer documents; with `prompt` it stops where the last answer would start. The images stand where
+        the questions say, else before the first."""
         special, data = self._special, self._data
         chat = template is Template.stage3
-        block: list[str | int | ImageBlock] = [self.understanding_block] if image else []
-        parts: list[Part] = [] if chat else _texts([special.bos, *block], READ)
+        first = 0 if any(IMAGE_MARKER in turn.question for turn in turns) else images
+        blocks: list[str | int | ImageBlock] = [self.understanding_block] * first
+        parts: list[Part] = [] if chat else _texts([special.bos, *blocks], READ)
         for number, turn in enumerate(turns):
             last = number == len(turns) - 1
             question = turn.question
-            if not question and number == 0 and image and template is not Template.stage1:
+            if not question and number == 0 and images and template is not Template.stage1:
                 question = data.caption_question
             if chat:
                 lead: list[str | int] = []
                 if number == 0:
-                    lead = [special.bos, f"{data.system_prompt}\n\n"] if image and data.system_prompt else [special.bos]
-                middle = [*block, "\n"] if number == 0 and image else []
-                parts += _texts([*lead, self._user, ": ", *middle, question, "\n\n", self._assistant, ":"], READ)
+                    lead = [special.bos, f"{system}\n\n"] if system else [special.bos]
+                middle = [*blocks, "\n"] if number == 0 and first else []
+                asked = self._placed(question)
+                parts += _texts([*lead, self._user, ": ", *middle, *asked, "\n\n", self._assistant, ":"], READ)
                 gap = " "
             else:
-                parts += _texts([("\n" if number else "") + question], ASK)
+                parts += self._in_place(("\n" if number else "") + question, ASK)
                 gap = " " if question or number else ""
             if prompt and last:
                 break
@@ -143,6 +153,16 @@ class Layouts:
             if chat or last:
                 parts.append((special.eos, LEARN))
         return parts
+
+    def _placed(self, text: str) -> list[str | int | ImageBlock]:
+        """A text and the images that stand in it."""
+        before, *rest = text.split(IMAGE_MARKER)
+        return [before, *(piece for part in rest for piece in (self.understanding_block, part))]
+
+    def _in_place(self, text: str, role: int) -> list[Part]:
+        """The parts of a text of this role, and of the images that stand in it."""
+        parts = _texts(self._placed(text), role)
+        return [(piece, READ if isinstance(piece, ImageBlock) else role) for piece, role in parts]
 
 
 def _texts(pieces: Sequence[str | int | ImageBlock], role: int) -> list[Part]:

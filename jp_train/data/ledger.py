@@ -1,5 +1,5 @@
 """The ledger of bad samples: every skipped document is named in `ledger.jsonl`, and their number is limited by a
-budget.
+budget; that of the samples which an index leaves out by `data.max_bad_share`.
 
 Past the budget, or after too many consecutive bad samples of one source, the run stops with the cause instead of
 training on the remaining samples.
@@ -8,6 +8,9 @@ training on the remaining samples.
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +18,41 @@ from typing import Any
 
 from jp_train.config.schema import RunConfig
 from jp_train.data.index import SourceIndex
+from jp_train.data.tar_samples import STRAY
 from jp_train.errors import DataError
 from jp_train.files import append_lines, read_json_lines
 from jp_train.types import SkippedDocument
 
 LEDGER_FILE = "ledger.jsonl"
+
+_DETAILS = re.compile(r"'[^']*'|\d+")
+"""What tells apart the reasons of samples that are bad in the same way."""
+
+
+def bad_share(index: SourceIndex, limit: float, place: str = "data.sources") -> str:
+    """How many samples of a source its index leaves out as bad, with the most common reason; empty for none. `place`:
+    where the configuration names the source. Stray files are no samples.
+
+    Raises DataError for a share above `limit` (data.max_bad_share).
+    """
+    bad = [sample for sample in index.bad if sample.reason != STRAY]
+    if not bad:
+        return ""
+    share = len(bad) / (len(bad) + len(index))
+    counts = Counter(_DETAILS.sub("", sample.reason) for sample in bad)
+    reason, count = counts.most_common(1)[0]
+    example = next(sample for sample in bad if _DETAILS.sub("", sample.reason) == reason)
+    text = (
+        f"{place}.{index.name}: {len(bad):,} of {len(bad) + len(index):,} samples ({100 * share:.3g} %) are bad and "
+        f"left out; {count:,} of them like key {example.info.key!r} of {example.info.shard}: {example.reason}"
+    )
+    if share > limit:
+        raise DataError(
+            f"{text}. data.max_bad_share is {limit:g}: import or write the shards again (`jp-train data verify` names "
+            f"each bad sample), take the source out, or set data.max_bad_share={math.ceil(1000 * share) / 1000:g} to "
+            "train on the rest, drawn more often"
+        )
+    return text
 
 
 class Ledger:
@@ -74,9 +107,8 @@ class Ledger:
         for name, bad in last.items():
             self._check(name, bad, step)
 
-    def record_index(self, indexes: Sequence[SourceIndex]) -> int:
-        """Write the samples that the indexes leave out, each once even if the run starts several times. Returns how
-        many there are.
+    def record_index(self, indexes: Sequence[SourceIndex]) -> None:
+        """Write the samples that the indexes leave out, each once even if the run starts several times.
 
         They are not part of the plan, so they do not count against the budget.
         """
@@ -94,7 +126,6 @@ class Ledger:
                 for sample in bad
                 if (sample.info.source, sample.info.shard, sample.info.key) not in known
             )
-        return len(bad)
 
     def record_held_out(self, indexes: Sequence[SourceIndex], skipped: Sequence[SkippedDocument]) -> int:
         """Write what held-out sources lack, each once even if the run starts several times: what their indexes leave

@@ -100,7 +100,9 @@ def _plan_source(cfg: RunConfig, index: SourceIndex, encoder: Encoder) -> PlanSo
         tokens=index.tokens,
         short_tokens=index.short_tokens if generation and cfg.data.first_sentence > 0 else None,
         dropped_tokens=index.dropped_tokens if generation and not same_length else None,
-        min_tokens=encoder.min_tokens(index.kind),
+        min_tokens=encoder.min_tokens(index.kind) if index.min_tokens is None else index.min_tokens,
+        images=index.images,
+        first_entry=index.first_entry,
         weight=source.weight,
         from_step=source.from_step,
         to_step=source.to_step,
@@ -183,8 +185,12 @@ class StepLoader:
             multiprocessing_context=worker_context(),
             prefetch_factor=self._prefetch,
         )
-        with signals_deferred():
-            return iter(loader)
+        try:
+            with signals_deferred():
+                return iter(loader)
+        except (OSError, EOFError) as error:
+            # how multiprocessing reports a worker, or the server that forks them, that is gone
+            raise _dead_worker("the workers were started", error) from error
 
     def close(self) -> None:
         """End the workers and close the shards. Safe to call twice."""
@@ -224,15 +230,20 @@ class StepLoader:
                 if spec is not None and spec.documents
                 else ""
             )
-            raise DataError(
-                f"a loader worker died while {where} was awaited{first}: {error}. Out of memory? Lower data.workers or "
-                "data.prefetch_rows; data.workers=0 shows a fault in the open"
-            ) from error
+            raise _dead_worker(f"{where} was awaited{first}", error) from error
         waiting.popleft()
         self.received += 1
         if isinstance(result, _Failure):
             raise DataError(result.message)
         return result
+
+
+def _dead_worker(when: str, error: Exception) -> DataError:
+    cause = str(error) or type(error).__name__
+    return DataError(
+        f"a loader worker died while {when}: {cause}. Out of memory? Lower data.workers or data.prefetch_rows; "
+        "data.workers=0 shows a fault in the open"
+    )
 
 
 def image_bytes_ahead(cfg: RunConfig) -> int:
@@ -378,7 +389,7 @@ def _validation_rows(cfg: RunConfig, index: SourceIndex) -> list[RowSpec]:
     rows: list[list[DocumentRef]] = [[]]
     room = seq_len
     for sample in range(min(cfg.validation.documents, len(index))):
-        tokens = int(index.tokens[sample])
+        tokens = int(index.tokens[index.entry(sample)])
         length = min(tokens, seq_len)
         if length > room:
             rows.append([])

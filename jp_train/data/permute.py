@@ -205,7 +205,7 @@ def document_uniform(seed: int, source_name: str, epoch: int, sample: int, purpo
     """The uniform number in [0, 1) that decides `purpose` for one document, in steps of 2**-53.
 
     It is independent of the step, the row, the rank and the other sources. Purposes in use: "first_sentence",
-    "pad_dropout", "crop".
+    "pad_dropout", "crop", "variant".
     """
     return (_absorb(_absorb(_document_prefix(seed, source_name, purpose), epoch), sample) >> 11) * 2.0**-53
 

@@ -292,7 +292,7 @@ class Plan:
                 if source.name not in self.unused:
                     settings[f"sources.{source.name}"] = (
                         f"{source.kind.value}, weight {float(source.weight)!r}, steps {source.from_step} to "
-                        f"{source.to_step}, {'cuttable, ' if source.cuttable else ''}{len(source.tokens)} samples, "
+                        f"{source.to_step}, {'cuttable, ' if source.cuttable else ''}{source.samples} samples, "
                         f"lengths {source.fingerprint()}"
                     )
             self._recipe = settings

@@ -139,9 +139,11 @@ def _taken_in_order(
             try:
                 with signals_deferred():  # the pool starts its processes as work comes in
                     future = pool.submit(_run_in_worker, item)
-            except BrokenProcessPool as error:  # said below, with the oldest item that has no result
+            # OSError, EOFError: a process, or the server that forks them, is gone before it has started.
+            # Reported below, with the oldest item that has no result.
+            except (BrokenProcessPool, OSError, EOFError) as error:
                 future = Future()
-                future.set_exception(error)
+                future.set_exception(BrokenProcessPool(str(error) or type(error).__name__))
             pending.append((item, future))
         if not pending:
             return

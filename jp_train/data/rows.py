@@ -81,7 +81,8 @@ class RowBuilder:
             row=spec.row,
             tokens=tokens,
             image_slots=self._encoder.image_slots,
-            image_starts=tuple([document.image_start for document in documents]),
+            image_counts=tuple([len(document.image_starts) for document in documents]),
+            image_starts=tuple([start for document in documents for start in document.image_starts]),
             und_images=und_images,
             gen_images=gen_images,
             provenance=tuple([document.provenance() for document in documents]),
@@ -105,16 +106,20 @@ class RowBuilder:
         documents: list[_Document] = []
         draws: list[tuple[Sample, bool, bool]] = []
         for place, ref in enumerate(spec.documents):
-            table, entry = self._samples.find(ref)
+            table, entries = self._samples.find(ref)
             locator = self._locators[ref.source]
+            variant = 0
+            if len(entries) > 1 and not self._held_out:
+                variant = encoder.variant(locator.name, ref.epoch, ref.sample, len(entries))
+            entry = entries[variant]
             try:
                 raw = self._samples.read(ref, table, entry)
                 sample = parse_sample(
                     raw,
-                    locator.kind,
-                    locator.config,
+                    locator.fields,
                     image_slots=encoder.image_slots,
                     codebook_size=encoder.codebook_size,
+                    variant=variant,
                 )
             except SkipSample as reason:
                 skipped[place] = SkippedDocument(
@@ -145,11 +150,11 @@ class RowBuilder:
         """Check a document against index and plan; truncate or cut it to its span."""
         ref, expected = document.ref, document.expected
         check_length(draft, expected)
-        document.draft, document.image_start = draft, draft.image_start
+        document.draft, document.image_starts = draft, draft.image_starts
         if ref.start == 0 and ref.length == expected:
             return
         if ref.start == 0 and ref.length + ref.truncated == expected:
-            document.tokens, document.image_start = self._encoder.truncated(draft, ref.length)
+            document.tokens, document.image_starts = self._encoder.truncated(draft, ref.length)
             return
         end = ref.start + ref.length
         if document.kind is not Kind.TEXT or ref.truncated or end > expected:
@@ -161,38 +166,44 @@ class RowBuilder:
         document.tokens = self._encoder.written(draft)[:, ref.start : end]
 
     def _images(self, documents: Sequence[_Document], kind: Kind, skipped: dict[int, SkippedDocument]) -> torch.Tensor:
-        """uint8 [N, 3, H, W]: the images of the documents of one kind, in order; undecodable ones go to `skipped`."""
-        with_image = [
-            document
+        """uint8 [N, 3, H, W]: the images of the documents of one kind, in order; a document with an undecodable one
+        goes to `skipped`, and its images with it."""
+        wanted = [
+            (document, number)
             for document in documents
-            if document.kind is kind and document.place not in skipped and self._encoder.has_image(document.sample)
+            if document.kind is kind and document.place not in skipped
+            for number in range(self._encoder.images(document.sample))
         ]
         size = self._encoder.image_size
-        if not with_image:
+        if not wanted:
             return self._no_images
-        images = _uint8((len(with_image), 3, size, size), shared=self._shared)
+        images = _uint8((len(wanted), 3, size, size), shared=self._shared)
         pixels = images.numpy()
 
         def decode(place: int) -> SkipSample | None:
-            document, ref = with_image[place], with_image[place].ref
+            document, number = wanted[place]
             try:
                 pixels[place] = self._encoder.image(
                     document.sample,
+                    number,
                     source=document.sample.info.source,
-                    epoch=ref.epoch,
-                    sample_index=ref.sample,
+                    epoch=document.ref.epoch,
+                    sample_index=document.ref.sample,
                     held_out=self._held_out,
                 )
             except SkipSample as reason:
                 return reason
             return None
 
-        done = 0
-        for place, fault in enumerate(self._threads.map(decode, range(len(with_image)))):
+        faults = list(self._threads.map(decode, range(len(wanted))))
+        for (document, _), fault in zip(wanted, faults, strict=True):
             if fault is not None:
-                skipped[with_image[place].place] = with_image[place].skip(fault)
+                skipped.setdefault(document.place, document.skip(fault))
+        done = 0
+        for place, (document, _) in enumerate(wanted):
+            if document.place in skipped:
                 continue
-            if done < place:  # close the gap that an undecodable one left; those before `place` are finished
+            if done < place:  # close the gap that an undecodable one left
                 pixels[done] = pixels[place]
             done += 1
         return images[:done]
@@ -201,7 +212,7 @@ class RowBuilder:
 class _Document:
     """One document while its row is built; `tokens` only where it is not the whole draft."""
 
-    __slots__ = ("draft", "expected", "image_start", "kind", "place", "ref", "sample", "table", "tokens")
+    __slots__ = ("draft", "expected", "image_starts", "kind", "place", "ref", "sample", "table", "tokens")
 
     def __init__(
         self, place: int, ref: DocumentRef, table: ShardTable, expected: int, sample: Sample, kind: Kind
@@ -210,7 +221,7 @@ class _Document:
         self.kind = kind
         self.draft: Draft | None = None
         self.tokens: np.ndarray | None = None
-        self.image_start = -1
+        self.image_starts: list[int] = []
 
     def skip(self, reason: SkipSample) -> SkippedDocument:
         return SkippedDocument(info=self.sample.info, ref=self.ref, reason=str(reason))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from jp_train.config.choices import Crop
-from jp_train.data.samples import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, VQ_EXTENSION, check_field_size, needed_fields
+from jp_train.data.field_map import VQ_EXTENSION, FieldMap
+from jp_train.data.samples import check_field_size
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, ShardWindow, read_spans
 from jp_train.data.vq_ids import StoredIds
 from jp_train.types import Kind, RawSample, SourceInfo
@@ -16,7 +17,7 @@ def read_fields(
     shard: Shard,
     members: ShardMembers,
     number: int,
-    kind: Kind,
+    fields: FieldMap,
     crop: Crop,
     reader: ShardReader,
     source: str,
@@ -34,7 +35,7 @@ def read_fields(
     sample's stored record, its texts are not read.
     """
     info = SourceInfo(source=source, shard=shard.path, key=members.keys[number])
-    if token_ids is not None and kind is Kind.TEXT:
+    if token_ids is not None and fields.kind is Kind.TEXT:
         return RawSample(info=info, fields={}, token_ids=token_ids)
     first, last = members.member_start[number : number + 2].tolist()
     spans = zip(members.offset[first:last].tolist(), members.size[first:last].tolist(), strict=True)
@@ -44,7 +45,7 @@ def read_fields(
         shard,
         number,
         where,
-        kind,
+        fields,
         crop,
         reader,
         images=images,
@@ -59,7 +60,7 @@ def read_located(
     shard: Shard,
     number: int,
     located: Mapping[str, tuple[int, int]],
-    kind: Kind,
+    fields: FieldMap,
     crop: Crop,
     reader: ShardReader | ShardWindow,
     *,
@@ -75,18 +76,19 @@ def read_located(
     ids = None if stored is None else stored.row(number)
     fault = "" if stored is None or ids is not None else stored.unusable.get(info.key, "")
     known, texts = ids is not None or bool(fault), token_ids is None
-    of_kind, needed, read = _fields_to_read(tuple(located), kind, crop, known, embedded_ids, images, texts)
+    present = tuple(located)
+    of_kind, needed, read = _fields_to_read(present, fields, crop, known, embedded_ids, images, texts)
     for extension in needed:
         check_field_size(extension, located[extension][1])
     values = read_spans(reader, shard, [located[extension] for extension in read])
-    fields = dict.fromkeys(of_kind, b"")
-    fields |= zip(read, values, strict=True)
-    return RawSample(info=info, fields=fields, vq_ids=ids, image_fault=fault, token_ids=token_ids)
+    content = dict.fromkeys(of_kind, b"")
+    content |= zip(read, values, strict=True)
+    return RawSample(info=info, fields=content, vq_ids=ids, image_fault=fault, token_ids=token_ids, extensions=present)
 
 
 @lru_cache(maxsize=1024)
 def _fields_to_read(
-    present: tuple[str, ...], kind: Kind, crop: Crop, known: bool, embedded_ids: bool, images: bool, texts: bool
+    present: tuple[str, ...], fields: FieldMap, crop: Crop, known: bool, embedded_ids: bool, images: bool, texts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Of a sample with these extensions: the fields it is made of, those of them that must not be too large, and those
     that are read.
@@ -95,9 +97,13 @@ def _fields_to_read(
     read.
     """
     where = list(present)
-    if known or (not embedded_ids and any(extension in where for extension in IMAGE_EXTENSIONS)):
+    if known or (not embedded_ids and any(map(fields.is_image, where))):
         where = [extension for extension in where if extension != VQ_EXTENSION]
-    of_kind = tuple(needed_fields(kind, where, crop))
-    needed = tuple(extension for extension in of_kind if not (known and extension in IMAGE_EXTENSIONS))
-    unread = (*(() if images else IMAGE_EXTENSIONS), *(() if texts else TEXT_EXTENSIONS))
-    return of_kind, needed, tuple(extension for extension in needed if extension not in unread)
+    of_kind = tuple(fields.needed(where, crop))
+    needed = tuple(extension for extension in of_kind if not (known and fields.is_image(extension)))
+    read = [
+        extension
+        for extension in needed
+        if (images or not fields.is_image(extension)) and (texts or not fields.is_text(extension))
+    ]
+    return of_kind, needed, tuple(read)

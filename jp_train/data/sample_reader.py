@@ -47,7 +47,7 @@ class SampleReader:
         self._cached = 0
 
     def read(self, ref: DocumentRef, table: ShardTable, entry: int) -> RawSample:
-        """The bytes of a document's sample, located by `find`.
+        """The bytes of a document's sample; `entry` is one of those that `find` names.
 
         Raises:
             DataError: when the shard cannot be read.
@@ -58,7 +58,7 @@ class SampleReader:
             table.shard,
             table.members,
             int(table.tokens.sample[entry]),
-            locator.kind,
+            locator.fields,
             self._crop,
             self._reader,
             locator.name,
@@ -67,8 +67,8 @@ class SampleReader:
             token_ids=self._record(ref, table, entry),
         )
 
-    def find(self, ref: DocumentRef) -> tuple[ShardTable, int]:
-        """A document's shard, and its number among the shard's usable samples.
+    def find(self, ref: DocumentRef) -> tuple[ShardTable, range]:
+        """A document's shard, and the entries of its sample in the shard's tokens.
 
         Raises DataError when the shard's index is unreadable, or the source has no such sample.
         """
@@ -81,7 +81,11 @@ class SampleReader:
             table = self._load(ref.source, shard)
         else:
             self._tables.move_to_end((ref.source, shard))
-        return table, ref.sample - before[shard]
+        number = ref.sample - before[shard]
+        first_entry = table.tokens.first_entry
+        if first_entry is None:
+            return table, range(number, number + 1)
+        return table, range(*first_entry[number : number + 2].tolist())
 
     def info(self, ref: DocumentRef, table: ShardTable, entry: int) -> SourceInfo:
         """Where a document comes from."""
@@ -91,8 +95,8 @@ class SampleReader:
     def describe(self, ref: DocumentRef) -> str:
         """Source, shard and key of a reference, for messages; never raises."""
         try:
-            table, entry = self.find(ref)
-            return str(self.info(ref, table, entry))
+            table, entries = self.find(ref)
+            return str(self.info(ref, table, entries[0]))
         except Exception:  # it only decorates another error
             return f"source number {ref.source}, sample {ref.sample}"
 
@@ -125,7 +129,8 @@ class SampleReader:
             raise DataError(
                 f"the index of shard {shard.path} (source {locator.name!r}) is gone, stale or damaged; start again so "
                 f"that it is rebuilt (if that does not help, delete {shard.name}.jp-members.npz and "
-                f"{shard.name}.jp-tokens-*.npz)"
+                f"{shard.name}.jp-tokens-*.npz; several hosts need the index in a folder that they share, "
+                "data.index_dir)"
             )
         ids = None
         if number in locator.shards_with_ids:

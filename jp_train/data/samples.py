@@ -1,89 +1,106 @@
 """Tar members -> a typed sample, with strict checks: a field that is missing, doubled or malformed is a SkipSample.
 
-Layouts ({key}.* are the members of one sample; members that no layout names are not read):
+What a sample is made of ({key}.* are its members; where the texts lie, says field_map.py; other members are not read):
 
-    understanding   {key}.png|jpg|jpeg|webp + {key}.json {"conversations": [{"from": "human", "value":
-                    "<image>\\nquestion"},
-                                                                             {"from": "gpt", "value": "answer"}, ...]}
-                                             or {"caption": "..."}
-    text            {key}.txt, or {key}.json {"text": "..."} or {"conversations": [...]} without <image>
-    generation      {key}.png|jpg|jpeg|webp and/or {key}.vq.npy (uint16 [S]) + {key}.json {"caption": "..."}
+    understanding   an image, and a dialogue [{"from": "human", "value": "<image>\\nquestion"},
+                    {"from": "gpt", "value": "answer"}, ...], a question and an answer, or a caption
+    text            a text, or a dialogue without <image>
+    generation      an image and/or {key}.vq.npy (uint16 [S]), and a caption
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Collection
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from jp_train.config.choices import ClassPrompt, Crop
-from jp_train.config.schema import SourceConfig
+from jp_train.config.choices import ClassPrompt
+from jp_train.config.fields import ALL
+from jp_train.data.dialogue import Dialogue, checked_text, parse_dialogue
+from jp_train.data.field_map import IMAGE_EXTENSIONS, VQ_EXTENSION, FieldMap, Fields
 from jp_train.errors import DataError, SkipSample
-from jp_train.types import GenerationSample, Kind, RawSample, TextSample, Turn, UnderstandingSample
+from jp_train.types import IMAGE_MARKER, GenerationSample, Kind, RawSample, TextSample, Turn, UnderstandingSample
 
 Sample = UnderstandingSample | TextSample | GenerationSample
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-TEXT_EXTENSIONS = ("json", "txt")
-VQ_EXTENSION = "vq.npy"
-IMAGE_MARKER = "<image>"
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 16 << 20
 """Larger members are rejected before they are read: a row needs a few of them in memory at a time."""
 
-_HUMAN, _MODEL = ("human", "user"), ("gpt", "assistant")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
-
-
-def needed_fields(kind: Kind, extensions: Collection[str], crop: Crop = Crop.centre) -> list[str]:
-    """Which of a sample's fields must be read to make it.
-
-    Stored VQ ids replace the image, except with a random crop: the ids are those of the centre crop.
-    """
-    images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
-    others = [
-        extension for extension in extensions if extension == "json" or (extension == "txt" and kind is Kind.TEXT)
-    ]
-    if kind is Kind.GENERATION and VQ_EXTENSION in extensions:
-        return [*others, *images] if images and crop is not Crop.centre else [*others, VQ_EXTENSION]
-    return others + images
 
 
 def check_field_size(extension: str, size: int) -> None:
     """Raises SkipSample for a member too large to be what its extension says."""
-    limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
+    limit = MAX_IMAGE_BYTES if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
     if size > limit:
         raise SkipSample(
             f".{extension} has {size} bytes, above the limit of {limit}: rejected before reading", "field_too_large"
         )
 
 
-def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slots: int, codebook_size: int) -> Sample:
-    """The typed sample of `raw`; images stay undecoded, a class prompt of the source is applied to the caption. A
-    stored record replaces the texts, which were checked when the record was made.
+def parse_sample(raw: RawSample, fields: FieldMap, *, image_slots: int, codebook_size: int, variant: int = 0) -> Sample:
+    """The typed sample of `raw`, with the caption of number `variant`; arguments and errors as for `parse_variants`. A
+    stored record (`raw.token_ids`) replaces the texts, which were checked when it was made."""
+    if raw.token_ids is None:
+        return parse_variants(Fields(raw, fields), image_slots=image_slots, codebook_size=codebook_size)[variant]
+    if fields.kind is Kind.TEXT:
+        return TextSample(info=raw.info, token_ids=raw.token_ids)
+    if fields.kind is Kind.UNDERSTANDING:
+        return UnderstandingSample(info=raw.info, images=_images(raw, fields), token_ids=raw.token_ids)
+    image, ids = _image_and_ids(raw, fields, image_slots, codebook_size)
+    return GenerationSample(
+        info=raw.info, caption="", image=image, vq_ids=ids, image_fault=raw.image_fault, token_ids=raw.token_ids
+    )
+
+
+def parse_variants(texts: Fields, *, image_slots: int, codebook_size: int) -> list[Sample]:
+    """The typed samples that the files of a sample can be: one for each caption, of which every epoch draws one.
+
+    Images stay undecoded, a class prompt of the source is applied to captions.
 
     Raises:
         SkipSample: with a reason a person can act on.
-        DataError: for stored VQ ids (`raw.vq_ids`) that no image of this model can have.
+        DataError: for stored VQ ids (`texts.raw.vq_ids`) that no image of this model can have.
     """
-    if kind is Kind.TEXT:
-        return _text(raw) if raw.token_ids is None else TextSample(info=raw.info, token_ids=raw.token_ids)
-    image = _image(raw)
-    if kind is Kind.UNDERSTANDING:
-        if image is None:
-            raise SkipSample(
-                f"no image: expected one of {', '.join('.' + e for e in IMAGE_EXTENSIONS)}, found "
-                f"{_extensions_of(raw)}",
-                "missing_field",
-            )
-        turns = _understanding_turns(_json(raw)) if raw.token_ids is None else ()
-        return UnderstandingSample(info=raw.info, image=image, turns=turns, token_ids=raw.token_ids)
+    raw, fields = texts.raw, texts.map
+    if fields.kind is Kind.TEXT:
+        return [_text(texts)]
+    if fields.kind is Kind.UNDERSTANDING:
+        return _understanding(texts, _images(raw, fields, texts))
+    image, ids = _image_and_ids(raw, fields, image_slots, codebook_size, texts)
+    return [
+        GenerationSample(
+            info=raw.info,
+            caption=apply_class_prompt(text, fields),
+            image=image,
+            vq_ids=ids,
+            image_fault=raw.image_fault,
+        )
+        for text in _captions(texts)
+    ]
+
+
+def _images(raw: RawSample, fields: FieldMap, texts: Fields | None = None) -> tuple[bytes, ...]:
+    """Of an understanding sample, one at least; `texts` where they have been looked for."""
+    images = tuple([raw.fields[extension] for extension in fields.images(raw.fields)])
+    if not images:
+        names = [name for names in fields.image for name in names] or IMAGE_EXTENSIONS
+        raise SkipSample(
+            f"no image: expected one of {', '.join('.' + name for name in names)}, found "
+            f"{(texts or Fields(raw, fields)).present()}",
+            "missing_field",
+        )
+    return images
+
+
+def _image_and_ids(
+    raw: RawSample, fields: FieldMap, image_slots: int, codebook_size: int, texts: Fields | None = None
+) -> tuple[bytes | None, np.ndarray | None]:
+    """Of a generation sample; the image only where there are no ids. `texts` as in `_images`."""
+    names = fields.images(raw.fields)
     ids = raw.vq_ids
     if ids is None:
         ids = _vq_ids(raw, image_slots, codebook_size)
@@ -93,31 +110,24 @@ def parse_sample(raw: RawSample, kind: Kind, source: SourceConfig, *, image_slot
             f"{ids.max()}, this model has {image_slots} slots an image and {codebook_size} codes: their manifest is "
             "wrong; delete the shard's .jp-vq-* files and run `jp-train data encode-images` again"
         )
-    if image is None and ids is None and not raw.image_fault:
-        raise SkipSample(f"neither an image nor .{VQ_EXTENSION}: found {_extensions_of(raw)}", "missing_field")
-    caption = apply_class_prompt(_string(_json(raw), "caption"), source) if raw.token_ids is None else ""
-    return GenerationSample(
-        info=raw.info,
-        caption=caption,
-        image=image if ids is None else None,
-        vq_ids=ids,
-        image_fault=raw.image_fault,
-        token_ids=raw.token_ids,
-    )
+    if not names and ids is None and not raw.image_fault:
+        found = (texts or Fields(raw, fields)).present()
+        raise SkipSample(f"neither an image nor .{VQ_EXTENSION}: found {found}", "missing_field")
+    return (raw.fields[names[0]] if names and ids is None else None), ids
 
 
-def apply_class_prompt(caption: str, source: SourceConfig) -> str:
+def apply_class_prompt(caption: str, fields: FieldMap) -> str:
     """ImageNet-style class names as prompts [12]: `tench, Tinca tinca` -> `tench`, or the template filled with it."""
-    if source.class_prompt is ClassPrompt.as_is:
+    if fields.class_prompt is ClassPrompt.as_is:
         return caption
     lemma = caption.split(",", 1)[0].strip()
     if not lemma:
         raise SkipSample(
             f"the caption {caption[:60]!r} has no text before its first comma (class_prompt: "
-            f"{source.class_prompt.value})",
+            f"{fields.class_prompt.value})",
             "empty_text",
         )
-    return lemma if source.class_prompt is ClassPrompt.first_lemma else source.class_template.replace("{}", lemma)
+    return lemma if fields.class_prompt is ClassPrompt.first_lemma else fields.class_template.replace("{}", lemma)
 
 
 def first_sentence(caption: str) -> str:
@@ -128,124 +138,88 @@ def first_sentence(caption: str) -> str:
     return caption[: end.end()] if end else caption
 
 
-def _extensions_of(raw: RawSample) -> str:
-    return ", ".join(f".{extension}" for extension in raw.fields) or "no usable field"
+def _captions(texts: Fields) -> list[str]:
+    """All captions of a sample, stripped: usually one."""
+    found = texts.first("caption")
+    if found is None:
+        raise texts.absent("caption")
+    place, value = found
+    if isinstance(value, list) and ALL in (place.path or ()):
+        return [checked_text(text, f"entry {number} of {place}").strip() for number, text in enumerate(value)]
+    return [checked_text(value, str(place)).strip()]
 
 
-def _image(raw: RawSample) -> bytes | None:
-    present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
-    if len(present) > 1:
+def _understanding(texts: Fields, images: tuple[bytes, ...]) -> list[Sample]:
+    """The samples of these images and their texts, one for each caption."""
+    info = texts.raw.info
+    found = texts.first("conversations")
+    if found is not None:
+        dialogue = parse_dialogue(found[1]).with_images(len(images))
+        texts.notes += dialogue.notes
+        system = dialogue.system or _system(texts)
+        return [UnderstandingSample(info=info, images=images, turns=dialogue.turns(), system=system)]
+    if (pair := _question(texts)) is not None:
+        dialogue = Dialogue((pair.question,), (pair.answer,)).with_images(len(images))
+        return [UnderstandingSample(info=info, images=images, turns=dialogue.turns(), system=_system(texts))]
+    if texts.first("caption") is not None:
+        captions = _captions(texts)
+        return [UnderstandingSample(info=info, images=images, turns=(Turn(question="", answer=c),)) for c in captions]
+    text = texts.first("text")
+    if text is None:
+        raise texts.absent("conversations", "caption", "text")
+    written = checked_text(text[1], str(text[0]))
+    if written.count(IMAGE_MARKER) != len(images):
         raise SkipSample(
-            f"several images in one sample: {', '.join('.' + extension for extension in present)}; one is expected",
-            "extra_field",
-        )
-    return raw.fields[present[0]] if present else None
-
-
-def _json(raw: RawSample) -> dict[str, Any]:
-    if "json" not in raw.fields:
-        raise SkipSample(f"no .json: found {_extensions_of(raw)}", "missing_field")
-    try:
-        value = json.loads(raw.fields["json"].decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise SkipSample(f"malformed .json: it is not UTF-8: {error}", "not_utf8") from None
-    except (ValueError, RecursionError) as error:  # ValueError also stands for a number of more than 4300 digits
-        raise SkipSample(f"malformed .json: {error}", "bad_json") from None
-    if not isinstance(value, dict):
-        raise SkipSample(f".json holds a {type(value).__name__}, expected an object", "bad_type")
-    return value
-
-
-def _checked(text: object, what: str, *, allow_empty: bool = False) -> str:
-    if not isinstance(text, str):
-        raise SkipSample(f"{what} is a {type(text).__name__}, expected text", "bad_type")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise SkipSample(f"{what} holds a lone surrogate: it is not valid Unicode text", "lone_surrogate") from None
-    if not allow_empty and not text.strip():
-        raise SkipSample(f"{what} is empty", "empty_text")
-    return text
-
-
-def _string(value: dict[str, Any], name: str) -> str:
-    if name not in value:
-        raise SkipSample(f'.json lacks "{name}"; it has {_keys(value)}', "missing_field")
-    return _checked(value[name], f'"{name}"').strip()
-
-
-def _keys(value: dict[str, Any]) -> str:
-    return ", ".join(f'"{key}"' for key in list(value)[:8]) or "no keys"
-
-
-def _understanding_turns(value: dict[str, Any]) -> tuple[Turn, ...]:
-    if "conversations" not in value:
-        if "caption" not in value:
-            raise SkipSample(f'.json has neither "conversations" nor "caption"; it has {_keys(value)}', "missing_field")
-        return (Turn(question="", answer=_string(value, "caption")),)
-    questions, answers = _messages(value["conversations"])
-    markers = [question.count(IMAGE_MARKER) for question in questions]
-    if markers[0] != 1 or sum(markers) != 1:
-        raise SkipSample(
-            f"{IMAGE_MARKER} must occur once, in the first question; found {sum(markers)} ({markers[0]} in the first)",
+            f"{text[0]} has {written.count(IMAGE_MARKER)} {IMAGE_MARKER} for {len(images)} images; give one for each",
             "bad_dialogue",
         )
-    questions[0] = questions[0].replace(IMAGE_MARKER, "")
-    return tuple(
-        Turn(question=question.strip(), answer=answer) for question, answer in zip(questions, answers, strict=True)
+    return [UnderstandingSample(info=info, images=images, text=written)]
+
+
+def _system(texts: Fields) -> str:
+    found = texts.first("system")
+    return "" if found is None else checked_text(found[1], str(found[0]), allow_empty=True).strip()
+
+
+def _question(texts: Fields) -> Turn | None:
+    """The question and answer of a sample that has them apart; None when the source names no such fields."""
+    question, answer = texts.first("question"), texts.first("answer")
+    if question is None and answer is None:
+        return None
+    if question is None or answer is None:
+        raise texts.absent("question" if question is None else "answer")
+    return Turn(
+        question=checked_text(question[1], str(question[0])).strip(),
+        answer=checked_text(answer[1], str(answer[0])).strip(),
     )
 
 
-def _messages(messages: object) -> tuple[list[str], list[str]]:
-    if not isinstance(messages, list) or not messages or len(messages) % 2:
-        raise SkipSample(
-            '"conversations" must be a list of alternating human and gpt messages that ends with an answer',
-            "bad_dialogue",
-        )
-    questions: list[str] = []
-    answers: list[str] = []
-    for number, message in enumerate(messages):
-        speakers, sink = ((_HUMAN, questions), (_MODEL, answers))[number % 2]
-        if not isinstance(message, dict) or message.get("from") not in speakers:
-            speaker = message.get("from") if isinstance(message, dict) else message
-            raise SkipSample(
-                f'message {number + 1} of "conversations" is from {str(speaker)[:40]!r}, expected {speakers[0]!r}',
-                "bad_dialogue",
-            )
-        # A question may be empty: a conversation that only shows the image is a caption.
-        sink.append(_checked(message.get("value"), f"message {number + 1}", allow_empty=number % 2 == 0).strip())
-    return questions, answers
-
-
-def _text(raw: RawSample) -> TextSample:
+def _text(texts: Fields) -> TextSample:
+    raw = texts.raw
     present = [extension for extension in raw.fields if extension in IMAGE_EXTENSIONS]
     if present:
         raise SkipSample(
             f"a text sample has an image (.{present[0]}); give the source kind understanding, or take the image out",
             "extra_field",
         )
-    if ("txt" in raw.fields) == ("json" in raw.fields):
-        fault = "extra_field" if "txt" in raw.fields else "missing_field"
-        raise SkipSample(f"a text sample needs either .txt or .json, found {_extensions_of(raw)}", fault)
-    if "txt" in raw.fields:
-        try:
-            return TextSample(info=raw.info, text=_checked(raw.fields["txt"].decode("utf-8"), ".txt"))
-        except UnicodeDecodeError as error:
-            raise SkipSample(f".txt is not UTF-8: {error}", "not_utf8") from None
-    value = _json(raw)
-    if ("text" in value) == ("conversations" in value):
-        fault = "extra_field" if "text" in value else "missing_field"
-        raise SkipSample(f'.json needs either "text" or "conversations"; it has {_keys(value)}', fault)
-    if "text" in value:
-        return TextSample(info=raw.info, text=_checked(value["text"], '"text"'))
-    questions, answers = _messages(value["conversations"])
-    if any(IMAGE_MARKER in question for question in questions):
-        raise SkipSample(f"a conversation of a text source refers to an image ({IMAGE_MARKER})", "bad_dialogue")
-    if not all(questions):
+    text, dialogue, pair = texts.first("text"), texts.first("conversations"), _question(texts)
+    if sum(part is not None for part in (text, dialogue, pair)) > 1 or (
+        {"txt", "json"} <= set(raw.fields) and not texts.map.configured
+    ):
+        raise SkipSample(f"a text sample has one text or dialogue, found {texts.present()}", "extra_field")
+    if text is not None:
+        return TextSample(info=raw.info, text=checked_text(text[1], str(text[0])))
+    if pair is not None:
+        Dialogue((pair.question,), (pair.answer,)).refuse_media()
+        return TextSample(info=raw.info, turns=(pair,), system=_system(texts))
+    if dialogue is None:
+        raise texts.absent("text", "conversations")
+    read = parse_dialogue(dialogue[1])
+    read.refuse_media()
+    if not all(read.questions):
         raise SkipSample("a question of a text conversation is empty", "empty_text")
-    return TextSample(
-        info=raw.info, turns=tuple(Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True))
-    )
+    texts.notes += read.notes
+    return TextSample(info=raw.info, turns=read.turns(), system=read.system or _system(texts))
 
 
 @lru_cache(maxsize=8)

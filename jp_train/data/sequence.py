@@ -30,6 +30,9 @@ class PlanSource:
     caption, or None where that does not apply. dropped_tokens: int32 [N], its length when pad dropout takes the
     condition away, or None when the form of the dropout keeps the length. min_tokens: int32 [N] or one number for all,
     the length below which a sample cannot be truncated (its image and markers); 0 means that it always can be.
+    first_entry: int64 [N + 1], where samples have several captions, of which every epoch draws one: entries
+    first_entry[n] to first_entry[n + 1] of the other arrays are those of sample n; None for one entry each.
+    images: int32 [N], how many each sample has, or None where each has one (or is text); for statistics only.
     cuttable: text, which may continue in the next row.
     """
 
@@ -39,20 +42,28 @@ class PlanSource:
     short_tokens: np.ndarray | None = None
     dropped_tokens: np.ndarray | None = None
     min_tokens: np.ndarray | int = 0
+    images: np.ndarray | None = None
+    first_entry: np.ndarray | None = None
     weight: float = 1.0
     from_step: int = 0
     to_step: int | None = None
     cuttable: bool = False
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The length arrays that are present, by field name."""
+        """The arrays that decide the plan, where present, by field name."""
         named = {
             "tokens": self.tokens,
             "short_tokens": self.short_tokens,
             "dropped_tokens": self.dropped_tokens,
             "min_tokens": self.min_tokens,
+            "first_entry": self.first_entry,
         }
         return {name: np.atleast_1d(array) for name, array in named.items() if array is not None}
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return len(self.tokens) if self.first_entry is None else len(self.first_entry) - 1
 
     def check(self) -> None:
         """Raises DataError if the source is empty, or its arrays disagree in size or hold a length below 1."""
@@ -63,6 +74,8 @@ class PlanSource:
                 "from data.sources"
             )
         for name, array in self.arrays().items():
+            if name == "first_entry":
+                continue
             if array.shape not in ((size,), (1,) if name == "min_tokens" else (size,)):
                 raise DataError(
                     f"source {self.name!r}: {name} has shape {array.shape}, tokens has {size} entries. Rebuild the "
@@ -169,24 +182,32 @@ class SourceSequence:
         """The usable documents among the draws `numbers`, int64 [N], as arrays [U]: lengths in rows, numbers,
         epochs, samples, whether the caption is short, tokens truncated."""
         source, rules = self._source, self._rules
-        size = len(source.tokens)
+        size = source.samples
         samples = permute_many(self._key, numbers, size)
         epochs = numbers // size
-        lengths = np.asarray(source.tokens[samples], np.int64)
+        entries = samples if source.first_entry is None else self._entries(epochs, samples)
+        lengths = np.asarray(source.tokens[entries], np.int64)
         short = np.zeros(len(numbers), bool)
         if self._short_tokens is not None:
             short = (
                 document_uniform_many(rules.seed, source.name, epochs, samples, "first_sentence") < rules.first_sentence
             )
-            lengths = np.where(short, self._short_tokens[samples], lengths)
+            lengths = np.where(short, self._short_tokens[entries], lengths)
         if self._dropped_tokens is not None:
             dropout = document_uniform_many(rules.seed, source.name, epochs, samples, "pad_dropout") < rules.pad_dropout
-            lengths = np.where(dropout, self._dropped_tokens[samples], lengths)
+            lengths = np.where(dropout, self._dropped_tokens[entries], lengths)
         minimum = np.asarray(source.min_tokens)
-        minimum = minimum[samples] if minimum.ndim else minimum
+        minimum = minimum[entries] if minimum.ndim else minimum
         usable, lengths, truncated = self._fit(lengths, minimum)
         columns = (lengths, numbers, epochs, samples, short, truncated)
         return columns if usable.all() else tuple(column[usable] for column in columns)
+
+    def _entries(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The entry of each sample that its epoch draws (as `Encoder.variant` does for one)."""
+        first = self._source.first_entry
+        assert first is not None
+        drawn = document_uniform_many(self._rules.seed, self._source.name, epochs, samples, "variant")
+        return first[samples] + (drawn * (first[samples + 1] - first[samples])).astype(np.int64)
 
     def _fit(self, lengths: np.ndarray, minimum: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which documents can be used, their lengths in rows, and how many tokens each loses for it."""
@@ -205,7 +226,7 @@ class SourceSequence:
         if not any(self._fit(np.asarray(form), self._source.min_tokens)[0].any() for form in forms):
             shortest = min(int(form.min()) for form in forms)
             raise DataError(
-                f"source {self._source.name!r}: none of its {len(self._source.tokens)} samples can be used: the "
+                f"source {self._source.name!r}: none of its {self._source.samples} samples can be used: the "
                 f"shortest has {shortest} tokens, a document may have {self._rules.limit} (data.seq_len, "
                 "stage.samples_per_row), and data.over_long is "
                 f"{'drop' if self._rules.drop else 'truncate, but images cannot be cut'}. Raise data.seq_len or "

@@ -8,28 +8,40 @@ from __future__ import annotations
 
 import glob
 import http.client
+import json
 import os
+import re
 import stat
+import sys
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import braceexpand
 import numpy as np
 
+from jp_train.config.schema import DataConfig
 from jp_train.data.http_ranges import HttpRanges, HttpStatusError
-from jp_train.data.tar_headers import TarFault, tar_members
+from jp_train.data.stores import STORES, StoreRanges, scheme_of
+from jp_train.data.tar_headers import COMPRESSED, NO_TAR, TarFault, tar_members
 from jp_train.data.tar_samples import group_members
 from jp_train.errors import ConfigError, DataError
+from jp_train.files import other_format_at
 
 MAX_OPEN_SHARDS = 256
 """File descriptors one reader keeps open, of shards and of the ids beside them."""
-FIRST_BACK_OFF_S = 0.1
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 10.0
+ANNOUNCED_BACK_OFF_S = 1.0
+"""Before the first wait that is longer, one line says what is waited for."""
+STAT_TRIES = 4
+"""At most, for shards that are looked up or listed: nothing is lost yet, and somebody waits."""
 
 _SCAN_BLOCK = 1 << 16
 _SCAN_BLOCK_URL = 4 << 20
@@ -37,6 +49,15 @@ _JOIN_GAP = 32 << 10
 """Bytes of other files that a joined request may fetch without need."""
 _JOIN_LOCAL = 1 << 16
 """Bytes of a joined read of a local shard, at most."""
+_OTHER_TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|zstd|lz4|z))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_REWRITE = (
+    "Download or write the shard again, or take it out of the source's `shards` (of a folder, move the file away); "
+    "`jp-train data verify` says up to which sample it is readable"
+)
+_REMEDIES = {
+    NO_TAR: "Import it first, and name the folder of shards that the import writes",
+    COMPRESSED: "Name the plain tars then",
+}
 _Result = TypeVar("_Result")
 
 
@@ -44,21 +65,19 @@ _Result = TypeVar("_Result")
 class Shard:
     """One tar: absolute path or URL, size in bytes, and a stamp that changes with its content (mtime in ns, or the
     server's ETag). `excluded` is the digest of its samples that `data verify --exclude` took out, empty for none
-    (exclusions.py)."""
+    (exclusions.py). `index_dir`: where its sidecars are written (`data.index_dir`), empty for beside it."""
 
     path: str
     size: int
     stamp: str
     excluded: str = ""
+    index_dir: str = ""
 
     @property
     def name(self) -> str:
         """The file name alone, for hashes and messages that must not depend on where the data is mounted."""
-        return (
-            urllib.parse.urlsplit(self.path).path.rsplit("/", 1)[-1]
-            if is_url(self.path)
-            else os.path.basename(self.path)
-        )
+        http = is_url(self.path) and not scheme_of(self.path)
+        return os.path.basename(urllib.parse.urlsplit(self.path).path if http else self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,19 +99,20 @@ class ShardMembers:
 
 
 def is_url(path: str) -> bool:
-    """Whether `path` is read over http(s)."""
-    return path.startswith(("http://", "https://"))
+    """Whether `path` is read from a server (http, https) or a store (s3, gs, az, hf)."""
+    return path.startswith(("http://", "https://")) or bool(scheme_of(path))
 
 
 def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
     """Absolute paths or URLs of the shards that `spec` names, in order.
 
     `spec` may use braces (`shard-{000..127}.tar`, `{a,b}.tar`), globs, or name a folder (its `*.tar`, sorted); relative
-    to `root`.
+    to `root`. So may URLs of stores, which are listed for it; http URLs only braces.
 
     Raises:
-        ConfigError: for an unsupported scheme (`pipe:` and cloud schemes) or unbalanced braces.
-        DataError: for a file, folder or glob that matches nothing, or a shard that is named twice.
+        ConfigError: for an unsupported scheme (`pipe:`), unbalanced braces, or a store without its package.
+        DataError: for a file, folder or glob that matches nothing, a store that cannot be listed, or a shard that is
+            named twice.
     """
     try:
         parts = list(braceexpand.braceexpand(spec))
@@ -107,64 +127,123 @@ def expand_shards(spec: str, root: str | Path = ".") -> list[str]:
     return paths
 
 
+def passed_over(spec: str, root: str | Path = ".") -> dict[str, int]:
+    """How many tars of the folders that `spec` names are no shards, by the endings that exclude them (`*.tar.gz`,
+    `*.TAR`): a folder gives its plain `*.tar`, which byte ranges can be read from."""
+    folders = [Path(root) / os.path.expanduser(part) for part in braceexpand.braceexpand(spec) if not is_url(part)]
+    names = [name for folder in folders if folder.is_dir() for name in sorted(os.listdir(folder))]
+    endings = [_OTHER_TAR.search(name) for name in names if not name.startswith(".")]
+    return dict(Counter(f"*{ending[0]}" for ending in endings if ending and ending[0] != ".tar"))
+
+
+def passed_over_text(counts: Mapping[str, int]) -> str:
+    """`1 *.tar.gz passed over: …`, empty where none was."""
+    files = ", ".join(f"{count:,} {ending}" for ending, count in counts.items())
+    remedy = "a folder gives its *.tar; `jp-train data import webdataset` writes compressed ones as such"
+    return f"{files} passed over: {remedy}" if counts else ""
+
+
+def imported_in_place(folder: Path) -> str:
+    """The shards that `data import webdataset` left where they are and reported on in `folder`, as a recipe names them;
+    empty where its manifest.json says nothing of the kind."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != "webdataset" or manifest["options"]["copies"]:
+            return ""
+        return str(manifest["options"]["spec"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a tar holds: the reports of an import in place, or files of a format that is imported."""
+    if spec := imported_in_place(folder):
+        return f"only the reports of an import that left the tars where they are: name {spec!r}"
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if what := other_format_at(path, texts=path.suffix in (".json", ".jsonl", ".csv", ".tsv", ".txt")):
+            return f"{path.name} {what}"
+    return ""
+
+
 def _expand_part(part: str, spec: str, root: Path) -> list[str]:
+    if scheme_of(part):
+        objects = ShardReader().expand(part)
+        if not objects:
+            raise DataError(f"shards {spec!r}: no object matches {part}")
+        return objects
     if is_url(part):
         return [part]
     scheme = part.split(":", 1)[0] if ":" in part and not part.startswith("/") else ""
     if scheme == "pipe" or "://" in part:
         raise ConfigError(
             f"shards {spec!r}: the scheme {scheme!r} is not supported (it cannot be read by byte range, and pipe: "
-            "would run a command); use a local path or an http(s) URL"
+            "would run a command); use a local path or an http(s), s3, gs, az or hf URL"
         )
     path = Path(os.path.abspath(root / os.path.expanduser(part)))
     if path.is_dir():
         matches = sorted(str(child) for child in path.iterdir() if child.suffix == ".tar")
         if not matches:
-            raise DataError(f"shards {spec!r}: folder {path} holds no *.tar file")
+            others = passed_over_text(passed_over(part, root)) or _instead(path)
+            raise DataError(f"shards {spec!r}: folder {path} holds no *.tar file{others and f' ({others})'}")
         return matches
     if path.exists():
         return [str(path)]
-    if glob.has_magic(part):
-        matches = sorted(glob.glob(str(path)))
-        if not matches:
-            raise DataError(f"shards {spec!r}: no file matches {path}")
+    matches = sorted(glob.glob(str(path))) if glob.has_magic(part) else []
+    if matches:
         return matches
-    raise DataError(
-        f"shards {spec!r}: {path} does not exist (relative paths start at data.root, here {root.absolute()})"
-    )
+    what = f"no file matches {path}" if glob.has_magic(part) else f"{path} does not exist"
+    error = DataError(f"shards {spec!r}: {what} (relative paths start at data.root, here {root.absolute()})")
+    error.absent = str(path)
+    raise error
 
 
 class ShardReader:
-    """Byte ranges of shards: os.pread on a bounded set of open files, or http range requests on kept-alive connections.
+    """Byte ranges of shards: os.pread on a bounded set of open files, or range requests to servers and stores on
+    kept-alive connections.
 
     One per process (descriptors are opened by the process that reads); its threads may share it. `retries` is the
-    number of tries of one read.
+    number of tries of one read (`data.io_retries`); `index_dir` is what the shards it names carry.
     """
 
-    def __init__(self, retries: int = 4, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, retries: int = DataConfig.io_retries, *, index_dir: str = "", sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         self._tries = max(1, retries)
+        self._index_dir = index_dir and os.path.abspath(os.path.expanduser(index_dir))
         self._sleep = sleep
-        self._http = HttpRanges()
+        self._http, self._stores = HttpRanges(), StoreRanges()
         self._begin()
 
     def stat(self, path: str) -> Shard:
         """Size and stamp of a shard. Raises DataError when it cannot be reached."""
-        return self._retry(path, "its size", lambda: self._stat_url(path) if is_url(path) else _stat_local(path))
+        shard = self._retry(
+            path, "its size", lambda: self._stat_url(path) if is_url(path) else _stat_local(path),
+            tries=min(self._tries, STAT_TRIES),
+        )  # fmt: skip
+        return replace(shard, index_dir=self._index_dir)
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`. Raises DataError when the shard changed, is too short, or cannot be
         read."""
         if is_url(shard.path):
+            remote = self._remote(shard.path)
             return self._retry(
                 shard.path,
                 f"bytes {offset} to {offset + size}",
-                lambda: self._http.read(shard.path, offset, size, file_size=shard.size, stamp=shard.stamp),
+                lambda: remote.read(shard.path, offset, size, file_size=shard.size, stamp=shard.stamp),
             )
         try:
             return self._read_local(shard, offset, size)
         except OSError as error:
             what = f"bytes {offset} to {offset + size}"
             return self._retry(shard.path, what, lambda: self._read_local(shard, offset, size), failed=error)
+
+    def expand(self, url: str) -> list[str]:
+        """The objects of a store that a glob, folder or name stands for (StoreRanges.expand). Raises DataError when it
+        cannot be listed."""
+        return self._retry(url, "its listing", lambda: self._stores.expand(url), tries=min(self._tries, STAT_TRIES))
 
     def close(self) -> None:
         """Close every descriptor this process opened, and this thread's connections."""
@@ -173,37 +252,50 @@ class ShardReader:
                 os.close(entry.descriptor)
         self._begin()
         self._http.close()
+        self._stores.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (ShardReader, (self._tries,))
+        return (partial(ShardReader, index_dir=self._index_dir), (self._tries,))
 
     def _begin(self) -> None:
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
-    def _retry(self, path: str, what: str, action: Callable[[], _Result], *, failed: OSError | None = None) -> _Result:
+    def _retry(
+        self, path: str, what: str, action: Callable[[], _Result], *,
+        failed: OSError | None = None, tries: int | None = None,
+    ) -> _Result:  # fmt: skip
         """`action`, tried again; `failed` is the error of a first try that was made already."""
-        wait = FIRST_BACK_OFF_S
-        for attempt in range(1, self._tries + 1):
+        wait, announced, tries = FIRST_BACK_OFF_S, False, tries or self._tries
+        for attempt in range(1, tries + 1):
             try:
                 if failed is not None and attempt == 1:
                     raise failed
                 return action()
             except (OSError, http.client.HTTPException) as error:
-                if attempt == self._tries or _is_final(error):
-                    cause = str(error) or type(error).__name__
+                cause = str(error) or type(error).__name__
+                if attempt == tries or _is_final(error):
                     raise DataError(
                         f"shard {path}: cannot read {what} after {attempt} tries: {cause}. An I/O error is never "
                         "skipped: check the disk, mount or server, then start again (it resumes); data.io_retries "
                         "sets the number of tries"
                     ) from error
+                if wait > ANNOUNCED_BACK_OFF_S and not announced:
+                    announced = True
+                    print(
+                        f"shard {path}: cannot read {what}: {cause}; tried again, at most {tries - attempt} times "
+                        "(data.io_retries)", file=sys.stderr, flush=True,
+                    )  # fmt: skip
                 self._sleep(wait)
-                wait *= 2
+                wait = min(2 * wait, LONGEST_BACK_OFF_S)
         raise AssertionError("unreachable")
 
+    def _remote(self, url: str) -> HttpRanges | StoreRanges:
+        return self._stores if scheme_of(url) in STORES else self._http
+
     def _stat_url(self, url: str) -> Shard:
-        status = self._http.stat(url)
+        status = self._remote(url).stat(url)
         return Shard(path=url, size=status.size, stamp=status.stamp)
 
     def _read_local(self, shard: Shard, offset: int, size: int) -> bytes:
@@ -304,7 +396,7 @@ class ShardWindow:
 
 
 def _is_final(error: Exception) -> bool:
-    """An error that a retry cannot change: 4xx except 408 and 429, a missing file or permission."""
+    """An error that a retry cannot change: 4xx except 408 and 429, a missing file, permission or credentials."""
     if isinstance(error, HttpStatusError):
         return 300 <= error.code < 500 and error.code not in (408, 429)
     return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, http.client.InvalidURL))
@@ -332,8 +424,8 @@ def _open_checked(shard: Shard) -> int:
     return descriptor
 
 
-def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
-    """List a shard's members from its tar headers alone.
+def scan_members(shard: Shard, reader: ShardReader, most: int | None = None) -> ShardMembers:
+    """List a shard's members from its tar headers alone; with `most` only those of its first samples.
 
     The key of a member is its name up to the first dot of the file name (the webdataset convention), the rest is its
     extension.
@@ -354,7 +446,8 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
         ignored.append((name, reason))
 
     try:
-        for sample in group_members(tar_members(window.up_to, shard.size), on_fault=stop, on_stray=leave_out):
+        samples = group_members(tar_members(window.up_to, shard.size), on_fault=stop, on_stray=leave_out)
+        for sample in islice(samples, most):
             keys.append(sample.key)
             for extension, member in sample.members.items():
                 codes.append(extensions.setdefault(extension, len(extensions)))
@@ -363,9 +456,8 @@ def scan_members(shard: Shard, reader: ShardReader) -> ShardMembers:
             start.append(len(codes))
     except TarFault as fault:
         raise DataError(
-            f"shard {shard.path} ({fault.fault} at byte {fault.offset} of {shard.size}): {fault.reason}. Download or "
-            "write the shard again, or take it out of the source; `jp-train data verify` says up to which sample it "
-            "is readable"
+            f"shard {shard.path} ({fault.fault} at byte {fault.offset} of {shard.size}): {fault.reason}. "
+            f"{_REMEDIES.get(fault.fault, _REWRITE)}"
         ) from fault
     return ShardMembers(
         keys=tuple(keys),

@@ -12,8 +12,9 @@
     X.tar.jp-vq-<print>.npy, .json ids of the images and what they were made with (vq_ids.py)
 
 They lie beside the shard, or in $XDG_CACHE_HOME/jp_train/index (default ~/.cache) when its folder is read-only or
-remote. Each is written under a temporary name and renamed, so concurrent builders are harmless; the temporary files of
-a killed one are removed later.
+remote. With `data.index_dir` all are written there, and what lies at the other places is only read. In a folder that is
+not the shard's own, each shard has a folder named after its whole path. Each is written under a temporary name and
+renamed, so concurrent builders are harmless; the temporary files of a killed one are removed later.
 
 A sidecar that came with the data is not trusted more than the data: one that contradicts the shard or itself counts as
 damaged.
@@ -25,12 +26,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
-import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -40,10 +41,17 @@ from numpy.lib.npyio import NpzFile
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, is_url
 from jp_train.data.token_ids import RecordSpool, StoredTokenIds
 from jp_train.errors import DataError
-from jp_train.files import replacing
+from jp_train.files import file_system_time, replacing
 
 FORMAT = 2
 """Increase it when a sidecar's layout changes: older files are then rebuilt."""
+
+RULES = 3
+"""Increase it when samples become usable that were bad, or conversations are read otherwise: older files that name bad
+samples, or were counted from conversations, are then rebuilt."""
+
+_NO_CONVERSATION = re.compile(r'\.txt|\.cls|"(caption|captions|text|TEXT)(\[.*\])?" of \.json')
+"""The usual places of captions and texts, as `taken` has them."""
 
 _MEMBERS = ".jp-members.npz"
 _Made = TypeVar("_Made")
@@ -55,12 +63,17 @@ _LEFT_BEHIND_S = 3600
 as the writer may be on another host."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardTokens:
-    """The tokens sidecar of a shard: G usable samples out of its N.
+    """The tokens sidecar of a shard: G entries, one for each usable sample, or for each of its captions where it has
+    several.
 
-    `sample` int32 [G]: their numbers in the shard; `tokens`, `short_tokens`, `dropped_tokens`, `short_dropped_tokens`
-    int32 [G]; `bad`: (key, reason) of the others; `ids_bytes`: size of the stored token ids, None without.
+    `images`, `min_tokens` int32 [G], of samples to understand: as in TokenCounts; None where each has one image, with
+    nothing before it but the template.
+    `sample` int32 [G]: their samples' numbers in the shard, ascending; `tokens`, `short_tokens`, `dropped_tokens`,
+    `short_dropped_tokens` int32 [G]; `bad`: (key, reason) of samples that cannot be used; `taken`: how many samples
+    have their texts at which places, `filtered`: how many fail which filter, `notes`: how many needed which change to
+    be read; `ids_bytes`: size of the stored token ids, None without.
     """
 
     sample: np.ndarray
@@ -71,9 +84,21 @@ class ShardTokens:
     conversations: int
     bad: tuple[tuple[str, str], ...]
     ids_bytes: int | None = None
+    taken: tuple[tuple[str, int], ...] = ()
+    filtered: tuple[tuple[str, int], ...] = ()
+    notes: tuple[tuple[str, int], ...] = ()
+    images: np.ndarray | None = None
+    min_tokens: np.ndarray | None = None
+
+    @cached_property
+    def first_entry(self) -> np.ndarray | None:
+        """int64 [N + 1]: where the entries of each of the N usable samples begin; None where each has one."""
+        new = np.diff(self.sample, prepend=-1) != 0
+        return None if new.all() else np.append(np.flatnonzero(new), len(self.sample))
 
     def __len__(self) -> int:
-        return len(self.sample)
+        """Usable samples."""
+        return len(self.sample) if self.first_entry is None else len(self.first_entry) - 1
 
 
 def load_members(shard: Shard) -> ShardMembers | None:
@@ -119,7 +144,7 @@ def open_tokens(shard: Shard, fingerprint: str, reader: ShardReader) -> tuple[Sh
             _require(np.lib.format.read_magic(content) == (1, 0))
             shape, _, dtype = np.lib.format.read_array_header_1_0(content)
             header = content.tell()
-        _require(starts.dtype == np.int64 and starts.shape == (len(tokens) + 1,))
+        _require(starts.dtype == np.int64 and starts.shape == (len(tokens.sample) + 1,))
         _require(starts[0] == 0 and (starts[1:] >= starts[:-1]).all() and starts[-1] == size)
         _require(dtype == np.uint8 and shape == (size,) and part.file_size == header + size)
         file.seek(part.header_offset + _NAME_LENGTH_AT)
@@ -159,11 +184,17 @@ def _tokens(meta: dict[str, Any], arrays: NpzFile) -> ShardTokens:
     _require(sample.dtype == table.dtype == np.int32 and sample.ndim == 1 and table.shape == (4, len(sample)))
     _require(
         (sample[:1] >= 0).all()
-        and (sample[1:] > sample[:-1]).all()
+        and (np.diff(sample) >= (0 if meta.get("variants") else 1)).all()
         and (table >= 0).all()
         and (table[0] > 0).all()
         and isinstance(meta["dialogues"], int)
+        and (meta.get("rules") == RULES or not (meta["bad"] or _from_conversations(meta)))
     )
+    images = min_tokens = None
+    if "images" in arrays:
+        images, min_tokens = arrays["images"]
+        _require(images.dtype == np.int32 and images.shape == min_tokens.shape == sample.shape)
+        _require((images >= 0).all() and (min_tokens >= 0).all() and (min_tokens <= table[0]).all())
     return ShardTokens(
         sample=arrays["sample"],
         tokens=table[0],
@@ -173,7 +204,18 @@ def _tokens(meta: dict[str, Any], arrays: NpzFile) -> ShardTokens:
         conversations=meta["dialogues"],
         bad=_pairs(meta["bad"]),
         ids_bytes=_size(meta["ids_bytes"]) if "records" in arrays else None,
+        taken=_counts(meta.get("taken", [])),
+        filtered=_counts(meta.get("filtered", [])),
+        notes=_counts(meta.get("notes", [])),
+        images=images,
+        min_tokens=min_tokens,
     )
+
+
+def _from_conversations(meta: dict[str, Any]) -> bool:
+    """Whether a sidecar of older rules may have counts of conversations, whatever its source names them."""
+    taken = _counts(meta.get("taken", []))
+    return not taken or not all(_NO_CONVERSATION.fullmatch(place) for place, _ in taken)
 
 
 def store_members(shard: Shard, members: ShardMembers) -> None:
@@ -194,11 +236,18 @@ def store_tokens(shard: Shard, fingerprint: str, tokens: ShardTokens, records: R
     written."""
     meta = _tokens_identity(shard, fingerprint) | {
         "dialogues": tokens.conversations,
+        "rules": RULES,
+        "variants": tokens.first_entry is not None,
         "bad": tokens.bad,
+        "taken": tokens.taken,
+        "filtered": tokens.filtered,
+        "notes": tokens.notes,
         "ids_bytes": tokens.ids_bytes,
     }
     table = np.stack([tokens.tokens, tokens.short_tokens, tokens.dropped_tokens, tokens.short_dropped_tokens])
     stored = {} if records is None else records.arrays()
+    if tokens.images is not None and tokens.min_tokens is not None:
+        stored["images"] = np.stack([tokens.images, tokens.min_tokens])
     _write(shard, _tokens_suffix(shard, fingerprint), meta, {"sample": tokens.sample, "table": table, **stored})
 
 
@@ -217,20 +266,26 @@ def _identity(shard: Shard) -> dict[str, Any]:
 
 
 def sidecar_places(shard: Shard, suffix: str) -> list[Path]:
-    """Where a sidecar may be: beside the shard, then in the cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jp_train" / "index"
-    cached = base / hashlib.sha256(os.fsencode(shard.path)).hexdigest()[:32] / f"{shard.name}{suffix}"
-    return [cached] if is_url(shard.path) else [Path(shard.path + suffix), cached]
+    """Where a sidecar may be: in `data.index_dir`, beside the shard, then in the cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jp_train" / "index"
+    inside = Path(hashlib.sha256(os.fsencode(shard.path)).hexdigest()[:32]) / f"{shard.name}{suffix}"
+    beside = [] if is_url(shard.path) else [Path(shard.path + suffix)]
+    return [*([Path(shard.index_dir) / inside] if shard.index_dir else []), *beside, cache / inside]
+
+
+def written_places(shard: Shard, suffix: str) -> list[Path]:
+    """Those of the places that a sidecar is written to, the first that can be: with `data.index_dir` only that."""
+    return sidecar_places(shard, suffix)[: 1 if shard.index_dir else None]
 
 
 def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], object]) -> Path:
     """Let `write` fill a sidecar in the first place that can be written: temporary file, fsync, rename. Returns its
     path.
 
-    Raises DataError when neither place can be written.
+    Raises DataError when no place can be written.
     """
     problems = []
-    places = sidecar_places(shard, suffix)
+    places = written_places(shard, suffix)
     for path in places:
         try:
             if path is places[-1]:
@@ -242,8 +297,9 @@ def write_sidecar(shard: Shard, suffix: str, write: Callable[[BinaryIO], object]
         except OSError as error:
             problems.append(str(error))
     raise DataError(
-        f"cannot write the index: {'; '.join(problems)}; make the shard's folder or $XDG_CACHE_HOME writable, or make "
-        "room there"
+        f"cannot write the index of shard {shard.path}: {'; '.join(problems)}; name a folder for it that is writable "
+        "and has room, on all hosts the same: data.index_dir"
+        f"{f' (now {shard.index_dir})' if shard.index_dir else '=FOLDER'}"
     )
 
 
@@ -252,11 +308,12 @@ def _remove_left_behind(folder: Path) -> None:
     """Remove the temporary files of killed writers; once per folder and process, because listing a large folder
     takes time."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") and ".jp-" in entry.name and entry.name.endswith(".tmp"):
-                with contextlib.suppress(OSError):
-                    if time.time() - entry.stat().st_mtime > _LEFT_BEHIND_S:
-                        os.unlink(entry.path)
+        leftovers = [e for e in entries if e.name.startswith(".") and ".jp-" in e.name and e.name.endswith(".tmp")]
+        now = file_system_time(folder) if leftovers else 0.0
+        for entry in leftovers:
+            with contextlib.suppress(OSError):
+                if now - entry.stat().st_mtime > _LEFT_BEHIND_S:
+                    os.unlink(entry.path)
 
 
 def _write(shard: Shard, suffix: str, meta: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -296,6 +353,10 @@ def _texts(values: Any) -> tuple[str, ...]:
 def _size(value: Any) -> int:
     _require(type(value) is int and value >= 0)
     return value
+
+
+def _counts(values: Any) -> tuple[tuple[str, int], ...]:
+    return tuple((_texts([text])[0], _size(count)) for text, count in values)
 
 
 def _pairs(values: Any) -> tuple[tuple[str, str], ...]:

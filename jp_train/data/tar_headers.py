@@ -7,19 +7,24 @@ or named as broken. Names are only keys: nothing here opens, creates or joins a 
 
 from __future__ import annotations
 
+import contextlib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from jp_train.files import known_format, stand_in, text_format
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20
 """Bytes of a long-name or PAX header; a longer one is damage, and would otherwise be read into memory."""
 
-TRUNCATED, CORRUPT, AFTER_END, COMPRESSED, LINK = (
+TRUNCATED, CORRUPT, AFTER_END, COMPRESSED, LINK, NO_TAR = (
     "truncated_tar",
     "corrupt_tar",
     "data_after_end",
     "compressed_tar",
     "link_or_device",
+    "not_a_tar",
 )
 
 _CHECK_BYTES = 1 << 20
@@ -30,7 +35,8 @@ _PAX = frozenset(b"xX")
 _PAX_GLOBAL = b"g"[0]
 _EXTENSIONS = _PAX | {_PAX_GLOBAL, _LONG_NAME, _LONG_LINK}
 _SPARSE_RECORDS = b"GNU.sparse"
-_COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zX", "xz"))
+COMPRESSIONS = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zX", "xz"))
+"""First bytes of a compressed file, and the name of the compression."""
 
 Read = Callable[[int, int], bytes]
 """(offset, size) -> the bytes there; fewer only at the end of the shard."""
@@ -61,19 +67,41 @@ def tar_members(read: Read, size: int) -> Iterator[Member]:
     """Every member of a tar of `size` bytes, in order.
 
     Raises:
-        TarFault: where the tar is compressed, truncated or damaged, or goes on after its end marker. What was yielded
-        before is whole.
+        TarFault: where it is no tar, or one that is compressed, truncated or damaged, or goes on after its end marker.
+        What was yielded before is whole.
     """
-    start = read(0, 4)
-    for magic, name in _COMPRESSED:
-        if start.startswith(magic):
-            reason = f"it is compressed ({name}), so byte ranges cannot be read from it; decompress it to a plain .tar"
-            raise TarFault(COMPRESSED, 0, reason)
-    position = 0
+    start = read(0, min(BLOCK, size))
+    _refuse_compressed(start)
+    if start and (what := stand_in(start)):
+        raise TarFault(CORRUPT, 0, f"it {what}")
     everywhere: dict[str, str] = {}
-    while (member := _next_member(read, position, size, everywhere)) is not None:
+    try:
+        member = _next_member(read, 0, size, everywhere)
+    except TarFault:
+        if start[257:262] != b"ustar" and (what := known_format(start) or text_format(start)):
+            raise TarFault(NO_TAR, 0, f"it is no tar but {what}") from None
+        raise
+    while member is not None:
         yield member
-        position = member.offset + _padded(member.size)
+        member = _next_member(read, member.offset + _padded(member.size), size, everywhere)
+
+
+def _refuse_compressed(start: bytes) -> None:
+    """Raises TarFault for a compressed file; one of gzip is opened, as it may hold something else than a tar."""
+    name = next((name for magic, name in COMPRESSIONS if start.startswith(magic)), "")
+    if not name:
+        return
+    inside = b""
+    if name == "gzip":
+        with contextlib.suppress(zlib.error):
+            inside = zlib.decompressobj(wbits=31).decompress(start, BLOCK)
+    if inside[257:262] != b"ustar" and (what := known_format(inside) or text_format(inside)):
+        raise TarFault(NO_TAR, 0, f"it is no tar but, inside gzip, {what}")
+    reason = (
+        f"it is compressed ({name}), so byte ranges cannot be read from it; decompress it to a plain .tar, which "
+        "`jp-train data import webdataset` does"
+    )
+    raise TarFault(COMPRESSED, 0, reason)
 
 
 def _next_member(read: Read, first: int, size: int, everywhere: dict[str, str]) -> Member | None:

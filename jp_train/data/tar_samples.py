@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jp_train.data.tar_headers import AFTER_END, LINK, Member, TarFault
 
 DUPLICATE, INTERLEAVED, DUPLICATE_FIELD = "duplicate_key", "interleaved_key", "duplicate_field"
 
+STRAY = "the file name has no key or no extension: it belongs to no sample"
+
 _BITS = 63
 """Extensions that are distinguished when a key comes again; all further ones count as one."""
+
+_NOTES = re.compile(r"__[^/]*__(/|$)")
+"""What webdataset passes over: `skip_meta` of its tar_file_iterator."""
 
 
 @dataclass(slots=True)
@@ -79,10 +85,13 @@ def _files(
     for member in members:
         if member.file:
             key, extension = split_name(member.name)
+            if _NOTES.match(member.name):
+                on_stray(member.name, member.header, "names like __this__ are webdataset's own notes, no sample")
+                continue
             if key:
                 yield member, key, extension
                 continue
-            on_stray(member.name, member.header, "the file name has no key or no extension: it belongs to no sample")
+            on_stray(member.name, member.header, STRAY)
         elif not member.folder:
             reason = f"member {member.name!r} is a link or device; a shard may hold plain files only: write it again"
             on_fault(TarFault(LINK, member.header, reason), None)
@@ -93,6 +102,17 @@ def _until_fault(members: Iterable[Member], ended: list[TarFault]) -> Iterator[M
         yield from members
     except TarFault as fault:
         ended.append(fault)
+
+
+def collapsed(extensions: Sequence[str]) -> str:
+    """What to say of a sample whose files look like those of several samples, because their names have dots."""
+    inner = [extension.rpartition(".")[2] for extension in extensions if "." in extension]
+    if len(inner) == len(set(inner)):
+        return ""
+    return (
+        f"; {len(extensions)} files collapse into one key, which ends at the first dot of a file name (webdataset's "
+        "rule): if they are several samples, give them names without dots"
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jp_train.config.schema import TokenizerConfig
-from jp_train.errors import ConfigError
+from jp_train.errors import ConfigError, absent, named
+from jp_train.files import stand_in_at
 from jp_train.types import SpecialTokens
 
 if TYPE_CHECKING:
@@ -40,16 +41,14 @@ class Tokenizer(ABC):
         """The role markers as configured."""
         self.assistant = cfg.assistant
         strings = {name: getattr(cfg, name) for name in ("bos", "eos", "pad", "boi", "eoi", "image_placeholder")}
-        ids: dict[str, int] = {}
-        for name, string in strings.items():
-            token = self._special_id(string)
-            if token is None:
-                raise ConfigError(
-                    f"tokenizer {cfg.path}: the special token {string!r} (tokenizer.{name}) is not in its vocabulary; "
-                    f"add it to the tokenizer as a special token, or set tokenizer.{name} to the string that this "
-                    "tokenizer uses"
-                )
-            ids[name] = token
+        known = {name: self._special_id(string) for name, string in strings.items()}
+        ids = {name: token for name, token in known.items() if token is not None}
+        if missing := [f"{string!r} (tokenizer.{name})" for name, string in strings.items() if name not in ids]:
+            raise ConfigError(
+                f"tokenizer {cfg.path}: the special token{'s' * (len(missing) > 1)} {', '.join(missing)} "
+                f"{'are' if len(missing) > 1 else 'is'} not in its vocabulary; add them to the tokenizer as special "
+                "tokens, or set those keys in the configuration to the strings that this tokenizer uses"
+            )
         if len(set(ids.values())) != len(ids):
             raise ConfigError(
                 f"tokenizer {cfg.path}: two of the special tokens have the same id: {ids}; each needs its own"
@@ -164,23 +163,28 @@ def load_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     Raises ConfigError when it is missing, cannot be read, or lacks a special token. Nothing is downloaded and no remote
     code is run.
     """
+    path = tokenizer_place(cfg)
+    return _SentencePiece(cfg, path) if path.is_file() else _HuggingFace(cfg, path)
+
+
+def tokenizer_place(cfg: TokenizerConfig) -> Path:
+    """The SentencePiece file, or the folder with tokenizer.json, that `cfg.path` leads to; nothing is loaded. Raises
+    ConfigError when there is neither."""
     if not cfg.path:
         raise ConfigError(
             "tokenizer.path is not set: give a folder with a Hugging Face tokenizer, or a SentencePiece .model file"
         )
     path = Path(cfg.path).expanduser()
     if path.is_file():
-        return _SentencePiece(cfg, path)
+        return path
     if not path.is_dir():
-        raise ConfigError(
-            f"tokenizer.path {path.absolute()} does not exist: give a Hugging Face tokenizer folder, or a "
-            "SentencePiece .model file"
-        )
+        with named("tokenizer.path"):
+            raise absent(ConfigError, path, "give a Hugging Face tokenizer folder, or a SentencePiece .model file")
     if (path / "tokenizer.json").exists():
-        return _HuggingFace(cfg, path)
+        return path
     models = sorted(path.glob("*.model"))
     if len(models) == 1:
-        return _SentencePiece(cfg, models[0])
+        return models[0]
     raise ConfigError(
         f"tokenizer.path {path} holds neither tokenizer.json nor exactly one *.model file (found {len(models)})"
     )
@@ -208,7 +212,10 @@ class _SentencePiece(Tokenizer):
         try:
             self._model.LoadFromSerializedProto(source if isinstance(source, bytes) else source.read_bytes())
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"tokenizer.path {source!s:.200} is not a SentencePiece model: {error}") from error
+            what = stand_in_at(source) if isinstance(source, Path) else ""
+            raise ConfigError(
+                f"tokenizer.path {source!s:.200} {what or f'is not a SentencePiece model: {error}'}"
+            ) from error
         super().__init__(cfg)
 
     @property
@@ -306,4 +313,7 @@ def _pretrained(folder: Path) -> PreTrainedTokenizerFast:
         assert isinstance(tokenizer, PreTrainedTokenizerFast), "it is a slow one"
         return tokenizer
     except Exception as error:  # transformers raises many kinds for a folder it cannot read
+        for file in sorted(folder.glob("*.json")):
+            if what := stand_in_at(file):
+                raise ConfigError(f"tokenizer.path: {file} {what}") from error
         raise ConfigError(f"tokenizer.path {folder} is not a fast Hugging Face tokenizer: {error}") from error

@@ -28,7 +28,7 @@ import numpy as np
 
 from jp_train.config.choices import ImageDecode
 from jp_train.data.shards import Shard, ShardReader
-from jp_train.data.sidecar import sidecar_places, write_sidecar
+from jp_train.data.sidecar import sidecar_places, write_sidecar, written_places
 from jp_train.errors import DataError
 
 FORMAT = 1
@@ -221,7 +221,7 @@ def store_ids(
     """Write the ids uint16 [N, S] of a shard, then the manifest. Raises DataError when neither place can be written."""
     samples, slots = ids.shape
     data = _header(samples, slots) + np.ascontiguousarray(ids, "<u2").tobytes()
-    for path in sidecar_places(shard, _suffix(recipe.fingerprint, "json")):
+    for path in written_places(shard, _suffix(recipe.fingerprint, "json")):
         with contextlib.suppress(OSError):
             path.unlink()  # an older manifest must not vouch for new ids
     path = write_sidecar(shard, _suffix(recipe.fingerprint, "npy"), lambda file: file.write(data))

@@ -15,8 +15,8 @@ import numpy as np
 
 from jp_train.config.choices import Crop, VqIds
 from jp_train.config.schema import DataConfig
+from jp_train.data.field_map import IMAGE_EXTENSIONS, VQ_EXTENSION
 from jp_train.data.index import SourceIndex
-from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION
 from jp_train.data.shards import Shard, is_url
 from jp_train.data.sidecar import load_members, member_extensions
 from jp_train.data.vq_ids import REMEDY, IdsManifest, IdsRecipe, load_manifest, stored_fingerprints
@@ -66,7 +66,8 @@ def ids_summary(index: SourceIndex) -> dict[str, int]:
 def _use(data: DataConfig, index: SourceIndex, recipe: IdsRecipe) -> SourceIndex:
     centre = data.crop is Crop.centre
     manifests: dict[int, IdsManifest] = {}
-    if centre and data.vq_ids is not VqIds.off:
+    # stored ids are of the image with the usual name
+    if centre and not index.locator.fields.image and data.vq_ids is not VqIds.off:
         manifests = _current_manifests(index, recipe)
     embedded: list[Shard] = []
     without: list[Shard] = []

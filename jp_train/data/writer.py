@@ -60,6 +60,11 @@ class ShardWriter:
         self._samples = self._size = 0
         self._hash = hashlib.sha256()
 
+    @property
+    def begun(self) -> int:
+        """Shards so far, numbers below the first one included, with the one that is open."""
+        return self.number + (self._file is not None)
+
     def write(self, key: str, fields: Mapping[str, bytes]) -> WrittenShard | None:
         """Append `{key}.{extension}` for every field, in order; returns the shard that had to be closed first, if
         any."""

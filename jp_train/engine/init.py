@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,11 +23,13 @@ from typing import Any
 import torch
 
 from jp_train.config import BatchPlan, RunConfig
-from jp_train.engine.config import deepspeed_config
+from jp_train.config.deepspeed import deepspeed_config
+from jp_train.engine.config import check_values
 from jp_train.engine.cpu_operator import skip_shared_memory_operator
+from jp_train.engine.device import be_deterministic, rank_device
 from jp_train.engine.optim import ParameterGroups, parameter_groups
 from jp_train.engine.watch.guard import SequenceGuard
-from jp_train.errors import ConfigError, LaunchError
+from jp_train.errors import LaunchError
 from jp_train.model import freeze, pretrained
 from jp_train.model.janus_pro import JanusPro
 from jp_train.model.vq import VQTokenizer
@@ -55,40 +58,42 @@ def init_process_group(cfg: RunConfig) -> Ranks:
     the deepspeed launcher sets them); without them this is one rank of one. A collective that waits longer than
     `engine.collective_timeout_s` fails.
 
-    Raises ConfigError when there are more local ranks than devices, LaunchError when the other ranks do not come.
+    Raises ConfigError when there are more local ranks than devices, LaunchError for GPUs that torch cannot use, and
+    when the other ranks do not come.
     """
-    has_gpu = torch.cuda.is_available()
-    if not has_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    if has_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; "
-                "give the host as many slots in the hostfile as it has GPUs"
-            )
-        torch.cuda.set_device(local_rank)
-
+    if cfg.engine.deterministic:
+        be_deterministic()
+    device = rank_device(local_rank)
     import deepspeed
 
     quiet_deepspeed()
     skip_shared_memory_operator()
-    timeout = timedelta(seconds=cfg.engine.collective_timeout_s)
+    timeout, began = timedelta(seconds=cfg.engine.collective_timeout_s), time.monotonic()
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except torch.distributed.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LaunchError(
-            f"rank {os.environ['RANK']} could not meet the other ranks at {where} within "
-            f"{timeout.total_seconds():.0f} s "
-            f"(engine.collective_timeout_s): {error}. A rank did not start or ended first: its own output is the cause"
-        ) from error
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+        raise LaunchError(not_met(str(error), time.monotonic() - began)) from error
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def not_met(error: str, seconds: float) -> str:
+    """Why this rank's process group was not made, after `seconds`; `error` is torch's."""
+    rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in error:
+        return (
+            f"port {port} of {socket.gethostname()} is in use by another process, perhaps since a moment ago: the "
+            "ranks cannot meet there. Start again, or give another port with --master-port"
+        )
+    return (
+        f"rank {rank} did not meet the other ranks at {address}:{port} in {seconds:.0f} s "
+        f"(engine.collective_timeout_s is their limit): {error}. A rank did not start or ended first: its own output "
+        "is the cause"
+    )
 
 
 def leave_process_group(exit_code: int = 0, *, within_s: float = LEAVE_S) -> None:
@@ -155,22 +160,33 @@ def build_engine(cfg: RunConfig, plan: BatchPlan, ranks: Ranks, *, n_sources: in
     Collective.
 
     No rank ever holds the whole model: modules are partitioned as they are constructed, and rank 0 fills them a group
-    of tensors at a time. Raises ConfigError (weights that do not fit, unknown module names).
+    of tensors at a time. Raises ConfigError (weights that do not fit, unknown module names, values that DeepSpeed
+    rejects).
     """
     import deepspeed
 
     ds_config = deepspeed_config(cfg, plan)
+    if cfg.engine.deepspeed:
+        check_values(ds_config)
     # the VQ tokenizer stays outside zero.Init: it is replicated (72M parameters), and ZeRO would have to gather it for
     # every image
     vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size)
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = JanusPro(cfg.model, cfg.loss, n_sources, cfg.engine.activation_checkpointing, image_token_id)
+        model = JanusPro(cfg.model, cfg.loss, n_sources, cfg.engine.recomputed, image_token_id)
     weights = pretrained.prepare_weights(
-        model, vq, cfg.model, seed=cfg.seed, gather=gather_for_writing, is_writer=ranks.is_main
+        model,
+        vq,
+        cfg.model,
+        trainable=cfg.stage.trainable,
+        seed=cfg.seed,
+        gather=gather_for_writing,
+        is_writer=ranks.is_main,
     )
     vq.to(ranks.device)
     # before initialize: frozen parameters get no master copy and no moments
     report = freeze.set_trainable(model, cfg.stage.trainable)
+    if ranks.device.type == "cuda" and ds_config["optimizer"]["params"].get("torch_adam"):
+        ds_config["optimizer"]["params"]["fused"] = True  # one kernel and no copy of the slices
     groups = parameter_groups(model.named_parameters(), cfg.optimizer, freeze.module_of)
     # before DeepSpeed's own hooks, so that it knows the module whose gather is waited for
     guard = SequenceGuard(model, ranks.dp_rank)

@@ -89,7 +89,7 @@ class StepTally:
         )
         numbers = [number for values in self.counts.values() for number in values]
         peak = peak_memory_gib() if peak_gib is None else peak_gib
-        numbers += [step_s, data_wait_s, peak, float(signal_number), float(signature)]
+        numbers += [step_s, data_wait_s, peak, reserved_memory_gib(), float(signal_number), float(signature)]
         return torch.cat((losses, torch.tensor(numbers, dtype=torch.float64, device=losses.device)))
 
 
@@ -126,7 +126,7 @@ def _count_fields(n_sources: int) -> dict[str, int]:
     }
 
 
-_MAXIMA = {"step_s": 1, "data_wait_s": 1, "peak_gib": 1, "signal": 1, "signature": 1}
+_MAXIMA = {"step_s": 1, "data_wait_s": 1, "peak_gib": 1, "reserved_gib": 1, "signal": 1, "signature": 1}
 
 
 def _width(fields: dict[str, int]) -> int:
@@ -230,6 +230,8 @@ def step_values(
     values["optim/lr"] = lr
     values["optim/grad_norm"] = grad_norm
     values["memory/peak_gib"] = totals.highest("peak_gib")
+    if reserved := totals.highest("reserved_gib"):
+        values["memory/reserved_gib"] = reserved
     return values
 
 
@@ -257,6 +259,11 @@ def validation_values(sums: dict[str, tuple[str, float, float]]) -> dict[str, fl
 def peak_memory_gib() -> float:
     """Highest memory of this rank so far: allocated device memory, or the process's resident memory without a
     device."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def reserved_memory_gib() -> float:
+    """Most device memory that torch has held on this rank so far, in use or not; 0 without a device."""
+    return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_initialized() else 0.0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 PACKED_ATTENTION = "jp_train_packed"
 """Name under which the function is registered with transformers."""
@@ -110,10 +110,5 @@ def _varlen_attention(
     return out
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask function that goes with ``packed_attention``: boundaries are in ``cu_seqlens``."""
-    return None
-
-
+# no mask function with it: transformers then makes no mask, without reading position_ids back from the GPU
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

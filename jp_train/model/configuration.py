@@ -1,16 +1,14 @@
-"""jp_train's model configuration as transformers' configuration, and back from the config.json of a folder."""
+"""jp_train's model configuration as transformers' configuration (the way back: stored_config.py)."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from jp_train.config.schema import LanguageConfig, ModelConfig, VisionConfig, VQConfig
+from jp_train.config.schema import ModelConfig
+from jp_train.config.validate import check_sizes
 from jp_train.errors import CheckpointError
-from jp_train.model.parameters import check_sizes
 
 
 class Parts(NamedTuple):
@@ -105,82 +103,4 @@ def build_vq_config(model: ModelConfig) -> JanusVQVAEConfig:
         projection_dim=width,
         image_token_embed_dim=width,
         hidden_act="gelu",
-    )
-
-
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """Model sizes from a folder's config.json (transformers' or the released form).
-
-    Raises:
-        CheckpointError: if there is no such file, or it describes no Janus model.
-    """
-    file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    raw = raw.get("jp_train", raw)
-    if raw.get("model_type") == "multi_modality":
-        return _from_released_config(raw)
-    if raw.get("model_type") != "janus":
-        raise CheckpointError(
-            f"{file} has model_type {raw.get('model_type')!r}; expected 'janus' (transformers) or 'multi_modality' "
-            "(deepseek-ai)"
-        )
-    vision, vq, text = parts_of(JanusConfig.from_dict(raw))
-    return ModelConfig(
-        vision=VisionConfig(
-            hidden_size=vision.hidden_size,
-            layers=vision.num_hidden_layers,
-            heads=vision.num_attention_heads,
-            mlp_ratio=float(vision.mlp_ratio),
-            image_size=_side(vision.image_size, file),
-            patch_size=_side(vision.patch_size, file),
-        ),
-        vq=VQConfig(
-            codebook_size=vq.num_embeddings,
-            embed_dim=vq.embed_dim,
-            base_channels=vq.base_channels,
-            channel_multiplier=list(vq.channel_multiplier),
-            res_blocks=vq.num_res_blocks,
-            latent_channels=vq.latent_channels,
-        ),
-        language=_language(text, file),
-    )
-
-
-def _from_released_config(raw: dict[str, Any]) -> ModelConfig:
-    """Released files name a SigLIP and a VQ, which are jp_train's defaults; the 7B's language_config leaves
-    keys out that have Llama's defaults."""
-    tower, vq = raw["vision_config"]["params"]["model_name"], raw["gen_vision_config"]["cls"]
-    if tower != "siglip_large_patch16_384" or vq != "VQ-16":
-        raise CheckpointError(
-            f"config.json names the vision tower {tower!r} and the tokenizer {vq!r}; siglip_large_patch16_384 and "
-            "VQ-16 are known"
-        )
-    given = {k: v for k, v in raw["language_config"].items() if k not in ("torch_dtype", "model_type")}
-    return ModelConfig(language=_language(LlamaConfig(**given), Path("config.json")))
-
-
-def _side(value: int | list[int] | tuple[int, int], file: Path) -> int:
-    if not isinstance(value, int):
-        raise CheckpointError(f"{file} has images or patches of {value}; only squares, given as one number, are known")
-    return value
-
-
-def _language(text: LlamaConfig, file: Path) -> LanguageConfig:
-    if text.num_key_value_heads != text.num_attention_heads:
-        raise CheckpointError(
-            f"{file} has {text.num_key_value_heads} key/value heads for {text.num_attention_heads} heads: grouped "
-            "attention is not supported"
-        )
-    return LanguageConfig(
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        vocab_size=text.vocab_size,
-        rms_norm_eps=float(text.rms_norm_eps),
-        rope_theta=rope_theta(text),
-        max_position_embeddings=text.max_position_embeddings,
     )

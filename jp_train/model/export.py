@@ -3,20 +3,22 @@ when whole."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from omegaconf import OmegaConf
 from transformers import JanusConfig, JanusForConditionalGeneration
 
+from jp_train.config.schema import DataConfig, TokenizerConfig
 from jp_train.errors import CheckpointError
 from jp_train.files import fsync
 from jp_train.model import layouts
 from jp_train.model.configuration import parts_of, rope_theta
 from jp_train.model.partition_files import StreamedShard
+from jp_train.model.processor_files import write_json, write_processor_files
 from jp_train.model.sampling import GENERATION_FILE, Sampling
 from jp_train.model.vq import unit_rows
 from jp_train.types import SpecialTokens
@@ -33,6 +35,7 @@ CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 class SavedTokenizer(Protocol):
     """What an export needs of a tokenizer (``data.tokenizer.Tokenizer`` has it)."""
 
+    cfg: TokenizerConfig
     special: SpecialTokens
 
     def save(self, directory: Path) -> Any: ...
@@ -84,7 +87,9 @@ def write_export(
         tensors = _converted(named_tensors, seen, layout, dtype)
         _write_shards(beside, _released(tensors) if layout == "deepseek" else tensors, max_shard_bytes)
         _check_complete(janus_config, seen)
-        _write_configs(beside, janus_config, tokenizer, layout, dtype, sampling or Sampling())
+        _write_configs(
+            beside, janus_config, tokenizer, layout, dtype, sampling or Sampling(), _system_prompt(run_config)
+        )
         if run_config is not None:
             (beside / RUN_CONFIG).write_text(run_config, encoding="utf-8")
         for item in (*beside.rglob("*"), beside):
@@ -102,16 +107,37 @@ def _write_configs(
     layout: Layout,
     dtype: torch.dtype,
     sampling: Sampling,
+    system_prompt: str,
 ) -> None:
     special = tokenizer.special if tokenizer is not None else None
     config = _hf_config(janus_config, special, dtype) if layout == "hf" else _released_config(janus_config, dtype)
-    _write_json(folder / "config.json", config)
-    if layout == "hf":
-        _write_json(folder / "preprocessor_config.json", _image_processor(janus_config))
-    if special is not None:
-        _write_json(folder / GENERATION_FILE, _generation_config(special, sampling))
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    write_json(folder / "config.json", config)
+    if tokenizer is None:
+        return
+    write_json(folder / GENERATION_FILE, _generation_config(tokenizer.special, sampling))
+    tokenizer.save(folder)
+    vision = parts_of(janus_config).vision
+    write_processor_files(
+        folder,
+        tokenizer.cfg,
+        tokenizer.special,
+        released=layout == "deepseek",
+        slots=vision.num_image_tokens,
+        side=_side(janus_config),
+        system_prompt=system_prompt,
+    )
+
+
+def _side(janus_config: JanusConfig) -> int:
+    side = parts_of(janus_config).vision.image_size
+    assert isinstance(side, int)
+    return side
+
+
+def _system_prompt(run_config: str | None) -> str:
+    """Of the run, or Janus-Pro's."""
+    prompt = OmegaConf.select(OmegaConf.create(run_config or "{}"), "data.system_prompt")
+    return DataConfig().system_prompt if prompt is None else str(prompt)
 
 
 def _converted(
@@ -177,7 +203,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _check_complete(janus_config: JanusConfig, seen: set[str]) -> None:
@@ -216,24 +242,8 @@ def _generation_config(special: SpecialTokens, sampling: Sampling) -> dict[str, 
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
+        "do_sample": True,  # the likeliest code of every image position makes no picture
         **sampling.keys({"boi_token_id": special.boi}),
-    }
-
-
-def _image_processor(janus_config: JanusConfig) -> dict[str, Any]:
-    side = parts_of(janus_config).vision.image_size
-    return {
-        "image_processor_type": "JanusImageProcessor",
-        "size": {"height": side, "width": side},
-        "min_size": 14,
-        "background_color": [127, 127, 127],
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 3,
     }
 
 
@@ -284,10 +294,6 @@ def _released_config(janus_config: JanusConfig, dtype: torch.dtype) -> dict[str,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "jp_train": _plain(janus_config).to_dict(),
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _replace(beside: Path, path: Path) -> None:

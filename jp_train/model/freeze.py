@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jp_train.config.schema import MODULES
-from jp_train.errors import ConfigError, did_you_mean
+from jp_train.errors import ConfigError, one_of
 
 if TYPE_CHECKING:  # `check` and `forecast` read names only
     from torch import nn
@@ -77,11 +77,8 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> FreezeReport:
     trainable = list(names)
     for name in trainable:
         if name not in PREFIXES:
-            hint = did_you_mean(name, PREFIXES, cutoff=0.4)
             extra = " (the VQ tokenizer is never trained here)" if name == VQ_MODULE else ""
-            raise ConfigError(
-                f"stage.trainable: unknown module {name!r}{extra}{hint or ';'} Known: {', '.join(PREFIXES)}"
-            )
+            raise ConfigError(f"stage.trainable: unknown module {name!r}{extra}{one_of(name, PREFIXES, cutoff=0.4)}")
     if not trainable or len(set(trainable)) != len(trainable):
         raise ConfigError(
             f"stage.trainable={trainable}: list each module that learns once, and at least one of {', '.join(PREFIXES)}"

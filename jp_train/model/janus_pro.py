@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,11 +39,11 @@ from jp_train.model.loss import (
     N_KINDS,
     CrossEntropyLinear,
     SupervisedPositions,
-    document_mean_sum,
     document_of_token,
+    document_weights,
     grouped_sums,
 )
-from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch
+from jp_train.types import IGNORE_INDEX, LossTerms, PackedBatch, positions
 
 
 class Float32Rotary(nn.Module):
@@ -74,10 +75,14 @@ class GenerationHead(JanusVQVAEHead):
         self.vision_head = CrossEntropyLinear(config.projection_dim, config.num_embeddings)
 
     def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024
-    ) -> torch.Tensor:
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        chunk_tokens: int = 1024,
+    ) -> Any:
         """As ``CrossEntropyLinear.forward``."""
-        return self.vision_head(self.activation_fn(self.proj_out(hidden)), labels, chunk_tokens)
+        return self.vision_head(self.activation_fn(self.proj_out(hidden)), labels, weights, chunk_tokens)
 
 
 class JanusBody(nn.Module):
@@ -103,12 +108,12 @@ class JanusPro(nn.Module):
 
     Args:
         n_sources: number of sources of the recipe, the length of ``LossTerms.source_sums``.
-        activation_checkpointing: recompute each layer in the backward pass (in training mode).
+        recompute_every: recompute every k-th layer of each tower in the backward pass (in training mode); 0: none.
         image_token_id: id of ``<image_placeholder>``, kept in the exported configuration.
     """
 
     def __init__(
-        self, cfg: ModelConfig, loss: LossConfig, n_sources: int, activation_checkpointing: bool, image_token_id: int
+        self, cfg: ModelConfig, loss: LossConfig, n_sources: int, recompute_every: int, image_token_id: int
     ) -> None:
         super().__init__()
         config = build_config(cfg, image_token_id)
@@ -122,9 +127,9 @@ class JanusPro(nn.Module):
         self.slots = self.parts.vision.num_image_tokens
         self.model = JanusBody(config)
         self.lm_head = CrossEntropyLinear(self.parts.text.hidden_size, self.parts.text.vocab_size, bias=False)
-        if activation_checkpointing:
+        if recompute_every:
             for part in (self.model.vision_model, self.model.language_model):
-                part.gradient_checkpointing_enable({"use_reentrant": False})
+                part.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=recompute_every)
 
     def forward(self, batch: PackedBatch) -> LossTerms:
         """Summed losses of one micro-batch; an empty batch (no token at all) gives zeros, with gradients.
@@ -137,29 +142,29 @@ class JanusPro(nn.Module):
         hidden = self.hidden_states(batch)
         owner = document_of_token(batch)
         chunk = self.loss_config.chunk_tokens
-        text = SupervisedPositions(batch.labels, owner)
-        image = SupervisedPositions(batch.gen_labels, owner)
-        text_losses = self.lm_head(hidden[text.positions], text.labels, chunk)
-        image_losses = self.model.generation_head(hidden[image.positions], image.labels, chunk)
+        text = SupervisedPositions(positions(batch.text_positions, batch.labels), batch.labels, owner)
+        image = SupervisedPositions(positions(batch.image_positions, batch.gen_labels), batch.gen_labels, owner)
+        by_document = self.loss_config.reduction is Reduction.sample_mean
+        weights: tuple[torch.Tensor | None, ...] = (None, None)
+        if by_document:
+            heads_weights = ((text, self.loss_config.text_weight), (image, self.loss_config.image_weight))
+            weights = document_weights(heads_weights, len(batch.document_lengths))
+        text_sum, text_losses = self.lm_head(hidden[text.positions], text.labels, weights[0], chunk)
+        image_sum, image_losses = self.model.generation_head(hidden[image.positions], image.labels, weights[1], chunk)
 
         heads = ((text_losses, text), (image_losses, image))
         kinds = [grouped_sums(x, supervised, batch.document_kinds, N_KINDS) for x, supervised in heads]
         sources = [grouped_sums(x, supervised, batch.document_sources, self.n_sources) for x, supervised in heads]
-        mean_sum = None
-        if self.loss_config.reduction is Reduction.sample_mean:
-            weights = (self.loss_config.text_weight, self.loss_config.image_weight)
-            parts = [(x, supervised, w) for (x, supervised), w in zip(heads, weights, strict=True)]
-            mean_sum = document_mean_sum(parts, len(batch.document_lengths))
         return LossTerms(
-            text_sum=text_losses.sum(),
-            image_sum=image_losses.sum(),
+            text_sum=text_losses.sum() if by_document else text_sum,
+            image_sum=image_losses.sum() if by_document else image_sum,
             text_tokens=text.count,
             image_tokens=image.count,
             kind_sums=kinds[0][0] + kinds[1][0],
             kind_tokens=kinds[0][1] + kinds[1][1],
             source_sums=sources[0][0] + sources[1][0],
             source_tokens=sources[0][1] + sources[1][1],
-            document_mean_sum=mean_sum,
+            document_mean_sum=text_sum + image_sum if by_document else None,
         )
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
@@ -247,6 +252,8 @@ def _never_empty(batch: PackedBatch) -> PackedBatch:
         position_ids=zero,
         labels=ignored,
         gen_labels=ignored,
+        text_positions=zero[:0],
+        image_positions=zero[:0],
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=zero.device),
         max_seqlen=1,
         document_lengths=torch.ones_like(zero),

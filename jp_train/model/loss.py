@@ -1,15 +1,19 @@
 """Cross-entropy of a wide linear head, in chunks, so that its full logits never exist.
 
-``CrossEntropyLinear`` is an ``nn.Linear`` whose forward can also return per-position losses. The chunk loop lives
-inside ONE autograd function inside ONE module call: under ZeRO-3 the weight is gathered once in the forward and once in
-the backward pass and reduced once, whatever the number of chunks, which may differ between ranks. (A module call per
-chunk would make the ranks' collective sequences differ.)
+``CrossEntropyLinear`` is an ``nn.Linear`` whose forward can also return a loss. The chunk loop lives inside ONE
+autograd function inside ONE module call: under ZeRO-3 the weight is gathered once in the forward and once in the
+backward pass and reduced once, whatever the number of chunks, which may differ between ranks. (A module call per chunk
+would make the ranks' collective sequences differ.)
+
+The loss is a weighted sum, so its gradients are known in the forward pass but for one factor: they are made there,
+while a chunk's logits exist, and no logit is computed twice.
 
 Shapes: N supervised positions, d hidden width, V classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +24,7 @@ from jp_train.types import IGNORE_INDEX, KINDS, PackedBatch
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Per-position cross-entropy of ``hidden @ weight.T + bias``; logits are recomputed chunk by chunk in the
-    backward pass."""
+    """Weighted sum (a scalar) and per-position cross-entropy (no gradient) of ``hidden @ weight.T + bias``."""
 
     @staticmethod
     def forward(
@@ -30,47 +33,55 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        weights: torch.Tensor | None,
         chunk_tokens: int,
-    ) -> torch.Tensor:
+        with_gradients: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-        lse = torch.empty_like(losses)
+        needed = [with_gradients and needs for needs in ctx.needs_input_grad[:3]]
+        grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        # fp32: sums of bf16 over chunks lose 2.4e-3 to 3.9e-3 of the gradient
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = _logits(hidden[part], weight, bias).float()
             target = labels[part]
             kept = target != IGNORE_INDEX
-            picked = logits.gather(1, target.masked_fill(~kept, 0).unsqueeze(1)).squeeze(1)
-            lse[part] = torch.logsumexp(logits, dim=1)
-            losses[part] = (lse[part] - picked).masked_fill(~kept, 0.0)
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.chunk_tokens = chunk_tokens
-        return losses
+            target = target.masked_fill(~kept, 0).unsqueeze(1)
+            lse = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses[part] = (lse - logits.gather(1, target)).squeeze(1).masked_fill(~kept, 0.0)
+            if any(needed):
+                # d loss / d logits = softmax - one_hot, zero at ignored positions
+                logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
+                logits.mul_((kept.float() if weights is None else weights[part] * kept).unsqueeze(1))
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+                grad = logits.to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad, weight, out=grad_hidden[part])
+                if grad_weight is not None:
+                    grad_weight += torch.mm(grad.t(), hidden[part])
+                del grad
+            del logits  # before the next chunk's
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(losses)
+        return (losses if weights is None else losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+    def backward(ctx: Any, factor: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # the factor stays fp32: rounded to bf16 it would bias every gradient
+        grad_hidden, grad_weight, grad_bias = (
+            None if grad is None else grad.mul_(factor) for grad in ctx.saved_tensors
         )
-        for start in range(0, len(labels), ctx.chunk_tokens):
-            part = slice(start, start + ctx.chunk_tokens)
-            target = labels[part]
-            kept = target != IGNORE_INDEX
-            # d loss / d logits = softmax - one_hot, zero at ignored positions
-            grad = _logits(hidden[part], weight, bias).float().sub_(lse[part].unsqueeze(1)).exp_()
-            ones = torch.ones(len(target), 1, dtype=grad.dtype, device=grad.device)
-            grad.scatter_add_(1, target.masked_fill(~kept, 0).unsqueeze(1), -ones)
-            grad.mul_(torch.where(kept, grad_losses[part].float(), 0.0).unsqueeze(1))
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[part])
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight_dtype),
+            None if grad_bias is None else grad_bias.to(bias_dtype),
+            *(None,) * 4,
+        )
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -79,23 +90,29 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class CrossEntropyLinear(nn.Linear):
-    """A linear head that returns logits, or the cross-entropy at each position without keeping logits.
+    """A linear head that returns logits, or a loss without keeping logits.
 
     Its state dict is that of ``nn.Linear``, so it takes the place of transformers' heads without renaming anything.
     """
 
     def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, chunk_tokens: int = 1024
-    ) -> torch.Tensor:
-        """Logits ``[..., V]`` of hidden ``[..., d]``; or, with int64 labels ``[N]`` and hidden ``[N, d]``, float32
-        losses ``[N]``.
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        chunk_tokens: int = 1024,
+    ) -> Any:
+        """Logits ``[..., V]`` of hidden ``[..., d]``; or, with int64 labels ``[N]`` and hidden ``[N, d]``, the sum of
+        ``weights`` float32 ``[N]`` (ones without) times the losses, and the losses float32 ``[N]`` without gradient.
 
         Losses are in nats and zero where the label is IGNORE_INDEX (with zero, not missing, gradients). Softmax in
-        float32; at most ``chunk_tokens`` rows of logits exist at one time, in the forward and in the backward pass.
+        float32; at most ``chunk_tokens`` rows of logits exist at one time.
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
-        return _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk_tokens)
+        return _ChunkedCrossEntropy.apply(
+            hidden, self.weight, self.bias, labels, weights, chunk_tokens, torch.is_grad_enabled()
+        )
 
 
 class SupervisedPositions:
@@ -106,8 +123,7 @@ class SupervisedPositions:
     otherwise).
     """
 
-    def __init__(self, labels: torch.Tensor, document_of_token: torch.Tensor) -> None:
-        positions = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
+    def __init__(self, positions: torch.Tensor, labels: torch.Tensor, document_of_token: torch.Tensor) -> None:
         self.count = int(positions.shape[0])
         """Supervised positions; 0 when only the stand-in is present."""
         self.positions = positions if self.count else positions.new_zeros(1)
@@ -140,17 +156,17 @@ def grouped_sums(
     return sums, torch.zeros(n_groups, dtype=torch.int64, device=losses.device).index_add_(0, index, ones)
 
 
-def document_mean_sum(parts: list[tuple[torch.Tensor, SupervisedPositions, float]], n_documents: int) -> torch.Tensor:
-    """Sum over documents of (weighted loss of the document / its supervised positions), a scalar with gradient.
+def document_weights(parts: Sequence[tuple[SupervisedPositions, float]], n_documents: int) -> tuple[torch.Tensor, ...]:
+    """Weights of the positions of each head, float32 ``[N]``, with which the losses of all heads add up to the sum over
+    documents of (weighted loss of the document / its supervised positions).
 
-    ``parts`` holds, for each head, its losses ``[N]``, its positions and its weight.
+    ``parts`` holds each head's positions and weight.
     """
-    total = parts[0][0].new_zeros(n_documents)
-    count = torch.zeros(n_documents, dtype=torch.int64, device=total.device)
-    for losses, positions, weight in parts:
-        total = total.index_add(0, positions.documents, losses * weight)
+    count = torch.zeros(n_documents, dtype=torch.int64, device=parts[0][0].labels.device)
+    for positions, _ in parts:
         count.index_add_(0, positions.documents, (positions.labels != IGNORE_INDEX).to(torch.int64))
-    return (total / count.clamp(min=1)).sum()
+    share = 1.0 / count.clamp(min=1).float()
+    return tuple(weight * share[positions.documents] for positions, weight in parts)
 
 
 N_KINDS = len(KINDS)

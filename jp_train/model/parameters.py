@@ -10,37 +10,11 @@ import math
 from collections.abc import Iterator
 
 from jp_train.config.schema import ModelConfig
-from jp_train.errors import ConfigError
+from jp_train.config.validate import check_sizes
 from jp_train.model.freeze import VQ_MODULE, VQ_PREFIX, module_of
-
-NORM_GROUPS = 32
-"""Groups of the VQ tokenizer's group norms."""
 
 VQLayer = tuple[str, tuple[int, ...], int]
 """Name below ``model.vqmodel.``, shape of the weight, and side of the output in positions."""
-
-
-def check_sizes(cfg: ModelConfig) -> None:
-    """Raise ConfigError where the sizes of a model do not fit each other."""
-    vision, vq, language = cfg.vision, cfg.vq, cfg.language
-    stride = 2 ** (len(vq.channel_multiplier) - 1)
-    patches, codes = vision.image_size / vision.patch_size, vision.image_size / stride
-    if patches != codes or patches % 1:
-        raise ConfigError(
-            f"model.vision.image_size={vision.image_size} with patch_size={vision.patch_size} and a VQ stride of "
-            f"{stride} gives {patches:g} and {codes:g} tokens a side: they must be the same whole number"
-        )
-    for key, width, heads in (
-        ("vision", vision.hidden_size, vision.heads),
-        ("language", language.hidden_size, language.heads),
-    ):
-        if width % heads:
-            raise ConfigError(f"model.{key}.hidden_size={width} is not divisible by model.{key}.heads={heads}")
-    if any(vq.base_channels * factor % NORM_GROUPS for factor in vq.channel_multiplier):
-        raise ConfigError(
-            f"model.vq.base_channels={vq.base_channels} times each of channel_multiplier={list(vq.channel_multiplier)} "
-            f"must be divisible by {NORM_GROUPS}, the number of groups of its norms"
-        )
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -29,11 +29,10 @@ from typing import Any
 import torch
 
 from jp_train.errors import CheckpointError
+from jp_train.files import BLOCK
+from jp_train.model.weight_places import INDEX_FILE
 
-INDEX_FILE = "partitions.json"
 MASTER, MOMENTS, FROZEN = "master", ("exp_avg", "exp_avg_sq"), "frozen"
-BLOCK = 1 << 24
-"""Bytes written, summed and read at one time."""
 MAX_HEADER = 100 << 20
 STREAM_HEADER = 1 << 18
 """Room for the header of a file whose tensors come one by one: about 2000 names."""

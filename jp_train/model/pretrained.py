@@ -9,7 +9,7 @@ gathers. The VQ tokenizer is replicated: every rank reads it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,10 +17,10 @@ from torch import nn
 
 from jp_train.config.choices import GenEmbedInit
 from jp_train.config.schema import ModelConfig
-from jp_train.errors import ConfigError
-from jp_train.model.freeze import module_of
+from jp_train.model.freeze import VQ_MODULE, module_of
+from jp_train.model.start_weights import SECTIONS, open_start, open_vq
 from jp_train.model.vq import VQTokenizer, unit_rows
-from jp_train.model.weight_files import WeightSource, check_keys, open_part, open_weights
+from jp_train.model.weight_files import WeightSource, check_keys
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 
@@ -56,49 +56,19 @@ def load_weights(
         _copy_vq(vq, source)
 
 
-def init_parts(
-    model: nn.Module,
-    vq: VQTokenizer,
-    parts: Mapping[str, str | None],
-    *,
-    gather: Gather = no_gather,
-    is_writer: bool = True,
-) -> list[str]:
-    """Load the pretrained parts that are given (``model.init_parts``); returns the names of those loaded.
-
-    Raises:
-        CheckpointError: if a part does not fit the configuration; names and shapes are checked before anything is
-        changed.
-    """
-    opened = {part: open_part(path, part) for part, path in parts.items() if path}
-    for part, source in opened.items():
-        if part == "gen_vision_model":
-            check_keys(_vq_shapes(vq), source)
-        else:
-            check_keys({k: s for k, s in _shapes(model).items() if module_of(k) == part}, source)
-    for part, source in opened.items():
-        if part == "gen_vision_model":
-            _copy_vq(vq, source)
-        else:
-            _copy(model, source, gather, is_writer)
-    return list(opened)
-
-
 def load_vq(cfg: ModelConfig, *, seed: int) -> VQTokenizer:
     """The VQ tokenizer alone, on the CPU, with the weights that ``prepare_weights`` gives it.
 
     Raises:
+        ConfigError: where nothing names its weights although ``model.init`` is not ``random``.
         CheckpointError: from the files.
     """
+    source = open_vq(cfg)
     vq = VQTokenizer(cfg.vq, cfg.vision.image_size)
-    path = cfg.init_from or cfg.init_parts.gen_vision_model
-    if not path:
+    if source is None:
         init_fresh_vq(vq, seed)
-        return vq
-    source = open_weights(path) if cfg.init_from else open_part(path, "gen_vision_model")
-    source = source.renamed(lambda name: name if name.startswith("model.vqmodel.") else None)
-    check_keys(_vq_shapes(vq), source)
-    _copy_vq(vq, source)
+    else:
+        _copy_vq(vq, source)
     return vq
 
 
@@ -107,6 +77,7 @@ def prepare_weights(
     vq: VQTokenizer,
     cfg: ModelConfig,
     *,
+    trainable: Collection[str],
     seed: int,
     gather: Gather = no_gather,
     is_writer: bool = True,
@@ -114,30 +85,29 @@ def prepare_weights(
     """Set every weight as the configuration says; returns what was done, in one line.
 
     ``init_from`` takes everything from a whole model. Otherwise all is fresh, then ``init_parts`` are loaded, then
-    gen_embed starts as the VQ codebook (``gen_embed_init``).
+    gen_embed starts as the VQ codebook (``gen_embed_init``). ``trainable``: the modules that will learn.
 
     Raises:
-        ConfigError: if both ``init_from`` and ``init_parts`` are set.
-        CheckpointError: from the files.
+        ConfigError: if both ``init_from`` and ``init_parts`` are set, or a frozen module has no weights.
+        CheckpointError: from the files, or if they do not fit; nothing has been changed then.
     """
-    parts = {name: getattr(cfg.init_parts, name) for name in ("language_model", "vision_model", "gen_vision_model")}
-    if cfg.init_from:
-        given = [name for name, path in parts.items() if path]
-        if given:
-            raise ConfigError(
-                f"model.init_from={cfg.init_from} already names every weight: remove model.init_parts.{given[0]}"
-            )
-        source = open_weights(cfg.init_from)
-        load_weights(model, vq, source, gather=gather, is_writer=is_writer)
-        return f"all weights from {source.path}"
+    start = open_start(cfg, trainable)
+    if start.whole is not None:
+        load_weights(model, vq, start.whole, gather=gather, is_writer=is_writer)
+        return f"all weights from {start.whole.path}{start.remark()}"
     init_fresh(model, cfg.adaptor_init_std, seed, gather=gather, is_writer=is_writer)
     init_fresh_vq(vq, seed)
-    loaded = init_parts(model, vq, parts, gather=gather, is_writer=is_writer)
+    for name, source in start.parts.items():
+        if name == VQ_MODULE:
+            _copy_vq(vq, source)
+        else:
+            _copy(model, source, gather, is_writer)
     if cfg.gen_embed_init is GenEmbedInit.codebook:
         gen_embed_from_codebook(model, vq, gather=gather, is_writer=is_writer)
-    fresh = [name for name in (*parts, "aligner", "gen_aligner", "gen_head") if name not in loaded]
-    sources = [f"{name} from {parts[name]}" for name in loaded]
-    return "; ".join([*sources, f"fresh (seed {seed}): {', '.join(fresh)}; gen_embed: {cfg.gen_embed_init.value}"])
+    fresh = [name for name in (*SECTIONS, "aligner", "gen_aligner", "gen_head") if name not in start.parts]
+    sources = [f"{name} from {source.path}" for name, source in start.parts.items()]
+    gen_embed = f"fresh (seed {seed}): {', '.join(fresh)}; gen_embed: {cfg.gen_embed_init.value}"
+    return "; ".join([*sources, gen_embed]) + start.remark()
 
 
 def init_fresh(model: nn.Module, std: float, seed: int, *, gather: Gather = no_gather, is_writer: bool = True) -> None:

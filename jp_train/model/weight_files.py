@@ -19,11 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jp_train.errors import CheckpointError
+from jp_train.files import stand_in_at
 from jp_train.model import layouts
-from jp_train.model.partition_files import INDEX_FILE, PartitionReader
-
-SHOWN = 6
-"""Names listed in an error message."""
+from jp_train.model.partition_files import PartitionReader
+from jp_train.model.weight_places import INDEX_FILE, SHOWN, files_of, some, whole_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,10 @@ class WeightSource:
         """Also offers tensor ``target`` as ``name``."""
         return WeightSource(self.path, {**self._entries, name: self._entries[target]})
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same; reads both."""
+        return self.shape(name) == self.shape(other) and torch.equal(self.get(name), self.get(other))
+
 
 def _piece(entry: _Entry, piece: layouts.Piece) -> _Entry:
     if piece is layouts.Piece.WHOLE:
@@ -96,12 +99,6 @@ def _piece(entry: _Entry, piece: layouts.Piece) -> _Entry:
     third = entry.shape[0] // 3
     start = int(piece.value) * third
     return _Entry((third, *entry.shape[1:]), lambda: entry.read()[start : start + third])
-
-
-def export_folder(path: str | Path) -> Path:
-    """Of a run folder its ``export/``; any other path as it is."""
-    path = Path(path)
-    return path / "export" if not (path / "config.json").exists() and (path / "export").is_dir() else path
 
 
 def open_weights(path: str | Path) -> WeightSource:
@@ -114,16 +111,9 @@ def open_weights(path: str | Path) -> WeightSource:
     Raises:
         CheckpointError: if there is nothing, or nothing known, at ``path``.
     """
-    path = Path(path)
+    path = whole_model(path)
     if (path / INDEX_FILE).is_file():
         return _open_checkpoint(path)
-    path = export_folder(path)
-    if (path / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"{path} is a run folder without export/: its stage has not ended, or checkpoint.export_at_end was off. "
-            f"Name one of its checkpoints ({path}/checkpoints/step_...), or write an export of it with "
-            f"`jp-train export {path}/checkpoints/STEP {path}/export`"
-        )
     source = _open(path)
     keys = source.keys()
     if layouts.is_canonical(keys):
@@ -132,7 +122,7 @@ def open_weights(path: str | Path) -> WeightSource:
         return source.canonical()
     raise CheckpointError(
         f"{path} holds no Janus model: expected tensors like 'model.language_model.layers.0…' (transformers) or "
-        f"'language_model.model.layers.0…' (released), found {_some(keys)}. A part of a model goes into "
+        f"'language_model.model.layers.0…' (released), found {some(keys)}. A part of a model goes into "
         "model.init_parts instead"
     )
 
@@ -141,8 +131,7 @@ def open_part(path: str | Path, part: str) -> WeightSource:
     """One pretrained part under canonical names, of ``language_model``, ``vision_model`` or ``gen_vision_model``.
 
     The file or folder may hold just that part (Hugging Face Llama; Hugging Face SigLIP or transformers'
-    JanusVisionModel; LlamaGen's VQ-16 .pt or transformers' JanusVQVAE) or a whole Janus model in either layout. A Llama
-    with tied embeddings lends them to the text head.
+    JanusVisionModel; LlamaGen's VQ-16 .pt or transformers' JanusVQVAE) or a whole Janus model in either layout.
 
     Raises:
         CheckpointError: if there is nothing readable at ``path``.
@@ -160,11 +149,7 @@ def open_part(path: str | Path, part: str) -> WeightSource:
         return source.select(selected)
     if layouts.is_released(keys):
         return source.canonical().select(selected)
-    source = source.renamed(renames[part])
-    embeddings = "model.language_model.embed_tokens.weight"
-    if part == "language_model" and "lm_head.weight" not in source.keys() and embeddings in source.keys():  # noqa: SIM118
-        source = source.with_alias("lm_head.weight", embeddings)
-    return source
+    return source.renamed(renames[part])
 
 
 def _open_checkpoint(path: Path) -> WeightSource:
@@ -178,7 +163,7 @@ def _open_checkpoint(path: Path) -> WeightSource:
             f"{path} is no complete checkpoint: manifest.json is missing or unreadable ({error})"
         ) from error
     if absent:
-        raise CheckpointError(f"{path} is no complete checkpoint: {_some(absent)} missing")
+        raise CheckpointError(f"{path} is no complete checkpoint: {some(absent)} missing")
     reader = PartitionReader(path)
     held = [p for p in reader.parameters.values() if p.trained or reader.with_frozen]
     entries = {p.name: _Entry(p.shape, partial(reader.whole, p.name)) for p in held}
@@ -193,38 +178,29 @@ def _open_checkpoint(path: Path) -> WeightSource:
     order = [*reader.parameters, *(name for name in entries if name not in reader.parameters)]
     missing = [name for name in order if name not in entries]
     if missing:
-        raise CheckpointError(f"{manifest['frozen_from']} lacks frozen weights of {path}: {_some(missing)}")
+        raise CheckpointError(f"{manifest['frozen_from']} lacks frozen weights of {path}: {some(missing)}")
     return WeightSource(path, {name: entries[name] for name in order})
 
 
 def _open(path: Path) -> WeightSource:
     """All tensors of a file or folder under their own names."""
-    if path.is_file():
-        return WeightSource(path, _open_file(path))
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such file or folder. Give a folder with safetensors, or a .safetensors, .pt or .bin file"
-        )
-    for ending in ("safetensors", "bin"):
-        index = next(iter(sorted(path.glob(f"*.{ending}.index.json"))), None)
-        if index is not None:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [path / name for name in names]
-            absent = [file.name for file in files if not file.exists()]
-            if absent:
-                raise CheckpointError(
-                    f"{index} lists {len(files)} files but {', '.join(absent)} missing: the copy is incomplete"
-                )
-        else:
-            files = sorted(path.glob(f"*.{ending}"))
-        if files:
-            entries: dict[str, _Entry] = {}
-            for file in files:
-                entries.update(_open_file(file))
-            return WeightSource(path, entries)
-    runs = sorted(folder.parent for folder in path.glob("*/export"))
-    hint = f"; did you mean {runs[-1]}?" if runs else ""
-    raise CheckpointError(f"{path} holds no *.safetensors and no *.bin file{hint}")
+    entries: dict[str, _Entry] = {}
+    for file in files_of(path):
+        entries.update(_open_file(file))
+    return WeightSource(path, entries)
+
+
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+"""What torch.load raises for a file that is damaged or something else altogether."""
 
 
 def _open_file(path: Path) -> dict[str, _Entry]:
@@ -236,14 +212,16 @@ def _open_file(path: Path) -> dict[str, _Entry]:
                 for key in file.keys()  # noqa: SIM118 - safe_open is no dict
             }
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+            what = stand_in_at(path) or f"is not a readable safetensors file: {error}; copy or download it again"
+            raise CheckpointError(f"{path} {what}") from error
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of the format before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as plain tensors (weights_only): {error}") from error
+    except UNREADABLE as error:
+        what = stand_in_at(path) or f"cannot be read as plain tensors (weights_only): {error}"
+        raise CheckpointError(f"{path} {what}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -265,9 +243,9 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], source: WeightSource) ->
     problems = []
     if missing:
         near = _nearest(missing[0], unexpected)
-        problems.append(f"{len(missing)} missing: {_some(missing)}{near}")
+        problems.append(f"{len(missing)} missing: {some(missing)}{near}")
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected: {some(unexpected)}")
     if shapes:
         first = [f"{n} is {list(source.shape(n))}, the configuration says {list(expected[n])}" for n in shapes[:SHOWN]]
         problems.append(f"{len(shapes)} of another shape: {'; '.join(first)}")
@@ -276,11 +254,6 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], source: WeightSource) ->
             f"{source.path} does not fit the model of this configuration. {'. '.join(problems)}. Check model.* in the "
             "config"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jp_train.errors import LaunchError
+from jp_train.errors import ConfigError, LaunchError
 
 LAUNCH_ID = "JP_TRAIN_LAUNCH_ID"
 """Environment variable that marks every process of one launch."""
@@ -358,6 +358,24 @@ def _stands_still(path: Path, content: bytes, holder: Holder | None, say: Callab
             say(f"no sign of life of {who} yet; taken over in {until - reported:.0f} s")
     say(f"{who} gave no sign of life for {LEASE_S:.0f} s: its run folder is taken over")
     return True
+
+
+def require_free(run_dir: str | os.PathLike[str]) -> None:
+    """Raise LaunchError when a job that this host knows to be alive trains in the folder. (`take` also sees one on
+    another host.)"""
+    try:
+        holder = read_holder(run_dir)
+    except OSError:
+        return
+    if holder is not None and standing_of(holder) == "alive":
+        raise LaunchError(refusal(Path(run_dir), holder))
+
+
+def unwritable(run_dir: str | os.PathLike[str], error: OSError) -> ConfigError:
+    """The error for a run folder that takes no file."""
+    return ConfigError(
+        f"run_dir {run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir"
+    )
 
 
 def refusal(folder: Path, holder: Holder) -> str:

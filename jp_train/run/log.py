@@ -15,11 +15,12 @@ from jp_train.data.ledger import LEDGER_FILE
 from jp_train.data.snapshots import SNAPSHOTS_FILE, append_snapshot
 from jp_train.engine.watch.stop import Stop, last_step
 from jp_train.errors import JpTrainError
-from jp_train.files import drop_later_lines
+from jp_train.files import drop_later_lines, json_object
 from jp_train.run.sinks import SINKS, Console, Events, Progress, Sink, StatusFile
 from jp_train.types import KINDS, Kind
 
 STATUS_FILE = "status.json"
+ENDED_WELL = ("finished", "stopped_early")
 
 
 class RunLog:
@@ -67,11 +68,16 @@ class RunLog:
         self._checkpoint = {"step": checkpoint["step"], "time": round(checkpoint["time"], 3)} if checkpoint else None
         self._sinks = [self._console]
         for sink in SINKS:
-            if (opened := sink.opened(self._cfg, resumed_step)) is not None:
-                self._sinks.append(opened)
+            try:
+                if (opened := sink.opened(self._cfg, resumed_step)) is not None:
+                    self._sinks.append(opened)
+            except OSError as error:
+                if sink.essential:
+                    raise
+                self._sink_failed(sink, error)
         for name in (LEDGER_FILE, SNAPSHOTS_FILE):
             drop_later_lines(self.folder / name, resumed_step or 0)
-        self.say(batch.describe())
+        self.say(f"{batch.describe()}; losses of a line are means since the line before")
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -191,8 +197,11 @@ class RunLog:
         self.say(f"{reason}; run the same command to {again}")
 
     def fail(self, error: BaseException) -> None:
-        """The run ended with an error."""
+        """The run ended with an error. An attempt that is refused leaves no trace in the folder of a run that has
+        ended well."""
         if not self._active or self._over:
+            return
+        if self._status is None and _has_ended_well(self.folder / STATUS_FILE):
             return
         self.event("failed", self._step, error=type(error).__name__, reason=str(error))
         if self._status is None and not (self.folder / STATUS_FILE).exists():
@@ -207,21 +216,33 @@ class RunLog:
             self._attempt(sink, sink.close)
         self._sinks = []
 
-    def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
+    def _attempt(self, sink: Sink, action: Callable[[], str | None]) -> None:
         """Run `action`; a sink that is not essential and fails is named and dropped: wandb's troubles may not end a
         run."""
         try:
-            action()
+            if trouble := action():
+                self.event("sink_failed", self._step, sink=type(sink).__name__, reason=trouble)
+                self.say(trouble)
         except Exception as error:
             if sink.essential:
                 raise
             self._sinks.remove(sink)
-            self.event("sink_failed", self._step, sink=type(sink).__name__, reason=f"{type(error).__name__}: {error}")
-            self.say(
-                f"{type(sink).__name__} failed and is off for the rest of this attempt: {type(error).__name__}: {error}"
-            )
+            self._sink_failed(type(sink), error)
+
+    def _sink_failed(self, sink: type[Sink], error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self.event("sink_failed", self._step, sink=sink.__name__, reason=reason)
+        self.say(f"{sink.__name__} failed and is off for the rest of this attempt: {reason}")
 
     def damaged(self, problem: str) -> None:
         """A checkpoint was passed over."""
         self.event("damaged_checkpoint", self._step, reason=problem)
         self.say(f"passed over a damaged checkpoint: {problem}")
+
+
+def _has_ended_well(status: Path) -> bool:
+    """Whether this is the status.json of a run with nothing left to do."""
+    try:
+        return (json_object(status.read_text(encoding="utf-8")) or {}).get("state") in ENDED_WELL
+    except (OSError, UnicodeDecodeError):
+        return False

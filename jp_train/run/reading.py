@@ -92,7 +92,8 @@ class EvaluationRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """Everything the report knows of one run. `missing` maps a section to a sentence that says why it is empty.
+    """Everything the report knows of one run. `missing` maps what every run should have and this one lacks, or has in
+    a form that cannot be read, to a sentence about it.
 
     `series` maps a metrics.jsonl key to its values; `unreadable_lines` counts torn lines by file; `repeated_steps`
     counts steps that were lost to a kill and trained again after a resume (the last time counts).
@@ -145,7 +146,7 @@ def read_run(path: Path, *, label: str | None = None) -> RunData:
     unreadable: Counter[str] = Counter()
     series, repeated = _read_metrics(path / "metrics.jsonl", unreadable)
     config, config_text = _read_config(path / "config.yaml", missing)
-    samples, left_out = _read_samples(path / "samples", missing)
+    samples, left_out = _read_samples(path / "samples")
     return RunData(
         path=path,
         label=label or path.resolve().name,
@@ -154,7 +155,7 @@ def read_run(path: Path, *, label: str | None = None) -> RunData:
         series=series,
         status=_read_status(path / "status.json", missing),
         events=_read_events(path / "events.jsonl", missing, unreadable),
-        ledger=_read_ledger(path / "ledger.jsonl", missing, unreadable),
+        ledger=_read_ledger(path / "ledger.jsonl", unreadable),
         samples=samples,
         evaluation=_read_evaluation(path / "evaluation.json", missing),
         checkpoints=checkpoint_names(path),
@@ -284,11 +285,8 @@ def _read_events(path: Path, missing: dict[str, str], unreadable: Counter[str]) 
     return tuple(events)
 
 
-def _read_ledger(path: Path, missing: dict[str, str], unreadable: Counter[str]) -> Ledger:
-    if not path.is_file():
-        missing["ledger"] = (
-            "ledger.jsonl is not in the run folder: no sample was skipped, or the run predates the ledger."
-        )
+def _read_ledger(path: Path, unreadable: Counter[str]) -> Ledger:
+    if not path.is_file():  # nothing was skipped
         return Ledger()
     rows: list[dict[str, Any]] = []
     counts: Counter[tuple[str, str]] = Counter()
@@ -304,11 +302,8 @@ def _read_ledger(path: Path, missing: dict[str, str], unreadable: Counter[str]) 
     return Ledger(rows=tuple(rows), counts=tuple(by_count), total=sum(counts.values()))
 
 
-def _read_samples(folder: Path, missing: dict[str, str]) -> tuple[tuple[SampleImage, ...], tuple[str, ...]]:
+def _read_samples(folder: Path) -> tuple[tuple[SampleImage, ...], tuple[str, ...]]:
     files = sorted(folder.glob("*.png")) if folder.is_dir() else []
-    if not files:
-        missing["samples"] = "samples/ holds no PNG image."
-        return (), ()
     images: list[SampleImage] = []
     left_out: list[str] = []
     used = 0
@@ -339,7 +334,6 @@ def _read_caption(path: Path, *, default: str) -> tuple[str, str]:
 
 def _read_evaluation(path: Path, missing: dict[str, str]) -> tuple[EvaluationRow, ...]:
     if not path.is_file():
-        missing["evaluation"] = "evaluation.json is not in the run folder: this run was not evaluated."
         return ()
     try:
         entries = json.loads(path.read_text(encoding="utf-8", errors="replace"))

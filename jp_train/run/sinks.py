@@ -1,8 +1,8 @@
 """Where a run's numbers go: console, metrics.jsonl, wandb, TensorBoard, and the two small files `status.json` and
 `events.jsonl`.
 
-To add a place, write a class with the four members of `Sink` and name it in `SINKS`. Only rank 0 has sinks. Only this
-module imports wandb and TensorBoard, and only when they are used.
+To add a place, write a class with the four members of `Sink` and name it in `SINKS`. Only rank 0 has sinks. wandb and
+TensorBoard are imported only when they are used.
 """
 
 from __future__ import annotations
@@ -11,29 +11,21 @@ import contextlib
 import json
 import math
 import os
-import re
-import secrets
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, TypeAlias
+from typing import Any, Protocol, TextIO
 
-from jp_train.config.choices import WandbMode
-from jp_train.config.schema import RunConfig, WandbConfig
-from jp_train.engine.checkpoint.identity import plain
+from jp_train.config.schema import RunConfig
 from jp_train.errors import ConfigError
 from jp_train.files import Appender, json_safe, lines_until, write_atomically
+from jp_train.run.wandb_sink import Wandb
 from jp_train.terminal import duration, folded, measured, short_number, terminal_columns
 from jp_train.types import KINDS, Kind
 
 SHORT = {Kind.UNDERSTANDING: "und", Kind.TEXT: "text", Kind.GENERATION: "gen"}
-
-OpenMode: TypeAlias = Literal["online", "offline"]
-MODES: tuple[OpenMode | Literal["disabled"], ...] = ("online", "offline", "disabled")
 
 MAX_EVENTS_WAITING = 10_000
 
@@ -48,13 +40,13 @@ RATE_SMOOTHING = 0.1
 
 class Sink(Protocol):
     """Takes the values of one step; `values` uses the metrics.jsonl keys. When one that is not `essential` fails,
-    training goes on without it."""
+    training goes on without it. What `log` and `close` return is trouble that the user has to know about."""
 
     essential: bool
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> str | None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> str | None: ...
 
 
 class OpenedSink(Sink, Protocol):
@@ -227,14 +219,14 @@ class Console:
             "speed": f"{short_number(means['perf/tokens_per_s'])} tok/s",
             "wait": f"wait {wait_share:.0%}" if wait_share >= SHOWN_WAIT_SHARE else "",
             "skipped": f"skipped {skipped:.0f}" if skipped else "",
-            "eta": f"ETA {duration(eta)}" if eta is not None else "ETA --",
+            "eta": "" if step >= self._progress.planned else f"ETA {'--' if eta is None else duration(eta)}",
         }
         room = LINE_COLUMNS - len(f"{fields['head']}  {fields['loss']}  ETA 12 min 34 s")
         shown = {"head", "loss", "eta"}
         for name in ("wait", "skipped", "speed", "norm", "lr"):
             if fields[name] and (room := room - len(fields[name]) - 2) >= 0:
                 shown.add(name)
-        return "  ".join(text for name, text in fields.items() if name in shown)
+        return "  ".join(text for name, text in fields.items() if name in shown and text)
 
 
 def _by_kind(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -273,119 +265,5 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
-    """One wandb run per run folder: its id is kept in `wandb/run_id`, so a resumed run continues the same curves.
-
-    `step` is an ordinary value with which every curve is plotted: wandb's own counter would refuse the steps that are
-    trained again after a kill. wandb's helper process may die before training does (the deepspeed launcher sends
-    SIGTERM to the children of a rank too).
-    """
-
-    essential = False
-
-    def __init__(
-        self, run_dir: Path, cfg: WandbConfig, *, mode: OpenMode, config: Mapping[str, Any], name: str
-    ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                f"wandb cannot be imported ({error}); pip install wandb, or set logging.wandb.mode: disabled"
-            ) from None
-        folder = run_dir / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        run_id = kept_run_id(folder / "run_id", lambda: secrets.token_hex(4))
-        self._run = wandb.init(
-            dir=str(run_dir),
-            project=cfg.project,
-            entity=cfg.entity,
-            group=cfg.group,
-            name=cfg.name or name,
-            tags=list(cfg.tags) or None,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            mode=mode,
-            config=without_secrets(config),
-            settings=wandb.Settings(silent=True, console="off", save_code=False),
-        )
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-
-    @classmethod
-    def opened(cls, cfg: RunConfig, resumed_step: int | None) -> Wandb | None:
-        mode = wandb_mode(cfg.logging.wandb)
-        if mode == "disabled":
-            return None
-        folder = Path(cfg.run_dir)
-        name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
-        return cls(folder, cfg.logging.wandb, mode=mode, config=plain(asdict(cfg)), name=name)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 SINKS: tuple[type[OpenedSink], ...] = (MetricsFile, TensorBoard, Wandb)
 """What a run opens, beside the console, in this order."""
-
-
-def wandb_mode(cfg: WandbConfig, environment: Mapping[str, str] = os.environ) -> OpenMode | Literal["disabled"]:
-    """`online`, `offline` or `disabled`: `auto` is online when an API key is in the environment or ~/.netrc, and
-    obeys WANDB_MODE."""
-    configured = cfg.mode.value if cfg.mode is not WandbMode.auto else environment.get("WANDB_MODE", "").lower()
-    for mode in MODES:
-        if configured == mode:
-            return mode
-    if environment.get("WANDB_API_KEY"):
-        return "online"
-    host = (
-        re.sub(r"^https?://", "", environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).split("/")[0].split(":")[0]
-    )
-    try:
-        known = netrc(
-            environment.get("NETRC") or str(Path(environment.get("HOME", "~")).expanduser() / ".netrc")
-        ).authenticators(host)
-    except (OSError, NetrcParseError):
-        known = None
-    return "online" if known else "offline"
-
-
-def kept_run_id(path: Path, make: Callable[[], str]) -> str:
-    """The id in `path`, made and stored on the first call."""
-    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept
-    made = make()
-    write_atomically(path, made + "\n")
-    return made
-
-
-_SECRET_KEY = re.compile(
-    r"(^|[_-])(token|secret|password|passwd|credential|api_?key|access_?key)s?($|[_-])", re.IGNORECASE
-)
-_URL_SECRET = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^/@\s]*@)?(?P<rest>[^?\s]*)(?P<query>\?\S*)?", re.IGNORECASE
-)
-
-
-def without_secrets(config: Any) -> Any:
-    """A copy of a configuration that may leave the machine: passwords and query strings of URLs and values of
-    secret-looking keys are gone."""
-    if isinstance(config, Mapping):
-        return {key: "***" if _secret_key(str(key), value) else without_secrets(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [without_secrets(value) for value in config]
-    if isinstance(config, str):
-        return _URL_SECRET.sub(_scrub_url, config)
-    return config
-
-
-def _secret_key(key: str, value: Any) -> bool:
-    return isinstance(value, str) and bool(_SECRET_KEY.search(key))
-
-
-def _scrub_url(match: re.Match[str]) -> str:
-    user = "***@" if match["user"] else ""
-    query = "?***" if match["query"] else ""
-    return f"{match['scheme']}{user}{match['rest']}{query}"

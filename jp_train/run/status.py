@@ -6,17 +6,19 @@ after ten days.
 
 from __future__ import annotations
 
-import time
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from jp_train.errors import DataError
-from jp_train.files import json_object, read_json_lines
+from jp_train.files import file_system_time, json_object, read_json_lines
 from jp_train.run.reading import checkpoint_names, read_config
 from jp_train.run.summary import KIND_NAMES, as_int, parse_time, planned_steps, run_state
-from jp_train.terminal import duration
+from jp_train.terminal import duration, filled, shortened
 
+NAMES = ("total", *KIND_NAMES)
+"""Losses of the run as a whole; others are named after their source."""
 TAIL_BYTES = 512 * 1024
 RECENT_STEPS = 100
 """Losses, step time and data wait are taken from at most so many of the last steps."""
@@ -25,6 +27,10 @@ STALE_FLOOR_S = 15.0
 """A heartbeat is late after STALE_FACTOR times the slowest recent step, but never before this: saves and validations
 take their time too."""
 SHOWN_EVENTS = 6
+COLUMNS, INDENT = 80, 13
+"""Width of the screen, and where its values begin."""
+REASON_CHARACTERS = 180
+"""events.jsonl has the whole reason."""
 
 
 def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
@@ -32,20 +38,25 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
     unknown).
 
     Keys: run_dir, stage, state (starting | running | stale | finished | stopped_early | stopped_by_signal | stopped |
-    failed | unknown), reason, step, planned_steps, share_done, losses {total and each kind: mean of the recent steps},
+    failed | unknown), reason, step, planned_steps, share_done, losses {total and each kind: mean of the last
+    loss_steps steps}, loss_steps,
     held_out {name: newest}, tokens_per_s, step_s, eta_s, data_wait_share, fill, heartbeat_age_s, stale_after_s,
     slowest_rank {rank, step, phase, idle_s, age_s} or None, checkpoint {step, age_s, name} or None, checkpoints,
+    abandoned_checkpoints (of steps that the run went back from),
     failed_saves, skipped_documents, skipped_steps, world_size, events (the last ones, oldest first).
 
-    `now`: seconds since 1970, for tests. Raises DataError when `run_dir` is no run folder.
+    Ages are counted by the clock of the file system, which all hosts share. `now`: seconds since 1970, for tests.
+    Raises DataError when `run_dir` is no run folder.
     """
-    run_dir, now = Path(run_dir), time.time() if now is None else now
+    run_dir = Path(run_dir)
+    now = file_system_time(run_dir) if now is None else now
     metrics, events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
     written = _read_object(run_dir / "status.json")
     if not run_dir.is_dir() or not (written or metrics.is_file() or events.is_file()):
+        below = sorted(str(path.parent) for path in run_dir.glob("*/status.json"))
         raise DataError(
-            f"{run_dir} is not a run folder: expected status.json or metrics.jsonl in it. Name the `run_dir` of a "
-            "training that was started"
+            f"{run_dir} is not a run folder: expected status.json or metrics.jsonl in it. "
+            + (f"Below it are {', '.join(below)}" if below else "Name the `run_dir` of a training that was started")
         )
     recent, timeline = _recent_steps(metrics), _tail(events)
     trained = [record for record in recent if "loss/total" in record]
@@ -67,9 +78,8 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
         "step": step,
         "planned_steps": planned,
         "share_done": min(1.0, step / planned) if planned else None,
-        "losses": {
-            name: _mean(values) for name in ("total", *KIND_NAMES) if (values := _values(trained, f"loss/{name}"))
-        },
+        "losses": {name: _mean(values) for name in NAMES if (values := _values(trained, f"loss/{name}"))},
+        "loss_steps": len(trained),
         "held_out": _newest_held_out(recent),
         "tokens_per_s": speed["tokens_per_s"],
         "step_s": speed["step_s"],
@@ -81,6 +91,7 @@ def status(run_dir: Path, *, now: float | None = None) -> dict[str, Any]:
         "slowest_rank": _slowest_rank(run_dir / "heartbeats", now) if running else None,
         "checkpoint": _last_checkpoint(run_dir, written, now),
         "checkpoints": len(checkpoint_names(run_dir)),
+        "abandoned_checkpoints": len(list(run_dir.glob("abandoned/*/checkpoints/step_*"))),
         "failed_saves": as_int(written.get("failed_saves")) or 0,
         "skipped_documents": _skipped(run_dir, written),
         "skipped_steps": as_int(written.get("skipped_steps")),
@@ -107,20 +118,23 @@ def _speed(
 
 
 def format_status(status: dict[str, Any]) -> str:
-    """The screen: at most 80 columns but for long reasons, aligned, nothing that needs colour."""
+    """The screen: at most COLUMNS wide (a longer path excepted), aligned, nothing that needs colour."""
     planned = status["planned_steps"]
     done = f"{status['step']:,}"
     if planned:
         done += f" of {planned:,} ({100 * status['share_done']:.1f}%)  {_bar(status['share_done'])}"
     ranks = f", {status['world_size']} ranks" if status["world_size"] else ""
+    reason = shortened(status["reason"], REASON_CHARACTERS)
     lines = [
         f"{status['run_dir']}  ({status['stage']}{ranks})" if status["stage"] else status["run_dir"],
-        _row("state", status["state"].replace("_", " ") + (f": {status['reason']}" if status["reason"] else "")),
+        _row("state", status["state"].replace("_", " ") + (f": {reason}" if reason else "")),
         _row("step", done),
-        _row("loss", _named(status["losses"]) or "-"),
+        _losses("loss", status["losses"], f"(mean of {status['loss_steps']} steps)" if status["losses"] else ""),
     ]
-    if status["held_out"]:
-        lines.append(_row("held out", _named(status["held_out"])))
+    if (held_out := status["held_out"]).keys() & NAMES:
+        lines.append(_losses("held out", {name: held_out[name] for name in NAMES if name in held_out}))
+    if of_sources := {name: value for name, value in held_out.items() if name not in NAMES}:
+        lines.append(_losses("by source", of_sources))
     speed = "-"
     if status["tokens_per_s"] is not None:
         wait = "-" if status["data_wait_share"] is None else f"{100 * status['data_wait_share']:.1f}%"
@@ -137,12 +151,14 @@ def format_status(status: dict[str, Any]) -> str:
     skips = "unknown" if status["skipped_documents"] is None else f"{status['skipped_documents']:,} samples"
     lines.append(_row("skipped", skips + (f", {status['skipped_steps']} steps" if status["skipped_steps"] else "")))
     for number, event in enumerate(status["events"]):
-        lines.append(_row("" if number else "events", _event(event)))
+        lines.append(f"  {'' if number else 'events':<11}{_event(event, status['run_dir'])}")
     return "\n".join(lines)
 
 
-def _named(losses: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+def _losses(title: str, losses: dict[str, float], note: str = "") -> str:
+    fields = [f"{name} {value:.4f}" for name, value in losses.items()] or ["-"]
+    fields += [note] if note else []
+    return filled([f"  {title:<11}{fields[0]}", *fields[1:]], COLUMNS, joint="  ", indent=INDENT)
 
 
 def _checkpoint(status: dict[str, Any]) -> str:
@@ -151,23 +167,33 @@ def _checkpoint(status: dict[str, Any]) -> str:
     if not checkpoint:
         return f"none yet{failed}"
     kept = f", {status['checkpoints']} on disk" if status["checkpoints"] else ""
+    kept += f", {status['abandoned_checkpoints']} in abandoned/" if status["abandoned_checkpoints"] else ""
     return f"step {checkpoint['step']:,}, {duration(checkpoint['age_s'])} ago{kept}{failed}"
 
 
-def _event(event: dict[str, Any]) -> str:
+def _event(event: dict[str, Any], run_dir: str) -> str:
+    """Time, step, name, and as many of the details as there is room for on the line."""
     when = parse_time(event.get("time"))
     stamp = f"{when:%m-%d %H:%M:%S}  " if when else ""
-    detail = ", ".join(
-        f"{key} {value}"
-        for key, value in event.items()
-        if key not in ("time", "event", "step") and value not in ("", None)
-    )
     text = f"{stamp}step {event.get('step', '?')}  {event['event']}"
-    return f"{text}  {detail[:90]}" if detail else text
+    joint = "  "
+    folders = "|".join(re.escape(f"{folder}/") for folder in (run_dir, Path(run_dir).absolute()))
+    below = re.compile(rf"(?<![\w/.~-])(?:{folders})")  # where a path begins, not in the middle of a longer one
+    for key, value in event.items():
+        if key in ("time", "event", "step") or value in ("", None):
+            continue
+        detail = below.sub("", f"{key} {value}")
+        room = COLUMNS - INDENT - len(text) - len(joint)
+        if len(detail) <= room:
+            text, joint = f"{text}{joint}{detail}", ", "
+        elif key == "reason" and room >= 20:
+            return text + joint + shortened(detail, room)
+    return text
 
 
 def _row(name: str, text: str) -> str:
-    return f"  {name:<11}{text}"
+    first, *words = text.split(" ")
+    return filled([f"  {name:<11}{first}", *words], COLUMNS, joint=" ", indent=INDENT)
 
 
 def _bar(share: float, width: int = 24) -> str:
@@ -245,9 +271,8 @@ def _slowest_rank(folder: Path, now: float) -> dict[str, Any] | None:
     beats: list[dict[str, Any]] = []
     for path in folder.glob("rank_*.json"):
         beat = _read_object(path)
-        idle, written = _float(beat.get("idle_s")), _float(beat.get("time"))
-        if idle is not None and written is not None and not beat.get("ended"):
-            age = max(0.0, now - written)
+        idle, age = _float(beat.get("idle_s")), _age(path, now)
+        if idle is not None and age is not None and not beat.get("ended"):
             beats.append(
                 {
                     "rank": beat.get("rank"),
@@ -267,8 +292,15 @@ def _slowest(slowest: dict[str, Any] | None) -> str:
 
 
 def _heartbeat_age(paths: tuple[Path, ...], now: float) -> float | None:
-    times = [path.stat().st_mtime for path in paths if path.is_file()]
-    return max(0.0, now - max(times)) if times else None
+    return min((age for path in paths if (age := _age(path, now)) is not None), default=None)
+
+
+def _age(path: Path, now: float) -> float | None:
+    """Seconds since the file was written; None where there is none."""
+    try:
+        return max(0.0, now - path.stat().st_mtime)
+    except OSError:
+        return None
 
 
 def _last_checkpoint(run_dir: Path, written: dict[str, Any], now: float) -> dict[str, Any] | None:

@@ -34,14 +34,15 @@ STATE_WORDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossChange:
-    """Loss per supervised token (nats): mean of the first and last training steps; held-out loss before and after.
-    None: not measured."""
+    """Loss per supervised token (nats): mean of the first and last `over` training steps; held-out loss before and
+    after. None: not measured."""
 
     name: str
     first: float | None
     last: float | None
     held_out_first: float | None
     held_out_last: float | None
+    over: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +119,7 @@ def summarize(run: RunData) -> Summary:
         data_wait_share=_wait_share(run),
         mfu=_median(run, "perf/mfu"),
         peak_gib=_maximum(run.series.get("memory/peak_gib")),
-        skipped=run.ledger.total if "ledger" not in run.missing else _total(run.series.get("data/skipped")),
+        skipped=run.ledger.total or _total(run.series.get("data/skipped")),
         non_finite_steps=int(np.isnan(run.series["loss/total"].values).sum()) if "loss/total" in run.series else 0,
         resumes=sum(event["event"] == "resume" for event in run.events),
         failures=len(failures(run.events)),
@@ -326,6 +327,7 @@ def _loss_change(run: RunData, name: str) -> LossChange | None:
         last=float(points[-count:].mean()) if len(points) else None,
         held_out_first=float(measured.values[0]) if measured is not None and len(measured) > 1 else None,
         held_out_last=float(measured.values[-1]) if measured is not None else None,
+        over=count,
     )
 
 

@@ -35,21 +35,22 @@ def convert(
     readable there, names or shapes that do not fit, or an `out` that exists.
     """
     from jp_train.data.tokenizer import load_saved_tokenizer, load_tokenizer
-    from jp_train.model.configuration import build_config, read_model_config
+    from jp_train.model.configuration import build_config
     from jp_train.model.export import RUN_CONFIG, write_export
-    from jp_train.model.partition_files import INDEX_FILE
     from jp_train.model.sampling import read_sampling
+    from jp_train.model.stored_config import read_model_config
     from jp_train.model.weight_files import open_weights
+    from jp_train.model.weight_places import INDEX_FILE
 
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; name a new folder, or remove it first")
     weights = open_weights(source)
     folder = Path(weights.path)
     if (folder / INDEX_FILE).is_file():
-        from jp_train.config import load_config
+        from jp_train.config import load_stored_config
 
         run_config = folder / "config.yaml"
-        run = load_config(run_config, ["preset=null", "recipe=null"])  # the file is whole without them
+        run = load_stored_config(run_config)
         tokenizer, model = load_tokenizer(run.tokenizer), run.model
         tensors = _checked(folder, weights, DTYPES[run.precision.value])
     else:

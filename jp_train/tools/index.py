@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
@@ -18,8 +19,9 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSummary:
-    """One line of the table: counts of a source, its size in MiB, the size of its stored token ids, and some of its
-    bad samples."""
+    """One line of the table: counts of a source, its size in MiB, the size of its stored token ids, where its texts
+    lie, what its filter leaves out, what was changed to read its samples, how many images those to understand have, and
+    some of its bad samples."""
 
     name: str
     kind: str
@@ -30,6 +32,11 @@ class SourceSummary:
     mib: float
     id_bytes_per_sample: float
     bad_examples: tuple[str, ...]
+    taken: dict[str, int]
+    filtered: dict[str, int]
+    notes: dict[str, int]
+    images: int
+    passed_over: str
 
 
 def index_command(
@@ -76,6 +83,16 @@ def format_table(summaries: list[SourceSummary]) -> str:
     ]
     text = aligned(lines)
     for summary in summaries:
+        if summary.taken:
+            places = ", ".join(f"{place} ({count:,})" for place, count in summary.taken.items())
+            text.append(f"texts of {summary.name}: {places}")
+        if summary.images > summary.samples:
+            text.append(
+                f"images of {summary.name}: {summary.images:,}, {summary.images / summary.samples:.2f} a sample"
+            )
+        text += [f"read in {summary.name}: {count:,} samples: {note}" for note, count in summary.notes.items()]
+        text += left_out(summary.name, summary.filtered)
+        text += [f"{summary.name}: {summary.passed_over}"] if summary.passed_over else []
         text += [f"bad in {summary.name}: {example}" for example in summary.bad_examples]
         if summary.bad > len(summary.bad_examples):
             text.append(
@@ -85,19 +102,29 @@ def format_table(summaries: list[SourceSummary]) -> str:
     return "\n".join(map(printable, text))
 
 
+def left_out(name: str, filtered: Mapping[str, int]) -> list[str]:
+    """What the filter of a source leaves out, a line a reason."""
+    return [f"left out of {name}: {count:,} {reason}" for reason, count in filtered.items()]
+
+
 def _summary(index: SourceIndex) -> SourceSummary:
     return SourceSummary(
         name=index.name,
         kind=index.kind.value,
         samples=len(index),
-        tokens=int(index.tokens.sum(dtype="int64")),
+        tokens=round(index.mean_tokens * len(index)),
         bad=len(index.bad),
         shards=len(index.shards),
         mib=sum(shard.size for shard in index.shards) / 2**20,
         id_bytes_per_sample=index.ids_bytes / max(len(index), 1),
+        passed_over=index.passed_over,
         bad_examples=tuple(
             f"{sample.info.key} in {sample.info.shard}: {sample.reason}" for sample in index.bad[:_EXAMPLES]
         ),
+        taken=dict(index.taken),
+        filtered=dict(index.filtered),
+        notes=dict(index.notes),
+        images=index.image_count,
     )
 
 
@@ -106,10 +133,12 @@ class IndexProgressLine:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._line = stream, ProgressLine("index", stream)
+        self.announces = True
 
     def __call__(self, at: IndexProgress) -> None:
         if at.shards_done:
             self._line.show(at.bytes_done, at.bytes, *at.details())
             return
         self._line = ProgressLine("index", self._stream)
-        print(f"index: {at.announcement()}", file=self._stream, flush=True)
+        if self.announces:
+            print(f"index: {at.announcement()}", file=self._stream, flush=True)

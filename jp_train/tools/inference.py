@@ -20,19 +20,21 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from transformers import DynamicCache
 
+from jp_train.config import load_stored_config
 from jp_train.config.choices import Template
 from jp_train.config.schema import LossConfig, RunConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.image import load_understanding_image, understanding_transform
-from jp_train.data.tokenizer import Tokenizer, load_saved_tokenizer
-from jp_train.errors import CheckpointError
-from jp_train.model.configuration import read_model_config
+from jp_train.data.tokenizer import Tokenizer, load_saved_tokenizer, load_tokenizer
+from jp_train.errors import CheckpointError, ConfigError, DataError, SkipSample
 from jp_train.model.export import RUN_CONFIG
 from jp_train.model.janus_pro import JanusPro
 from jp_train.model.pretrained import load_weights
 from jp_train.model.sampling import Sampling, read_sampling
+from jp_train.model.stored_config import read_model_config
 from jp_train.model.vq import VQTokenizer
 from jp_train.model.weight_files import open_weights
+from jp_train.model.weight_places import INDEX_FILE
 from jp_train.types import KINDS
 
 ImageInput = bytes | Image.Image | np.ndarray | torch.Tensor
@@ -65,7 +67,7 @@ def load_for_inference(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> InferenceModel:
-    """Load an exported folder, a released one, or a run folder (its ``export/``).
+    """Load an exported folder, a released one, a run folder (its ``export/``), or a checkpoint of a run.
 
     Args:
         tokenizer: folder of the tokenizer, if it is not in ``path``.
@@ -78,9 +80,13 @@ def load_for_inference(
     path = Path(path)
     source = open_weights(path)
     folder = source.path
-    cfg = _run_config(folder)
-    cfg.model = read_model_config(folder)
-    known = load_saved_tokenizer(tokenizer or folder)
+    if (folder / INDEX_FILE).is_file():  # a checkpoint: what its run was configured with
+        cfg = load_stored_config(folder / "config.yaml")
+        known = load_saved_tokenizer(tokenizer) if tokenizer else load_tokenizer(cfg.tokenizer)
+    else:
+        cfg = _run_config(folder)
+        cfg.model = read_model_config(folder)
+        known = load_saved_tokenizer(tokenizer or folder)
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with torch.device("meta"):
@@ -191,19 +197,21 @@ def generate_image_ids(
 @torch.inference_mode()
 def answer_questions(
     model: InferenceModel,
-    images: Sequence[ImageInput],
+    images: Sequence[ImageInput | list[ImageInput]],
     questions: Sequence[str],
     *,
     template: Template | str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers to one question per image, each up to EOS or ``max_new_tokens``.
+    """Greedy answers to one question per image, or list of images, each up to EOS or ``max_new_tokens``.
+
+    The images of a list stand at the ``<image>`` of their question in order, or before it where it has none.
 
     Raises:
         ValueError: if the numbers of images and questions differ, or an image array has another size than the model
         takes.
-        SkipSample: if an image file cannot be decoded.
+        SkipSample: if an image file cannot be decoded, or a question has another number of ``<image>`` than images.
     """
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions: give one question per image")
@@ -211,14 +219,17 @@ def answer_questions(
     special = encoder.tokenizer.special
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
+        part = slice(start, start + batch_size)
+        shown = [image if isinstance(image, list) else [image] for image in images[part]]
         rows = [
-            encoder.understanding_prompt_ids(question, template) for question in questions[start : start + batch_size]
+            encoder.understanding_prompt_ids(question, template, len(of_question))
+            for question, of_question in zip(questions[part], shown, strict=True)
         ]
-        pixels = torch.stack([_pixels(image, model) for image in images[start : start + batch_size]]).to(model.device)
+        pixels = torch.stack([_pixels(image, model) for of_question in shown for image in of_question])
         with janus.plain_attention():
             reader = _Reader(janus, rows, special.pad)
             embeddings = janus.model.language_model.embed_tokens(reader.ids)
-            features = janus.image_features(pixels).flatten(0, 1).to(embeddings.dtype)
+            features = janus.image_features(pixels.to(model.device)).flatten(0, 1).to(embeddings.dtype)
             embeddings[reader.ids == special.image_placeholder] = features
             hidden = reader.read(embeddings)
             written: list[list[int]] = [[] for _ in rows]
@@ -236,6 +247,33 @@ def answer_questions(
                 hidden = reader.read(janus.model.language_model.embed_tokens(tokens).unsqueeze(1))
         answers += [encoder.tokenizer.decode(ids).strip() for ids in written]
     return answers
+
+
+def answer_about_files(
+    model: InferenceModel,
+    files: Sequence[Path],
+    question: str,
+    *,
+    template: Template | str | None = None,
+    max_new_tokens: int = 64,
+) -> str:
+    """The answer to one question about the images of these files.
+
+    Raises:
+        DataError: for a file that cannot be read or decoded.
+        ConfigError: if the question has another number of ``<image>`` than there are files.
+    """
+    images: list[ImageInput] = []
+    for file in files:
+        try:
+            images.append(load_understanding_image(file.read_bytes(), model.janus.side))
+        except (OSError, SkipSample) as reason:
+            raise DataError(f"image {file}: {reason}") from None
+    try:
+        (answer,) = answer_questions(model, [images], [question], template=template, max_new_tokens=max_new_tokens)
+    except SkipSample as reason:
+        raise ConfigError(f"question {question!r}: {reason}") from None
+    return answer
 
 
 class _Reader:

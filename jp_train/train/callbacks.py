@@ -156,6 +156,8 @@ class Checkpoints(Callback):
             "freeze_proof": proof,
             "val/total": end.values.get("val/total"),
         }
+        if (back_to := parts.cfg.checkpoint.resume_from) is not None:
+            about["resume_from"] = back_to  # a later attempt knows that the run has gone back
         with parts.engine.guard.watch("a checkpoint save", pace=Pace.SLOW):
             parts.saver.save(end.step, state, about, final=final)
         parts.log.snapshot(parts.plan_state)

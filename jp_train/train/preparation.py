@@ -10,7 +10,7 @@ from typing import Any
 
 from jp_train.config import BatchPlan, RunConfig, batch_plan, save_config
 from jp_train.data.index import IndexProgress, SourceIndex, index_sources
-from jp_train.data.ledger import Ledger
+from jp_train.data.ledger import Ledger, bad_share
 from jp_train.data.loader import StepLoader, build_plan, validation_batches
 from jp_train.data.plan import Plan
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,9 +29,11 @@ from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.engine.watch.guard import INDEXING, Pace, SequenceGuard
 from jp_train.engine.watch.stop import SignalFlag
 from jp_train.engine.watch.watchdog import Watchdog
-from jp_train.errors import CheckpointError, ConfigError
+from jp_train.errors import CheckpointError
 from jp_train.model.export import RUN_CONFIG
-from jp_train.model.weight_files import export_folder
+from jp_train.model.start_weights import open_start
+from jp_train.model.weight_places import export_folder
+from jp_train.run.lock import unwritable
 from jp_train.run.log import RunLog
 from jp_train.run.reading import read_config
 from jp_train.run.summary import template_change
@@ -93,6 +95,8 @@ def prepare(
     guard = watchdog.guard
     batch = batch_plan(cfg, ranks.dp_world_size, shrink=checkpoint is not None)
     main_first(ranks, lambda: open_run_folder(cfg, log) if ranks.is_main else None)
+    # headers only: weights that do not fit are not to be found after an hour of indexing
+    main_first(ranks, lambda: open_start(cfg.model, cfg.stage.trainable) if ranks.is_main else None)
     data = open_data(cfg, ranks, log, guard)
     guard.enter("building the engine", pace=Pace.SLOW)
     plan = build_plan(cfg, data.indexes, batch, data.tokenizer)
@@ -107,9 +111,10 @@ def prepare(
         check_resumed_inputs(checkpoint, about)
     state = TrainState.restored(cfg, checkpoint.state["training"] if checkpoint else None)
     about |= {"batch": batch.describe()}
+    if checkpoint is not None and checkpoint.step == cfg.checkpoint.resume_from:
+        roll_back(store, log, checkpoint.step)
     begin_log(log, checkpoint, batch, ranks, engine, about)
-    if left_out := ledger.record_index(data.indexes):
-        log.say(f"the index leaves out {left_out} bad samples (named in ledger.jsonl)")
+    ledger.record_index(data.indexes)
     guard.enter("preparing the validation", pace=Pace.SLOW)
     held_out = open_held_out(cfg, ranks, log, data, engine, ledger)
     loader = StepLoader(cfg, plan, data.indexes, data.tokenizer, dp_rank=ranks.dp_rank,
@@ -136,7 +141,8 @@ def open_data(cfg: RunConfig, ranks: Ranks, log: RunLog, guard: SequenceGuard) -
     """The tokenizer and the index of every source, training and held out: read where they are stored, else built by
     rank 0 while the others wait. Collective.
 
-    Raises ConfigError, DataError, and CheckpointError when the VQ tokenizer's weights do not fit.
+    Raises ConfigError, DataError (also for `data.max_bad_share`), and CheckpointError when the VQ tokenizer's
+    weights do not fit.
     """
     tokenizer = load_tokenizer(cfg.tokenizer)
     guard.enter(INDEXING, pace=Pace.FREE)
@@ -152,6 +158,13 @@ def open_data(cfg: RunConfig, ranks: Ranks, log: RunLog, guard: SequenceGuard) -
     held_out_indexes = main_first(
         ranks, lambda: index_sources(cfg, tokenizer, sources=cfg.validation.sources, progress=report)
     )
+    for index in [*indexes, *held_out_indexes]:
+        if index.passed_over:
+            log.say(f"source {index.name}: {index.passed_over}")
+    shares = [bad_share(index, cfg.data.max_bad_share) for index in indexes]
+    shares += [bad_share(index, cfg.data.max_bad_share, "validation.sources") for index in held_out_indexes]
+    for text in filter(None, shares):
+        log.say(f"{text} (all are named in ledger.jsonl)")
     return OpenData(tokenizer=tokenizer, indexes=indexes, held_out_indexes=held_out_indexes, ids_recipe=recipe)
 
 
@@ -220,6 +233,17 @@ def check_resumed_inputs(checkpoint: Checkpoint, about: Mapping[str, Any]) -> No
             )
 
 
+def roll_back(store: CheckpointStore, log: RunLog, step: int) -> None:
+    """Set aside what the run has beyond `step`, and say so; all that may be refused was refused before. Collective.
+    Raises CheckpointError on every rank when it cannot be moved."""
+    if (aside := store.set_aside(step)) is not None:
+        log.event("rolled_back", step, from_step=aside.from_step, path=str(aside.folder))
+        log.say(
+            f"going back from step {aside.from_step} to {step}: what came after it lies in {aside.folder}, a run "
+            "folder of its own"
+        )
+
+
 def begin_log(
     log: RunLog, checkpoint: Checkpoint | None, batch: BatchPlan, ranks: Ranks, engine: Engine, about: Mapping[str, Any]
 ) -> None:
@@ -277,14 +301,7 @@ def open_run_folder(cfg: RunConfig, log: RunLog) -> None:
         log.begin()
         save_config(cfg, Path(cfg.run_dir) / "config.yaml")
     except OSError as error:
-        raise unwritable(cfg, error) from error
-
-
-def unwritable(cfg: RunConfig, error: OSError) -> ConfigError:
-    """The error for a run folder that takes no file."""
-    return ConfigError(
-        f"run_dir {cfg.run_dir} cannot be written: {error}; make room or make it writable, or choose another run_dir"
-    )
+        raise unwritable(cfg.run_dir, error) from error
 
 
 def resized(checkpoint: Checkpoint, dp_world_size: int, batch: BatchPlan) -> dict[str, str]:

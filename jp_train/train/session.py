@@ -12,20 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jp_train.config import RunConfig
-from jp_train.engine.checkpoint.files import Checkpoint
-from jp_train.engine.checkpoint.identity import accepted_differences, training_identity
+from jp_train.engine.checkpoint.resume import standing_of
 from jp_train.engine.checkpoint.store import CheckpointStore
+from jp_train.engine.device import told_out_of_memory
 from jp_train.engine.init import Ranks, gather_objects, init_process_group, leave_process_group
 from jp_train.engine.main_first import main_first
-from jp_train.engine.state import TrainState
 from jp_train.engine.watch.guard import Pace, is_collective_failure
-from jp_train.engine.watch.stop import SignalFlag, Stop, decide
+from jp_train.engine.watch.stop import SignalFlag, Stop
 from jp_train.engine.watch.watchdog import Watchdog
 from jp_train.errors import JpTrainError, LaunchError
-from jp_train.run.lock import RunLock, take
+from jp_train.run.lock import RunLock, take, unwritable
 from jp_train.run.log import RunLog
 from jp_train.train.callbacks import standard_callbacks
-from jp_train.train.preparation import prepare, unwritable
+from jp_train.train.preparation import prepare
 from jp_train.train.trainer import Trainer
 
 
@@ -70,7 +69,7 @@ def lock_run_folder(cfg: RunConfig) -> RunLock:
     try:
         return take(cfg.run_dir)
     except OSError as error:
-        raise unwritable(cfg, error) from error
+        raise unwritable(cfg.run_dir, error) from error
 
 
 def train_in_folder(cfg: RunConfig, ranks: Ranks, release_lock: Callable[[], None]) -> int:
@@ -99,6 +98,7 @@ def train_in_folder(cfg: RunConfig, ranks: Ranks, release_lock: Callable[[], Non
                 stopped=log.stopped_by_force,
                 end=end,
             ) as watchdog,
+            told_out_of_memory(ranks.dp_rank),
         ):
             stop = run_stage(cfg, ranks, log, flag, watchdog)
     except BaseException as error:
@@ -114,14 +114,18 @@ def run_stage(cfg: RunConfig, ranks: Ranks, log: RunLog, flag: SignalFlag, watch
     """Resume or start, and train to the end. None: a stop signal came before the first step, and there is nothing to
     save."""
     store = CheckpointStore(Path(cfg.run_dir), cfg.checkpoint, dp_rank=ranks.dp_rank, dp_world_size=ranks.dp_world_size)
-    checkpoint = newest_checkpoint(cfg, store, log)
-    stop = already_finished(cfg, checkpoint)
-    if stop is not None:
+    standing = standing_of(cfg, store, on_damage=log.damaged)
+    if standing.finished is not None:
+        log.say(standing.nothing_to_do(cfg.run_dir))
+        return standing.finished
+    checkpoint = standing.checkpoint
+    if standing.gone_back:
         log.say(
-            f"nothing to do, {cfg.run_dir} is finished ({stop.reason}); to train on, raise its steps or use another "
-            "run_dir"
+            f"the run has gone back to checkpoint.resume_from {cfg.checkpoint.resume_from} before: it goes on from its "
+            "newest checkpoint"
         )
-        return stop
+    if checkpoint is not None and standing.accepted:
+        log.event("accepted_differences", checkpoint.step, differences=standing.accepted)
     try:
         with watchdog.guard.watch("starting", pace=Pace.SLOW):
             parts = prepare(cfg, ranks, log, store, checkpoint, flag, watchdog)
@@ -137,24 +141,3 @@ def run_stage(cfg: RunConfig, ranks: Ranks, log: RunLog, flag: SignalFlag, watch
     watchdog.guard.enter("the end of the run", pace=Pace.SLOW)  # wandb may take its time
     log.finish(stop, parts.state.step)
     return stop
-
-
-def newest_checkpoint(cfg: RunConfig, store: CheckpointStore, log: RunLog) -> Checkpoint | None:
-    """The checkpoint to resume from, None for a new run. Raises CheckpointError when the configuration differs from
-    the checkpoint's in a key that `checkpoint.accept` does not name."""
-    checkpoint = store.newest(on_damage=log.damaged)
-    if checkpoint is not None:
-        accepted = accepted_differences(
-            checkpoint.path, checkpoint.manifest["identity"], training_identity(cfg), cfg.checkpoint.accept
-        )
-        if accepted:
-            log.event("accepted_differences", checkpoint.step, differences=accepted)
-    return checkpoint
-
-
-def already_finished(cfg: RunConfig, checkpoint: Checkpoint | None) -> Stop | None:
-    """Why nothing is left to do, None when there is: steps, or a missing export."""
-    if checkpoint is None or (cfg.checkpoint.export_at_end and not (Path(cfg.run_dir) / "export").is_dir()):
-        return None
-    state = TrainState.restored(cfg, checkpoint.state["training"])
-    return decide(cfg.stage, step=state.step, signal_number=0, patience_over=state.patience.over)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from jp_train.config import dump_config
 from jp_train.data.loader import StepBatches
+from jp_train.engine.device import peak_tflops
 from jp_train.engine.export import export
 from jp_train.engine.forensics import Forensics
 from jp_train.engine.init import gather_objects
@@ -234,7 +235,7 @@ class Trainer:
             lr=lr,
             grad_norm=grad_norm,
             flops=step_flops(cfg.model, statistics, cfg.stage.trainable).total,
-            peak_flops=cfg.logging.peak_tflops * 1e12 * self.ranks.dp_world_size,
+            peak_flops=peak_tflops(cfg.logging.peak_tflops) * 1e12 * self.ranks.dp_world_size,
         )
 
     def export(self) -> None:

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from tests.chaos.faults import (
     crash_after_a_non_finite_step,
     prepare_non_finite_step,
 )
-from tests.chaos.scene import Expectation, HungError, MissedError, Scene
+from tests.chaos.scene import BEGINS, Expectation, HungError, MissedError, Scene
 from tests.distributed import Nursery
 
 WORLD_SIZE = 2
@@ -73,6 +74,8 @@ class Outcome:
     runs: int = 0
     seconds: float = 0.0
     worst_difference: float = 0.0
+    kinds: list[str] = field(default_factory=list)
+    """All kinds that were to be injected, the skipped ones among them."""
     skipped_kinds: list[str] = field(default_factory=list)
 
     @property
@@ -90,6 +93,18 @@ class Outcome:
         ]
         return of_lives + self.run_problems
 
+    def joined(self, other: Outcome) -> Outcome:
+        """Both, as one."""
+        return Outcome(
+            lives=self.lives + other.lives,
+            run_problems=self.run_problems + other.run_problems,
+            runs=self.runs + other.runs,
+            seconds=self.seconds + other.seconds,
+            worst_difference=max(self.worst_difference, other.worst_difference),
+            kinds=self.kinds + other.kinds,
+            skipped_kinds=self.skipped_kinds + other.skipped_kinds,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able summary."""
         tried = Counter(name for life in self.lives for name in life.tried)
@@ -99,6 +114,7 @@ class Outcome:
             "faults_survived": sum(survived.values()),
             "kinds": {name: {"tried": tried[name], "survived": survived[name]} for name in sorted(tried)},
             "kinds_not_possible_here": self.skipped_kinds,
+            "kinds_not_tried": [name for name in self.kinds if name not in tried and name not in self.skipped_kinds],
             "runs_compared": self.runs,
             "launches": len(self.lives),
             "worst_relative_difference_at_another_world_size": self.worst_difference,
@@ -111,11 +127,13 @@ class Campaign:
     """`folder` holds everything; `marker` is in the environment of every process it starts; `say` gets one line a
     life."""
 
+    life_s = LIFE_S
+
     def __init__(
         self,
         world: World,
         folder: Path,
-        nursery: Nursery,
+        nursery: Nursery | None,
         *,
         seed: int,
         steps: int = 22,
@@ -123,6 +141,7 @@ class Campaign:
         small_disk: Path | None,
         marker: str,
         kinds: list[str] | None = None,
+        known: dict[str, Fault] = FAULTS,
         say: Callable[[str], None] = print,
     ) -> None:
         self._world, self._folder, self._nursery, self._say = world, folder, nursery, say
@@ -130,24 +149,33 @@ class Campaign:
         self._steps = steps
         self._collective_timeout_s = collective_timeout_s
         self._small_disk, self._marker = small_disk, marker
-        candidates = [FAULTS[name] for name in (kinds or FAULTS)]
+        candidates = [known[name] for name in (kinds or known)]
         self._faults = [fault for fault in candidates if small_disk is not None or not fault.needs_small_disk]
-        self.outcome = Outcome(skipped_kinds=[fault.name for fault in candidates if fault not in self._faults])
-        self._bag: list[Fault] = []
-
-    def run(self, faults: int, budget_s: float) -> Outcome:
-        """Inject at least `faults` faults, in as many runs as that takes, unless `budget_s` is over first."""
-        began = time.monotonic()
-        reference = self._folder / "undisturbed"
-        launch = self._launch(Scene(self._rng, reference, self._world.data, None, WORLD_SIZE, self._steps), [], -1, 0)
-        assert launch.codes == [0] * WORLD_SIZE, (
-            f"the undisturbed run failed: {launch.problems} {launch.codes}, see {self._folder}"
+        self.outcome = Outcome(
+            kinds=[fault.name for fault in candidates],
+            skipped_kinds=[fault.name for fault in candidates if fault not in self._faults],
         )
+        self._bag: list[Fault] = []
+        self._dealt_once = False
+
+    def run(self, faults: int, budget_s: float, reference: Path | None = None) -> Outcome:
+        """Inject at least `faults` faults, in as many runs as that takes, unless `budget_s` is over first.
+        `reference`: the undisturbed run; None: it is trained."""
+        began = time.monotonic()
+        reference = reference or self.undisturbed()
         expected = metrics(reference)
         while self.outcome.tried < faults and time.monotonic() - began < budget_s:
             self._run(expected, reference, faults, began + budget_s)
             self.outcome.seconds = time.monotonic() - began
         return self.outcome
+
+    def undisturbed(self, steps: int | None = None) -> Path:
+        """The run folder of a run that nobody touches."""
+        folder = self._folder / f"undisturbed{steps or self._steps}"
+        scene = Scene(self._rng, folder, self._world.data, None, WORLD_SIZE, steps or self._steps)
+        launch = self._launch(scene, [], -1, 0)
+        assert set(launch.codes) == {0}, f"the undisturbed run failed: {launch.problems} {launch.codes}, see {folder}"
+        return folder
 
     def _run(self, expected: dict[int, dict[str, float]], reference: Path, faults: int, deadline: float) -> None:
         """One run from its first life to its comparison. Past `faults` or the deadline, it is finished undisturbed.
@@ -156,16 +184,8 @@ class Campaign:
         if there is one.
         """
         number = self.outcome.runs
-        home = self._folder if self._small_disk is None or number % 2 else self._small_disk
-        run_dir = home / f"run{number:03d}"
-        scene = Scene(
-            self._rng,
-            run_dir,
-            self._world.data,
-            self._small_disk if home == self._small_disk else None,
-            WORLD_SIZE,
-            self._steps,
-        )
+        scene = self._scene(number)
+        run_dir = scene.run_dir
         worlds: set[int] = set()
         failures = 0
         for life in range(MOST_LIVES):
@@ -184,9 +204,17 @@ class Campaign:
                 break
         else:
             self.outcome.run_problems.append(f"run {number} did not finish in {MOST_LIVES} lives")
-        self._compare(number, run_dir, reference, expected, same_world=worlds == {WORLD_SIZE})
+        restarts = (event for event in scene.events() if event["event"] == "restart")
+        same_world = worlds == {WORLD_SIZE} and all(event["ranks"] == WORLD_SIZE for event in restarts)
+        self._compare(number, run_dir, reference, expected, same_world=same_world)
         self.outcome.runs += 1
         shutil.rmtree(run_dir, ignore_errors=True)
+
+    def _scene(self, number: int) -> Scene:
+        """The run of this number, at its beginning."""
+        small = None if number % 2 else self._small_disk
+        run_dir = (small or self._folder) / f"run{number:03d}"
+        return Scene(self._rng, run_dir, self._world.data, small, WORLD_SIZE, self._steps)
 
     def _draw(self, scene: Scene, life: int, *, same_world: bool) -> list[Fault]:
         """Faults for one life: up to two on the files of the run that is down, perhaps a pause, then running ones up
@@ -209,12 +237,14 @@ class Campaign:
         return faults
 
     def _next(self, possible: list[Fault]) -> Fault:
-        """The next possible fault of a shuffled bag that holds every kind by its weight, so that all get their turn."""
+        """The next possible fault of a shuffled bag, so that all get their turn: the first bag holds every kind once,
+        the later ones by its weight."""
         while True:
             for position, fault in enumerate(self._bag):
                 if fault in possible:
                     return self._bag.pop(position)
-            more = [fault for fault in self._faults for _ in range(fault.weight)]
+            more = [fault for fault in self._faults for _ in range(fault.weight if self._dealt_once else 1)]
+            self._dealt_once = True
             self._rng.shuffle(more)
             self._bag += more
 
@@ -232,7 +262,7 @@ class Campaign:
             if fault.act is crash_after_a_non_finite_step:
                 prepare_non_finite_step(scene, EVERY_STEPS)
         newest = [path.name for path in scene.sound_checkpoints()][-1:]
-        before = scene.step()
+        before, scene.saves_before = scene.step(), scene.unfinished_saves()
 
         def disturb(pids: list[int]) -> None:
             nonlocal expectation
@@ -245,26 +275,11 @@ class Campaign:
                     missed.append(fault.name)
                 except HungError as error:
                     problems.append(f"no end: {error}")
+                except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                    problems.append(f"{fault.name} could not be injected: {error!r}")
 
-        order = {
-            "name": "life",
-            "kind": "train",
-            "exit_with_code": True,
-            "data": str(self._world.data),
-            "tokenizer": str(self._world.tokenizer),
-            "run_dir": str(scene.run_dir),
-            "steps": self._steps,
-            "engine.micro_batch_rows": ROWS // scene.world,
-            "checkpoint.every_steps": EVERY_STEPS,
-            "engine.collective_timeout_s": self._collective_timeout_s,
-            "data.workers": max((fault.workers for fault in faults), default=0),
-            **scene.changes,
-        }
         began = time.monotonic()
-        logs = self._folder / "logs" / scene.run_dir.name / f"life{life:02d}"
-        launch = self._nursery.run(
-            logs, [order], world=scene.world, timeout_s=LIFE_S, while_running=disturb, grace_s=GRACE_S
-        )
+        codes, outputs = self._live(scene, faults, life, disturb)
         seconds = time.monotonic() - began
         for action in reversed(scene.clean_up):
             action()
@@ -276,12 +291,37 @@ class Campaign:
             missed=missed,
             start=before,
             end=scene.step(),
-            codes=launch.codes,
+            codes=codes,
             seconds=round(seconds, 1),
-            problems=problems,
+            problems=problems + scene.problems,
         )
-        self._judge(result, scene, expectation, launch.errors, newest)
+        self._judge(result, scene, expectation, outputs, newest)
+        self._bag += [fault for fault in faults if fault.name in missed]  # it gets another turn
         return result
+
+    def _live(
+        self, scene: Scene, faults: list[Fault], life: int, disturb: Callable[[list[int]], None]
+    ) -> tuple[list[int], list[str]]:
+        """Start the ranks, let `disturb` have their process ids, and wait for their end: exit statuses and output."""
+        order = {
+            "name": "life",
+            "kind": "train",
+            "exit_with_code": True,
+            "data": str(self._world.data),
+            "tokenizer": str(self._world.tokenizer),
+            "run_dir": str(scene.run_dir),
+            "steps": scene.steps,
+            "engine.micro_batch_rows": ROWS // scene.world,
+            "checkpoint.every_steps": EVERY_STEPS,
+            "engine.collective_timeout_s": self._collective_timeout_s,
+            "data.workers": max((fault.workers for fault in faults), default=0),
+            **scene.changes,
+        }
+        logs = self._folder / "logs" / scene.run_dir.name / f"life{life:02d}"
+        launch = self._nursery.run(
+            logs, [order], world=scene.world, timeout_s=LIFE_S, while_running=disturb, grace_s=GRACE_S
+        )
+        return launch.codes, launch.errors
 
     def _judge(self, life: Life, scene: Scene, expectation: Expectation, logs: list[str], newest: list[str]) -> None:
         """Whether a life ended as it should; adds to `life.problems`."""
@@ -290,29 +330,31 @@ class Campaign:
             # 0 is always right: a rank may be done before the fault reaches it, and a stop signal in the last step
             # leaves a finished run
             allowed = (-9, 0) if rank in expectation.killed else (*expectation.codes, 0)
+            allowed = expectation.codes if expectation.refused else allowed
             if code not in allowed:
                 life.problems.append(
                     f"rank {rank} ended with {code}, expected one of {allowed}; {last_line(logs[rank])}"
                 )
-        if life.seconds > LIFE_S:
-            life.problems.append(f"no end within {LIFE_S:.0f} s")
+        if life.seconds > self.life_s:
+            life.problems.append(f"no end within {self.life_s:.0f} s")
         if expectation.named and any(life.codes) and not re.search(expectation.named, output, re.IGNORECASE):
             life.problems.append(f"no rank's output names {expectation.named!r}: {last_line(output)}")
-        resumed = [event for event in list(scene.events())[scene.events_before :] if event["event"] == "resume"]
-        if resumed and (not newest or int(resumed[0]["step"]) != int(newest[0].removeprefix("step_"))):
-            life.problems.append(
-                f"resumed from step {resumed[0]['step']}, the newest complete checkpoint is {newest or 'none'}"
-            )
-        elif not resumed and newest and scene.begun():
-            life.problems.append(f"started from the beginning although {newest[0]} is complete")
+        # the first start of this life: a launch on several hosts may have made others, from checkpoints of this life
+        first = next((event for event in list(scene.events())[scene.events_before :] if event["event"] in BEGINS), None)
+        if first is not None:
+            began_at = int(first["step"]) if first["event"] == "resume" else 0
+            if began_at != (int(newest[0].removeprefix("step_")) if newest else 0):
+                life.problems.append(
+                    f"began after step {began_at}, the newest complete checkpoint is {newest or 'none'}"
+                )
         saved = [int(path.name.removeprefix("step_")) for path in scene.sound_checkpoints()]
-        if expectation.saved and any(life.codes) and life.end not in saved:
+        if expectation.saved and any(life.codes) and life.end and life.end not in saved:
             life.problems.append(f"stopped after step {life.end}, but the newest checkpoint is {saved[-1:] or 'none'}")
-        left = self._left_behind()
+        left = self._left_behind(scene)
         if left:
             life.problems.append(f"left behind: {left}")
 
-    def _left_behind(self) -> list[str]:
+    def _left_behind(self, scene: Scene) -> list[str]:
         """Processes of this campaign besides itself and its nursery, after a moment to go away."""
         deadline = time.monotonic() + 10.0
         while True:
@@ -337,7 +379,7 @@ class Campaign:
         problems = self.outcome.run_problems
         try:
             measured = metrics(run_dir)
-        except AssertionError as error:
+        except (AssertionError, FileNotFoundError) as error:
             problems.append(f"run {number}: {error}")
             return
         if measured.keys() != expected.keys():

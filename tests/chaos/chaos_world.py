@@ -51,6 +51,7 @@ def configuration(world: World, run_dir: Path, steps: int, **changes: object) ->
         "run_dir": run_dir,
         "tokenizer.path": world.tokenizer,
         "model.init_from": "null",
+        "model.init": "random",
         "data.root": world.data,
         "data.seq_len": 128,
         "data.workers": 0,

@@ -3,6 +3,7 @@ the life should end."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -31,15 +32,21 @@ class Fault:
     weight: int = 2
     workers: int = 0
     needs_small_disk: bool = False
+    needs: str = ""
+    """A part of the machine without which it is not possible: `clock`, `slow disk`, `packet loss`."""
+    restarts: bool = False
+    """On several hosts: the launch starts the ranks again by itself."""
+    overrides: tuple[str, ...] = ()
+    """On several hosts: configuration of the life that it happens in."""
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(running: bool, **settings):
+def fault(running: bool, into: dict[str, Fault] = FAULTS, **settings):
     def register(function: Callable[[Scene], Expectation]) -> Callable[[Scene], Expectation]:
         name = function.__name__
-        FAULTS[name] = Fault(name, function, running, **{"ends": running} | settings)
+        into[name] = Fault(name, function, running, **{"ends": running} | settings)
         return function
 
     return register
@@ -186,7 +193,7 @@ def stop_a_data_worker_for_good(scene: Scene) -> Expectation:
 def _stop_signal(scene: Scene, number: signal.Signals, ranks: list[int]) -> Expectation:
     scene.steps_on(0, 6)
     time.sleep(scene.rng.uniform(0, 0.4))
-    started = scene.begun()  # before training begins there is nothing to save, and the signal's own effect is right
+    started = scene.trained()  # before there may be nothing to save, and the signal's own effect is right
     scene.signal(ranks, number)
     return Expectation(codes=(128 + number,) if started else (128 + number, -number, *CRASH), saved=started)
 
@@ -364,9 +371,15 @@ def _fill(scene: Scene) -> None:
     assert scene.small_disk is not None
     filler = scene.small_disk / "filler"
     scene.clean_up.append(lambda: filler.unlink(missing_ok=True))
-    free = shutil.disk_usage(scene.small_disk).free
     with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, free - (64 << 10)))
+        for tries_left in reversed(range(100)):
+            free = shutil.disk_usage(scene.small_disk).free + os.fstat(file.fileno()).st_blocks * 512
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, free - (64 << 10)))
+                return
+            except OSError as error:  # the run has written meanwhile
+                if error.errno != errno.ENOSPC or not tries_left:
+                    raise
 
 
 @fault(running=True, needs_small_disk=True)
@@ -381,6 +394,7 @@ def make_the_disk_read_only(scene: Scene) -> Expectation:
         folder = scene.run_dir / "checkpoints"
         folder.mkdir(exist_ok=True)
         subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
-        scene.clean_up[-1] = lambda: subprocess.run(["umount", str(folder)], check=True)
+        scene.clean_up[-1] = lambda: subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        remount = ["mount", "-o", "remount,ro,bind", str(folder)]
+        scene.wait(lambda: subprocess.run(remount, capture_output=True).returncode == 0)  # busy while a save writes
     return Expectation(codes=(2, 4, 1), named="ead-only")

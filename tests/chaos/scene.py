@@ -3,6 +3,7 @@ it is doing: files only."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 120.0
-"""A life in which the awaited moment does not come within this time counts as hung."""
+BEGINS = ("start", "resume")
+"""Events, one of which a run writes when it begins."""
 
 
 class MissedError(Exception):
@@ -29,12 +31,13 @@ class HungError(AssertionError):
 class Expectation:
     """How a life should end. `codes`: exit statuses allowed for ranks that were not killed, besides 0 (none: the
     fault is survived within the life); `killed`: the ranks that were; `saved`: nothing may be lost, the last step is
-    in a checkpoint; `named`: a pattern of the cause that the ranks' output must hold."""
+    in a checkpoint; `named`: a pattern of the cause that the ranks' output must hold; `refused`: 0 is wrong, too."""
 
     codes: tuple[int, ...] = ()
     killed: tuple[int, ...] = ()
     saved: bool = False
     named: str = ""
+    refused: bool = False
 
 
 @dataclass
@@ -57,10 +60,16 @@ class Scene:
     """Checkpoints that were damaged and lie there still: their names, and the inodes of the folders."""
     events_before: int = 0
     """Events that earlier lives wrote."""
+    saves_before: set[tuple[str, int]] = field(default_factory=set)
+    """Unfinished saves that lay there when this life began."""
+    problems: list[str] = field(default_factory=list)
+    """What a fault saw itself in this life that does not hold."""
+    patience_s: float = PATIENCE_S
+    """A life in which the awaited moment does not come within this time counts as hung."""
 
     def new_life(self) -> None:
         """Forget what belonged to the life before."""
-        self.pids, self.changes, self.clean_up = [], {}, []
+        self.pids, self.changes, self.clean_up, self.problems = [], {}, [], []
         self.events_before = len(list(self.events()))
 
     def step(self) -> int:
@@ -78,7 +87,12 @@ class Scene:
 
     def begun(self) -> bool:
         """Whether this life is past its start: the signal handlers are installed and the data position is known."""
-        return any(event["event"] in ("start", "resume") for event in list(self.events())[self.events_before :])
+        return any(event["event"] in BEGINS for event in list(self.events())[self.events_before :])
+
+    def trained(self) -> bool:
+        """Whether this life has completed a step: before, a rank that gets a stop signal may have nothing to save."""
+        starts = [event["step"] for event in list(self.events())[self.events_before :] if event["event"] in BEGINS]
+        return bool(starts) and self.step() > starts[-1]
 
     def running(self) -> bool:
         """Whether every rank is alive (one that was killed, or has ended but is not reaped, is not)."""
@@ -86,12 +100,12 @@ class Scene:
 
     def wait(self, condition: Callable[[], bool], poll_s: float = 0.005) -> None:
         """Until `condition` holds; raises MissedError when a rank ends first, HungError when nothing comes."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while not condition():
             if not self.running():
                 raise MissedError
             if time.monotonic() > deadline:
-                raise HungError(f"waited {PATIENCE_S:.0f} s at step {self.step()}")
+                raise HungError(f"waited {self.patience_s:.0f} s at step {self.step()}")
             time.sleep(poll_s)
 
     def steps_on(self, low: int, high: int) -> None:
@@ -127,8 +141,16 @@ class Scene:
         return [path for path in self.complete_checkpoints() if self.harmed.get(path.name) != path.stat().st_ino]
 
     def saving(self) -> bool:
-        """Whether a save has begun and is not finished."""
-        return any((self.run_dir / "checkpoints").glob(".saving_*"))
+        """Whether this life has begun a save and not finished it."""
+        return bool(self.unfinished_saves() - self.saves_before)
+
+    def unfinished_saves(self) -> set[tuple[str, int]]:
+        """Names and times."""
+        saves = set()
+        for path in (self.run_dir / "checkpoints").glob(".saving_*"):
+            with contextlib.suppress(FileNotFoundError):
+                saves.add((path.name, path.stat().st_mtime_ns))
+        return saves
 
     def events(self) -> Iterator[dict[str, Any]]:
         try:

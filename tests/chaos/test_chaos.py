@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.campaign import Campaign
+from tests.chaos.host_faults import HOST_FAULTS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = (
@@ -63,9 +66,15 @@ def test_kinds_that_cannot_be_injected_here_are_named(campaign) -> None:
     assert impossible <= {"fill_the_disk"}
 
 
-def test_a_campaign_notices_a_run_that_lost_a_step_or_trained_other_rows(tmp_path) -> None:
-    from tests.chaos.campaign import Campaign
+def test_every_kind_of_fault_is_dealt_before_one_is_dealt_again(tmp_path) -> None:
+    chaos = Campaign(None, tmp_path, None, seed=3, small_disk=tmp_path, marker="x", known=HOST_FAULTS)
+    ending = [fault for fault in HOST_FAULTS.values() if fault.ends]
+    others = [fault for fault in HOST_FAULTS.values() if not fault.ends]
+    dealt = [chaos._next(possible) for possible in (ending, others) for _ in possible]
+    assert sorted(fault.name for fault in dealt) == sorted(HOST_FAULTS)
 
+
+def test_a_campaign_notices_a_run_that_lost_a_step_or_trained_other_rows(tmp_path) -> None:
     lines = [{"step": n, "loss/total": 5.0 - n, "data/rows_digest": 100.0 + n} for n in (1, 2, 3)]
 
     def problems(entries: list[dict], *, same_world: bool = True) -> list[str]:

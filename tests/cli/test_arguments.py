@@ -25,9 +25,12 @@ def test_a_whole_number_has_a_lowest_value_and_no_fraction() -> None:
 
 def test_a_launch_has_the_options_that_its_command_was_given_and_the_defaults_of_the_others() -> None:
     arguments = parse(["launch", "a.yaml", "--hostfile", "h", "--exclude", "n2", "--grace", "7", "--patience", "5"])
-    assert launch_options(arguments) == LaunchOptions(hostfile=Path("h"), exclude="n2", grace_s=7, patience_s=5)
+    expected = LaunchOptions(hostfile=Path("h"), exclude="n2", grace_s=7, patience_s=5, choose_port=True)
+    assert launch_options(arguments) == expected
     arguments = parse(["data", "encode-images", "a.yaml", "--hostfile", "h", "--dry-run"])
-    assert launch_options(arguments) == LaunchOptions(hostfile=Path("h"), dry_run=True)
+    assert launch_options(arguments) == LaunchOptions(hostfile=Path("h"), dry_run=True, choose_port=True)
+    arguments = parse(["launch", "a.yaml", "--hostfile", "h", "--master-port", "29500"])
+    assert launch_options(arguments) == LaunchOptions(hostfile=Path("h")), "a port that was given is meant"
 
 
 def test_a_command_has_its_own_help_and_its_shared_arguments(capsys: pytest.CaptureFixture[str]) -> None:

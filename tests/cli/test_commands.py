@@ -15,6 +15,7 @@ import pytest
 from jp_train.cli import (
     ask_command,
     check_command,
+    config_command,
     data_command,
     data_encode_images,
     data_explain,
@@ -27,6 +28,7 @@ from jp_train.cli import (
     forecast_command,
     generate_command,
     import_command,
+    init_command,
     launch_command,
     main,
     preflight_command,
@@ -36,9 +38,10 @@ from jp_train.cli import (
 )
 
 COMMANDS: dict[str, ModuleType] = {
-    "ask": ask_command, "check": check_command, "export": export_command, "forecast": forecast_command,
-    "generate": generate_command, "import": import_command, "launch": launch_command, "preflight": preflight_command,
-    "report": report_command, "status": status_command, "train": train_command,
+    "ask": ask_command, "check": check_command, "config": config_command, "export": export_command,
+    "forecast": forecast_command, "generate": generate_command, "import": import_command, "init": init_command,
+    "launch": launch_command,
+    "preflight": preflight_command, "report": report_command, "status": status_command, "train": train_command,
     "data encode-images": data_encode_images, "data explain": data_explain, "data import": data_import,
     "data index": data_index, "data inspect": data_inspect, "data simulate": data_simulate, "data verify": data_verify,
 }  # fmt: skip
@@ -96,7 +99,7 @@ def test_the_parser_accepts_every_example_of_the_help_for_the_command_that_it_na
     [
         ("train a.yaml seed=3", {"config": Path("a.yaml"), "overrides": ["seed=3"]}),
         ("check a.yaml", {"hostfile": None, "config_only": False, "json": False}),
-        ("launch a.yaml --hostfile h", {"master_port": 29500, "launcher": "pdsh", "max_restarts": 0, "grace_s": 600.0}),
+        ("launch a.yaml --hostfile h", {"master_port": None, "launcher": "pdsh", "max_restarts": 0, "grace_s": 600.0}),
         ("launch a.yaml --hostfile h --patience 5", {"patience_s": 5.0, "dry_run": False, "skip_preflight": False}),
         ("preflight --hostfile h", {"config": None, "timeout": 10.0, "skip": ""}),
         ("forecast a.yaml --world 64", {"world": 64, "gpu": "a100-40gb", "hardware": []}),

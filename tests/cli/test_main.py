@@ -111,11 +111,21 @@ def test_check_reads_tokenizer_weights_and_shards_and_counts_epochs(small_world,
     assert generated == pytest.approx(steps * batch * 3 / 4, rel=1e-6)
 
 
-def test_check_names_weights_that_do_not_fit(small_world, capsys):
-    code = main(["check", "examples/smoke/stage1.yaml", *small_world.overrides, "model.language.layers=5", "--json"])
-    problems = json.loads(capsys.readouterr().out)["problems"]
-    assert code == 2
-    assert "layers.4" in problems[0] and "missing" in problems[0]
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ("model.language.heads=8", 4, "num_attention_heads is 4, ours 8 (model.language.heads=4)"),
+        ("model.init_from=null", 2, "language_model, vision_model, gen_vision_model: frozen and without weights"),
+    ],
+)
+def test_starting_weights_that_do_not_fit_stop_check_and_training_alike(
+    small_world, tmp_path, command, change, code, message
+):
+    words = [command, "examples/smoke/stage1.yaml", *small_world.overrides, f"run_dir={tmp_path / 'run'}", change]
+    done = subprocess.run([sys.executable, "-m", "jp_train", *words], capture_output=True, text=True, check=False)
+    assert message in (done.stdout if command == "check" else done.stderr)
+    assert done.returncode == code and "Traceback" not in done.stderr
 
 
 def test_data_index_counts_every_sample_once(small_world, capsys):
@@ -170,7 +180,22 @@ def test_generate_writes_images_and_ask_reads_one(small_world, tmp_path, capsys)
     capsys.readouterr()
     silent = ["--question", "?", "--max-new-tokens", "0"]
     assert main(["ask", "--model", model, "--image", files[0], *silent]) == 0
-    assert capsys.readouterr().out == "(the model answered nothing)\n"
-    assert main(["ask", "--model", model, "--image", str(tmp_path / "absent.png"), "--question", "?"]) == 3
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("\n", "(the model answered nothing)\n")
+    absent = str(tmp_path / "absent.png")
+    assert main(["ask", "--model", model, "--image", absent, "--question", "?"]) == 3
+    assert main(["ask", "--model", model, "--image", str(tmp_path), "--question", "?"]) == 3
+    assert f"--image {tmp_path}: is a folder" in capsys.readouterr().err
+    assert main(["ask", "--model", model, "--image", absent, "--image", files[0], *silent]) == 3
+    assert main(["ask", "--model", model, "--image", files[0], __file__, *silent]) == 3
+    assert f"image {__file__}: " in capsys.readouterr().err
+    both = ["ask", "--model", model, "--image", *files, "--max-new-tokens", "0", "--question"]
+    assert main([*both, "Is <image> larger than <image>?"]) == main([*both, "Which is larger?"]) == 0
+    capsys.readouterr()
+    assert main([*both, "Is <image> larger?"]) == 2
+    assert (
+        "'Is <image> larger?': 1 <image> for 2 images (1 in question 1); give one for each" in capsys.readouterr().err
+    )
     assert main(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 4
     assert main(["generate", "--model", model, "--prompt", "x", "--out", "picture.bmp"]) == 2
+    assert main(["generate", "--model", model, "--prompt", "x", "--out", "/proc/absent/picture.png"]) == 2

@@ -63,6 +63,17 @@ def test_launch_dry_run_imports_nothing_heavy() -> None:
     assert imported_by("launch", LAUNCH, "--hostfile", HOSTFILE, "--dry-run") == (0, set())
 
 
+def test_a_launch_that_cannot_start_is_answered_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    hostfile = str(ROOT / "hostfiles" / "local")
+    absent = [f"{key}={tmp_path / 'absent'}" for key in ("model.init_from", "tokenizer.path")]
+    assert imported_by("launch", STAGE1, "--hostfile", hostfile, *absent) == (2, set())
+
+
+@pytest.mark.parametrize("arguments", [(LAUNCH,), ("--keys",), ("--presets",)], ids=["CONFIG", "keys", "presets"])
+def test_the_resolved_configuration_keys_and_presets_are_shown_without_anything_heavy(arguments: tuple[str]) -> None:
+    assert imported_by("config", *arguments) == (0, set())
+
+
 def test_a_forecast_imports_nothing_heavy() -> None:
     assert imported_by("forecast", LAUNCH, "--hostfile", HOSTFILE) == (0, set())
 

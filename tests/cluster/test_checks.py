@@ -36,7 +36,8 @@ def test_no_check_of_the_facts_finds_a_fault_in_equal_hosts_and_each_sees_the_ho
     healthy = faulty()
     assert healthy.pop("devices") == {"b2", "c3"}, "planted hosts have one name and address: one machine"
     assert healthy == {name: set() for name in ("versions", "code", "config", "disk", "jobs", "locks")}
-    lock, job = {"path": "/e/lock", "age_s": 9e9}, {"launch": "L", "pid": 1, "command": "x", "runner": False}
+    lock = {"path": "/e/lock", "age_s": 9e9}
+    job = {"launch": "L", "pid": 1, "command": "x", "runner": False, "user": "u", "own": True, "run_dir": "/r"}
     full = {"path": "/r", "there": "/r", "free": 0, "size": 1, "device": 1}
     answers.facts = cluster(
         b2={

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import pwd
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from jp_train.cluster import facts
+from jp_train.cluster.command import LOGS
 from jp_train.run.lock import LAUNCH_ID
 
 
@@ -161,7 +163,7 @@ def test_locks_of_both_layouts_are_found_with_their_age(tmp_path: Path) -> None:
 
 def test_jobs_are_found_by_the_mark_of_their_launch_and_our_own_are_left_out() -> None:
     mark = f"test{os.getpid()}"
-    job = subprocess.Popen(["sleep", "60"], env={**os.environ, LAUNCH_ID: mark})
+    job = subprocess.Popen(["sleep", "60"], env={**os.environ, LAUNCH_ID: mark, LOGS: f"/runs/a/logs/{mark}"})
     runner = subprocess.Popen(
         [sys.executable, "-c", "input()", "deepspeed.launcher.runner"],
         env={**os.environ, LAUNCH_ID: mark},
@@ -175,6 +177,9 @@ def test_jobs_are_found_by_the_mark_of_their_launch_and_our_own_are_left_out() -
             time.sleep(0.05)
         assert [(j["pid"], j["runner"]) for j in jobs] == sorted([(job.pid, False), (runner.pid, True)])
         assert jobs[0]["command"] == "sleep 60"
+        assert [j["run_dir"] for j in jobs] == ["/runs/a", ""]
+        me = {"user": pwd.getpwuid(os.geteuid()).pw_name, "own": os.geteuid() != 0}
+        assert all(j | me == j for j in jobs)
         assert not [j for j in facts.launched_jobs([mark]) if j["launch"] == mark]
     finally:
         for process in (job, runner):
@@ -208,3 +213,11 @@ def test_a_file_that_appears_late_is_waited_for(tmp_path: Path) -> None:
     late = subprocess.Popen(["sh", "-c", f"sleep 0.6; printf word > '{tmp_path}/nonce'"])
     assert facts.has_marker(tmp_path, "nonce", "word", wait_s=20)
     late.wait()
+
+
+def test_a_folder_for_the_index_is_looked_at_in_place_of_the_cache(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("preset: janus_pro_1b/stage2\ndata: {index_dir: index}\n")
+    assert facts.Query(config=str(config)).folders()["index cache"] == os.path.abspath("index")
+    plain = facts.Query(config=str(config), overrides=("data.index_dir=''",))
+    assert plain.folders()["index cache"].endswith("jp_train")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from jp_train.cluster.findings import Fault, Report, gib, rate_text
 
 
@@ -59,6 +61,23 @@ def test_hosts_that_failed_after_different_times_with_the_same_error_are_one_ent
     assert table.count("FAULT") == 1 and "node01, node02, node03 (3 hosts; what follows is of node01)" in table
     other = [*faults, Fault("node04", "ssh", "connection refused after 0.1 s", "correct the name")]
     assert report(other).table().count("FAULT") == 2, "another cause stays an entry of its own"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "no answer after 5.0 s: ssh: connect to host 10.0.3.{} port 22: Connection timed out",
+        "no route after 3.1 s: ssh: connect to host fe80::1:{}%eth0 port 22: No route to host",
+        "does not reach the rendezvous on node01: [2001:db8::{}]:29500 timed out",
+        "no other host reaches it: 192.168.7.{}:41{}17: connection refused",
+    ],
+)
+def test_hosts_whose_errors_differ_in_their_addresses_only_are_one_entry(error: str) -> None:
+    faults = [Fault(f"node{n:02}", "ssh", error.replace("{}", str(n)), "open the port") for n in (2, 3, 4)]
+    table = report(faults).table()
+    assert table.count("FAULT") == 1 and "node02, node03, node04 (3 hosts; what follows is of node02)" in table
+    versions = [Fault(f"node{n:02}", "versions", f"nccl 2.27.3.{n}, but none on 1", "install it") for n in (2, 3)]
+    assert report(versions).table().count("FAULT") == 2, "a version is no address"
 
 
 def test_only_faults_decide_the_exit_code() -> None:

@@ -175,6 +175,15 @@ def test_torch_that_sees_fewer_gpus_than_there_are_is_a_fault_and_so_is_another_
     assert "nccl of torch runs as 2.20.0" in faults[0].message and "can use 0 of 8 GPUs" in faults[1].message
 
 
+def test_selected_gpus_on_which_torch_can_make_no_tensor_are_one_fault_with_its_reason() -> None:
+    old = "The NVIDIA driver on your system is too old"
+    build = {"version": "2.13.0", "cuda": "13.0", "nccl": "2.27.5", "devices": 8}
+    torch = {"a1": build, "b2": build | {"broken": {str(device): old for device in range(8)}}, "c3": build}
+    fault = only(host_checks.check_gpus_work(given(torch=torch, facts=cluster(), selection={"b2": (2, 3)})))
+    assert (fault.host, fault.check, fault.warning) == ("b2", "devices", False)
+    assert f"GPUs 2, 3: {old}" in fault.message and "--exclude b2:2,3" in fault.remedy
+
+
 def test_a_job_that_was_given_a_part_of_a_hosts_gpus_is_warned_and_may_run() -> None:
     torch = {name: {"version": "2.13.0", "cuda": "12.6", "nccl": "2.27.5", "devices": 4} for name in HOSTS}
     selection = {"a1": (0, 1), "b2": range(4), "c3": range(5)}
@@ -358,8 +367,9 @@ def test_another_index_is_a_fault_and_none_at_all_a_warning() -> None:
 # -- what is left, ports, reach --------------------------------------------------------------------
 
 
-def job(launch: str, *, runner: bool = False) -> dict[str, Any]:
-    return {"launch": launch, "pid": 7, "command": "python -u train", "runner": runner}
+def job(launch: str, *, runner: bool = False, own: bool = True, run_dir: str = "/runs/a") -> dict[str, Any]:
+    whose = {"user": "ada", "own": own, "run_dir": run_dir}
+    return {"launch": launch, "pid": 7, "command": "python -u train", "runner": runner, **whose}
 
 
 def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warning_while_it_lives() -> None:
@@ -379,6 +389,24 @@ def test_processes_of_a_launch_are_a_fault_when_its_launcher_is_gone_and_a_warni
     assert hosts_and_warnings(host_checks.check_jobs(given(facts=dead, local=True))) == [("b2", True)]
     other = only(host_checks.check_jobs(given(facts=cluster(b2={"jobs": [job("preflight-0a1b")]}))))
     assert other.warning and "another preflight" in other.message and "kill" not in other.remedy
+
+
+@pytest.mark.parametrize(
+    ("own", "run_dir", "ends_with"),
+    [
+        (True, "/runs/b", "ssh b2 kill -9 7   (they are yours, ada's; if nobody trains there)"),
+        (False, "/runs/a", "ssh b2 kill -9 7   (they are of this run folder; if nobody trains there)"),
+        (False, "/runs/b", "not of this run, perhaps another person's: ask whose they are (processes 7)"),
+        (False, "", "not of this run, perhaps another person's: ask whose they are (processes 7)"),
+    ],
+)
+def test_how_to_kill_is_said_of_our_own_processes_only(own: bool, run_dir: str, ends_with: str) -> None:
+    left = cluster(b2={"jobs": [job("L1", own=own, run_dir=run_dir)]})
+    fault = only(host_checks.check_jobs(given(facts=left, run_dir="/runs/a")))
+    assert fault.remedy == ends_with
+    assert f"launch L1{' in ' * bool(run_dir)}{run_dir}, of user ada (python" in fault.message
+    without_config = only(host_checks.check_jobs(given(facts=left)))
+    assert ("kill" in without_config.remedy) == own
 
 
 def test_an_old_lock_is_a_fault_and_a_young_one_may_be_a_build() -> None:

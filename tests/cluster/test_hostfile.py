@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jp_train.cluster.hostfile import Host, parse_hostfile, runs_locally, select_slots, world_size
+from jp_train.cluster.options import filter_text, ranks_of
 from jp_train.errors import ConfigError, LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +38,25 @@ def test_a_hostfile_gives_its_hosts_in_order(tmp_path: Path) -> None:
         ("node1 slots=8 gpus=8", "slots=N"),
         ("node1:8", "slots=N"),
         ("node1 slots=0", "0 slots"),
+        ("node1 slots=800", "1 to 64"),
+        ("node1 slots=8x", "slots=N"),
         ("good slots=4", "already on line 2"),
+        ("me@Good slots=4", "already on line 2"),
+        ("node[1-3,2] slots=4", "already on line 3"),
+        ("node[3-1] slots=4", "no list of numbers"),
+        ("node[1-] slots=4", "no list of numbers"),
+        ("node[0-99999999] slots=4", "more than 4096 hosts"),
+        ("r[0-99]n[0-99] slots=4", "more than 4096 hosts"),
+        ("node[a-b] slots=4", "characters"),
         ("a;reboot slots=8", "a;reboot"),
         ("$(id) slots=8", "characters"),
         ("-oProxyCommand=x slots=8", "characters"),
         ("a,b slots=8", "characters"),
-        ("user@host slots=8", "characters"),
+        ("user@-oProxyCommand=x slots=8", "characters"),
+        ("-l@host slots=8", "characters"),
+        ("a@b@c slots=8", "characters"),
+        ("[$(id)::1] slots=8", "characters"),
+        ("node1:22 slots=8", "characters"),
         ("nöde slots=8", "characters"),
     ],
 )
@@ -50,6 +64,21 @@ def test_a_bad_line_is_rejected_with_its_number_and_its_text(tmp_path: Path, lin
     with pytest.raises(LaunchError) as caught:
         parse_hostfile(write_hostfile(tmp_path, f"# hosts\ngood slots=8\n{line}\n"))
     assert "line 3" in str(caught.value) and complaint in str(caught.value)
+
+
+def test_a_host_may_have_a_user_or_an_ipv6_address_and_a_range_stands_for_its_hosts(tmp_path: Path) -> None:
+    text = "me@node[08-10,1] slots=4\n[fd00::1] slots=2\nfd00::2 slots=2\nr[1-2]n[1-2] slots=1\n"
+    hosts = parse_hostfile(write_hostfile(tmp_path, text))
+    names = ["me@node08", "me@node09", "me@node10", "me@node1", "fd00::1", "fd00::2", "r1n1", "r1n2", "r2n1", "r2n2"]
+    assert [host.name for host in hosts] == names and world_size(select_slots(hosts)) == 24
+    kept = select_slots(hosts, include="me@node[08-09]:3,1@fd00::1@[fd00::2]:0@r1n[1-2]@me@node1")
+    assert kept == {
+        "me@node08": (1, 3), "me@node09": (1, 3), "me@node1": (0, 1, 2, 3), "fd00::1": (0, 1), "fd00::2": (0,),
+        "r1n1": (0,), "r1n2": (0,),
+    }  # fmt: skip
+    assert select_slots(hosts, include=filter_text(kept)) == kept
+    assert ranks_of(filter_text(kept))[:2] == [("me@node08", 1), ("me@node08", 3)]
+    assert [host for host, _ in ranks_of(filter_text(kept))] == [host for host, slots in kept.items() for _ in slots]
 
 
 def test_a_missing_or_empty_hostfile_is_an_error_and_never_a_local_run(tmp_path: Path) -> None:

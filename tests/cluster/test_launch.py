@@ -90,9 +90,9 @@ def test_a_dry_run_prints_arithmetic_and_command_and_starts_nothing(
     assert (
         "128 ranks on 16 hosts" in text and "512 rows a step = 1 micro-batch rows x 4 accumulation x 128 ranks" in text
     )
-    assert "deepspeed.launcher.runner" in text and "seed=3" in text
+    assert "-m deepspeed.launcher.launch" in text and "seed=3" in text
     with pytest.raises(ConfigError, match="100"):
-        launch(config, [], LaunchOptions(hostfile=write_hostfile(tmp_path, "node1 slots=100\n"), dry_run=True))
+        launch(config, [], LaunchOptions(hostfile=write_hostfile(tmp_path, "node[1-2] slots=50\n"), dry_run=True))
 
 
 def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
@@ -100,7 +100,8 @@ def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         with pytest.raises(LaunchError, match="--master-port"):
-            options = LaunchOptions(hostfile=ROOT / "hostfiles" / "local", master_port=busy.getsockname()[1])
+            port = busy.getsockname()[1]
+            options = LaunchOptions(hostfile=ROOT / "hostfiles" / "local", master_port=port, skip_preflight=True)
             launch(ROOT / "examples" / "smoke" / "stage1.yaml", [f"run_dir={tmp_path / 'run'}"], options)
 
 
@@ -211,25 +212,45 @@ def test_a_failing_rank_ends_the_run_with_its_code_and_leaves_the_handlers_as_th
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_one_local_host_is_examined_too_and_its_table_printed_only_with_a_fault(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(stand_in)
+    (stand_in / "mode").write_text("fail")
+    (stand_in / "drawn.tar").write_bytes(b"no tar" * 1000)
+    hostfile = write_hostfile(stand_in, "localhost slots=2\n")
+    data = ["data.sources={drawn: {kind: generation, shards: drawn.tar}}", "stage.mixture.understanding=0"]
+    with pytest.raises(LaunchError, match="preflight found 1 faults .*localhost: source drawn: shard .*drawn.tar"):
+        launch(stand_in / "run.yaml", data, LaunchOptions(hostfile=hostfile, master_port=free_port()))
+    assert "FAULT  localhost  data: source drawn" in capfd.readouterr().err
+    assert not (stand_in / "rank0.json").exists()
+    assert launch(stand_in / "run.yaml", [], LaunchOptions(hostfile=hostfile, master_port=free_port())) == 3
+    assert "free  clock" not in capfd.readouterr().err
+
+
 def test_remote_ranks_get_their_arguments_unchanged_and_one_stop_signal(stand_in: Path) -> None:
     programs = stand_in / "bin"
     programs.mkdir()
     for name, text in (("pdsh", PDSH.format(python=sys.executable)), ("ssh", SSH)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    overrides = ["data.root=a {b,c} \"d\" 'e' * ~", "data.system_prompt=$(id)`id`;&|<>*{1..3}[x]\"'!#", "seed=3"]
+    overrides = [
+        "data.root=a {b,c} \"d\" 'e' * ~ $HOME \\",
+        "data.system_prompt=$(id)`id`;&|<>*{1..3}[x]\"'!#",
+        "seed=3",
+    ]
     env = {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "WANDB_API_KEY": "s3cret",
         "WANDB_MODE": "offline",
-        "JP_TRAIN_NOTE": "two words",
+        "JP_TRAIN_NOTE": "two $words ^`(",
     }
     running = start(stand_in, "alpha slots=1\nbeta slots=1\n", overrides, **env)
     ranks = ranks_started(stand_in, running)
     assert [rank["argv"][2:] for rank in ranks] == [overrides] * 2
     assert [(r["env"]["RANK"], r["env"]["LOCAL_RANK"]) for r in ranks] == [("0", "0"), ("1", "0")]
     assert all(
-        rank["env"]["JP_TRAIN_NOTE"] == "two words"
+        rank["env"]["JP_TRAIN_NOTE"] == "two $words ^`("
         and re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", rank["env"]["JP_TRAIN_LAUNCH_ID"])
         for rank in ranks
     )

@@ -102,18 +102,25 @@ def test_a_wrong_call_is_a_config_error_before_any_host_is_asked(tmp_path: Path)
         preflight(LaunchOptions(hostfile=tmp_path / "nothere"))
 
 
-def test_the_probes_get_what_the_ranks_get_and_no_secret() -> None:
+def test_the_probes_get_what_the_ranks_get_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("NCCL_IB_HCA=^mlx5_0\n")
     given = {
-        "NCCL_SOCKET_IFNAME": "eth0",
+        "NCCL_SOCKET_IFNAME": "^lo,docker0",
         "GLOO_SOCKET_IFNAME": "eth1",
         "WANDB_API_KEY": "s3cret",
         "PYTHONPATH": "/a b",
-        "HOME": "/root",
+        "HOME": str(tmp_path),
         "NCCL_TOKEN": "x",
+        "EDITOR": "vi",
     }
-    env = probe_environment(given)
+    options = LaunchOptions(hostfile=tmp_path, env=["EDITOR"])
+    assert probe_environment(given, options, local=True) == {"OMP_NUM_THREADS": "1"}
+    env = probe_environment(given, options, local=False)
     assert env == {
-        "NCCL_SOCKET_IFNAME": "eth0",
+        "EDITOR": "vi",
+        "NCCL_IB_HCA": "^mlx5_0",
+        "NCCL_SOCKET_IFNAME": "^lo,docker0",
         "GLOO_SOCKET_IFNAME": "eth1",
         "PYTHONPATH": "/a b",
         "OMP_NUM_THREADS": "1",

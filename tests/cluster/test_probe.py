@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from jp_train.cluster.probe import Probe
+from jp_train.data.stores import StoreRanges
 from tests.cluster.test_conversation import talk
+from tests.data.data_samples import text_samples, write_shard
+from tests.data.store_server import BUCKET, StoreServer
 
 PROBE = [sys.executable, "-m", "jp_train.cluster.probe"]
 
@@ -84,3 +87,24 @@ def test_a_question_that_fails_there_is_an_error_and_not_the_end(ask: str) -> No
     with talk(PROBE, ("a",)) as conversation:
         assert "KeyError" in conversation.ask({"a": {"ask": ask}}, timeout_s=30, what="x")["a"]["error"]
         assert "answer" in conversation.ask({"a": {"ask": "clock"}}, timeout_s=30, what="x")["a"]
+
+
+def test_a_probe_reads_the_data_of_a_store_with_the_credentials_of_its_question(
+    store: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", text_samples(3))
+    StoreRanges().write(shard, f"s3://{BUCKET}/probed/a.tar")
+    config = tmp_path / "run.yaml"
+    source = f"{{kind: text, shards: 's3://{BUCKET}/probed/*.tar'}}"
+    mixture = "{understanding: 0, text: 1, generation: 0}"
+    config.write_text(
+        f"preset: janus_pro_1b/stage2\ndata: {{sources: {{texts: {source}}}}}\nstage: {{mixture: {mixture}}}\n"
+    )
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    credentials = {name: os.environ[name] for name in names}
+    for name in names:
+        monkeypatch.delenv(name)
+    question = {"config": str(config), "overrides": [], "number": 0}
+    assert "no credentials" in Probe().data(question)["sources"]["texts"]["error"]
+    facts = Probe().data({**question, "credentials": credentials})["sources"]["texts"]
+    assert facts["shards"] == 1 and facts["read"] > 0 and "error" not in facts

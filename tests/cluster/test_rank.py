@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jp_train.cluster.rank import Log, rank_environment
+from jp_train.cluster.rank import Log, gpu_settings, rank_environment
 from jp_train.cluster.records import RankRecord, culprits, log_path, new_launch_id, open_logs, read_records
 from jp_train.cluster.signals import rank_processes
 from jp_train.errors import LaunchError
@@ -172,6 +172,16 @@ def test_the_logs_of_the_oldest_launches_are_removed_and_nothing_else(tmp_path: 
     assert len(kept) == 21 and "mine" in kept and new.name in kept and kept[0] == "20260101-000006-0123abcd"
 
 
+def test_a_clock_that_was_set_back_costs_no_launch_its_new_logs(tmp_path: Path) -> None:
+    for number in range(25):
+        folder = tmp_path / "logs" / f"20990101-0000{number:02d}-0123abcd"
+        folder.mkdir(parents=True)
+        os.utime(folder, (1000 + number,) * 2)
+    first, second = (open_logs(tmp_path, new_launch_id()) for _ in range(2))
+    assert first.is_dir() and second.is_dir()
+    assert min(path.name for path in (tmp_path / "logs").glob("2099*")) == "20990101-000007-0123abcd"
+
+
 def test_torn_and_foreign_records_are_left_out(tmp_path: Path) -> None:
     RankRecord(3, "node1", 0, 17, 1.0).write(tmp_path)
     (tmp_path / "node2_rank1.json").write_text('{"rank": 1')
@@ -205,6 +215,18 @@ def test_a_rank_learns_its_number_from_open_mpi_or_slurm(numbering: dict[str, st
     )
 
 
+def test_torch_and_nccl_are_set_up_for_gpus_where_the_user_has_not() -> None:
+    settings = gpu_settings({"JP_TRAIN_LOGS": "/runs/a/logs/20261122-101500-5ac1f00d"})
+    assert settings == {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": "/runs/a/stacks/nccl_rank_",
+    }
+    theirs = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512", "TORCH_FR_BUFFER_SIZE": "0"}
+    assert gpu_settings(theirs) == {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
+
 def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_rejected() -> None:
     env = {
         "SLURM_PROCID": "0",
@@ -219,3 +241,14 @@ def test_a_rank_that_slurm_has_put_on_another_host_than_the_hostfile_is_rejected
         rank_environment(env | {"SLURM_NTASKS": "3"})
     with pytest.raises(LaunchError, match="jp-train launch"):
         rank_environment({"JP_TRAIN_WORLD": "node2:0"})
+
+
+def test_what_pythons_resource_tracker_says_after_a_kill_is_logged_but_no_last_words(program: Path) -> None:
+    text = (
+        "import multiprocessing, os, signal, sys; lock = multiprocessing.get_context('spawn').Lock()\n"
+        "print('about to end', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert start(program, text).wait(60) == -signal.SIGKILL
+    (record,) = read_records(program / "logs")
+    assert "leaked semaphore" in (program / "logs" / "node1_rank0.log").read_text()
+    assert record.tail == ["about to end"]

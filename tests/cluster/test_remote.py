@@ -53,10 +53,17 @@ def test_the_remote_command_runs_in_the_folder_with_the_variables(tmp_path: Path
     assert done.stdout.splitlines() == ["x y", str(tmp_path)]
 
 
-@pytest.mark.parametrize("name", ["-oProxyCommand=id", "a b", "a;b", "", "a$(id)", "user@host", "a\n"])
+@pytest.mark.parametrize("name", ["-oProxyCommand=id", "a b", "a;b", "", "a$(id)", "me@-oX", "a@b@c", "a\n"])
 def test_a_host_name_that_could_be_an_option_or_shell_text_is_rejected(name: str) -> None:
-    with pytest.raises(LaunchError, match="characters other than"):
+    with pytest.raises(LaunchError, match="is none"):
         command_for(name, ["true"])
+
+
+def test_words_for_ssh_come_before_ours_and_a_user_and_an_ipv6_address_are_hosts() -> None:
+    for host in ("me@node1", "fd00::1"):
+        command = command_for(host, ["true"], ssh_args=["-p", "2222", "-o", "BatchMode=no"])
+        assert command[:6] == ["ssh", "-T", "-p", "2222", "-o", "BatchMode=no"]
+        assert command[-3:] == ["--", host, "exec true"]
 
 
 def test_a_variable_that_is_no_name_is_rejected() -> None:

@@ -19,9 +19,8 @@ from jp_train.cluster.supervision import Verdict
 
 
 def ended(rank: int, code: int | None, *, at: float = 1.0, reason: str = "", host: str = "") -> RankRecord:
-    return RankRecord(
-        rank, host or f"node{rank}", 0, 100 + rank, 0.0, code, None if code is None else at, reason, ["last words"]
-    )
+    tail = ["what all say", f"last words of {rank}"]
+    return RankRecord(rank, host or f"node{rank}", 0, 100 + rank, 0.0, code, None if code is None else at, reason, tail)
 
 
 def test_the_hosts_that_go_on_are_the_most_slots_that_fit_and_their_order_is_kept() -> None:
@@ -53,7 +52,10 @@ def test_a_killed_rank_is_the_cause_although_others_ended_before_it_was_written_
         and "SIGKILL" in outcome.cause
     )
     lines = explain(records, 4)
-    assert lines[0].startswith("rank 2 on node2") and lines[-1] == "[node2 rank 2] last words"
+    assert lines[0].startswith("rank 2 on node2")
+    assert [line for line in lines if line.startswith("[")] == ["[node2 rank 2] last words of 2"], (
+        "what rank 0 said, too, is on the terminal already"
+    )
 
 
 STUCK = Ending(-9, Verdict("rank 1 did not end"))
@@ -136,22 +138,43 @@ def test_the_time_lost_is_work_since_the_checkpoint_and_the_time_without_progres
     last = standing(tmp_path)
     assert (last.step, last.checkpoint_step, last.state) == (47, 40, "failed")
     hosts = {"a": (0, 1), "b": (0, 1), "c": (0, 1)}
-    restart = plan_restart(1, 3, "why", hosts, {"a": (0, 1), "b": (0, 1)}, {"b": (0, 1)}, last, began=500.0, now=1090.0)
+    restart = plan_restart(1, 3, "why", hosts, {"a": (0, 1), "b": (0, 1)}, {"b": (0, 1)}, last, down_s=90.0)
     assert (restart.lost_steps, restart.lost_steps_s, restart.down_s) == (7, 21.0, 90.0)
     assert (restart.left_out, restart.ranks_before, restart.ranks, restart.resumes_at_step) == (["a", "c"], 4, 2, 40)
-    assert plan_restart(2, 3, "why", hosts, hosts, hosts, last, began=1010.0, now=1090.0).down_s == 80.0, (
-        "the second start never got to a step"
+
+    now = [5.0]
+    progress = Progress(tmp_path, restart, clock=lambda: now[0])
+    (tmp_path / "status.json").write_text(json.dumps({"state": "starting", "updated": 3.0}))
+    now[0] = 20.0
+    assert progress.look() is None and progress.moved
+    now[0] = 30.0
+    write_status(tmp_path, 41, updated=-86400.0)
+    assert progress.look() == {"step": 41, "start_s": 25.0, "lost_s": 136.0}
+    assert progress.look() is None, "told once"
+
+
+def write_status(run_dir: Path, step: int, *, updated: float, state: str = "running") -> None:
+    """`updated`: by the clock of another host, whatever that says."""
+    (run_dir / "status.json").write_text(
+        json.dumps({"state": state, "step": step, "step_s": 3.0, "updated": updated, "reason": "E: x"})
     )
 
-    progress = Progress(tmp_path, restart, began=1095.0)
-    assert progress.look() is None
-    progress._next_look = 0.0
-    (tmp_path / "status.json").write_text(
-        json.dumps({"state": "running", "step": 41, "step_s": 3.0, "updated": 1120.0})
-    )
-    assert progress.look() == {"step": 41, "start_s": 25.0, "lost_s": 136.0}
-    progress._next_look = 0.0
-    assert progress.look() is None, "told once"
+
+@pytest.mark.parametrize("wrong_by_s", [-86400.0, 0.0, 86400.0])
+def test_what_a_start_made_of_the_run_is_known_whatever_the_clock_of_rank_0_says(tmp_path, wrong_by_s) -> None:
+    write_status(tmp_path, 40, updated=1000.0, state="failed")
+    now = [500.0]
+    progress = Progress(tmp_path, clock=lambda: now[0])
+    now[0] = 560.0
+    assert progress.look() is None and not progress.moved, "what stands there is the start's before"
+    assert progress.quiet_s == 60.0
+    write_status(tmp_path, 43, updated=1060.0 + wrong_by_s)
+    now[0] = 570.0
+    assert (progress.now().step, progress.moved) == (43, True)
+    now[0] = 600.0
+    assert progress.look() is None and progress.quiet_s == 30.0
+    (tmp_path / "status.json").unlink()
+    assert progress.now().step == 0 and not progress.moved and progress.quiet_s == 30.0, "unreadable is no progress"
 
 
 def test_a_run_folder_without_anything_stands_at_the_beginning(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Strict merge, nearest names, and a dump that reads back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,14 @@ def test_later_layers_win_in_the_order_preset_recipe_file_command_line(launch):
     assert config.data.pool_size == 9 and config.data.sources["art"].weight == 3  # command line over recipe
 
 
-def test_a_dumped_configuration_reads_back_equal(launch, tmp_path):
+def test_a_dumped_configuration_reads_back_equal_whatever_became_of_its_recipe(launch, tmp_path):
     config = load_config(launch)
     save_config(config, tmp_path / "out" / "config.yaml")
-    again = load_config(tmp_path / "out" / "config.yaml", [f"recipe={tmp_path / 'recipe.yaml'}"])
-    again.recipe = config.recipe
-    assert again == config
+    with (tmp_path / "recipe.yaml").open("a") as recipe:
+        recipe.write(
+            "    more: {kind: text, shards: m.tar}\nvalidation: {sources: {held: {kind: text, shards: h.tar}}}\n"
+        )
+    assert load_config(tmp_path / "out" / "config.yaml") == replace(config, recipe=None)
     assert "batch_unit: packed" in dump_config(config)
 
 
@@ -43,7 +46,8 @@ def test_a_dumped_configuration_reads_back_equal(launch, tmp_path):
     [
         ("optimizer.warmup_step=3", "did you mean 'optimizer.warmup_steps'"),
         ("stage.earlystop.at_step=3", "did you mean 'stage.early_stop'"),
-        ("data.sources.art.wieght=3", "did you mean"),
+        ("data.sources.art.wieght=3", "did you mean 'data.sources.art.weight'"),
+        ("validation.sources.art.licence=3", "did you mean 'validation.sources.art.license'"),
         ("lr=3", "did you mean 'optimizer.lr'"),
         ("stage.steps=3", "did you mean 'stage.training_steps'"),
         ("checkpoint.every=3", "did you mean 'checkpoint.every_steps'"),
@@ -58,6 +62,15 @@ def test_a_mistyped_key_or_value_is_named_with_what_was_expected(launch, overrid
     with pytest.raises(ConfigError) as caught:
         load_config(launch, [override])
     assert expected in str(caught.value)
+
+
+def test_a_value_that_contradicts_the_preset_is_answered_with_the_preset_and_the_way_out(launch):
+    with pytest.raises(ConfigError) as caught:
+        load_config(launch, ["stage.training_steps=30"])
+    assert str(caught.value) == (
+        "stage.early_stop.at_step 270000 must lie between 1 and stage.training_steps 30; stage.early_stop.at_step=null "
+        "trains all of them (stage.early_stop.at_step is from preset janus_pro_1b/stage2)"
+    )
 
 
 def test_a_file_that_is_not_yaml_is_named(tmp_path):

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.config import batch_plan, load_config
-from jp_train.config.load import check_keys
+from jp_train.config.unknown_keys import check_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_FILES = sorted([*(ROOT / "launch").glob("*.yaml"), *(ROOT / "examples").glob("*/stage*.yaml")])
@@ -47,7 +47,7 @@ def test_a_stage_starts_from_the_run_folder_of_the_one_before(model, stage):
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_recipe_has_known_keys_only_and_names_a_licence_for_each_training_source(file):
     recipe = OmegaConf.load(file)
-    check_keys(recipe, str(file))
+    check_keys([(str(file), recipe)])
     assert recipe.data.sources
     for name, source in recipe.data.sources.items():
         assert source.get("license"), f"{name} has no licence note"

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import pydoc_data.topics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from jp_train.config.schema import MixtureConfig, RunConfig, SourceConfig, SourceKind, Template, TokenizerConfig
+from jp_train.data.shards import ShardReader
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.data_samples import (
     IMAGE_SIZE,
@@ -106,3 +108,23 @@ def mixed(cfg, tmp_path) -> Callable[..., RunConfig]:
         return cfg
 
     return make
+
+
+@pytest.fixture(scope="session")
+def noise() -> bytes:
+    """What is in a shard where only the bytes matter."""
+    return bytes(np.random.default_rng(0).integers(0, 256, 300_000, np.uint8))
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    """Seconds that `reader` would have waited between its tries."""
+    return []
+
+
+@pytest.fixture
+def reader(waits: list[float]) -> Iterator[ShardReader]:
+    """Of four tries, without waiting."""
+    made = ShardReader(retries=4, sleep=waits.append)
+    yield made
+    made.close()

@@ -72,6 +72,28 @@ def generation_samples(count: int, first: int = 0) -> list[tuple[str, dict[str, 
     ]
 
 
+def several_samples(count: int) -> list[tuple[str, dict[str, bytes]]]:
+    """Sample n has n % 5 + 1 images: in turn each in its place in two questions, without a word where, in a text."""
+    samples = []
+    for n in range(count):
+        images = n % 5 + 1
+        files = {f"{number}.png": png(100 * n + number, 30, 50) for number in range(images)}
+        if n % 3 == 2:
+            parts = [words(n + number, 2) for number in range(images + 1)]
+            files["json"] = json_bytes({"text": "<image>".join(parts)})
+        else:
+            marked = "<image> " * (n % 3 == 0)
+            messages = [
+                {"from": "human", "value": f"{marked * (images // 2)}{words(n, 4)}"},
+                {"from": "gpt", "value": words(n + 9, 3)},
+                {"from": "human", "value": f"{words(n + 1, 2)} {marked * (images - images // 2)}{words(n, 2)}"},
+                {"from": "gpt", "value": words(n + 5, 4)},
+            ]
+            files["json"] = json_bytes({"conversations": messages})
+        samples.append((f"s{n:04d}", files))
+    return samples
+
+
 def understanding_samples(count: int) -> list[tuple[str, dict[str, bytes]]]:
     return [
         (f"u{n:04d}", {"png": png(n, 30, 50), "json": conversation(f"<image>\n{words(n, 4)}", words(n + 9, 3 + n % 7))})

@@ -1,14 +1,14 @@
-"""A real HTTP server on 127.0.0.1 with byte ranges, that can be told to misbehave."""
+"""A real HTTP server with byte ranges, that can be told to misbehave."""
 
 from __future__ import annotations
 
-import http.server
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tests.data.local_server import Handler, serving
 
 
 class RangeServer:
@@ -23,31 +23,28 @@ class RangeServer:
         self.length: str | None = None
         self.requests = 0
         self.connections = 0
+        self.headers: list[dict[str, str]] = []
         self.url = ""
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Handler(Handler):
     state: RangeServer
-
-    def log_message(self, *args: object) -> None:
-        pass
 
     def setup(self) -> None:
         super().setup()
         self.state.connections += 1
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server calls
         data = self.state.content.get(self.path)
         if data is None:
             self._send(404, b"", body=False)
         else:
             self._send(200, data, body=False)
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
         state = self.state
         state.requests += 1
+        state.headers.append(dict(self.headers))
         fault = state.faults.pop(0) if state.faults else ""
         data = state.content[self.path]
         first, last = (int(part) for part in self.headers["Range"].removeprefix("bytes=").split("-"))
@@ -55,7 +52,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         match fault:
             case "":
                 self._send(206, part, span)
-            case "503" | "429" | "404" | "416":
+            case "503" | "429" | "403" | "404" | "416":
                 self._send(int(fault), b"busy")
             case "no ranges":
                 self._send(200, data)
@@ -117,18 +114,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
-class _Quiet(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what the tests are about."""
-
-
 @contextmanager
-def range_server() -> Iterator[RangeServer]:
+def range_server(address: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[RangeServer]:
     state = RangeServer()
-    with _Quiet(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state})) as running:
-        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        state.url = f"http://127.0.0.1:{running.server_port}"
+    with serving(_Handler, state, address) as state.url:
         yield state
-        running.shutdown()

@@ -23,8 +23,8 @@ from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine
 from jp_train.tools.explain.replay import Replay
-from jp_train.tools.explain.table import format_row, format_rows, totals
-from jp_train.types import IGNORE_INDEX, PackedBatch, Provenance
+from jp_train.tools.explain.table import format_row, format_rows, remarks_of, totals
+from jp_train.types import IGNORE_INDEX, KINDS, PackedBatch, Provenance
 from tests.data.data_samples import text_samples
 from tests.engine.tiny_run import write_tokenizer
 
@@ -440,3 +440,15 @@ def test_a_document_of_stored_ids_and_a_causal_packing_are_described(mixed, toke
     assert {document["source"] for document in row["documents"]} == {"stored"}
     assert all(document["loss"]["image"]["tokens"] == 16 for document in row["documents"])
     assert row["truncated_tokens"] == 0 and np.isclose(row["fill"], row["tokens"] / 256)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_generation_documents_that_lost_their_condition_say_so_and_no_others(mixed, tokenizer, share):
+    cfg = mixed()
+    cfg.data.pad_dropout = share
+    with Replay(cfg) as replay:
+        rows = [row for m in replay.micro_batches(1) for row in describe_batch(m.batch, tokenizer, specs=m.specs)]
+    documents = [document for row in rows for document in row["documents"]]
+    dropped = {kind: {d["condition_dropped"] for d in documents if d["kind"] == kind} for kind in map(str, KINDS)}
+    assert dropped == {"understanding": {False}, "text": {False}, "generation": {share == 1.0}}
+    assert all(("condition was dropped" in "".join(remarks_of(d))) == d["condition_dropped"] for d in documents)

@@ -46,7 +46,7 @@ def document(kind: Kind, length: int, first: int, *, vq: bool = False) -> Encode
         gen_labels=gen_labels,
         und_slots=slots if kind is Kind.UNDERSTANDING else NONE,
         gen_slots=slots if kind is Kind.GENERATION else NONE,
-        und_image=image if kind is Kind.UNDERSTANDING else None,
+        und_images=image[None] if kind is Kind.UNDERSTANDING else None,
         gen_image=image if kind is Kind.GENERATION and not vq else None,
         vq_ids=vq_ids,
     )
@@ -72,8 +72,9 @@ def row(number: int, *documents: EncodedDocument, skipped: int = 0, truncated: i
         if documents
         else np.zeros((3, 0), np.int32),
         image_slots=SLOTS,
-        image_starts=tuple(int((*d.und_slots, *d.gen_slots, -1)[0]) for d in documents),
-        und_images=pictures(d.und_image for d in documents),
+        image_counts=tuple(int(len(d.und_slots) + len(d.gen_slots) > 0) for d in documents),
+        image_starts=tuple(int((*d.und_slots, *d.gen_slots)[0]) for d in documents if d.kind is not Kind.TEXT),
+        und_images=pictures(None if d.und_images is None else d.und_images[0] for d in documents),
         gen_images=pictures(d.gen_image for d in documents),
         provenance=provenance,
         source_indices=tuple(range(len(documents))),
@@ -179,7 +180,7 @@ def test_a_row_gives_its_documents_back_and_survives_pickling(rows):
                 "gen_labels",
                 "und_slots",
                 "gen_slots",
-                "und_image",
+                "und_images",
                 "gen_image",
                 "vq_ids",
             ):

@@ -75,7 +75,7 @@ def encoder_for(cfg):
 
 
 def understanding(*turns: tuple[str, str]) -> UnderstandingSample:
-    return UnderstandingSample(info=INFO, image=png(1), turns=tuple(Turn(question=q, answer=a) for q, a in turns))
+    return UnderstandingSample(info=INFO, images=(png(1),), turns=tuple(Turn(question=q, answer=a) for q, a in turns))
 
 
 def generation(caption: str = "cat", stored: bool = True) -> GenerationSample:
@@ -123,7 +123,7 @@ def test_understanding_layouts(encoder_for, template, options, turns, tokens, su
     start = tokens.index("[") + 1
     assert document.und_slots.tolist() == list(range(start, start + SLOTS))
     assert document.kind is Kind.UNDERSTANDING and len(document.gen_slots) == 0
-    np.testing.assert_array_equal(document.und_image, load_understanding_image(png(1), 32))
+    np.testing.assert_array_equal(document.und_images, load_understanding_image(png(1), 32)[None])
     assert len(document) == encoder.length(understanding(*turns))
 
 
@@ -292,12 +292,29 @@ def test_inference_prompts_are_prefixes_of_the_training_documents(encoder_for, t
     document = encoder.encode(understanding(("who?", "cat")), source="s").input_ids.tolist()
     prompt = encoder.understanding_prompt_ids("who?", template)
     assert document[: len(prompt)] == prompt and text_of(document[len(prompt) :]) == " cat$"
+    assert prompt == encoder.understanding_prompt_ids("who?\n<image>", template), "its only image stands first"
     document = encoder.encode(generation(), source="s").input_ids.tolist()
     prompt = encoder.generation_prompt_ids("cat", template.value)
     assert document[: len(prompt)] == prompt and text_of(prompt)[-1] == "["
     unconditional = encoder_for(template, pad_dropout=1.0)
     document = unconditional.encode(generation(), source="s").input_ids.tolist()
     assert document[: len(prompt)] == unconditional.unconditional_prompt_ids("cat", template)
+
+
+@pytest.mark.parametrize("template", list(Template))
+@pytest.mark.parametrize("question", ["who?", "is <image> like <image>?"])
+def test_a_prompt_of_several_images_is_the_prefix_of_its_training_document(encoder_for, template, question):
+    encoder = encoder_for(template)
+    turns = (Turn(question=question, answer="cat"),)
+    sample = UnderstandingSample(info=INFO, images=(png(1), png(2)), turns=turns)
+    document = encoder.encode(sample, source="s").input_ids.tolist()
+    prompt = encoder.understanding_prompt_ids(question, template, 2)
+    assert document[: len(prompt)] == prompt and text_of(document[len(prompt) :]) == " cat$"
+    assert text_of(prompt).count(PICTURE) == 2
+    foreign = question.replace("<image>", "<image_placeholder>")
+    assert encoder.understanding_prompt_ids(foreign, template, 2) == prompt
+    with pytest.raises(SkipSample, match="1 <image> for 2 images"):
+        encoder.understanding_prompt_ids("is <image> it?", template, 2)
 
 
 def test_a_caption_prompt_is_asked_as_captions_are_in_training(encoder_for):

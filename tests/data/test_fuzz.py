@@ -19,6 +19,7 @@ import pytest
 from jp_train.config.batch import batch_plan
 from jp_train.config.schema import BatchUnit, MixtureConfig, RunConfig, SourceConfig, SourceKind
 from jp_train.data.encode import Encoder
+from jp_train.data.field_map import field_map
 from jp_train.data.index import index_shard, index_sources, source_fingerprint
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import StepLoader, build_plan
@@ -118,7 +119,8 @@ def test_verify_and_training_agree_on_every_one_of_ten_thousand_damaged_samples(
     indexes = index_sources(cfg, tokenizer)
     usable = {index.name: len(index) for index in indexes}
     ledger = Ledger(cfg.run_dir, cfg)
-    left_out = ledger.record_index(indexes)
+    ledger.record_index(indexes)
+    left_out = sum(len(index.bad) for index in indexes)
     batch = batch_plan(cfg, 1)
     used: set[tuple[str, str]] = set()
     skipped: set[tuple[str, str]] = set()
@@ -198,8 +200,8 @@ def test_a_tar_is_whole_for_verify_exactly_when_the_index_takes_it(cfg, tokenize
             tokens = index_shard(
                 shard,
                 name="t",
-                source=source,
-                fingerprint=source_fingerprint(encoder, source),
+                fields=field_map(source),
+                fingerprint=source_fingerprint(encoder, field_map(source)),
                 encoder=encoder,
                 reader=reader,
                 crop=cfg.data.crop,

@@ -7,33 +7,21 @@ import time
 import numpy as np
 import pytest
 
-from jp_train.config.schema import Crop
+from jp_train.config.schema import Crop, SourceConfig, SourceKind
 from jp_train.data import http_ranges
+from jp_train.data.field_map import field_map
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.shards import ShardReader, expand_shards, scan_members
 from jp_train.errors import ConfigError, DataError
-from jp_train.types import Kind
 from tests.data.data_samples import generation_samples, write_shard
 from tests.data.range_server import range_server
 
 
 @pytest.fixture
-def server():
+def server(noise):
     with range_server() as running:
-        running.content["/a.tar"] = bytes(np.random.default_rng(0).integers(0, 256, 300_000, np.uint8))
+        running.content["/a.tar"] = noise
         yield running
-
-
-@pytest.fixture
-def waits():
-    return []
-
-
-@pytest.fixture
-def reader(waits):
-    made = ShardReader(retries=4, sleep=waits.append)
-    yield made
-    made.close()
 
 
 def test_http_shards_scan_and_read_like_local_ones(tmp_path, server, reader):
@@ -45,9 +33,9 @@ def test_http_shards_scan_and_read_like_local_ones(tmp_path, server, reader):
     assert remote.keys == here.keys
     np.testing.assert_array_equal(remote.offset, here.offset)
     before = server.requests
-    crop = Crop.centre
-    theirs = read_fields(shard, remote, 2, Kind.GENERATION, crop, reader, "s")
-    assert theirs.fields == read_fields(local, here, 2, Kind.GENERATION, crop, reader, "s").fields
+    crop, fields = Crop.centre, field_map(SourceConfig(kind=SourceKind.generation))
+    theirs = read_fields(shard, remote, 2, fields, crop, reader, "s")
+    assert theirs.fields == read_fields(local, here, 2, fields, crop, reader, "s").fields
     assert server.requests == before + 1  # the files of a sample lie together: one request
 
 
@@ -196,7 +184,7 @@ def test_a_proxy_of_the_environment_is_asked_for_the_whole_url(server, reader, m
 def test_a_missing_shard_is_named_and_a_pipe_is_never_run(server, reader, tmp_path):
     with pytest.raises(DataError, match=r"none\.tar.*404"):
         reader.stat(f"{server.url}/none.tar")
-    for spec in (f"pipe:touch {tmp_path}/owned", "file:///etc/passwd", "s3://bucket/a.tar"):
+    for spec in (f"pipe:touch {tmp_path}/owned", "file:///etc/passwd", "ftp://host/a.tar"):
         with pytest.raises(ConfigError, match=r"not supported.*pipe: would run a command.*local path or an http"):
             expand_shards(spec)
     assert not (tmp_path / "owned").exists()

@@ -3,7 +3,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from jp_train.config.schema import ClassPrompt, SourceConfig, SourceKind, Templa
 from jp_train.data import index as index_module
 from jp_train.data import sidecar
 from jp_train.data.encode import Encoder
+from jp_train.data.field_map import field_map
 from jp_train.data.index import index_sources, source_fingerprint
 from jp_train.data.sample_fields import read_fields
 from jp_train.data.samples import parse_sample
@@ -42,13 +45,14 @@ def test_the_index_has_place_and_length_of_every_sample(mixed, tokenizer):
         if index.name == "stored":
             continue
         assert len(index) == len(written[index.name]) and not index.bad
-        for number, (key, fields) in enumerate(written[index.name]):
+        for number, (key, files) in enumerate(written[index.name]):
             shard_number, entry = index.locator.locate(number)
             shard = index.shards[shard_number]
+            fields = index.locator.fields
             members, tokens = sidecar.load_members(shard), sidecar.load_tokens(shard, index.locator.fingerprint)
-            raw = read_fields(shard, members, int(tokens.sample[entry]), index.kind, cfg.data.crop, reader, index.name)
-            assert raw.info.key == key and raw.fields == fields
-            sample = parse_sample(raw, index.kind, index.locator.config, image_slots=16, codebook_size=64)
+            raw = read_fields(shard, members, int(tokens.sample[entry]), fields, cfg.data.crop, reader, index.name)
+            assert raw.info.key == key and raw.fields == files
+            sample = parse_sample(raw, fields, image_slots=16, codebook_size=64)
             counts = encoder.token_counts(sample)
             assert (index.tokens[number], index.short_tokens[number]) == (counts.tokens, counts.short_tokens)
 
@@ -82,10 +86,18 @@ def test_stages_and_options_have_their_own_counts_and_do_not_overwrite_each_othe
     assert lengths[Template.stage2][0] == lengths[Template.stage2][1] != lengths[Template.stage3][0]
     assert len(list(tmp_path.glob("*.jp-tokens-*.npz"))) == 2 and len(list(tmp_path.glob("*.jp-members.npz"))) == 1
     encoder = Encoder(cfg, tokenizer)
-    plain = SourceConfig(kind=SourceKind.generation)
-    assert source_fingerprint(encoder, plain) != source_fingerprint(
-        encoder, SourceConfig(kind=SourceKind.generation, class_prompt=ClassPrompt.first_lemma)
-    )
+
+    def fingerprint(**settings: Any) -> str:
+        return source_fingerprint(encoder, field_map(SourceConfig(kind=SourceKind.generation, **settings)))
+
+    others = [
+        {"class_prompt": ClassPrompt.first_lemma},
+        {"fields": {"caption": "txt"}},
+        {"fields": {"caption": "txt", "image": "png"}},
+        {"filter": ["width > 1"]},
+        {"filter": ["width > 2"]},
+    ]
+    assert len({fingerprint(), *(fingerprint(**settings) for settings in others)}) == 1 + len(others)
 
 
 def test_a_damaged_sidecar_is_rebuilt_and_pickles_are_never_loaded(cfg, tmp_path, tokenizer):
@@ -206,7 +218,7 @@ def test_malformed_samples_are_left_out_counted_and_named(cfg, tmp_path, tokeniz
     index = index_sources(only(cfg, kind="understanding"), tokenizer)[0]
     assert len(index) == 2
     assert [(bad.info.key, bad.reason.split(":")[0]) for bad in index.bad] == [
-        ("nojson", "no .json"),
+        ("nojson", "no conversations and no caption and no text"),
         ("badjson", "malformed .json"),
         ("nopicture", "no image"),
     ]
@@ -238,7 +250,7 @@ def test_parallel_processes_build_the_same_index(mixed, tokenizer, tmp_path, mon
         np.testing.assert_array_equal(index.dropped_tokens, other.dropped_tokens)
     assert [at.shards_done for at in seen] == [0, 1, 2, 3, 4, 5] and seen[-1].bytes_done == seen[-1].bytes > 0
     assert seen[-1].samples == sum(map(len, alone))
-    (tmp_path / "text.tar").write_bytes(b"junk" * 500)
+    (tmp_path / "text.tar").write_bytes(b"\xffjunk" * 500)
     with pytest.raises(DataError, match="text.tar.*corrupt"):
         index_sources(cfg, tokenizer, processes=2)
 
@@ -248,3 +260,43 @@ def test_dialogues_are_counted_because_they_may_not_be_cut(cfg, tmp_path, tokeni
     write_shard(tmp_path / "a.tar", [("a", {"json": conversation("q", "a")}), ("b", {"txt": b"plain"})])
     index = index_sources(only(cfg), tokenizer)[0]
     assert index.conversations == 1 and index.kind is Kind.TEXT
+
+
+def test_with_index_dir_data_is_only_read_and_equal_names_do_not_clash(cfg, tmp_path, tokenizer):
+    cfg.data.root, cfg.data.index_dir = str(tmp_path), str(tmp_path / "index")
+    cfg.data.sources = {
+        name: SourceConfig(kind=SourceKind.text, shards=f"{name}/000000.tar") for name in ("one", "two")
+    }
+    for name, count in (("one", 3), ("two", 5)):
+        write_shard(tmp_path / name / "000000.tar", text_samples(count))
+    assert [len(index) for index in index_sources(cfg, tokenizer)] == [3, 5]
+    for name in ("one", "two"):
+        assert os.listdir(tmp_path / name) == ["000000.tar"]
+    assert len(list((tmp_path / "index").rglob("000000.tar.jp-*.npz"))) == 4
+    assert [len(index) for index in index_sources(cfg, tokenizer)] == [3, 5]
+    reader = ShardReader(index_dir=cfg.data.index_dir)
+    assert pickle.loads(pickle.dumps(reader)).stat(str(tmp_path / "one" / "000000.tar")).index_dir == cfg.data.index_dir
+
+
+def test_an_index_that_lies_beside_the_shards_is_read_with_index_dir_too(cfg, tmp_path, tokenizer, monkeypatch):
+    cfg.data.root = str(tmp_path)
+    write_shard(tmp_path / "a.tar", text_samples(3))
+    index_sources(only(cfg), tokenizer)
+    cfg.data.index_dir = str(tmp_path / "index")
+    monkeypatch.setattr(index_module, "index_shard", lambda *a, **k: pytest.fail("rebuilt"))
+    assert len(index_sources(only(cfg), tokenizer)[0]) == 3
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("given", ["", "index"])
+def test_an_index_that_cannot_be_written_is_one_error_that_names_the_key(cfg, tmp_path, tokenizer, monkeypatch, given):
+    cfg.data.root = str(tmp_path)
+    cfg.data.index_dir = given and str(tmp_path / given)
+    write_shard(tmp_path / "a.tar", text_samples(3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.tar.jp-members.npz" / "taken").mkdir(parents=True)
+    for place in ("cache", "index"):
+        (tmp_path / place).touch()
+    with pytest.raises(DataError, match=r"cannot write the index of shard \S+/a\.tar: .*data\.index_dir") as caught:
+        index_sources(only(cfg), tokenizer)
+    assert (str(tmp_path / "index") in str(caught.value)) == bool(given)

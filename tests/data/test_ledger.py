@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import tarfile
+from dataclasses import replace
 
 import pytest
 
-from jp_train.data.index import BadSample, SourceIndex
-from jp_train.data.ledger import Ledger
+from jp_train.config.schema import SourceConfig, SourceKind
+from jp_train.data.index import BadSample, SourceIndex, index_sources
+from jp_train.data.ledger import Ledger, bad_share
+from jp_train.data.tokenizer import load_tokenizer
 from jp_train.errors import DataError
 from jp_train.types import DocumentRef, SkippedDocument, SourceInfo
+from tests.data.data_samples import generation_samples, write_shard
 
 
 def bad(count: int, source: str = "a") -> list[SkippedDocument]:
@@ -94,10 +99,33 @@ def test_samples_that_the_index_leaves_out_are_named_once(cfg, tmp_path):
     index = SourceIndex(
         locator=None, tokens=None, short_tokens=None, dropped_tokens=None, conversations=0, bad=left_out
     )
-    assert Ledger(tmp_path, cfg).record_index([index]) == 3
-    assert Ledger(tmp_path, cfg).record_index([index]) == 3
+    for _ in range(2):
+        Ledger(tmp_path, cfg).record_index([index])
     entries = lines(tmp_path)
     assert [(entry["step"], entry["key"]) for entry in entries] == [(None, "k0"), (None, "k1"), (None, "k2")]
+
+
+def test_a_source_of_mostly_bad_samples_is_refused_with_their_share_and_most_common_reason(cfg, tmp_path):
+    """Six records end too early, each elsewhere; two have a file name with a dot (`g.edited.png` is field `edited.png`
+    of `g`)."""
+    good, dotted = generation_samples(12), generation_samples(2, 18)
+    cut = [(key, {**fields, "json": b" " * n + b"{"}) for n, (key, fields) in enumerate(generation_samples(6, 12))]
+    dotted = [(key, {f"edited.{name}": value for name, value in fields.items()}) for key, fields in dotted]
+    write_shard(tmp_path / "a.tar", [*dotted, *good, *cut])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for number in range(30):
+            tar.addfile(tarfile.TarInfo(f"._{number}.jpg"))  # what macOS adds belongs to no sample
+    source = SourceConfig(kind=SourceKind.generation, shards=str(tmp_path / "a.tar"))
+    (index,) = index_sources(cfg, load_tokenizer(cfg.tokenizer), sources={"a": source})
+    assert len({sample.reason for sample in index.bad}) == 6 + 1 + 1
+    text = bad_share(index, 0.4, "validation.sources")
+    assert text.startswith(
+        "validation.sources.a: 8 of 20 samples (40 %) are bad and left out; 6 of them like key 'g0012'"
+    )
+    assert text.endswith(next(sample.reason for sample in index.bad if sample.info.key == "g0012"))
+    with pytest.raises(DataError, match=r"data\.max_bad_share is 0\.39: .*data verify.*data\.max_bad_share=0\.4 to"):
+        bad_share(index, 0.39)
+    assert bad_share(replace(index, bad=()), 0.0) == ""
 
 
 def test_held_out_samples_are_named_once_under_their_own_source_and_cost_no_budget(cfg, tmp_path):

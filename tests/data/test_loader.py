@@ -24,6 +24,7 @@ from jp_train.data.loader import StepLoader, build_plan, rows_hash, validation_b
 from jp_train.data.shards import ShardReader
 from jp_train.errors import ConfigError, DataError
 from jp_train.types import KINDS, PENDING_VQ_ID, Kind, PackedBatch
+from tests.data.killed_fork_server import fork_server_killed_at_a_start
 
 STEPS = 6
 
@@ -218,6 +219,15 @@ def test_a_killed_worker_is_an_error_that_names_the_row_and_its_first_document(m
         for _ in range(20):
             next(loader)
     loader.close()
+
+
+def test_a_fork_server_that_is_killed_while_it_starts_a_worker_is_an_error_of_the_data(mixed, tokenizer):
+    loader = loader_for(mixed(), tokenizer, workers=1)
+    with fork_server_killed_at_a_start(), pytest.raises(DataError, match="worker died while the workers were started"):
+        next(loader)
+    loader.close()
+    with loader_for(mixed(), tokenizer, workers=1) as again:
+        assert next(again).step == 0, "the next start has a server of its own"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

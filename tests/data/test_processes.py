@@ -13,6 +13,7 @@ import pytest
 
 from jp_train.data.processes import AHEAD, DeadWorkerError, ordered_results, process_state
 from jp_train.errors import DataError
+from tests.data.killed_fork_server import fork_server_killed_at_a_start
 
 
 def _square(number, *, slow=(), dies_at=None, fails_at=None):
@@ -65,6 +66,13 @@ def test_a_killed_worker_is_one_error_that_names_the_oldest_item_without_a_resul
     with pytest.raises(DeadWorkerError, match="died near item 3 .*fewer processes"):
         _results(range(20), 2, dies_at=3, slow={3})
     assert not multiprocessing.active_children()
+
+
+def test_a_fork_server_that_is_killed_while_it_starts_the_pool_is_the_same_error():
+    with fork_server_killed_at_a_start(), pytest.raises(DeadWorkerError, match="died near item 0 .*fewer processes"):
+        _results(range(20), 2)
+    assert not multiprocessing.active_children()
+    assert [square for _, square, _ in _results(range(3), 2)] == [0, 1, 4]
 
 
 def test_an_error_of_the_work_arrives_as_it_was_raised_with_its_item_noted():

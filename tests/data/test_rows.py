@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from jp_train.config.batch import batch_plan
+from jp_train.config.choices import TokenIds
 from jp_train.config.schema import Template
 from jp_train.data.index import index_sources
 from jp_train.data.loader import StepLoader, build_plan, image_bytes_ahead
 from jp_train.data.permute import document_uniform
 from jp_train.data.rows import RowBuilder
-from tests.data.data_samples import IMAGE_SIZE, SLOTS
+from tests.data.data_samples import IMAGE_SIZE, SLOTS, several_samples, write_shard
 
 IGNORE, PENDING = -100, -1
 
@@ -53,15 +54,35 @@ class Oracle:
         if provenance.kind.value == "text":
             add([*text(files["txt"].decode()), special.eos], True)
         elif provenance.kind.value == "understanding":
-            question, answer = (message["value"].strip() for message in json.loads(files["json"])["conversations"])
-            question = question.replace("<image>", "").strip()
-            if stage3:
-                add(text("Be helpful.\n\n"))
-                add([user, *text(": "), *picture, *text(f"\n{question}\n\n"), assistant, *text(":")])
+            note = json.loads(files["json"])
+            images = len([name for name in files if name.endswith("png")])
+
+            def placed(words: str, learn: bool) -> None:
+                for number, part in enumerate(words.split("<image>")):
+                    add(picture if number else [])
+                    add(text(part) if part else [], learn)
+
+            if "text" in note:
+                placed(note["text"], True)
+                add([special.eos], True)
             else:
-                add(picture)
-                add(text(question), self.cfg.stage.template is not None)
-            add([*text(f" {answer}"), special.eos], True)
+                messages = [message["value"].strip() for message in note["conversations"]]
+                if images == 1 and "<image>" in messages[0]:
+                    messages[0] = messages[0].replace("<image>", "").strip()
+                front = "" if any("<image>" in question for question in messages[::2]) else "<image>" * images
+                if not stage3:
+                    placed(front, False)
+                for number, (question, answer) in enumerate(zip(messages[::2], messages[1::2], strict=True)):
+                    if stage3:
+                        add([] if number else text("Be helpful.\n\n"))
+                        add([user])
+                        before = f"{front}\n" if front and not number else ""
+                        placed(f": {before}{question}\n\n", False)
+                        add([assistant, *text(":")])
+                    else:
+                        placed(("\n" if number else "") + question, True)
+                    add(text(f" {answer}"), True)
+                    add([special.eos] if stage3 or number == len(messages) // 2 - 1 else [], True)
         else:
             caption = json.loads(files["json"])["caption"]
             if ref.short_caption:
@@ -83,9 +104,14 @@ class Oracle:
         span = slice(provenance.start, provenance.start + provenance.length)
         return ids[span], labels[span], image_labels[span]
 
-    def image(self, provenance) -> np.ndarray:
-        """The picture of a document, resized as its kind wants."""
-        with Image.open(io.BytesIO(self.files[provenance.shard, provenance.key]["png"])) as file:
+    def images(self, provenance) -> list[np.ndarray]:
+        """The pictures of a document in order, resized as its kind wants."""
+        files = self.files[provenance.shard, provenance.key]
+        names = sorted(name for name in files if name.endswith("png"))
+        return [self.image(files[name], provenance) for name in names]
+
+    def image(self, data: bytes, provenance) -> np.ndarray:
+        with Image.open(io.BytesIO(data)) as file:
             image = file.convert("RGB")
         if provenance.kind.value == "generation":
             image = image.resize(
@@ -110,8 +136,16 @@ def plan_of(cfg, tokenizer):
 
 @pytest.mark.parametrize("template", list(Template))
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_equal_an_oracle_that_encodes_one_document_at_a_time(mixed, tokenizer, tmp_path, template, workers):
+@pytest.mark.parametrize("several", [False, True])
+def test_batches_equal_an_oracle_that_encodes_one_document_at_a_time(
+    mixed, tokenizer, tmp_path, template, workers, several
+):
+    """With one image a sample, and with up to five, in their places; with stored ids and without."""
     cfg = mixed()
+    if several:
+        write_shard(tmp_path / "several.tar", several_samples(30))
+        cfg.data.sources["und"].shards = "several.tar"
+        cfg.data.token_ids = TokenIds.off if workers else TokenIds.auto
     cfg.stage.template, cfg.data.workers, cfg.engine.micro_batch_rows = template, workers, 2
     oracle = Oracle(cfg, tokenizer, tmp_path)
     specs = plan_of(cfg, tokenizer)[0]
@@ -130,13 +164,15 @@ def test_batches_equal_an_oracle_that_encodes_one_document_at_a_time(mixed, toke
                         positions += range(len(streams[0]))
                         seen.add((provenance.kind, provenance.start > 0, ref.short_caption))
                         if provenance.kind.value == "understanding":
-                            und.append(oracle.image(provenance))
+                            und += oracle.images(provenance)
                         elif PENDING in streams[2]:
-                            gen.append(oracle.image(provenance))
+                            gen += oracle.images(provenance)
                 assert made.input_ids.tolist() == ids
                 assert made.labels.tolist() == labels
                 assert made.gen_labels.tolist() == image_labels
                 assert made.position_ids.tolist() == positions
+                slots = (made.input_ids == tokenizer.special.image_placeholder).nonzero()[:, 0].tolist()
+                assert sorted([*made.und_slots.tolist(), *made.gen_slots.tolist()]) == slots
                 for pictures, expected in ((made.und_images, und), (made.gen_images, gen)):
                     assert len(pictures) == len(expected)
                     assert not expected or np.array_equal(pictures.numpy(), np.stack(expected))

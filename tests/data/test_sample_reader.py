@@ -31,7 +31,7 @@ def test_every_document_is_read_with_its_own_key_and_no_text_that_is_stored_as_i
     for source, written in enumerate(WRITTEN):
         for sample, (key, fields) in enumerate(written):
             ref = reference(source, sample)
-            table, entry = reader.find(ref)
+            table, (entry,) = reader.find(ref)
             raw = reader.read(ref, table, entry)
             assert raw.info.key == key == reader.info(ref, table, entry).key and raw.token_ids
             read = {name: data for name, data in raw.fields.items() if data}
@@ -45,7 +45,7 @@ def test_past_its_limit_the_memory_drops_the_oldest_shard_and_reads_it_again(loc
     first, _ = reader.find(reference(2, 0))
     assert reader.find(reference(2, 16))[0] is first, "17 samples are within the limit"
     reader.find(reference(3, 0))
-    again, entry = reader.find(reference(2, 3))
+    again, (entry,) = reader.find(reference(2, 3))
     assert again is not first and reader.info(reference(2, 3), again, entry).key == "u0003"
     reader.close()
 

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 
 from jp_train.config.schema import ClassPrompt, Crop, SourceConfig, SourceKind
-from jp_train.data.samples import (
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    check_field_size,
-    first_sentence,
-    needed_fields,
-    parse_sample,
-)
+from jp_train.data.field_map import field_map
+from jp_train.data.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_field_size, first_sentence, parse_sample
 from jp_train.errors import SkipSample
 from jp_train.types import Kind, RawSample, SourceInfo, Turn
 from tests.data.data_samples import conversation, json_bytes, npy
@@ -25,7 +19,11 @@ IDS = np.arange(16, dtype=np.uint16)
 
 def parse(kind: Kind, fields: dict[str, bytes], source: SourceConfig | None = None):
     source = source or SourceConfig(kind=SourceKind(kind.value))
-    return parse_sample(RawSample(info=INFO, fields=fields), kind, source, image_slots=16, codebook_size=64)
+    return parse_sample(RawSample(info=INFO, fields=fields), field_map(source), image_slots=16, codebook_size=64)
+
+
+def needed(kind: Kind, extensions: list[str], crop: Crop = Crop.centre) -> list[str]:
+    return field_map(SourceConfig(kind=SourceKind(kind.value))).needed(extensions, crop)
 
 
 def test_an_understanding_dialogue_loses_its_marker_and_keeps_its_turns():
@@ -37,7 +35,7 @@ def test_an_understanding_dialogue_loses_its_marker_and_keeps_its_turns():
     ]
     sample = parse(Kind.UNDERSTANDING, {"png": b"p", "json": json_bytes({"conversations": messages})})
     assert sample.turns == (Turn(question="What is it?", answer="A cat."), Turn(question="Sure?", answer="Yes."))
-    assert sample.image == b"p"
+    assert sample.images == (b"p",)
 
 
 def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
@@ -52,15 +50,24 @@ def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
     [
         (Kind.UNDERSTANDING, {"json": conversation("<image>", "a")}, "no image"),
         (Kind.UNDERSTANDING, {"png": b"", "jpg": b"", "json": conversation("<image>", "a")}, "several images"),
-        (Kind.UNDERSTANDING, {"png": b""}, "no .json"),
+        (Kind.UNDERSTANDING, {"png": b""}, "no conversations and no caption"),
         (Kind.UNDERSTANDING, {"png": b"", "json": b"{"}, "malformed"),
         (Kind.UNDERSTANDING, {"png": b"", "json": b"\xff"}, "malformed"),
         (Kind.UNDERSTANDING, {"png": b"", "json": b"[" * 100_000}, "malformed"),
         (Kind.UNDERSTANDING, {"png": b"", "json": b"[]"}, "expected an object"),
-        (Kind.UNDERSTANDING, {"png": b"", "json": b"{}"}, "neither"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": b"{}"}, "no conversations and no caption"),
         (Kind.UNDERSTANDING, {"png": b"", "json": json_bytes({"conversations": []})}, "alternating"),
-        (Kind.UNDERSTANDING, {"png": b"", "json": conversation("no marker", "a")}, "<image>"),
-        (Kind.UNDERSTANDING, {"png": b"", "json": conversation("<image><image>", "a")}, "found 2"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": conversation("<image><image>", "a")}, "2 <image> for 1 image"),
+        (
+            Kind.UNDERSTANDING,
+            {"0.png": b"", "1.png": b"", "json": conversation("<image>", "a")},
+            "1 <image> for 2 images",
+        ),
+        (Kind.UNDERSTANDING, {"0.png": b"", "json": conversation("<video>\nq", "a")}, "a question has <video>"),
+        (Kind.UNDERSTANDING, {"0.png": b"", "0.jpg": b"", "json": conversation("q", "a")}, "several images"),
+        (Kind.UNDERSTANDING, {"0.png": b"", "jpg": b"", "json": conversation("q", "a")}, "several images"),
+        (Kind.UNDERSTANDING, {"png": b"", "json": json_bytes({"text": "no marker"})}, "0 <image> for 1 images"),
+        (Kind.GENERATION, {"0.png": b"", "1.png": b"", "json": json_bytes({"caption": "c"})}, "neither an image"),
         (Kind.UNDERSTANDING, {"png": b"", "json": conversation("<image>", " ")}, "empty"),
         (
             Kind.UNDERSTANDING,
@@ -70,18 +77,19 @@ def test_a_marker_after_the_question_and_a_bare_caption_are_understood():
             },
             "message 1",
         ),
-        (Kind.GENERATION, {"png": b"", "json": b"{}"}, '"caption"'),
+        (Kind.GENERATION, {"png": b"", "json": b"{}"}, "no caption"),
         (Kind.GENERATION, {"png": b"", "json": b'{"caption": 3}'}, "int"),
         (Kind.GENERATION, {"png": b"", "json": b'{"caption": "\\ud800"}'}, "surrogate"),
         (Kind.GENERATION, {"png": b"", "json": b'{"caption": "  "}'}, "empty"),
         (Kind.GENERATION, {"json": b'{"caption": "a"}'}, "neither an image"),
-        (Kind.TEXT, {}, "either .txt or .json"),
-        (Kind.TEXT, {"txt": b"a", "json": b"{}"}, "either .txt or .json"),
+        (Kind.TEXT, {}, "no text and no conversations"),
+        (Kind.TEXT, {"txt": b"a", "json": b"{}"}, "one text or dialogue"),
         (Kind.TEXT, {"txt": b"\xff\xfe"}, "UTF-8"),
         (Kind.TEXT, {"txt": b" \n"}, "empty"),
         (Kind.TEXT, {"txt": b"a", "png": b""}, "image"),
-        (Kind.TEXT, {"json": b"{}"}, '"text" or "conversations"'),
-        (Kind.TEXT, {"json": conversation("<image>\nq", "a")}, "refers to an image"),
+        (Kind.TEXT, {"json": b"{}"}, "no text and no conversations"),
+        (Kind.TEXT, {"json": conversation("<image>\nq", "a")}, "a question has <image>"),
+        (Kind.TEXT, {"json": conversation("<video>\nq", "a")}, "a question has <video>"),
     ],
 )
 def test_a_malformed_sample_is_skipped_with_a_reason(kind, fields, says):
@@ -122,11 +130,12 @@ def test_text_comes_as_txt_json_or_dialogue():
 
 def test_only_the_fields_a_kind_needs_are_read():
     present = ["png", "json", "vq.npy", "txt", "cls"]
-    assert needed_fields(Kind.UNDERSTANDING, present) == ["json", "png"]
-    assert needed_fields(Kind.GENERATION, present) == ["json", "vq.npy"]
-    assert needed_fields(Kind.GENERATION, present, Crop.random) == ["json", "png"]  # stored ids are of the centre crop
-    assert needed_fields(Kind.GENERATION, ["json", "vq.npy"], Crop.random) == ["json", "vq.npy"]
-    assert set(needed_fields(Kind.TEXT, ["txt", "cls"])) == {"txt"}
+    assert needed(Kind.UNDERSTANDING, present) == ["json", "txt", "png"]
+    assert needed(Kind.GENERATION, present) == ["json", "txt", "vq.npy"]
+    # stored ids are of the centre crop
+    assert needed(Kind.GENERATION, present, Crop.random) == ["json", "txt", "png"]
+    assert needed(Kind.GENERATION, ["json", "vq.npy"], Crop.random) == ["json", "vq.npy"]
+    assert needed(Kind.TEXT, ["txt", "cls"]) == ["txt"]
 
 
 @pytest.mark.parametrize(
@@ -164,8 +173,8 @@ def test_pickles_and_object_arrays_are_never_decoded(tmp_path):
     owned = tmp_path / "owned"
     bomb = b"cposix\nsystem\n(S'touch " + str(owned).encode() + b"'\ntR."
     for extension in ("pkl", "pyd", "pickle", "pth", "pt", "ten", "tb", "npz", "dill"):
-        assert needed_fields(Kind.GENERATION, ["png", "json", extension]) == ["json", "png"]
-        assert needed_fields(Kind.TEXT, ["txt", extension]) == ["txt"]
+        assert needed(Kind.GENERATION, ["png", "json", extension]) == ["json", "png"]
+        assert needed(Kind.TEXT, ["txt", extension]) == ["txt"]
     array = np.empty(16, object)
     array[:] = [b"x"] * 16
     buffer = io.BytesIO()

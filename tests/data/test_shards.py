@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import re
 import tarfile
 import threading
 
 import numpy as np
 import pytest
 
-from jp_train.data.shards import Shard, ShardReader, ShardWindow, expand_shards, scan_members
+from jp_train.config.schema import EngineConfig
+from jp_train.data.shards import (
+    Shard,
+    ShardReader,
+    ShardWindow,
+    expand_shards,
+    passed_over,
+    passed_over_text,
+    scan_members,
+)
 from jp_train.data.sidecar import load_members, store_members
 from jp_train.data.tar_headers import TarFault, tar_members
 from jp_train.data.tar_samples import group_members
@@ -32,6 +43,18 @@ def test_braces_globs_and_folders_name_the_same_shards(tmp_path):
     assert expand_shards("http://host/s-{0..1}.tar", tmp_path) == ["http://host/s-0.tar", "http://host/s-1.tar"]
 
 
+def test_tars_of_a_folder_that_are_no_plain_ones_are_counted(tmp_path):
+    _touch(tmp_path, "0.tar", "1.tar.gz", "2.tar.gz", "3.TAR", "4.tgz", "0.tar.jp-members.npz", ".5.tar.gz", "a.txt")
+    (tmp_path / "none").mkdir()
+    counts = passed_over("{.,none,0.tar,http://host/a.tar.gz}", tmp_path)
+    assert counts == {"*.tar.gz": 2, "*.TAR": 1, "*.tgz": 1} and passed_over("*.tar", tmp_path) == {}
+    assert passed_over_text(counts).startswith("2 *.tar.gz, 1 *.TAR, 1 *.tgz passed over: ")
+    assert passed_over_text({}) == ""
+    _touch(tmp_path / "none", "a.tar.gz")
+    with pytest.raises(DataError, match=r"holds no \*.tar file \(1 \*.tar.gz passed over"):
+        expand_shards("none", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "says"),
     [
@@ -41,7 +64,7 @@ def test_braces_globs_and_folders_name_the_same_shards(tmp_path):
         ("s-{000,000}.tar", DataError, "twice"),
         ("s-{000..", ConfigError, "s-{000.."),
         ("pipe:cat s-000.tar", ConfigError, "pipe"),
-        ("s3://bucket/s.tar", ConfigError, "s3"),
+        ("swift://bucket/s.tar", ConfigError, "swift"),
     ],
 )
 def test_a_spec_that_names_no_readable_shards_is_one_clear_error(tmp_path, spec, error, says):
@@ -142,9 +165,51 @@ def test_links_concatenated_and_compressed_tars_are_refused(tmp_path):
         tar.addfile(tarfile.TarInfo("a.txt"))
     with pytest.raises(DataError, match="compressed"):
         _scan(tmp_path / "z.tar")
-    (tmp_path / "garbage.tar").write_bytes(b"not a tar" * 200)
-    with pytest.raises(DataError, match="corrupt"):
+    (tmp_path / "garbage.tar").write_bytes(b"not a\0tar" * 200)
+    with pytest.raises(DataError, match="corrupt_tar at byte 0 of 1800"):
         _scan(tmp_path / "garbage.tar")
+
+
+OTHERS = {
+    "Parquet": (b"PAR1\x15\x04" + bytes(range(256)) * 4, "Parquet, which `jp-train data import parquet` reads"),
+    "Arrow": (b"ARROW1\0\0" + bytes(600), "Arrow IPC: write it as Parquet"),
+    "Arrow stream": (b"\xff\xff\xff\xff\x10\1\0\0" + bytes(600), "an Arrow stream"),
+    "JSON lines": (b'{"text": "one"}\n' * 100, "JSON or JSON lines, which `jp-train data import text`, `pairs`"),
+    "short JSON lines": (b'{"text": "\xc3\xa9"}\n', "JSON or JSON lines"),
+    "JSON cut inside a letter": (b'[{"text": "' + b"a" * 500 + b"\xc3\xa9" * 9, "JSON or JSON lines"),
+    "text": (b"not a tar" * 200, "plain text, CSV or TSV, which `jp-train data import text`"),
+    "ZIP": (b"PK\x03\x04" + bytes(600), "a ZIP archive or an Office document: unpack it"),
+    "gzip of JSON lines": (gzip.compress(b'{"text": "one"}\n' * 100), "inside gzip, JSON or JSON lines"),
+}
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_a_file_that_is_no_tar_is_named_for_what_it_is_with_the_import_that_reads_it(tmp_path, form):
+    content, what = OTHERS[form]
+    (tmp_path / "a.tar").write_bytes(content)
+    expected = re.escape(f"(not_a_tar at byte 0 of {len(content)}): it is no tar but") + f".*{re.escape(what)}"
+    with pytest.raises(DataError, match=f"{expected}.*name the folder of shards that the import writes$"):
+        _scan(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("name", ["{a.txt", "PAR1.txt", "[1].txt"])
+def test_a_tar_stays_a_tar_whatever_the_name_of_its_first_file(tmp_path, name):
+    path = _raw_tar(tmp_path / "a.tar", [name])
+    assert _scan(path).keys == (name.partition(".")[0],)
+    path.write_bytes(path.read_bytes()[:513])
+    with pytest.raises(DataError, match="truncated_tar"):
+        _scan(path)
+
+
+def test_a_folder_without_a_tar_says_what_it_holds_instead(tmp_path):
+    (tmp_path / ".hidden").write_bytes(b"PAR1")
+    (tmp_path / "README.md").write_bytes(b"# Notes")
+    (tmp_path / "part-0.parquet").write_bytes(b"PAR1" + bytes(99))
+    with pytest.raises(DataError, match=r"holds no \*.tar file \(part-0.parquet is Parquet, which `jp-train data"):
+        expand_shards(str(tmp_path))
+    (tmp_path / "instruct.json").write_text('[{"id": 1, "conversations": []}]')
+    with pytest.raises(DataError, match=r"\(instruct.json is JSON or JSON lines, which .*`conversations`"):
+        expand_shards(str(tmp_path))
 
 
 def test_names_that_climb_out_of_a_folder_are_keys_and_touch_no_file(tmp_path):
@@ -174,6 +239,31 @@ def test_a_passing_io_error_is_retried_with_back_off_and_a_lasting_one_stops(tmp
     failures[0] = 99
     with pytest.raises(DataError, match="after 4 tries.*never skipped"):
         reader.read(shard, 10, 5)
+
+
+def test_a_read_outlives_the_failover_of_a_storage_server_and_says_once_that_it_waits(tmp_path, monkeypatch, capfd):
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(100))
+    waits: list[float] = []
+    reader = ShardReader(sleep=waits.append)
+    shard = reader.stat(str(path))
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(DataError, match="after 20 tries"):
+        reader.read(shard, 10, 5)
+    assert sum(waits) == pytest.approx(132.7) and max(waits) == 10.0
+    assert sum(waits) < EngineConfig.stall_timeout_s, "the watchdog would end the run first, and name no shard"
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and "at most 15 times" in printed
+    assert f"shard {path}: cannot read bytes 10 to 15: " in printed
+    waits.clear()
+    monkeypatch.setattr(os, "stat", fails)
+    with pytest.raises(DataError, match="after 4 tries"):
+        reader.stat(str(path))
+    assert sum(waits) < 1
 
 
 def test_reading_past_the_end_or_from_a_changed_file_is_an_error(tmp_path):
@@ -311,6 +401,20 @@ def test_a_tar_of_nothing_but_remarks_is_empty_and_an_extension_without_its_file
     data = bytes(header) + data[remarks:]
     with pytest.raises(TarFault, match="belongs to no file"):
         list(tar_members(lambda offset, size: data[offset : offset + size], len(data)))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 41\n", "Git LFS pointer.*git lfs pull"),
+        (b"<html><body>404</body></html>" * 90, "HTML page"),
+    ],
+)
+def test_what_a_download_left_in_place_of_a_shard_is_named(tmp_path, content, what):
+    (tmp_path / "a.tar").write_bytes(content)
+    reader = ShardReader()
+    with pytest.raises(DataError, match=f"a.tar .*{what}"):
+        scan_members(reader.stat(str(tmp_path / "a.tar")), reader)
 
 
 def test_a_name_with_a_nul_belongs_to_no_sample(tmp_path):

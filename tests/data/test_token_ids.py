@@ -79,10 +79,10 @@ def turns(*pairs: tuple[str, str]) -> tuple[Turn, ...]:
 
 
 SAMPLES = [
-    UnderstandingSample(info=INFO, image=png(1), turns=turns(("", "a red square"))),
-    UnderstandingSample(info=INFO, image=png(1), turns=turns(("what?", "a 🦊"))),
+    UnderstandingSample(info=INFO, images=(png(1),), turns=turns(("", "a red square"))),
+    UnderstandingSample(info=INFO, images=(png(1),), turns=turns(("what?", "a 🦊"))),
     UnderstandingSample(
-        info=INFO, image=png(1), turns=turns(("what?", "ein Fuchs."), ("", "no question"), ("why?", "🦊🦊"))
+        info=INFO, images=(png(1),), turns=turns(("what?", "ein Fuchs."), ("", "no question"), ("why?", "🦊🦊"))
     ),
     TextSample(info=INFO, text="one line. 🦊\nanother"),
     TextSample(info=INFO, text="x" * 700),
@@ -104,7 +104,7 @@ def without_text(sample, record: bytes):
     """The sample as a reader of stored ids makes it."""
     common = {"info": sample.info, "token_ids": record}
     if isinstance(sample, UnderstandingSample):
-        return UnderstandingSample(image=sample.image, turns=(), **common)
+        return UnderstandingSample(images=sample.images, **common)
     if isinstance(sample, TextSample):
         return TextSample(**common)
     return GenerationSample(caption="", vq_ids=sample.vq_ids, **common)
@@ -119,7 +119,7 @@ def documents(encoder: Encoder, sample) -> list:
         draft = encoder.draft(sample, short_caption=short, drop_condition=drop)
         try:
             cut = longest is not None and draft.length > longest
-            tokens, start = encoder.truncated(draft, longest) if cut else (encoder.written(draft), draft.image_start)
+            tokens, start = encoder.truncated(draft, longest) if cut else (encoder.written(draft), draft.image_starts)
             result.append((draft.length, tokens.tolist(), start))
         except SkipSample as reason:
             result.append(str(reason))

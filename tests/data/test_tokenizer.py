@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -159,3 +160,18 @@ def test_a_vocabulary_with_gaps_is_as_large_as_its_largest_id(hugging_face_confi
     text = load_tokenizer(hugging_face_config).decode([load_tokenizer(hugging_face_config).vocab_size - 9])
     assert 70_000 in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.vocab_size == 70_001
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_in_place_of_a_tokenizer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 7847652\n")
+    with pytest.raises(ConfigError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load_tokenizer(TokenizerConfig(path=str(tmp_path)))
+
+
+def test_all_missing_special_tokens_are_named_at_once(tokenizer_config):
+    cfg = replace(tokenizer_config, bos="<none>", eos="<neither>")
+    with pytest.raises(
+        ConfigError, match=r"tokens '<none>' \(tokenizer.bos\), '<neither>' \(tokenizer.eos\) are not in"
+    ):
+        load_tokenizer(cfg)

@@ -403,3 +403,17 @@ def test_sources_of_other_kinds_need_no_vq(cfg, tokenizer, tmp_path):
     cfg.data.sources = {"text": SourceConfig(kind=SourceKind.text, shards="t.tar")}
     indexes = index_sources(cfg, tokenizer)
     assert use_stored_ids(cfg.data, indexes, None) == indexes
+
+
+def test_with_index_dir_ids_beside_the_shards_are_read_and_never_touched(tmp_path):
+    path = write_shard(tmp_path / "data" / "a.tar", generation_samples(3))
+    here, away = ShardReader().stat(str(path)), ShardReader(index_dir=str(tmp_path / "index")).stat(str(path))
+    given = dict(codebook_size=64, without_picture=0, pictures_sha256="p", unusable=())
+    store_ids(here, RECIPE, ids_of(3), **given)
+    beside = sorted(os.listdir(path.parent))
+    np.testing.assert_array_equal(open_ids(away, RECIPE.fingerprint, ShardReader()).row(1), ids_of(3)[1])
+    other = (ids_of(3) + 1) % 64
+    manifest = store_ids(away, RECIPE, other, **given)
+    assert manifest.ids_path.is_relative_to(tmp_path / "index") and sorted(os.listdir(path.parent)) == beside
+    np.testing.assert_array_equal(open_ids(away, RECIPE.fingerprint, ShardReader()).row(1), other[1])
+    assert stored_fingerprints([away])[away.path] == [RECIPE.fingerprint]

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-import jp_train.engine.checkpoint.reading as reading
+import jp_train.engine.checkpoint.finding as finding
 import jp_train.engine.checkpoint.store as checkpoints
 import jp_train.train.session as session
 import jp_train.train.trainer as training
@@ -127,7 +127,7 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     )
     plain_write, plain_describe, release, told = (
         checkpoints.write_shard,
-        reading.size_and_checksum,
+        finding.size_and_checksum,
         threading.Event(),
         {},
     )
@@ -174,7 +174,7 @@ def one_rank_fails(folder: str) -> dict[str, Any]:
     with patch.object(store._host, "take", no_memory):
         ask("no memory", lambda: save(400))
     told["problems"] = list(store.problems)
-    with patch.object(reading, "size_and_checksum", unseen):
+    with patch.object(finding, "size_and_checksum", unseen):
         ask("unseen", store.newest)
     torch.distributed.barrier()
     if not last:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def leave_out_a_layer(model: torch.nn.Module) -> None:
 def tiny_engine(stage: int, data: str, run_dir: str) -> Any:
     """An engine around janus_tiny's model."""
     cfg = make(data, run_dir, stage=stage, rows=world(), **{"engine.collective_timeout_s": 120.0})
-    cfg.model = tiny_config()
+    cfg.model = replace(tiny_config(), init=cfg.model.init)
     cfg.model.vision.layers = cfg.model.language.layers = 1
     cfg.engine.activation_checkpointing = False
     ranks = init_process_group(cfg)
@@ -277,7 +278,7 @@ def lopsided(*, stage: int, steps: int, data: str, run_dir: str) -> dict:
     trained = [(name, p) for name, p in oracle.named_parameters() if p.requires_grad]
     plain_prepare = pretrained.prepare_weights
 
-    def copy_oracle(model, vq, model_cfg, *, seed, gather, is_writer):
+    def copy_oracle(model, vq, model_cfg, *, trainable, seed, gather, is_writer):
         values = dict(oracle.named_parameters())
         for name, parameter in model.named_parameters():
             with gather([parameter]):

@@ -22,6 +22,7 @@ from jp_train.data.loader import StepLoader, build_plan, rows_hash
 from jp_train.data.tokenizer import load_tokenizer
 from jp_train.model.weight_files import open_weights
 from jp_train.tools.export import convert
+from jp_train.tools.inference import load_for_inference
 from tests.distributed import Launch, Nursery
 from tests.engine.tiny_run import tiny_run
 from tests.small_disk import fill as fill_disk
@@ -323,6 +324,10 @@ def test_an_export_of_a_checkpoint_equals_the_runs_own(run, dtype, launches, run
     assert expected.keys() == found.keys()
     differ = {name for name, tensor in expected.items() if not torch.equal(tensor, found[name])}
     assert differ <= {"gen_vision_model.quantize.embedding.weight"}, "an export holds the codebook with unit rows"
+    ours, exported = (
+        load_for_inference(path, dtype=torch.bfloat16).janus.state_dict() for path in (newest, runs / run / "export")
+    )
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in exported.items()), "generate takes checkpoints too"
 
 
 def test_a_stage_starts_from_a_checkpoint_as_from_the_export_beside_it(launches, runs):

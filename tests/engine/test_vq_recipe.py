@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jp_train.config import RunConfig
-from jp_train.config.choices import ImageDecode, SourceKind
+from jp_train.config.choices import ImageDecode, Init, SourceKind
 from jp_train.config.schema import SourceConfig
 from jp_train.data.image import TRANSFORM_VERSION
 from jp_train.engine.vq_recipe import ids_recipe
@@ -13,6 +13,7 @@ from tests.model.janus_tiny import SIDE, tiny_config
 
 def configuration(kind: SourceKind) -> RunConfig:
     cfg = RunConfig(model=tiny_config())
+    cfg.model.init = Init.random
     cfg.data.sources = {"some": SourceConfig(kind=kind, shards="some.tar")}
     return cfg
 

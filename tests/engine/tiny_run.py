@@ -11,6 +11,7 @@ import pydoc_data.topics
 from pathlib import Path
 
 from jp_train.config import RunConfig, validate
+from jp_train.config.choices import Init
 from jp_train.config.schema import (
     BatchUnit,
     LanguageConfig,
@@ -28,6 +29,7 @@ from tests.data.data_samples import (
     IMAGE_SIZE,
     PATCH,
     generation_samples,
+    several_samples,
     text_samples,
     understanding_samples,
     write_shard,
@@ -75,6 +77,7 @@ def write_data(folder: Path) -> Path:
     ]
     write_shard(folder / "gen-broken.tar", broken)
     write_shard(folder / "und.tar", understanding_samples(17))
+    write_shard(folder / "several.tar", several_samples(20))
     write_shard(folder / "text.tar", text_samples(21))
     write_shard(folder / "held-gen.tar", generation_samples(3, first=100))
     write_shard(folder / "held-und.tar", understanding_samples(3))
@@ -105,6 +108,7 @@ def tiny_run(
         hidden_size=32, intermediate_size=48, layers=2, heads=2, vocab_size=512, max_position_embeddings=512
     )
     cfg.model.init_from = None if init_from is None else str(init_from)
+    cfg.model.init = Init.random
     cfg.stage.name = f"stage{stage}"
     cfg.stage.trainable = list(TRAINABLE[stage])
     cfg.stage.training_steps = steps

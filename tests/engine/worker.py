@@ -46,6 +46,7 @@ def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
     own = {key: changes.pop(key) for key in ("stage", "steps", "rows") if key in changes}
     init_from = changes.pop("init_from", None)
     held_out, broken = changes.pop("held_out", False), changes.pop("broken", False)
+    several = changes.pop("several", False)
     cfg = tiny_run(Path(data), Path(run_dir), init_from=None if init_from is None else Path(init_from), **own)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
@@ -54,6 +55,8 @@ def make(data: str, run_dir: str, **changes: Any) -> RunConfig:
             node = getattr(node, parent)
         before = getattr(node, leaf)
         setattr(node, leaf, type(before)(value) if isinstance(before, Enum) else value)
+    if several:
+        cfg.data.sources["und"].shards = "several.tar"
     if broken:
         cfg.data.sources["gen"].shards = "gen-broken.tar"
     if held_out:
@@ -179,7 +182,7 @@ def leak(what: str, **changes: Any) -> dict:
 
 def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> dict:
     """Every pair of {subsets of kinds} x {subsets of kinds} on two ranks (stages 1 and 2: in one of its two orders):
-    losses and gradients against one plain process."""
+    losses and gradients against one plain process. A document to understand has 1 to 5 images."""
     import jp_train.model.janus_pro as model_code
     from jp_train.config import batch_plan
     from jp_train.engine.init import Ranks, gather_for_writing, init_process_group
@@ -199,7 +202,8 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
     ranks: Ranks = init_process_group(cfg)
     subsets = [[kind for bit, kind in enumerate(KINDS) if number >> bit & 1] for number in range(8)]
     batches = [
-        [pack(random_docs(100 * r + number, kinds)) for number, kinds in enumerate(subsets)] for r in range(world())
+        [pack(random_docs(100 * r + number, kinds, images=(number % 5 + 1,))) for number, kinds in enumerate(subsets)]
+        for r in range(world())
     ]
 
     oracle = JanusPro(cfg.model, cfg.loss, N_SOURCES, False, PLACEHOLDER)
@@ -226,7 +230,7 @@ def presence(*, stage: int, negative: bool = False, data: str, run_dir: str) -> 
 
     plain_prepare, plain_place = pretrained.prepare_weights, model_code._place
 
-    def copy_oracle(model, vq, model_cfg, *, seed, gather, is_writer):
+    def copy_oracle(model, vq, model_cfg, *, trainable, seed, gather, is_writer):
         values = dict(oracle.named_parameters())
         for name, parameter in model.named_parameters():
             with gather_for_writing([parameter]):

@@ -11,7 +11,9 @@ import pytest
 
 from examples.smoke.console import STEP_INTERVAL_S, LineFilter, recorded
 from examples.smoke.run import PRIOR_S, measured_pace
+from examples.smoke.summary import COLUMNS, format_summary
 from examples.smoke.targets import SPREADS, TARGETS
+from tests.run.synthetic_run import write_run
 
 STEP = "step {}/420  loss 4.549 (und 4.567 text 4.849 gen 4.297)  lr 1.8e-03  norm 1.64  3,223 tok/s  ETA 2 min 37 s"
 
@@ -81,3 +83,22 @@ def test_targets_lie_two_spreads_below_the_mean_of_the_measured_runs() -> None:
         spread = (sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) ** 0.5
         assert SPREADS[name] == pytest.approx(spread, abs=0.005)
         assert 0 <= mean - 2 * spread - TARGETS[name] < 0.01
+
+
+def test_the_summary_keeps_to_its_columns_and_says_what_a_miss_means(tmp_path: Path) -> None:
+    write_run(tmp_path / "stage1", stage="stage1", steps=40)
+    write_run(tmp_path / "stage2", stage="stage2", steps=80, schedule=100, state="stopped_early")
+    last = write_run(tmp_path / "stage3", stage="stage3", steps=60)
+    met, missed = TARGETS["digits named"], TARGETS["digits generated"] - 0.001
+    rows = [
+        {"name": "digits named", "value": met, "chance": 0.1, "target": met},
+        {"name": "digits generated", "value": missed, "chance": 0.1, "ceiling": 0.98, "target": missed + 0.001},
+    ]
+    (last / "evaluation.json").write_text(json.dumps(rows))
+    text = format_summary(tmp_path, seconds=600)
+    lines = [line for line in text.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= COLUMNS
+    assert [line.split()[-1] for line in lines if line.startswith("digits ")] == ["met", "target"]
+    assert "--seed 1" in text and "stage2 -> stage3: questions are asked in another form" in text
+    (last / "evaluation.json").write_text(json.dumps(rows[:1]))
+    assert "below target" not in format_summary(tmp_path, seconds=600)

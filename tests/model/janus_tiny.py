@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
@@ -34,11 +35,17 @@ def tiny_config() -> ModelConfig:
 
 
 def tiny_model(
-    *, seed: int = 0, loss: LossConfig | None = None, checkpointing: bool = False, std: float = 0.2
+    *,
+    seed: int = 0,
+    loss: LossConfig | None = None,
+    checkpointing: int = 0,
+    std: float = 0.2,
+    cfg: ModelConfig | None = None,
 ) -> JanusPro:
     """float32, with weights large enough that a wrong position or a leak shows; every parameter random, norms and
     biases too."""
-    model = JanusPro(tiny_config(), loss or LossConfig(chunk_tokens=7), N_SOURCES, checkpointing, PLACEHOLDER)
+    loss = loss or LossConfig(chunk_tokens=7)
+    model = JanusPro(cfg or tiny_config(), loss, N_SOURCES, checkpointing, PLACEHOLDER)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,14 +56,14 @@ def tiny_model(
 
 @dataclass
 class Doc:
-    """One document by hand: tokens, labels already shifted, and its picture if it has one."""
+    """One document by hand: tokens, labels already shifted, and its pictures if it has some."""
 
     kind: Kind
     ids: list[int]
     labels: list[int]
     gen_labels: list[int]
     slots: list[int]
-    image: torch.Tensor | None = None
+    images: torch.Tensor | None = None  # uint8 [I, 3, H, W]
     codes: list[int] | None = None
     source: int = 0
 
@@ -66,8 +73,12 @@ def text_doc(ids: Sequence[int], source: int = 0) -> Doc:
     return Doc(Kind.TEXT, ids, [*ids[1:], IGNORE_INDEX], [IGNORE_INDEX] * len(ids), [], source=source)
 
 
-def und_doc(question: Sequence[int], answer: Sequence[int], image: torch.Tensor, source: int = 1) -> Doc:
-    head = [BOS, BOI, *[PLACEHOLDER] * SLOTS, EOI, *question]
+def und_doc(question: Sequence[int], answer: Sequence[int], images: torch.Tensor, source: int = 1) -> Doc:
+    """With the question after the first of `images`, the others behind it, each with a word before it."""
+    picture = [BOI, *[PLACEHOLDER] * SLOTS, EOI]
+    head = [BOS, *picture, *question]
+    for number in range(1, len(images)):
+        head += [5 + number, *picture]
     ids = [*head, *answer, EOS]
     labels = [IGNORE_INDEX] * (len(head) - 1) + [*answer, EOS, IGNORE_INDEX]
     return Doc(
@@ -75,8 +86,8 @@ def und_doc(question: Sequence[int], answer: Sequence[int], image: torch.Tensor,
         ids,
         labels,
         [IGNORE_INDEX] * len(ids),
-        list(range(2, 2 + SLOTS)),
-        image=image,
+        [at for at, token in enumerate(ids) if token == PLACEHOLDER],
+        images=images,
         source=source,
     )
 
@@ -97,7 +108,9 @@ def gen_doc(caption: Sequence[int], codes: Sequence[int], source: int = 2) -> Do
     )
 
 
-def random_docs(seed: int, kinds: Sequence[Kind]) -> list[Doc]:
+def random_docs(seed: int, kinds: Sequence[Kind], images: Sequence[int] = (1,)) -> list[Doc]:
+    """Documents of these kinds; those to understand have so many images, in turn."""
+    counts = cycle(images)
     g = torch.Generator().manual_seed(seed)
 
     def words(low: int, high: int) -> list[int]:
@@ -109,8 +122,9 @@ def random_docs(seed: int, kinds: Sequence[Kind]) -> list[Doc]:
         if kind is Kind.TEXT:
             made.append(text_doc(words(3, 12)))
         elif kind is Kind.UNDERSTANDING:
-            image = torch.randint(0, 256, (3, SIDE, SIDE), generator=g, dtype=torch.uint8)
-            made.append(und_doc(words(1, 5), words(2, 6), image))
+            shape = (next(counts), 3, SIDE, SIDE)
+            shown = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+            made.append(und_doc(words(1, 5), words(2, 6), shown))
         else:
             made.append(gen_doc(words(1, 6), torch.randint(0, CODES, (SLOTS,), generator=g).tolist()))
     return made
@@ -129,7 +143,7 @@ def pack(docs: Sequence[Doc]) -> PackedBatch:
         result = [s + start for doc, start in zip(docs, starts, strict=False) if doc.kind is kind for s in doc.slots]
         return torch.tensor(result, dtype=torch.int64)
 
-    images = [doc.image for doc in docs if doc.image is not None]
+    images = [image for doc in docs if doc.images is not None for image in doc.images]
     codes = [doc.codes for doc in docs if doc.codes is not None]
     return PackedBatch(
         input_ids=flat("ids"),

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
 from jp_train.errors import CheckpointError
-from jp_train.model.configuration import read_model_config
 from jp_train.model.export import write_export
 from jp_train.model.pretrained import load_weights
+from jp_train.model.stored_config import read_model_config
 from jp_train.model.weight_files import open_weights
 from jp_train.types import Kind
 from tests.model.janus_tiny import PLACEHOLDER, SIDE, pack, random_docs, tiny_config

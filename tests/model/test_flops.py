@@ -105,14 +105,8 @@ def test_forward_and_backward_equal_torchs_counter(
     with FlopCounterMode(display=False) as backward:
         (terms.text_sum + terms.image_sum).backward()
     expected = step_flops(cfg, statistics, stage)
-    assert forward.get_total_flops() == expected.forward
-    # recomputing the chunked logits is overhead, not model FLOPs; and the counter does not know the in-place product of
-    # their weight gradient
-    image_logits = statistics.image_positions * 2.0 * 32 * 48
-    text_logits = statistics.text_positions * 2.0 * 32 * 64
-    seen = expected.backward + image_logits * (1 - ("gen_head" in stage))
-    seen += text_logits * ((stage != ["gen_head"]) - ("language_model" in stage))
-    assert backward.get_total_flops() == seen
+    # the heads make their gradients in the forward pass: nothing is computed twice, nothing left out
+    assert forward.get_total_flops() + backward.get_total_flops() == expected.forward + expected.backward
 
 
 def test_a_frozen_module_has_no_weight_gradient_but_the_llm_still_passes_gradients_in_stage_1() -> None:

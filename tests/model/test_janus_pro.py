@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import JanusForConditionalGeneration
 
 from jp_train.config.schema import LanguageConfig, LossConfig, ModelConfig, Reduction
 from jp_train.errors import ConfigError
+from jp_train.model import attention
 from jp_train.model.configuration import build_config
 from jp_train.model.freeze import module_of, set_trainable
 from jp_train.model.janus_pro import Float32Rotary, JanusPro
@@ -52,7 +54,7 @@ def reference_hidden(reference: JanusForConditionalGeneration, doc: Doc) -> torc
     """Last hidden states [T, d] of one document alone, by transformers' public path for each kind."""
     ids = torch.tensor([doc.ids])
     if doc.kind is Kind.UNDERSTANDING:
-        pixels = (doc.image[None].float() / 255 - 0.5) / 0.5
+        pixels = (doc.images.float() / 255 - 0.5) / 0.5
         return reference.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state[0]
     embeddings = reference.get_input_embeddings()(ids)
     if doc.kind is Kind.GENERATION:
@@ -71,7 +73,7 @@ def test_state_dict_names_and_shapes_are_those_of_transformers_without_the_vq() 
 def test_packed_logits_of_both_heads_equal_transformers_run_one_document_at_a_time(checkpointing: bool) -> None:
     model = tiny_model(checkpointing=checkpointing).train()
     reference = as_transformers(model)
-    docs = random_docs(3, MIXED)
+    docs = random_docs(3, MIXED, images=(1, 5))
     with torch.no_grad():
         batch = pack(docs)
         hidden = torch.cat([reference_hidden(reference, doc) for doc in docs])
@@ -81,13 +83,52 @@ def test_packed_logits_of_both_heads_equal_transformers_run_one_document_at_a_ti
         ).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("reduction", Reduction)
+@pytest.mark.parametrize("kinds", [[Kind.TEXT], [Kind.UNDERSTANDING, Kind.TEXT, Kind.GENERATION]])
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_pass_reads_nothing_back_from_the_device(
+    reduction: Reduction, kinds: list[Kind], every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that the host waits for would drain a GPU's queue; the meta device has none to give."""
+    monkeypatch.setattr(attention, "uses_varlen_kernel", lambda query: True)
+    model = tiny_model(checkpointing=every, loss=LossConfig(reduction=reduction)).train().to("meta", torch.bfloat16)
+    batch = pack(random_docs(3, kinds)).to("meta")
+    terms = model(batch)
+    loss = terms.text_sum + terms.image_sum if terms.document_mean_sum is None else terms.document_mean_sum
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        terms.text_sum.item()
+
+
+def test_every_kth_layer_of_a_tower_is_computed_again_and_no_gradient_changes() -> None:
+    docs = random_docs(3, MIXED)
+    gradients = []
+    for every, expected in ((0, [1, 1]), (1, [2, 2]), (2, [2, 1])):
+        model = tiny_model(checkpointing=every).train()
+        layers = [*model.model.language_model.layers, *model.model.vision_model.encoder.layers]
+        calls = [0] * len(layers)
+
+        def count(module: torch.nn.Module, *_: object, at: int, calls: list[int]) -> None:
+            calls[at] += 1
+
+        for at, layer in enumerate(layers):
+            layer.self_attn.register_forward_pre_hook(partial(count, at=at, calls=calls))
+        terms = model(pack(docs))
+        (terms.text_sum + terms.image_sum).backward()
+        assert calls == 2 * expected
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]) and torch.equal(gradient, gradients[2][name]), name
+
+
 @torch.no_grad()
 def test_understanding_documents_equal_the_full_forward_of_transformers() -> None:
     model = tiny_model()
     reference = as_transformers(model)
-    docs = random_docs(8, [Kind.UNDERSTANDING, Kind.UNDERSTANDING])
+    docs = random_docs(8, [Kind.UNDERSTANDING] * 5, images=(1, 2, 3, 4, 5))
     expected = [
-        reference(input_ids=torch.tensor([d.ids]), pixel_values=(d.image[None].float() / 255 - 0.5) / 0.5).logits[0]
+        reference(input_ids=torch.tensor([d.ids]), pixel_values=(d.images.float() / 255 - 0.5) / 0.5).logits[0]
         for d in docs
     ]
     assert (model.lm_head(model.hidden_states(pack(docs))) - torch.cat(expected)).abs().max() <= 1e-4
@@ -132,7 +173,7 @@ def test_loss_terms_equal_a_plain_cross_entropy_of_each_document() -> None:
 def test_gradients_equal_transformers_run_one_document_at_a_time() -> None:
     model = tiny_model(checkpointing=True).train()
     reference = as_transformers(model)
-    docs = random_docs(6, MIXED)
+    docs = random_docs(6, MIXED, images=(2, 1))
     terms = model(pack(docs))
     (terms.text_sum + terms.image_sum).backward()
     for doc in docs:
@@ -149,14 +190,15 @@ def test_gradients_equal_transformers_run_one_document_at_a_time() -> None:
 def changed(doc: Doc) -> Doc:
     """The same layout with other words, pixels and codes."""
     ids = [t if t <= PLACEHOLDER else 6 + (t - 6 + 11) % 50 for t in doc.ids]
-    image = None if doc.image is None else 255 - doc.image
+    images = None if doc.images is None else 255 - doc.images
     codes = None if doc.codes is None else [(c + 7) % CODES for c in doc.codes]
-    return replace(doc, ids=ids, image=image, codes=codes)
+    return replace(doc, ids=ids, images=images, codes=codes)
 
 
+@pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("position", range(3))
-def test_perturbing_a_document_moves_no_logit_and_no_gradient_of_another(position: int) -> None:
-    docs = random_docs(9, [Kind.GENERATION, Kind.UNDERSTANDING, Kind.TEXT])
+def test_perturbing_a_document_moves_no_logit_and_no_gradient_of_another(position: int, images: int) -> None:
+    docs = random_docs(9, [Kind.GENERATION, Kind.UNDERSTANDING, Kind.TEXT], images=(images,))
     other = list(docs)
     other[position] = changed(docs[position])
     bounds = [0]
@@ -261,7 +303,7 @@ def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:
 
 
 def test_pending_pictures_and_wrong_slots_are_refused_before_the_forward_pass() -> None:
-    batch = pack([gen_doc([9], [1, 2, 3, 4]), und_doc([8], [9], torch.zeros(3, SIDE, SIDE, dtype=torch.uint8))])
+    batch = pack([gen_doc([9], [1, 2, 3, 4]), und_doc([8], [9], torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))])
     with pytest.raises(ValueError, match="call vq.fill_pending"):
         tiny_model()(replace(batch, gen_pending=torch.tensor([0])))
     with pytest.raises(ValueError, match=r"und_slots has 3 positions for 1 images of 4 slots"):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from jp_train.config.schema import GenEmbedInit, LossConfig, ModelConfig
+from jp_train.config.choices import Init
+from jp_train.config.schema import MODULES, GenEmbedInit, LossConfig, ModelConfig, TokenizerConfig
 from jp_train.errors import CheckpointError, ConfigError
-from jp_train.model.configuration import build_config, read_model_config
+from jp_train.model.configuration import build_config
 from jp_train.model.export import write_export
 from jp_train.model.freeze import module_of
 from jp_train.model.janus_pro import JanusPro
 from jp_train.model.pretrained import init_fresh, init_fresh_vq, load_weights, prepare_weights
+from jp_train.model.stored_config import read_model_config
 from jp_train.model.vq import VQTokenizer, unit_rows
 from jp_train.model.weight_files import open_part, open_weights
 from jp_train.types import Kind, SpecialTokens
@@ -34,6 +37,7 @@ from tests.model.janus_tiny import DIM, PLACEHOLDER, SIDE, pack, random_docs, ti
 
 
 class FakeTokenizer:
+    cfg = TokenizerConfig()
     special = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image_placeholder=PLACEHOLDER)
 
     def save(self, directory: Path) -> None:
@@ -212,7 +216,7 @@ def test_unreadable_folders_name_the_cause(tmp_path: Path, files: dict[str, byte
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_weights(tmp_path)
-    with pytest.raises(CheckpointError, match="no such file or folder"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         open_weights(tmp_path / "absent")
 
 
@@ -247,7 +251,8 @@ def fresh(cfg: ModelConfig, seed: int = 0, **options) -> tuple[JanusPro, VQToken
     with torch.no_grad():
         for parameter in (*model.parameters(), *vq.parameters()):
             parameter.fill_(float("nan"))
-    return model, vq, prepare_weights(model, vq, cfg, seed=seed, **options)
+    cfg = replace(cfg, init=Init.random)
+    return model, vq, prepare_weights(model, vq, cfg, trainable=MODULES, seed=seed, **options)
 
 
 def test_fresh_weights_follow_the_rules_whatever_construction_left() -> None:
@@ -389,6 +394,9 @@ def test_a_part_of_another_size_and_a_contradiction_are_errors(tmp_path: Path) -
     LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     cfg = tiny_config()
     cfg.init_parts.language_model = str(tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"hidden_size is 16, ours 32 \(model.language.hidden_size=16\)"):
+        fresh(cfg)
+    (tmp_path / "small" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="of another shape"):
         fresh(cfg)
     cfg.init_from = str(tmp_path)

@@ -45,7 +45,9 @@ SSH_CONFIG = """Host *
   UpdateHostKeys no
   LogLevel ERROR
 """
-SSHD_CONFIG = """ListenAddress {address}
+SSHD_CONFIG = """Port {port}
+ListenAddress {address}
+ListenAddress {ipv6}
 HostKey {folder}/{name}.host_key
 AuthorizedKeysFile {folder}/key.pub
 StrictModes no
@@ -95,17 +97,17 @@ class Node:
 
 
 class Cluster:
-    """`hosts` machines called node1, node2, ... on 10.77.0.0/24. A context; everything ends with it.
+    """`hosts` machines called node1, node2, ... on 10.77.0.0/24 and fd77::/64. A context; everything ends with it.
 
-    `folder`: for keys, logs and the hostfile. `slots`: ranks a host in `hostfile`.
+    `folder`: for keys, logs and the hostfile. `slots`: ranks a host in `hostfile`. `port`: of every sshd.
     """
 
-    def __init__(self, folder: Path, *, hosts: int = 2, slots: int = 1) -> None:
+    def __init__(self, folder: Path, *, hosts: int = 2, slots: int = 1, port: int = 22) -> None:
         self.folder = folder / f"rig_{os.getpid()}_{id(self):x}"
         self.names = [f"node{number}" for number in range(1, hosts + 1)]
         self.nodes: dict[str, Node] = {}
         self.hostfile = self.folder / "hostfile"
-        self._slots = slots
+        self._slots, self._port = slots, port
         self._switch: subprocess.Popen[bytes] | None = None
         self._owner = f"{os.getpid()}:{_started(os.getpid())}"
         self._open: list[subprocess.Popen[Any]] = []
@@ -231,6 +233,9 @@ class Cluster:
         if node.up:
             self.link(host, "down")
             _kill(node.init)
+            for process in self._open:  # one that was stopped with what it had entered would not see it end
+                if process.poll() is None:
+                    process.send_signal(signal.SIGCONT)
             node.shell.wait(10)
 
     def start_host(self, host: str) -> None:
@@ -254,6 +259,7 @@ class Cluster:
             [*enter, "ip", "link", "set", "eth0", "address", f"02:00:0a:4d:00:{number:02x}"]
         )  # the others remember it over a power cycle
         _checked([*enter, "ip", "addr", "add", f"{address}/24", "dev", "eth0"])
+        _checked([*enter, "ip", "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad"])
         for device in ("lo", "eth0"):
             _checked([*enter, "ip", "link", "set", device, "up"])
         assert shell.stdin is not None
@@ -264,20 +270,27 @@ class Cluster:
     def change_host_key(self, host: str) -> None:
         """The host answers with another key than the one that all know."""
         self._host_key(host)
+        self.restart_sshd(host)
+
+    def restart_sshd(self, host: str) -> None:
+        """The host's ssh server starts again, with its present configuration and key; open connections stay."""
         log = self.folder / f"{host}.sshd.log"
         already = log.read_text().count("Server listening")
         os.kill(self.nodes[host].init, signal.SIGHUP)
         deadline = time.monotonic() + READY_S
         while log.read_text().count("Server listening") == already:
-            assert time.monotonic() < deadline, "sshd did not read its new key"
+            assert time.monotonic() < deadline, f"sshd of {host} did not start again"
             time.sleep(0.05)
 
     def trust_host_keys(self) -> None:
         """All hosts know all present host keys (again)."""
         keys = {name: (self.folder / f"{name}.host_key.pub").read_text() for name in self.names}
-        (self.folder / "known_hosts").write_text(
-            "".join(f"{n},10.77.0.{i} {keys[n]}" for i, n in enumerate(self.names, 1))
-        )
+        lines = []
+        for number, name in enumerate(self.names, 1):
+            known = [name, f"10.77.0.{number}", f"fd77::{number}"]
+            known = known if self._port == 22 else [f"[{each}]:{self._port}" for each in known]
+            lines.append(f"{','.join(known)} {keys[name]}")
+        (self.folder / "known_hosts").write_text("".join(lines))
 
     def small_disk(self, host: str, path: Path, *, size: str = "1m", full: bool = False) -> None:
         """On this host alone `path` (an existing folder) is a disk of its own of `size`, and `full` to the last byte
@@ -293,11 +306,16 @@ class Cluster:
     def mount_over(self, host: str, source: Path, path: Path, *, read_only: bool = False) -> None:
         """On this host alone `path` shows what `source` is (folder or file): other code, other data, a read-only
         disk."""
-        enter = self._enter(self.nodes[host])
-        _checked([*enter, "--", "mount", "--bind", str(source), str(path)])
+        enter = [*self._enter(self.nodes[host]), "--"]
+        if not read_only:
+            _checked([*enter, "mount", "--bind", str(source), str(path)])
+        else:  # made read-only elsewhere: in its place it would be busy as soon as something is written there
+            aside = "/run/aside"
+            _checked([*enter, "mkdir", "-p", aside])
+            _checked([*enter, "mount", "--bind", str(source), aside])
+            _checked([*enter, "mount", "-o", "remount,bind,ro", aside])
+            _checked([*enter, "mount", "--move", aside, str(path)])
         self.nodes[host].mounts.append(str(path))
-        if read_only:
-            _checked([*enter, "--", "mount", "-o", "remount,bind,ro", str(path)])
 
     def unmount(self, host: str, path: Path) -> None:
         """Undo the last `small_disk` or `mount_over` of this path."""
@@ -356,7 +374,9 @@ class Cluster:
         for number, name in enumerate(self.names, 1):
             self._host_key(name)
             (folder / f"{name}.sshd_config").write_text(
-                SSHD_CONFIG.format(address=f"10.77.0.{number}", folder=folder, name=name)
+                SSHD_CONFIG.format(
+                    port=self._port, address=f"10.77.0.{number}", ipv6=f"fd77::{number}", folder=folder, name=name
+                )
             )
         self.trust_host_keys()
         self.hostfile.write_text("".join(f"{name} slots={self._slots}\n" for name in self.names))
@@ -387,7 +407,7 @@ class Cluster:
 
     def _wait_for_sshd(self, node: Node) -> None:
         deadline = time.monotonic() + READY_S
-        port = f"{22:04X}"
+        port = f"{self._port:04X}"
         while not any(
             line.split()[1].endswith(f":{port}") and line.split()[3] == "0A"
             for line in Path(f"/proc/{node.init}/net/tcp").read_text().splitlines()[1:]

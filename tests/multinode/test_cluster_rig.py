@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.multinode.cluster_rig import OWNER, Cluster
+from tests.multinode.host_faults import build_clock, give_clock, lose_packets, set_clock
 
 
 def owned_by(pid: int) -> list[str]:
@@ -58,6 +62,41 @@ def test_hosts_reach_each_other_by_ssh_and_a_fault_of_a_host_stays_there(
     assert process.wait(10) != 0 and cluster.processes("node2") == []
     cluster.repair()
     assert cluster.run("node1", ask).stdout == "node2\n" and cluster.wait_until_empty() == {}
+
+
+def test_packets_get_lost_and_the_clock_jumps_on_one_host_while_programs_run(
+    make_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    cluster = make_cluster(hosts=2)
+    if not shutil.which("nft"):
+        pytest.skip("not installed: nft (Debian: apt-get install nftables)")
+    lose_packets(cluster, "node2", 99)
+    ask = ["ssh", "-o", "ConnectTimeout=1", "node2", "true"]
+    assert "timed out" in cluster.run("node1", ask).stderr
+    lose_packets(cluster, "node2", 0)
+    assert cluster.run("node1", ask).returncode == 0
+
+    library = build_clock(tmp_path)
+    if library is None:
+        pytest.skip("no C compiler")
+    give_clock(cluster, "node2", library)
+    program = "import time\nwhile input(): print(time.time(), time.monotonic(), time.sleep(0.01), flush=True)"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = cluster.popen("node1", ["ssh", "node2", f"{sys.executable} -c '{program}'"], **options)
+
+    def times() -> tuple[float, float]:
+        process.stdin.write("now\n")
+        process.stdin.flush()
+        wall, monotonic, _ = process.stdout.readline().split()
+        return float(wall), float(monotonic)
+
+    before = times()
+    for ahead_s in (3600.0, -86400.0, 0.0):
+        set_clock(cluster, "node2", ahead_s)
+        now = times()
+        elapsed = now[1] - before[1]
+        assert now[0] - before[0] == pytest.approx(ahead_s + elapsed, abs=0.5) and elapsed < 30
+    process.communicate("\n", timeout=30)
 
 
 def test_nothing_of_a_rig_outlives_a_maker_that_was_killed(rig_parts: None, tmp_path: Path) -> None:

@@ -264,7 +264,9 @@ def unlike(world: World, silent: Outcome) -> Outcome:
         encoding="utf-8",
     )
     rig.mount_over("node3", mine / "METADATA", about)
-    dead = rig.popen("node3", ["sleep", "600"], env={"JP_TRAIN_LAUNCH_ID": "0123456789abcdef"})
+    launch = "0123456789abcdef"
+    ours = {"JP_TRAIN_LAUNCH_ID": launch, "JP_TRAIN_LOGS": f"{folder}/run/stage2/logs/{launch}"}
+    dead = rig.popen("node3", ["sleep", "600"], env=ours)
 
     (mine / "run.yaml").write_text(world.config.read_text() + "seed: 41\n")
     rig.mount_over("node4", mine / "run.yaml", world.config)
@@ -283,7 +285,7 @@ def unlike(world: World, silent: Outcome) -> Outcome:
     if FAKETIME:
         with open(rig.folder / "node5.sshd_config", "a", encoding="utf-8") as file:
             file.write(f"SetEnv LD_PRELOAD={FAKETIME[0]} FAKETIME=+3600s\n")
-        restart_sshd(rig, "node5")
+        rig.restart_sshd("node5")
 
     (mine / "run").mkdir()
     rig.mount_over("node6", mine / "run", folder / "run")
@@ -309,18 +311,8 @@ def unlike(world: World, silent: Outcome) -> Outcome:
             config.write_text(
                 "".join(line for line in config.read_text().splitlines(keepends=True) if not line.startswith("SetEnv"))
             )
-            restart_sshd(rig, "node5")
+            rig.restart_sshd("node5")
         world.heal()
-
-
-def restart_sshd(rig: Cluster, host: str) -> None:
-    log = rig.folder / f"{host}.sshd.log"
-    already = log.read_text().count("Server listening")
-    os.kill(rig.nodes[host].init, signal.SIGHUP)
-    deadline = time.monotonic() + 10
-    while log.read_text().count("Server listening") == already:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +322,7 @@ def restart_sshd(rig: Cluster, host: str) -> None:
         ("node2", "code", "data/packing.py", "the same commit"),
         ("node2", "locks", "fused_adam/lock is 120 min old", "rm "),
         ("node3", "versions", "torch 2.12.1", "pip install torch=="),
-        ("node3", "jobs", "1 process of launch 0123456789abcdef (sleep 600", "ssh node3 kill -9 "),
+        ("node3", "jobs", "1 process of launch 0123456789abcdef in ", "ssh node3 kill -9 "),
         ("node4", "config", "seed: 41", "copy the launch YAML"),
         ("node4", "data", "tokenizer.path: names, sizes or contents", "on node4"),
         ("node5", "data", "source text: ", "mount or copy the data on node5"),

@@ -17,8 +17,10 @@ import jp_train.engine.watch.stop as stop
 import jp_train.run.log as log_module
 from jp_train.config import RunConfig, batch_plan
 from jp_train.config.schema import WandbMode
+from jp_train.engine.watch.stop import Stop
 from jp_train.run.log import RunLog
 from jp_train.run.sinks import SINKS
+from jp_train.run.status import status
 
 VALUES = {
     "loss/total": 2.0,
@@ -128,10 +130,20 @@ def test_a_failed_attempt_says_why_and_a_refused_one_leaves_the_status_of_the_ru
     log.fail(ValueError("broken"))
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", "ValueError: broken")
-    (tmp_path / "status.json").write_text('{"state": "finished"}')
+    (tmp_path / "status.json").write_text('{"state": "stopped_by_signal"}')
     RunLog(RunConfig(run_dir=str(tmp_path)), active=True, dp_world_size=1).fail(ValueError("another configuration"))
-    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "finished"}
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "stopped_by_signal"}
     assert [event["event"] for event in events(tmp_path)] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize("state", ("finished", "stopped_early"))
+def test_a_refused_attempt_leaves_no_trace_in_the_folder_of_a_run_that_has_ended_well(state, tmp_path):
+    log = started(tmp_path)
+    log.finish(Stop("all training steps done", state), 9)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    RunLog(RunConfig(run_dir=str(tmp_path)), active=True, dp_world_size=1).fail(ValueError("another configuration"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert status(tmp_path)["state"] == state
 
 
 @pytest.mark.parametrize("begun", (False, True))

@@ -9,6 +9,7 @@ import pytest
 
 from jp_train.run.reading import RunData, read_run
 from jp_train.run.summary import failures, settled, summarize, template_change, template_changes
+from tests.run.synthetic_run import write_run
 
 STEP_S = {1: 9.0, 2: 1.0, 3: 1.0, 4: 7.0, 5: 1.0}
 """Seconds of each step: the first of the run and the first after the resume wait for 8 and 6 of them."""
@@ -73,6 +74,16 @@ def test_only_the_step_from_or_to_a_conversation_makes_held_out_losses_incompara
     )
     assert template_change(None, "stage3", "x") == template_change("stage3", "stage3", "x") == ""
     assert template_change("stage3", "stage2", "x")
+
+
+@pytest.mark.parametrize(("steps", "over"), [(10, 1), (400, 20), (3000, 50)])
+def test_the_losses_of_the_table_are_means_over_so_many_steps_as_they_say(
+    tmp_path: Path, steps: int, over: int
+) -> None:
+    run = read_run(write_run(tmp_path / "run", steps=steps))
+    total = next(change for change in summarize(run).losses if change.name == "total")
+    values = run.series["loss/total"].finite().values
+    assert total.over == over and total.last == pytest.approx(values[-over:].mean())
 
 
 def test_a_state_that_is_no_word_is_said_in_words(killed: RunData) -> None:

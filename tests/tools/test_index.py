@@ -62,8 +62,16 @@ def test_the_table_divides_by_samples_and_counts_the_bad_ones_that_it_does_not_n
         mib=1.25,
         id_bytes_per_sample=12.4,
         bad_examples=("k in a.tar: no .txt",),
+        taken={".txt": 3, '"text" of .json': 1},
+        filtered={"not width >= 384": 1200},
+        notes={},
+        images=0,
+        passed_over="1 *.tar.gz passed over",
     )
-    _, row, *bad = format_table([summary]).splitlines()
+    _, row, texts, left_out, over, *bad = format_table([summary]).splitlines()
+    assert texts == 'texts of text: .txt (3), "text" of .json (1)'
+    assert left_out == "left out of text: 1,200 not width >= 384"
+    assert over == "text: 1 *.tar.gz passed over"
     assert row.split() == ["text", "text", "4", "10", "2.5", "5", "2", "1.2", "12"]
     assert bad == ["bad in text: k in a.tar: no .txt", "bad in text: … and 4 more (the ledger of a run names all)"]
 

@@ -18,7 +18,7 @@ from jp_train.config.schema import RunConfig, Template, TokenizerConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.image import load_understanding_image
 from jp_train.data.tokenizer import load_tokenizer
-from jp_train.errors import CheckpointError
+from jp_train.errors import CheckpointError, SkipSample
 from jp_train.model.export import write_export
 from jp_train.model.pretrained import init_fresh_vq
 from jp_train.model.sampling import Sampling
@@ -149,13 +149,14 @@ def test_pictures_are_the_decoded_ids(model: InferenceModel) -> None:
 
 def greedy_without_cache(model: InferenceModel, pixels: np.ndarray, question: str, limit: int) -> list[int]:
     special = model.tokenizer.special
-    prompt = model.encoder.understanding_prompt_ids(question)
+    images = torch.from_numpy(pixels).reshape(-1, 3, SIDE, SIDE)
+    prompt = model.encoder.understanding_prompt_ids(question, images=len(images))
     slots = [i for i, token in enumerate(prompt) if token == special.image_placeholder]
     written: list[int] = []
     while len(written) < limit:
         ids = [*prompt, *written]
         ignored = [-100] * len(ids)
-        doc = Doc(Kind.UNDERSTANDING, ids, ignored, ignored, slots, image=torch.from_numpy(pixels))
+        doc = Doc(Kind.UNDERSTANDING, ids, ignored, ignored, slots, images=images)
         with torch.no_grad():
             token = int(model.janus.lm_head(model.janus.hidden_states(pack([doc])))[-1].argmax())
         if token == special.eos:
@@ -172,6 +173,22 @@ def test_answers_equal_greedy_decoding_without_cache_or_padding(model: Inference
     expected = [greedy_without_cache(model, p, q, 6) for p, q in zip(pictures, questions, strict=True)]
     assert result == [model.tokenizer.decode(ids).strip() for ids in expected]
     assert len(set(result)) > 1
+
+
+def test_a_question_of_several_images_sees_each_in_its_place(model: InferenceModel) -> None:
+    rng = np.random.default_rng(3)
+    left, right = (rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8) for _ in range(2))
+    questions = ["what", "is <image> red <image>", "is <image> red <image>"]
+    result = answer_questions(model, [left, [left, right], [right, left]], questions, max_new_tokens=6)
+    expected = [
+        greedy_without_cache(model, left, questions[0], 6),
+        greedy_without_cache(model, np.stack([left, right]), questions[1], 6),
+        greedy_without_cache(model, np.stack([right, left]), questions[2], 6),
+    ]
+    assert result == [model.tokenizer.decode(ids).strip() for ids in expected]
+    assert len(set(result)) == 3
+    with pytest.raises(SkipSample, match="1 <image> for 2 images"):
+        answer_questions(model, [[left, right]], ["is <image> red"])
 
 
 def test_an_answer_ends_at_eos(model: InferenceModel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import socket
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from jp_train.config import RunConfig, batch_plan
 from jp_train.config.schema import SourceConfig, SourceKind
 from jp_train.data.ledger import Ledger
 from jp_train.data.loader import build_plan
+from jp_train.data.shards import expand_shards
 from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.saver import Saver
 from jp_train.engine.checkpoint.store import CheckpointStore
 from jp_train.engine.init import Engine, Ranks, init_process_group
 from jp_train.engine.watch.guard import SequenceGuard
-from jp_train.errors import CheckpointError
+from jp_train.errors import CheckpointError, DataError
 from jp_train.model.export import RUN_CONFIG
 from jp_train.model.freeze import module_of
 from jp_train.run.log import RunLog
@@ -104,6 +107,44 @@ def test_open_data_indexes_every_source_and_says_which_vq_ids_would_fit(opened, 
     assert [index.name for index in inputs.indexes] == list(finished.data.sources)
     assert inputs.held_out_indexes == [] and inputs.ids_recipe is not None
     assert inputs.ids_recipe.vq == engine.vq.fingerprint()
+
+
+@pytest.mark.parametrize("place", ["data", "validation"])
+def test_a_source_of_which_too_much_is_bad_does_not_start_and_below_the_limit_is_named(
+    place, finished, ranks, tmp_path, monkeypatch
+):
+    cfg = copy.deepcopy(finished)
+    with tarfile.open(tmp_path / "text.tar", "w") as tar:
+        for number in range(20):
+            content = b"" if number % 4 == 0 else b"A text of its own."
+            member = tarfile.TarInfo(f"{number:02}.txt")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    getattr(cfg, place).sources = {"some": SourceConfig(kind=SourceKind.text, shards=str(tmp_path / "text.tar"))}
+    with pytest.raises(DataError, match=rf"{place}\.sources\.some: 5 of 20 samples \(25 %\) are bad.*is empty"):
+        open_data(cfg, ranks, quiet(cfg), SequenceGuard(None, 0))
+    cfg.data.max_bad_share = 0.25
+    said: list[str] = []
+    log = quiet(cfg)
+    monkeypatch.setattr(log, "say", said.append)
+    open_data(cfg, ranks, log, SequenceGuard(None, 0))
+    assert sum("5 of 20 samples" in text and "ledger.jsonl" in text for text in said) == 1
+
+
+def test_tars_that_are_no_shards_are_named_at_the_start(finished, ranks, monkeypatch):
+    cfg = copy.deepcopy(finished)
+    root = Path(cfg.data.root)
+    (root / "only").mkdir()
+    (name, source), *_ = cfg.data.sources.items()
+    (root / "only" / "a.tar").symlink_to(expand_shards(source.shards, root)[0])
+    (root / "only" / "b.tar.gz").write_bytes(b"")
+    cfg.data.sources = {name: source}
+    source.shards = "only"
+    said: list[str] = []
+    log = quiet(cfg)
+    monkeypatch.setattr(log, "say", said.append)
+    open_data(cfg, ranks, log, SequenceGuard(None, 0))
+    assert f"source {name}: 1 *.tar.gz passed over" in "\n".join(said)
 
 
 def test_open_engine_trains_what_the_stage_names_and_nothing_else(opened, finished):

@@ -11,6 +11,8 @@ from jp_train.errors import CheckpointError
 
 SPARE = 1 << 20
 """Bytes left for metrics, events and the file system's own blocks."""
+ABANDONED = "abandoned"
+"""Folder of a run for what it went back from (rollback.py)."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -46,21 +48,25 @@ def with_advice(error: OSError, folder: Path, damaged: Collection[str] = ()) -> 
 
 
 def space_advice(folder: Path, missing: int = 0, damaged: Collection[str] = ()) -> str:
-    """What to delete: damaged checkpoints, then old ones but the newest whole one, else something that is not the
-    run's."""
+    """What to delete: damaged checkpoints and what the run went back from, then old ones but the newest whole one, else
+    something that is not the run's."""
     sizes = [(path, folder_bytes(path)) for path in sorted(folder.glob("step_*"))] if folder.is_dir() else []
     at_least = f" at least {gib(missing)}" if missing else " space"
     bad = _listed([(path, size) for path, size in sizes if path.name in damaged])
     sizes = [(path, size) for path, size in sizes if path.name not in damaged]
-    first = f"delete what is damaged: {bad}" if bad else ""
+    aside = folder.parent / ABANDONED
+    worthless = [f"what is damaged: {bad}"] if bad else []
+    if aside.is_dir():
+        worthless.append(f"what the run went back from: {aside} ({gib(folder_bytes(aside))})")
+    first = f"delete {'; '.join(worthless)}" if worthless else ""
     if len(sizes) > 1:
         then = (
-            f"{'; then ' if bad else 'delete '}old checkpoints, but not the newest{' whole one' if bad else ''} "
+            f"{'; then ' if first else 'delete '}old checkpoints, but not the newest{' whole one' if bad else ''} "
             f"({sizes[-1][0].name})"
         )
         return f"Free{at_least}: {first}{then}: {_listed(sizes[:-1])}; then lower checkpoint.keep_last"
     kept = f"; {_listed(sizes)} is the only complete checkpoint: keep it" if sizes else ""
-    if bad:
+    if first:
         return f"Free{at_least}: {first}{kept}"
     return f"Free{at_least} on that file system (old runs, exports), or use a run_dir on a larger one{kept}"
 

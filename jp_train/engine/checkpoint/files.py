@@ -10,7 +10,7 @@
     checkpoints/latest, best                   names of the newest and of the best one (for people and scripts: resume
                                                does not trust them)
 
-`checkpoint.py` writes them, `checkpoint_reading.py` finds and reads them.
+`store.py` writes them, `finding.py` finds and `reading.py` reads them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from jp_train.engine.checkpoint.disk import with_advice
 from jp_train.errors import CheckpointError, JpTrainError
-from jp_train.model.partition_files import BLOCK
+from jp_train.files import BLOCK
 
 FORMAT = 2
 VQ_FILE = "vq.safetensors"
@@ -63,6 +61,8 @@ class RankGroup:
         """Every rank's value, by rank."""
         if self.world == 1:
             return [value]
+        import torch.distributed as dist
+
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
@@ -79,6 +79,8 @@ class RankGroup:
             except JpTrainError as error:
                 box[1] = f"{what}: {error}"
         if self.world > 1:
+            import torch.distributed as dist
+
             dist.broadcast_object_list(box, src=0)
         if box[1]:
             raise CheckpointError(box[1])

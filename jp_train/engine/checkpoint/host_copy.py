@@ -28,12 +28,12 @@ class HostCopy:
             total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if self._buffer.numel() < total:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is made
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
         copies = []
         for (name, tensor), start in zip(tensors, starts, strict=True):
             copy = self._buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copy.copy_(tensor.detach(), non_blocking=True)
             copies.append((name, copy))
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return copies

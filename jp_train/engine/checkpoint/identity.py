@@ -13,11 +13,13 @@ from typing import Any
 
 from jp_train.config import RunConfig
 from jp_train.config.choices import Schedule
+from jp_train.data.sample_map import find_sample_map
 from jp_train.errors import CheckpointError
 
 FREE_KEYS = (
     "preset",
     "recipe",
+    "allow_code",
     "run_dir",
     "logging",
     "checkpoint",
@@ -26,11 +28,14 @@ FREE_KEYS = (
     "loss.chunk_tokens",
     "engine.micro_batch_rows",
     "engine.activation_checkpointing",
+    "engine.recompute_every",
+    "engine.deterministic",
     "engine.persistence_threshold",
     "engine.hpz_partition_size",
     "engine.collective_timeout_s",
     "engine.stall_timeout_s",
     "engine.grace_s",
+    "engine.deepspeed_config",  # its keys are under engine.deepspeed
     # what is judged and skipped decides what is trained; how much of it is reported, and when to give up, does not
     "guard.max_consecutive_skips",
     "guard.skip_window",
@@ -41,6 +46,7 @@ FREE_KEYS = (
     "data.image_threads",
     "data.prefetch_rows",
     "data.io_retries",
+    "data.max_bad_share",
     "data.skip_budget",
     "data.skip_minimum",
     "data.skip_consecutive",
@@ -49,9 +55,11 @@ FREE_KEYS = (
     "data.token_ids",
     # places may move; what lies there is checked by its contents (plan, tokenizer and frozen-weight checksums)
     "data.root",
+    "data.index_dir",
     "tokenizer.path",
     "model.init_from",
     "model.init_parts",
+    "model.init",
 )
 """Keys that a resumed run may change. `stage.training_steps` joins them unless the schedule's shape depends on it."""
 
@@ -67,6 +75,9 @@ PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "omegaconf", "safeten
 def training_identity(cfg: RunConfig) -> dict[str, Any]:
     """Flat {dotted key: value} of everything that decides what is trained on what, in which order and how."""
     flat = dict(_flatten(plain(asdict(cfg))))
+    for key in [key for key in flat if key.startswith("data.sources.") and key.endswith(".map")]:
+        if name := flat.pop(key):  # a source without one is what it was before there was this key
+            flat[key] = f"{name} {find_sample_map(name).sha256}"
     free = [*FREE_KEYS] + (["stage.training_steps"] if cfg.optimizer.schedule is Schedule.constant else [])
     return {key: value for key, value in flat.items() if not _is_free(key, free)}
 
@@ -102,6 +113,8 @@ def accepted_differences(
     advice = (
         f"To go on with the change on purpose, pass checkpoint.accept=[{','.join([*accept, *may])}]. " if may else ""
     )
+    if "stage.training_steps" in may:
+        advice += "(The cosine schedule's shape depends on stage.training_steps; with a constant rate it may change.) "
     if fixed:
         advice += (
             f"{', '.join(fixed[:SHOWN])} cannot change within a run: use another run_dir, with model.init_from naming "

@@ -14,17 +14,8 @@ from typing import Any
 
 import torch
 
-from jp_train.errors import CheckpointError, ConfigError
+from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import FROZEN, MASTER, MOMENTS, NamedTensors, Parameter, PartitionReader
-
-
-def check_supported(engine: Any) -> None:
-    """Raise ConfigError for raw DeepSpeed keys under which a rank's slices are not in memory."""
-    optimizer = engine.optimizer
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
-        raise ConfigError(
-            "engine.deepspeed offloads to NVMe, which checkpoints cannot read; offload to cpu, or not at all"
-        )
 
 
 def parameters(engine: Any) -> list[Parameter]:
@@ -90,6 +81,7 @@ def fill(engine: Any, reader: PartitionReader) -> None:
             start, stop = _span(parameter)
             if stop > start:
                 parameter.ds_tensor.data.flatten()[: stop - start].copy_(reader.read(FROZEN, name, start, stop))
+            parameter.ds_secondary_tensor = None  # hpZ's copy, which the forward pass reads; it is made anew
 
 
 def gather_persistent(engine: Any) -> None:
@@ -135,9 +127,10 @@ def _stored(parameter: Any) -> int:
 
 def _create_moments(optimizer: Any, step: int) -> None:
     """The state that torch's AdamW makes in its first step, so that it is there to be filled."""
+    fused = bool(optimizer.optimizer.defaults.get("fused"))
     for flat in optimizer.fp32_partitioned_groups_flat:
         optimizer.optimizer.state[flat] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=flat.device if fused else "cpu"),
             **{kind: torch.zeros_like(flat.data) for kind in MOMENTS},
         }
 

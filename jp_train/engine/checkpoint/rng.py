@@ -25,7 +25,7 @@ def rng_tensors() -> list[tuple[str, torch.Tensor]]:
         ),
         "gauss": torch.tensor([float("nan") if gauss is None else gauss, float(legacy["gauss"])], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return [(PREFIX + name, value) for name, value in states.items()]
 
@@ -33,7 +33,7 @@ def rng_tensors() -> list[tuple[str, torch.Tensor]]:
 def restore_rng(saved: dict[str, torch.Tensor]) -> None:
     """Set the random states of this process; `saved` as `rng_tensors` gave it."""
     torch.set_rng_state(saved["rng/torch"])
-    if "rng/cuda" in saved and torch.cuda.is_available():
+    if "rng/cuda" in saved and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(saved["rng/cuda"])
     python_gauss, numpy_gauss = saved["rng/gauss"].tolist()
     random.setstate((3, tuple(saved["rng/python"].tolist()), None if python_gauss != python_gauss else python_gauss))

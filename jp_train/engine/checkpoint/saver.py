@@ -10,17 +10,13 @@ from typing import Any, Protocol
 
 from jp_train.config import RunConfig, dump_config
 from jp_train.config.choices import SaveErrorAction
-from jp_train.data.ledger import LEDGER_FILE
-from jp_train.data.snapshots import SNAPSHOTS_FILE
 from jp_train.engine.checkpoint import partitions
 from jp_train.engine.checkpoint.files import Checkpoint
 from jp_train.engine.checkpoint.identity import training_identity
+from jp_train.engine.checkpoint.rollback import LOGS
 from jp_train.engine.checkpoint.store import CheckpointStore, Content, Saved
 from jp_train.engine.init import Engine
 from jp_train.errors import CheckpointError
-
-LOGS = ("metrics.jsonl", LEDGER_FILE, "events.jsonl", SNAPSHOTS_FILE)
-"""Files of the run folder whose lines up to a checkpoint's step must outlive a power cut if the checkpoint does."""
 
 
 class SaveLog(Protocol):
@@ -60,7 +56,6 @@ class Saver:
         self._failures = 0
         self._with_frozen = cfg.model.init_from is None
         """Whether checkpoints hold what does not change too: where there is no other place that it came from."""
-        partitions.check_supported(engine.deepspeed)
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any], *, final: bool) -> None:
         """A checkpoint of `step` completed steps, unless there is one. `final`: the run ends; return when it is

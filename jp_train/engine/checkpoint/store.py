@@ -28,6 +28,7 @@ from jp_train.engine.checkpoint.files import (
     FORMAT,
     VQ_FILE,
     RankGroup,
+    T,
     checkpoint_names,
     joined_errors,
     size_and_checksum,
@@ -37,17 +38,11 @@ from jp_train.engine.checkpoint.files import (
 from jp_train.engine.checkpoint.host_copy import HostCopy
 from jp_train.engine.checkpoint.reading import CheckpointReader
 from jp_train.engine.checkpoint.rng import rng_tensors
+from jp_train.engine.checkpoint.rollback import Abandoned, abandon_after
 from jp_train.errors import CheckpointError
 from jp_train.files import fsync, write_atomically
-from jp_train.model.partition_files import (
-    INDEX_FILE,
-    NamedTensors,
-    Parameter,
-    index_text,
-    rank_file,
-    shard_bytes,
-    write_shard,
-)
+from jp_train.model.partition_files import NamedTensors, Parameter, index_text, rank_file, shard_bytes, write_shard
+from jp_train.model.weight_places import INDEX_FILE
 
 WAIT_S = 2.0
 """How long a rank waits for its thread before it reports to the others, so that no collective waits longer for a slow
@@ -113,6 +108,18 @@ class CheckpointStore(CheckpointReader):
         self._host = HostCopy()
         self._pending: _Pending | None = None
         self._retiring: threading.Thread | None = None
+
+    def set_aside(self, step: int) -> Abandoned | None:
+        """Move all checkpoints after `step` out of the way (rollback.py), None where there are none. Collective.
+        Raises CheckpointError on every rank when they cannot be moved."""
+        self.damaged = [name for name in self.damaged if step_of(name) <= step]
+
+        def move() -> Abandoned | None:
+            aside = abandon_after(self.folder.parent, step)
+            self._name_best(step)
+            return aside
+
+        return self._on_main(move, f"cannot move what came after step {step}")
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -242,8 +249,8 @@ class CheckpointStore(CheckpointReader):
             error = f"rank {self._group.rank}: {type(problem).__name__}: {problem}"
         pending.report = {"error": error, "files": files, "note": pending.note}
 
-    def _on_main(self, action: Callable[[], None], what: str) -> None:
-        self._group.on_main(action, what, self.folder, self.damaged)
+    def _on_main(self, action: Callable[[], T], what: str) -> T:
+        return self._group.on_main(action, what, self.folder, self.damaged)
 
     # -- rank 0 ------------------------------------------------------------------------------------
 
@@ -277,12 +284,19 @@ class CheckpointStore(CheckpointReader):
         fsync(self.folder)
         self._forget(target.name)
         write_atomically(self.folder / "latest", target.name + "\n")
-        best = self._best(pending.step) if self._cfg.keep_best else None
-        if best is not None:
-            write_atomically(self.folder / "best", best + "\n")
+        best = self._name_best(pending.step)
         # a large folder takes its time
         self._retiring = threading.Thread(target=self._retire, args=(pending.step, best), daemon=True)
         self._retiring.start()
+
+    def _name_best(self, newest: int) -> str | None:
+        """Write into `best` what `_best` says; no `best` stays without one: what it named may be gone."""
+        best = self._best(newest) if self._cfg.keep_best else None
+        if best is None:
+            (self.folder / "best").unlink(missing_ok=True)
+        else:
+            write_atomically(self.folder / "best", best + "\n")
+        return best
 
     def _best(self, newest: int) -> str | None:
         """The complete checkpoint with the lowest held-out loss, the oldest of equals."""

@@ -98,7 +98,8 @@ class SequenceGuard:
         except RuntimeError as error:
             if not is_collective_failure(error):
                 raise
-            raise JpTrainError(f"{self.describe()}: {_first_line(error)}. {self.explain() or ADVICE}") from error
+            cause, effect = self.explain(), f"{self.describe()}: {_first_line(error)}"
+            raise JpTrainError(f"{cause}; so {effect}" if cause else f"{effect}. {ADVICE}") from error
         self.enter(f"after {phase}", micro_batch)
 
     def describe(self) -> str:

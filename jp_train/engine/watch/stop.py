@@ -43,16 +43,19 @@ class SignalFlag:
     def __init__(self, exit_hook: Callable[[int], None] | None = None, end: Callable[[int], Any] = os._exit) -> None:
         self._exit_hook, self._end = exit_hook, end
         self.number = 0
-        self._since = 0.0
+        self._handled_at: float | None = None
         self._pipe: tuple[int, int] | None = None
         self._heard: tuple[int, float] | None = None
 
     def handle(self, number: int, _frame: FrameType | None = None) -> None:
         now = time.monotonic()
-        if self.number and now - self._since > SAME_SIGNAL_S:
-            self._leave(128 + number)
         if not self.number:
-            self.number, self._since = int(number), now
+            self.number = int(number)
+        if self._handled_at is None:
+            # not when `must_exit` has heard of it: this call may come seconds later, for the same signal
+            self._handled_at = now
+        elif now - self._handled_at > SAME_SIGNAL_S:
+            self._leave(128 + number)
 
     def _leave(self, code: int) -> None:
         hook = self._exit_hook
@@ -82,8 +85,7 @@ class SignalFlag:
         for number in self._read_pipe():
             if self._heard is None:
                 self._heard = number, now
-                if not self.number:
-                    self.number, self._since = number, now
+                self.number = self.number or number
             elif now - self._heard[1] > SAME_SIGNAL_S:
                 return 128 + number
         return 128 + self._heard[0] if starting and self._heard is not None else 0

@@ -23,6 +23,7 @@ from jp_train.config.schema import RunConfig
 from jp_train.data.index import shard_members
 from jp_train.data.shards import Shard, ShardMembers, ShardReader
 from jp_train.data.vq_ids import NO_IDS, IdsManifest, ids_problem, load_manifest, open_ids, restamp_ids, store_ids
+from jp_train.engine.device import rank_device
 from jp_train.engine.vq_recipe import ids_recipe
 from jp_train.errors import ConfigError, DataError
 from jp_train.model.pretrained import load_vq
@@ -67,13 +68,7 @@ class Place:
             raise ConfigError(f"{', '.join(defaults)} must be whole numbers: {error}") from None
         if not 0 <= rank < world_size:
             raise ConfigError(f"RANK {rank} is not among WORLD_SIZE {world_size} ranks")
-        if torch.cuda.is_available() and local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; give the host as many slots as "
-                "it has GPUs"
-            )
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        return cls(rank=rank, world_size=world_size, device=device, local_size=max(1, local_size))
+        return cls(rank=rank, world_size=world_size, device=rank_device(local), local_size=max(1, local_size))
 
 
 @dataclass(kw_only=True)
@@ -130,15 +125,12 @@ class ImageEncoder:
         self._cfg, self._place, self._batch = cfg, place, batch
         self._log = log or sys.stderr
         self._name = f"encode-images rank {place.rank}" if place.world_size > 1 else "encode-images"
-        self._reader = ShardReader(cfg.data.io_retries)
+        self._reader = ShardReader(cfg.data.io_retries, index_dir=cfg.data.index_dir)
         self._shards = generation_shards(cfg, self._reader)
         self._shares = shares(self._shards, place.world_size)
-        if place.rank == 0 and not (cfg.model.init_from or cfg.model.init_parts.gen_vision_model):
-            self.say(
-                "neither model.init_from nor model.init_parts.gen_vision_model is set: the VQ is fresh (random), its "
-                "ids mean nothing to another"
-            )
         self._vq = load_vq(cfg.model, seed=cfg.seed)
+        if place.rank == 0 and not (cfg.model.init_from or cfg.model.init_parts.gen_vision_model):
+            self.say("model.init=random: the VQ is fresh (random), its ids mean nothing to another")
         recipe = ids_recipe(cfg, self._vq)
         assert recipe is not None
         self.recipe = recipe

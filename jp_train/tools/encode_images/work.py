@@ -14,8 +14,9 @@ import numpy as np
 
 from jp_train.config.choices import Crop, SourceKind
 from jp_train.config.schema import RunConfig
+from jp_train.data.field_map import IMAGE_EXTENSIONS
 from jp_train.data.image import load_generation_image
-from jp_train.data.samples import IMAGE_EXTENSIONS, check_field_size
+from jp_train.data.samples import check_field_size
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards
 from jp_train.data.vq_ids import ids_problem, load_manifest
 from jp_train.errors import ConfigError, SkipSample
@@ -42,10 +43,11 @@ def generation_shards(cfg: RunConfig, reader: ShardReader) -> list[Shard]:
         DataError: for shards that are missing or cannot be reached.
     """
     sources = [*cfg.data.sources.values(), *cfg.validation.sources.values()]
-    mine = [source for source in sources if source.kind is SourceKind.generation]
+    mine = [source for source in sources if source.kind is SourceKind.generation and "image" not in source.fields]
     if not mine:
         raise ConfigError(
-            "the configuration has no generation source, so there is no image to encode: name a recipe that has one"
+            "the configuration has no generation source whose image has the usual name (`fields.image` not set), so "
+            "there is no image to encode: name a recipe that has one"
         )
     paths = dict.fromkeys(path for source in mine for path in expand_shards(source.shards, cfg.data.root))
     return [reader.stat(path) for path in paths]

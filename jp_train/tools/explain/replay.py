@@ -10,16 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
+from jp_train.cluster.restarts import Standing, standing
 from jp_train.config import RunConfig, batch_plan
 from jp_train.data.collate import Collator
-from jp_train.data.index import index_sources
+from jp_train.data.index import SourceIndex, index_sources
 from jp_train.data.loader import build_plan
+from jp_train.data.plan import Plan
 from jp_train.data.rows import RowBuilder
 from jp_train.data.snapshots import nearest_snapshots
-from jp_train.data.tokenizer import load_tokenizer
+from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 from jp_train.data.vq_ids import IdsRecipe
 from jp_train.data.vq_use import use_stored_ids
 from jp_train.errors import ConfigError
@@ -50,6 +53,8 @@ class Replay:
     `recipe`: of the run's VQ, so that VQ ids stored beside the shards are used as in training (None: they are not, and
     images are read). `notes` are remarks for the reader of the result. Close it, or use it as a context.
 
+    The data are opened when the first row is asked for, so that a step or row that cannot be is refused at once. Then:
+
     Raises:
         ConfigError, DataError: as training would for this configuration and data; DataError also when the run's plan
             states belong to other data or another recipe (the message names what differs).
@@ -66,18 +71,37 @@ class Replay:
         self.cfg, self._run_dir = cfg, run_dir
         self._progress = sys.stderr if progress is None else progress
         self.notes: list[str] = []
-        self.tokenizer = load_tokenizer(cfg.tokenizer)
-        self._say(f"indexing {len(cfg.data.sources)} sources")
-        indexes = index_sources(cfg, self.tokenizer, progress=IndexProgressLine(self._progress))
-        if recipe is not None:
-            indexes = use_stored_ids(cfg.data, indexes, recipe)
-        batch = batch_plan(cfg, 1)
-        self.rows_per_step, self.micro_batch_rows = batch.rows_per_step, batch.micro_batch_rows
-        self.plan = build_plan(cfg, indexes, batch, self.tokenizer)
-        self._locators = [index.locator for index in indexes]
-        self._builder = RowBuilder(cfg, self._locators, self.tokenizer)
-        self._collator = Collator(cfg, self.tokenizer.special.pad)
-        self._starts = [0]
+        self._recipe, self._batch, self._starts = recipe, batch_plan(cfg, 1), [0]
+        self.rows_per_step, self.micro_batch_rows = self._batch.rows_per_step, self._batch.micro_batch_rows
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As training loads it."""
+        return load_tokenizer(self.cfg.tokenizer)
+
+    @cached_property
+    def _indexes(self) -> list[SourceIndex]:
+        self._say(f"indexing {len(self.cfg.data.sources)} sources")
+        indexes = index_sources(self.cfg, self.tokenizer, progress=IndexProgressLine(self._progress))
+        return indexes if self._recipe is None else use_stored_ids(self.cfg.data, indexes, self._recipe)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Of the whole stage."""
+        return build_plan(self.cfg, self._indexes, self._batch, self.tokenizer)
+
+    @cached_property
+    def _builder(self) -> RowBuilder:
+        return RowBuilder(self.cfg, [index.locator for index in self._indexes], self.tokenizer)
+
+    @cached_property
+    def _standing(self) -> Standing:
+        """Of the run; of a folder without status.json, which does not say how far it is, and without one: empty."""
+        return Standing() if self._run_dir is None else standing(self._run_dir)
+
+    @cached_property
+    def _collator(self) -> Collator:
+        return Collator(self.cfg, self.tokenizer.special.pad)
 
     def __enter__(self) -> Replay:
         return self
@@ -87,7 +111,8 @@ class Replay:
 
     def close(self) -> None:
         """Close the shards."""
-        self._builder.close()
+        if "_builder" in vars(self):
+            self._builder.close()
 
     def rows_of_rank(self, rank: int, world: int) -> range:
         """The rows of every step that data-parallel rank `rank` of `world` trains. Raises ConfigError when the world
@@ -103,6 +128,7 @@ class Replay:
         if step < 1:
             raise ConfigError(f"--step counts as metrics.jsonl and wandb do: the first optimizer step is 1, got {step}")
         target = step - 1
+        self._note_untrained(step)
         self._use_snapshots(target)
         start = max(start for start in self._starts if start <= target)
         line = ProgressLine("replay", self._progress, every_s=1, done=start)
@@ -139,14 +165,28 @@ class Replay:
         """The row of `spec` with every image read, also where training takes stored VQ ids instead; samples
         without an image are skipped."""
         locators = [
-            replace(locator, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False)
-            for locator in self._locators
+            replace(index.locator, ids_fingerprint="", shards_with_ids=frozenset(), embedded_ids=False)
+            for index in self._indexes
         ]
         builder = RowBuilder(self.cfg, locators, self.tokenizer)
         try:
             return builder.build(spec)
         finally:
             builder.close()
+
+    def _note_untrained(self, step: int) -> None:
+        """A remark on a step after the stage's end, or that the run has not come to."""
+        stage = self.cfg.stage
+        last = stage.early_stop.at_step or stage.training_steps
+        run = self._standing
+        if step > last:
+            note = f"the stage ends after step {last:,}: step {step:,} is what it would go on with"
+        elif run.state and step > run.step:
+            note = f"{self._run_dir} has trained {run.step:,} steps: step {step:,} is still to come"
+        else:
+            return
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _use_snapshots(self, target: int) -> None:
         if self._run_dir is None:

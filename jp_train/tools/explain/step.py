@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jp_train.config import RunConfig, load_config
+from jp_train.config import RunConfig, load_config, load_stored_config
 from jp_train.data.batch_file import describe_batch, save_batch
 from jp_train.data.loader import rows_hash
 from jp_train.data.vq_ids import IdsRecipe
@@ -38,10 +38,11 @@ def open_replay(
         config = run_dir / "config.yaml"
         if not config.is_file():
             raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; expected the run_dir of a training")
-        overrides = ["preset=null", "recipe=null", *overrides]  # it is whole, and those files may have changed since
+        cfg = load_stored_config(config, overrides)
     elif run_dir is not None and not run_dir.is_dir():
         raise ConfigError(f"--run {run_dir}: no such folder; expected the run_dir of a training")
-    cfg = load_config(config, overrides)
+    else:
+        cfg = load_config(config, overrides)
     recipe, note = _recipe(cfg)
     replay = Replay(cfg, run_dir, recipe=recipe, progress=progress)
     replay.notes += [note] if note else []
@@ -55,7 +56,7 @@ def _recipe(cfg: RunConfig) -> tuple[IdsRecipe | None, str | None]:
     differs then."""
     try:
         return ids_recipe(cfg), None
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         return None, (
             f"the VQ's weights cannot be read ({error}): VQ ids stored beside the shards are left aside, "
             "and the images themselves are in their place. Documents, "

@@ -105,8 +105,10 @@ def format_rows(rows: Sequence[dict[str, Any]], totals: dict[str, Any]) -> str:
 
 
 def remarks_of(document: dict[str, Any]) -> list[str]:
-    """Remarks on a described document that is cut or truncated."""
+    """Remarks on a described document that is cut or truncated, or lost its caption."""
     remarks = []
+    if document.get("condition_dropped"):
+        remarks.append("its condition was dropped on purpose (data.pad_dropout): pads in its place")
     if document["begun_before"]:
         remarks.append("its start is in an earlier row")
     if document["goes_on"]:

@@ -104,7 +104,8 @@ def placing(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """Bytes of one head: kept of the positions it is trained on, and taken by its logits, a chunk at a time."""
+    """Bytes of one head: kept of the positions it is trained on and of its weight's gradient, which is made in the
+    forward pass; and taken by its logits, a chunk at a time."""
 
     saved: int
     forward: int
@@ -113,30 +114,32 @@ class Head:
 
 def text_head(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Head:
     b, positions = numerics.size, max(1, batch.text_positions)
-    taken = b * positions * shapes.width  # the gradient of the positions
-    forward, backward = _logits(positions, shapes.vocabulary, numerics)
-    return Head(saved=b * positions * shapes.width, forward=forward, backward=backward + taken)
+    weight = shapes.vocabulary * shapes.width * ("language_model" in shapes.learns)
+    # the positions, and their gradient
+    return Head(
+        saved=b * positions * shapes.width + 4 * weight,
+        forward=b * positions * shapes.width + _logits(positions, shapes.vocabulary, weight, numerics),
+        backward=0,
+    )
 
 
 def image_head(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Head:
     """A hidden layer, whose value is kept before and after GELU, and the logits."""
     b, positions = numerics.size, max(1, batch.image_positions)
-    forward, backward = _logits(positions, shapes.codebook, numerics)
+    weight = shapes.codebook * shapes.width * ("gen_head" in shapes.learns)
     return Head(
-        saved=3 * b * positions * shapes.width, forward=forward, backward=backward + b * positions * shapes.width
+        saved=4 * b * positions * shapes.width + 4 * weight,
+        forward=_logits(positions, shapes.codebook, weight, numerics),
+        backward=b * positions * shapes.width,
     )
 
 
-def _logits(positions: int, classes: int, numerics: Numerics) -> tuple[int, int]:
-    """Taken by logits at the most, forward and backward. A chunk's are made in the run's dtype and copied to fp32
-    while those of the chunk before still have their name (forward in fp32, backward in the run's dtype); the
-    log-sum-exp copies them once."""
-    first = min(positions, numerics.chunk)
-    second = min(positions - first, numerics.chunk)
+def _logits(positions: int, classes: int, weight: int, numerics: Numerics) -> int:
+    """Taken by a chunk's logits at the most: the log-sum-exp copies them once in fp32; later their gradient stands
+    beside it in the run's dtype, with the chunk's product for the gradient of `weight` elements."""
+    chunk = min(positions, numerics.chunk)
     narrow = numerics.size if numerics.size < 4 else 0
-    forward = max(8 * first, 4 * first + (4 + narrow) * second)
-    backward = max((4 + narrow) * first, numerics.size * first + (4 + narrow) * second)
-    return forward * classes, backward * classes
+    return max(8 * chunk * classes, (4 + narrow) * chunk * classes + numerics.size * weight)
 
 
 def final_norm(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:

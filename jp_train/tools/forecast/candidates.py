@@ -9,10 +9,11 @@ from typing import Any
 from jp_train.config import BatchPlan, RunConfig, batch_plan
 from jp_train.config.batch import rows_per_step
 from jp_train.config.choices import Precision
-from jp_train.engine.config import deepspeed_config
+from jp_train.config.deepspeed import deepspeed_config
 from jp_train.errors import ConfigError
 from jp_train.tools.forecast.communication import Communication, communication
 from jp_train.tools.forecast.hardware import GIB, Hardware
+from jp_train.tools.forecast.host import host_time
 from jp_train.tools.forecast.memory import Memory, Setting, forecast_memory
 from jp_train.tools.forecast.shapes import Shapes, shapes_of, worst_micro_batch
 from jp_train.tools.forecast.timing import Arithmetic, StepTime, arithmetic, step_time
@@ -49,7 +50,7 @@ def setting_of(cfg: RunConfig, plan: BatchPlan, *, cuda: bool = True) -> Setting
     return Setting(
         world=plan.dp_world_size,
         size=2 if cfg.precision is Precision.bf16 else 4,
-        checkpointing=cfg.engine.activation_checkpointing,
+        checkpointing=cfg.engine.recomputed,
         hpz=cfg.engine.hpz_partition_size,
         reduce_bucket=number("reduce_bucket_size"),
         prefetch=number("stage3_prefetch_bucket_size"),
@@ -97,16 +98,20 @@ class Candidate:
 
     def describe(self) -> str:
         """As configuration keys."""
+        again = self.setting.checkpointing
         return (
             f"engine.micro_batch_rows={self.plan.micro_batch_rows} "
-            f"engine.activation_checkpointing={str(self.setting.checkpointing).lower()} "
-            f"engine.hpz_partition_size={self.setting.hpz}"
+            f"engine.activation_checkpointing={str(again > 0).lower()} "
+            + (f"engine.recompute_every={again} " if again else "")
+            + f"engine.hpz_partition_size={self.setting.hpz}"
         )
 
 
 ROOM = 0.20
 """Share of the GPU that a recommended setting leaves free beyond what is forecast: twice the error that the
 validation allows, as it had no GPU."""
+FEWER = (8, 6, 4, 3, 2)
+"""Every k-th layer computed again that is looked at, between none and all of them."""
 MOST_ROWS = 16
 """Micro-batches above this are not looked at."""
 
@@ -125,6 +130,14 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
     sent = communication(
         shapes, forecast.replay, setting, nodes=cluster.nodes, micro_batches=plan.gradient_accumulation_steps
     )
+    host = host_time(
+        shapes,
+        forecast.visits,
+        forecast.replay,
+        setting,
+        micro_batches=plan.gradient_accumulation_steps,
+        speed=hardware.host_speed,
+    )
     return Candidate(
         plan=plan,
         setting=setting,
@@ -136,35 +149,50 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
         work=work,
         sent=sent,
         time=step_time(
-            work, sent, shapes, setting, hardware, nodes=cluster.nodes, tokens=row.tokens * plan.rows_per_step
+            work, sent, host, shapes, setting, hardware, nodes=cluster.nodes, tokens=row.tokens * plan.rows_per_step
         ),
     )
 
 
-def with_setting(cfg: RunConfig, *, rows: int, checkpointing: bool, hpz: int) -> RunConfig:
+def with_setting(cfg: RunConfig, *, rows: int, checkpointing: int, hpz: int) -> RunConfig:
+    """`checkpointing` as in Setting."""
     return replace(
         cfg,
         engine=replace(
-            cfg.engine, micro_batch_rows=rows, activation_checkpointing=checkpointing, hpz_partition_size=hpz
+            cfg.engine,
+            micro_batch_rows=rows,
+            activation_checkpointing=checkpointing > 0,
+            recompute_every=checkpointing or 1,
+            hpz_partition_size=hpz,
         ),
     )
 
 
 def candidates(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shapes | None = None) -> list[Candidate]:
-    """Every micro-batch that divides a rank's rows, with and without checkpointing, with and without hpZ over a
-    node; the configuration's own first among equals. The configuration's own setting is always there."""
+    """Every micro-batch that divides a rank's rows, with and without hpZ over a node, with all layers computed again,
+    none, and, where none is too much, as few as leave room; the configuration's own first among equals. The
+    configuration's own setting is always there."""
     shapes = shapes or shapes_of(cfg)
-    configured = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
+    configured = (cfg.engine.micro_batch_rows, cfg.engine.recomputed, cfg.engine.hpz_partition_size)
     per_rank = rows_per_step(cfg) // cluster.world
     rows = [n for n in range(1, min(per_rank, MOST_ROWS) + 1) if per_rank % n == 0]
     copies = [1, cluster.node] if cluster.nodes > 1 and cluster.node > 1 else [1]
-    choices = [(n, kept, hpz) for n in rows for kept in (True, False) for hpz in copies]
-    if configured not in choices:
-        choices.insert(0, configured)
-    return [
-        evaluate(with_setting(cfg, rows=n, checkpointing=kept, hpz=hpz), cluster, hardware, shapes)
-        for n, kept, hpz in choices
-    ]
+
+    def of(n: int, again: int, hpz: int) -> Candidate:
+        return evaluate(with_setting(cfg, rows=n, checkpointing=again, hpz=hpz), cluster, hardware, shapes)
+
+    results: dict[tuple[int, int, int], Candidate] = {}
+    for n in rows:
+        for hpz in copies:
+            all_again, none = results.setdefault((n, 1, hpz), of(n, 1, hpz)), of(n, 0, hpz)
+            if all_again.roomy and not none.roomy:
+                some = next((it for k in FEWER if (it := of(n, k, hpz)).roomy), None)
+                if some is not None:
+                    results[n, some.setting.checkpointing, hpz] = some
+            results[n, 0, hpz] = none
+    if configured not in results:
+        return [of(*configured), *results.values()]
+    return list(results.values())
 
 
 def best(choices: Sequence[Candidate]) -> Candidate | None:
@@ -184,5 +212,5 @@ def best(choices: Sequence[Candidate]) -> Candidate | None:
 
 def is_configured(cfg: RunConfig, candidate: Candidate) -> bool:
     """Whether the candidate is what the configuration says."""
-    configured = (cfg.engine.micro_batch_rows, cfg.engine.activation_checkpointing, cfg.engine.hpz_partition_size)
+    configured = (cfg.engine.micro_batch_rows, cfg.engine.recomputed, cfg.engine.hpz_partition_size)
     return configured == (candidate.plan.micro_batch_rows, candidate.setting.checkpointing, candidate.setting.hpz)

@@ -109,7 +109,8 @@ def _row_of(candidate: Candidate, cfg: RunConfig, choice: Candidate | None) -> d
     return {
         "micro_batch_rows": candidate.plan.micro_batch_rows,
         "accumulation": candidate.plan.gradient_accumulation_steps,
-        "activation_checkpointing": candidate.setting.checkpointing,
+        "activation_checkpointing": candidate.setting.checkpointing > 0,
+        "recompute_every": candidate.setting.checkpointing or 1,
         "hpz": candidate.setting.hpz,
         "memory_gib": candidate.memory.gib(),
         "overhead_gib": candidate.overhead_gib,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jp_train.tools.forecast.shapes import Parameter
-from jp_train.tools.forecast.walk import CONTINUED, FORWARD, Visit
+from jp_train.tools.forecast.walk import FORWARD, Visit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +36,13 @@ class GatherRules:
 @dataclass(kw_only=True, slots=True)
 class Traffic:
     """Elements gathered and collectives made in one phase of the pass. `fresh`: of trained parameters that the pass
-    had not gathered before, which hpZ has no copy of yet in the first micro-batch of a step."""
+    had not gathered before, which hpZ has no copy of yet in the first micro-batch of a step. `together`: parameters
+    that came with others in one collective, which DeepSpeed puts together from the ranks' slices one by one."""
 
     elements: int = 0
     fresh: int = 0
     calls: int = 0
+    together: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +92,7 @@ class _Coordinator:
         self.traffic.elements += size
         self.traffic.fresh += sum(p.numel for p in missing if p.trained and p.name not in self.seen)
         self.traffic.calls += 1
+        self.traffic.together += len(missing) if len(missing) > 1 else 0
         self.seen.update(p.name for p in missing)
         gather = _Gather(buffer=size, waiting={p.name for p in missing})
         self.held += size
@@ -136,11 +139,10 @@ def replay(parameters: Sequence[Parameter], visits: Sequence[Visit], rules: Gath
     for p in parameters:
         by_path.setdefault(p.path, []).append(p)
     sizes = {p.name: p.numel for p in parameters}
-    fetches = [visit for visit in visits if visit.phase != CONTINUED]
-    trace = [(p, step) for step, visit in enumerate(fetches) for p in by_path.get(visit.path, ())]
+    trace = [(p, step) for step, visit in enumerate(visits) for p in by_path.get(visit.path, ())]
     distance = [0]
     uses: dict[str, list[int]] = {}
-    for step, visit in enumerate(fetches):
+    for step, visit in enumerate(visits):
         here = by_path.get(visit.path, ())
         distance.append(distance[-1] + sum(p.numel for p in here))
         for p in here:
@@ -153,12 +155,11 @@ def replay(parameters: Sequence[Parameter], visits: Sequence[Visit], rules: Gath
     levels = []
     for visit in visits:
         mine = by_path.get(visit.path, [])
-        if visit.phase != CONTINUED:
-            coordinator.traffic = forward if visit.phase == FORWARD else backward
-            coordinator.gather(mine)
-            coordinator.wait(mine, sizes)
-            _prefetch(coordinator, mine)
-            coordinator.step += 1
+        coordinator.traffic = forward if visit.phase == FORWARD else backward
+        coordinator.gather(mine)
+        coordinator.wait(mine, sizes)
+        _prefetch(coordinator, mine)
+        coordinator.step += 1
         levels.append(coordinator.held)
         if visit.released:
             for p in mine:

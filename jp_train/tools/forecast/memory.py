@@ -19,7 +19,7 @@ from jp_train.tools.forecast.activations import Numerics
 from jp_train.tools.forecast.gathering import GatherRules, Replay, replay
 from jp_train.tools.forecast.hardware import GIB
 from jp_train.tools.forecast.shapes import MicroBatch, Parameter, Shapes
-from jp_train.tools.forecast.walk import BACKWARD, CONTINUED, ENTERED, Visit, walk
+from jp_train.tools.forecast.walk import BACKWARD, Visit, walk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,8 @@ class Setting:
     world: int
     size: int
     """Bytes of the compute dtype."""
-    checkpointing: bool
+    checkpointing: int
+    """Every k-th layer is computed again in the backward pass; 0: none."""
     hpz: int
     reduce_bucket: int
     prefetch: int
@@ -153,10 +154,9 @@ def _passes(
     largest: dict[str, tuple[int, int, int]] = {}
     moving = _gradients(shapes, visits, setting)
     for visit, level, gradient in zip(visits, gathers.levels, moving, strict=True):
-        phase = BACKWARD if visit.phase in (ENTERED, CONTINUED) else visit.phase
         parts = (visit.activation, setting.size * level, gradient)
-        if sum(parts) > sum(largest.get(phase, (0, 0, 0))):
-            largest[phase] = parts
+        if sum(parts) > sum(largest.get(visit.phase, (0, 0, 0))):
+            largest[visit.phase] = parts
     return largest
 
 
@@ -166,7 +166,7 @@ def _arrivals(shapes: Shapes, visits: Sequence[Visit]) -> list[list[int]]:
     for p in shapes.parameters:
         if p.trained:
             by_path.setdefault(p.path, []).append(p.numel)
-    return [by_path.get(visit.path, []) if visit.phase in (BACKWARD, CONTINUED) else [] for visit in visits]
+    return [by_path.get(visit.path, []) if visit.phase == BACKWARD else [] for visit in visits]
 
 
 def _gradients(shapes: Shapes, visits: Sequence[Visit], setting: Setting) -> list[int]:

@@ -35,6 +35,7 @@ WORK = (
     ("gather_backward", "gather, backward", "#D55E00"),
     ("reduce", "scatter gradients", "#CC79A7"),
     ("update", "update", "#8c96a0"),
+    ("host", "waiting for Python", "#444b54"),
 )
 INK, MUTED, GRID, LIMIT = "#1b1f24", "#656d76", "#e6e9ed", "#b3261e"
 
@@ -165,15 +166,18 @@ def _title(forecast: dict[str, Any]) -> str:
     return f"{forecast['model']} {forecast['stage']}, {cluster['nodes']} x {cluster['per_node']} {cluster['gpu']}"
 
 
+def _recomputed(candidate: dict[str, Any]) -> str:
+    if not candidate["activation_checkpointing"]:
+        return "all kept"
+    every = candidate["recompute_every"]
+    return "checkpointing" if every == 1 else f"1/{every} checkpointed"
+
+
 def _name(candidate: dict[str, Any]) -> str:
     rows = (
         f"{candidate['micro_batch_rows']} row{'s' if candidate['micro_batch_rows'] > 1 else ''} x "
         f"{candidate['accumulation']}"
     )
-    parts = [
-        rows,
-        "checkpointing" if candidate["activation_checkpointing"] else "all kept",
-        *([f"hpZ {candidate['hpz']}"] if candidate["hpz"] > 1 else []),
-    ]
+    parts = [rows, _recomputed(candidate), *([f"hpZ {candidate['hpz']}"] if candidate["hpz"] > 1 else [])]
     marks = [mark for mark, is_so in (("this", candidate["own"]), ("best", candidate["best"])) if is_so]
     return ", ".join(parts) + (f"  ({', '.join(marks)})" if marks else "")

@@ -4,16 +4,21 @@ depend on."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from jp_train.config.schema import RunConfig
 from jp_train.model.freeze import VQ_MODULE, module_of
 from jp_train.model.parameters import parameter_counts, parameter_shapes
 
+_LAYER = re.compile(r"model\.(vision_model\.encoder|language_model)\.layers\.\d+(?=\.)")
+"""A layer of a tower: ZeRO-3 gathers it as a whole (`config.deepspeed.LEAF_MODULES`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tensor of the model: `path` is the module that owns it, `module` its name in `stage.trainable`."""
+    """One tensor of the model: `path` is the module that ZeRO-3 gathers it for (the layer that it lies in, or the one
+    that owns it), `module` its name in `stage.trainable`."""
 
     name: str
     path: str
@@ -80,7 +85,7 @@ def shapes_of(cfg: RunConfig) -> Shapes:
     """The model and what learns of it; raises ConfigError where sizes do not fit each other."""
     model, learns = cfg.model, frozenset(cfg.stage.trainable)
     parameters = tuple(
-        Parameter(name, name.rpartition(".")[0], module_of(name), math.prod(shape), module_of(name) in learns)
+        Parameter(name, _gathered_for(name), module_of(name), math.prod(shape), module_of(name) in learns)
         for name, shape in parameter_shapes(model).items()
     )
     vision, language = model.vision, model.language
@@ -105,15 +110,19 @@ def shapes_of(cfg: RunConfig) -> Shapes:
     )
 
 
+def _gathered_for(name: str) -> str:
+    layer = _LAYER.match(name)
+    return layer[0] if layer else name.rpartition(".")[0]
+
+
 def worst_micro_batch(cfg: RunConfig, shapes: Shapes, rows: int) -> MicroBatch:
     """No micro-batch of the stage takes more memory: rows full, each figure at the most that any composition of a
-    row reaches."""
+    row reaches. Where the batch counts samples, of one image each; packed rows may hold one sample of many."""
     mixture = cfg.stage.mixture
-    per_row = cfg.data.seq_len // (shapes.slots + 3)
+    gen = cfg.data.seq_len // (shapes.slots + 3) if mixture.generation > 0 else 0
+    und = cfg.data.seq_len // (shapes.slots + 2) if mixture.understanding > 0 else 0  # also of one document
     if cfg.stage.batch_unit.value == "samples":
-        per_row = min(per_row, cfg.stage.samples_per_row)
-    und = per_row if mixture.understanding > 0 else 0
-    gen = per_row if mixture.generation > 0 else 0
+        gen, und = min(gen, cfg.stage.samples_per_row), min(und, cfg.stage.samples_per_row)
     text = cfg.data.seq_len if mixture.text > 0 else und and cfg.data.seq_len - shapes.slots
     cached = cfg.data.vq_ids.value == "require"
     return MicroBatch(

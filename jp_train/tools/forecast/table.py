@@ -52,7 +52,7 @@ def _candidates(forecast: dict[str, Any]) -> list[str]:
             "",
             "rows",
             "accum",
-            "ckpt",
+            "again",
             "hpZ",
             *(short for _, short in PARTS),
             "overhead",
@@ -71,7 +71,7 @@ def _candidates(forecast: dict[str, Any]) -> list[str]:
                 (">" if candidate["own"] else "") + ("*" if candidate["best"] else ""),
                 str(candidate["micro_batch_rows"]),
                 str(candidate["accumulation"]),
-                "yes" if candidate["activation_checkpointing"] else "no",
+                _recomputed(candidate),
                 str(candidate["hpz"]),
                 *(f"{memory[name]:.2f}" for name, _ in PARTS),
                 f"{candidate['overhead_gib']:.2f}",
@@ -86,9 +86,18 @@ def _candidates(forecast: dict[str, Any]) -> list[str]:
     return aligned(rows, left=(0, 3, len(rows[0]) - 1))
 
 
+def _recomputed(candidate: dict[str, Any]) -> str:
+    if not candidate["activation_checkpointing"]:
+        return "no"
+    return "all" if candidate["recompute_every"] == 1 else f"1/{candidate['recompute_every']}"
+
+
 def _verdict(forecast: dict[str, Any]) -> list[str]:
     current = next(row for row in forecast["candidates"] if row["own"])
-    lines = ["(> this configuration, * the best that fits; between: GiB a node receives from the others in a step)"]
+    lines = [
+        "(> this configuration, * the best that fits; again: layers computed again in the backward pass; "
+        "between: GiB a node receives from the others in a step)"
+    ]
     if forecast["best"] is None:
         lines.append(
             "NOTHING FITS: use more GPUs, GPUs with more memory, or a smaller "

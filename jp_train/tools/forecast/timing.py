@@ -1,5 +1,5 @@
 """How long a step takes: arithmetic at a stated share of the peak, collectives at a stated share of the links, with
-and without overlap."""
+and without overlap, and Python, which is never faster than the pass it launches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from jp_train.config import RunConfig
 from jp_train.model.flops import BatchStatistics, step_flops, vq_flops
 from jp_train.tools.forecast.communication import Communication, Leg
 from jp_train.tools.forecast.hardware import Hardware
+from jp_train.tools.forecast.host import HostTime
 from jp_train.tools.forecast.memory import Setting
 from jp_train.tools.forecast.shapes import Shapes
+from jp_train.tools.forecast.walk import recomputed_layers
 
 UPDATE_BYTES = 80
 """Bytes of GPU memory that an update moves for every element of a rank's slice: search for non-finite values, norm,
@@ -19,7 +21,7 @@ flat copy, clip, Adam, rounding."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arithmetic:
-    """FLOPs of a step over all ranks. `model`: what MFU counts; `recomputed`: checkpointed layers and logits again;
+    """FLOPs of a step over all ranks. `model`: what MFU counts; `recomputed`: checkpointed layers again;
     `encoding`: VQ, in fp32."""
 
     forward: float
@@ -35,36 +37,38 @@ class Arithmetic:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
     """Seconds of a step. `overlapped`: collectives run beside the arithmetic of their pass; `serial`: behind each
-    other."""
+    other. Python runs beside both."""
 
     overlapped: float
     serial: float
     parts: dict[str, float]
     """Seconds of each kind of work if nothing overlapped: compute, recompute, vq_encode, gather_forward,
-    gather_backward, reduce, update."""
+    gather_backward, reduce, update, and host: what the GPU waits for Python."""
     mfu: float
     """Of the overlapped step."""
     serial_mfu: float
     tokens_per_second: float
     """Of one GPU, overlapped."""
     bound: str
-    """What the overlapped step waits for most: compute, inter-node links, intra-node links, latency, or vq encoding."""
+    """What the overlapped step waits for most: compute, inter-node links, intra-node links, latency, host (Python), or
+    vq encoding."""
 
 
-def arithmetic(cfg: RunConfig, shapes: Shapes, step: BatchStatistics, *, checkpointing: bool) -> Arithmetic:
+def arithmetic(cfg: RunConfig, shapes: Shapes, step: BatchStatistics, *, checkpointing: int) -> Arithmetic:
     """From model/flops.py; the forward pass of what is computed twice comes from it too."""
     encoding = step.encoded_images * vq_flops(cfg.model)[0] if step.encoded_images else 0.0
     flops = step_flops(cfg.model, replace(step, encoded_images=0), cfg.stage.trainable)
-    heads = replace(step, tokens=0, squared_lengths=0, und_images=0, gen_images=0, encoded_images=0)
-    recomputed = step_flops(cfg.model, heads, cfg.stage.trainable).forward  # logits are never kept
+    recomputed = 0.0
     if checkpointing and shapes.through_language_model:
         layers = replace(step, und_images=0, gen_images=0, text_positions=0, image_positions=0, encoded_images=0)
-        recomputed += step_flops(cfg.model, layers, cfg.stage.trainable).forward
+        share = recomputed_layers(shapes.layers, checkpointing) / shapes.layers
+        recomputed += share * step_flops(cfg.model, layers, cfg.stage.trainable).forward
     if checkpointing and "vision_model" in shapes.learns:
         tower = replace(
             step, tokens=0, squared_lengths=0, gen_images=0, text_positions=0, image_positions=0, encoded_images=0
         )
-        recomputed += step_flops(cfg.model, tower, cfg.stage.trainable).forward
+        share = recomputed_layers(shapes.vision_layers, checkpointing) / shapes.vision_layers
+        recomputed += share * step_flops(cfg.model, tower, cfg.stage.trainable).forward
     return Arithmetic(forward=flops.forward, backward=flops.backward, recomputed=recomputed, encoding=encoding)
 
 
@@ -86,6 +90,7 @@ def leg_seconds(leg: Leg, hardware: Hardware, setting: Setting, nodes: int) -> d
 def step_time(
     work: Arithmetic,
     sent: Communication,
+    host: HostTime,
     shapes: Shapes,
     setting: Setting,
     hardware: Hardware,
@@ -108,11 +113,25 @@ def step_time(
     seconds = {name: sum(parts.values()) for name, parts in legs.items()}
     update = UPDATE_BYTES * sum(p.share(world) for p in shapes.parameters if p.trained) / (hardware.hbm_gbs * 1e9)
     behind = seconds["gather_backward"] + seconds["reduce"]
-    overlapped = max(forward, seconds["gather_forward"]) + max(backward + again, behind) + encode + update
-    serial = forward + backward + again + sum(seconds.values()) + encode + update
-    waits = {"compute": 0.0, "vq encoding": encode, "inter-node links": 0.0, "intra-node links": 0.0, "latency": 0.0}
-    for computed, names in ((forward, ("gather_forward",)), (backward + again, ("gather_backward", "reduce"))):
-        if computed >= sum(seconds[name] for name in names):
+    launching = (sent.micro_batches * host.forward, sent.micro_batches * host.backward)
+    waiting = max(0.0, launching[0] - forward - seconds["gather_forward"])
+    waiting += max(0.0, launching[1] - backward - again - behind)
+    overlapped = max(forward, seconds["gather_forward"], launching[0])
+    overlapped += max(backward + again, behind, launching[1]) + encode + update
+    serial = forward + backward + again + sum(seconds.values()) + waiting + encode + update
+    waits = {
+        "compute": 0.0, "vq encoding": encode, "inter-node links": 0.0, "intra-node links": 0.0, "latency": 0.0,
+        "host": 0.0,
+    }  # fmt: skip
+    for computed, launched, names in (
+        (forward, launching[0], ("gather_forward",)),
+        (backward + again, launching[1], ("gather_backward", "reduce")),
+    ):
+        moved = sum(seconds[name] for name in names)
+        if launched > max(computed, moved):
+            waits["host"] += launched
+            continue
+        if computed >= moved:
             waits["compute"] += computed
             continue
         for name in names:
@@ -126,7 +145,8 @@ def step_time(
     return StepTime(
         overlapped=overlapped,
         serial=serial,
-        parts={"compute": forward + backward, "recompute": again, "vq_encode": encode, **seconds, "update": update},
+        parts={"compute": forward + backward, "recompute": again, "vq_encode": encode, **seconds, "update": update}
+        | {"host": waiting},
         mfu=work.model / (overlapped * peak),
         serial_mfu=work.model / (serial * peak),
         tokens_per_second=tokens / overlapped / world,

@@ -1,34 +1,23 @@
 """The order in which ZeRO-3 sees the modules of one forward and backward pass, with the bytes of activations that exist
 at each.
 
-A visit is one fetch of DeepSpeed's hooks (`fetch_sub_module`): forward, recomputed forward, or backward. Containers own
-no parameter but are visited too: every visit starts a prefetch. The order is that of `JanusPro.forward` and of
-transformers' layers; a test compares it with the one that a real DeepSpeed engine recorded.
+A visit is one fetch of DeepSpeed's hooks (`fetch_sub_module`), forward or backward. Containers own no parameter but are
+visited too: every visit starts a prefetch. The order is that of `JanusPro.forward`; a test compares it with the one
+that a real DeepSpeed engine recorded. A layer is one visit, as one leaf of ZeRO-3; recomputed in the backward pass, it
+is visited no second time, because transformers recomputes inside the hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jp_train.tools.forecast import activations
 from jp_train.tools.forecast.activations import Block, Numerics
 from jp_train.tools.forecast.shapes import MicroBatch, Shapes
 
-FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
-ENTERED, CONTINUED = "entered", "continued"
-"""The backward pass of a checkpointed layer's last module: entered, interrupted by the layer's recomputation,
-continued (which fetches nothing)."""
+FORWARD, BACKWARD = "forward", "backward"
 
-VISION_LAYER = (
-    "layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
-    "self_attn.k_norm", "self_attn.projection_layer", "self_attn.projection_dropout", "layer_norm2", "mlp", "mlp.fc1",
-    "mlp.activation_fn", "mlp.dropout1", "mlp.fc2", "mlp.dropout2",
-)  # fmt: skip
-LANGUAGE_LAYER = (
-    "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "post_attention_layernorm", "mlp", "mlp.gate_proj", "mlp.act_fn", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
 ADAPTOR = ("", "fc1", "activation_fn", "hidden_layers.0")
 IMAGE_HEAD = ("", "proj_out", "activation_fn", "vision_head")
 LANGUAGE = "model.language_model"
@@ -48,7 +37,7 @@ class Visit:
 
 
 class _Walk:
-    def __init__(self, shapes: Shapes, batch: MicroBatch, numerics: Numerics, checkpointing: bool) -> None:
+    def __init__(self, shapes: Shapes, batch: MicroBatch, numerics: Numerics, checkpointing: int) -> None:
         self.shapes, self.checkpointing = shapes, checkpointing
         self.language = activations.language_block(shapes, batch, numerics)
         self.vision = activations.vision_block(shapes, batch, numerics)
@@ -69,9 +58,8 @@ class _Walk:
         for path in ("", ".embeddings", ".embeddings.patch_embedding", ".embeddings.position_embedding", ".encoder"):
             yield Visit(VISION + path, FORWARD, self.hidden + self.vision.forward)
         for layer in range(shapes.vision_layers):
-            yield from self._layer(
-                f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, "vision_model" in shapes.learns
-            )
+            path = f"{VISION}.encoder.layers.{layer}"
+            yield self._layer(path, self.vision, self._again(layer), "vision_model" in shapes.learns)
         yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
         # transformers pools with it
         yield Visit(f"{VISION}.post_layernorm", FORWARD, self.saved + self.hidden + self.vision.forward)
@@ -85,7 +73,7 @@ class _Walk:
         self.saved += self.rotary
         yield Visit(f"{LANGUAGE}.rotary_emb", FORWARD, self.saved + self.hidden)
         for layer in range(shapes.layers):
-            yield from self._layer(f"{LANGUAGE}.layers.{layer}", LANGUAGE_LAYER, self.language, grows)
+            yield self._layer(f"{LANGUAGE}.layers.{layer}", self.language, self._again(layer), grows)
         self.saved += self.norm
         yield Visit(f"{LANGUAGE}.norm", FORWARD, self.saved + 2 * self.hidden)
         self.saved += self.text.saved
@@ -94,13 +82,15 @@ class _Walk:
         for part in IMAGE_HEAD:
             yield Visit(_join("model.generation_head", part), FORWARD, self.saved + self.hidden + self.image.forward)
 
-    def _layer(self, path: str, parts: tuple[str, ...], block: Block, keeps: bool) -> Iterator[Visit]:
-        kept = (block.entry if self.checkpointing else block.saved) if keeps else 0
-        level = self.saved + (block.forward + kept if self.checkpointing or not keeps else block.saved + block.entry)
-        yield Visit(path, FORWARD, level)
-        for part in parts:
-            yield Visit(f"{path}.{part}", FORWARD, level)
+    def _again(self, layer: int) -> bool:
+        """Whether a layer is computed again in the backward pass."""
+        return self.checkpointing > 0 and layer % self.checkpointing == 0
+
+    def _layer(self, path: str, block: Block, again: bool, keeps: bool) -> Visit:
+        kept = (block.entry if again else block.saved) if keeps else 0
+        level = self.saved + (block.forward + kept if again or not keeps else block.saved + block.entry)
         self.saved += kept
+        return Visit(path, FORWARD, level)
 
     def backward(self) -> Iterator[Visit]:
         shapes = self.shapes
@@ -120,7 +110,7 @@ class _Walk:
         yield Visit(f"{LANGUAGE}.norm", BACKWARD, self.saved + 4 * self.hidden)
         self.saved -= self.norm
         for layer in reversed(range(shapes.layers)):
-            yield from self._back_through(f"{LANGUAGE}.layers.{layer}", LANGUAGE_LAYER, self.language)
+            yield self._back_through(f"{LANGUAGE}.layers.{layer}", self.language, self._again(layer))
         level = self.saved + 2 * self.hidden
         if shapes.learns & {"gen_embed", "gen_aligner"}:
             for part in ("", "hidden_layers.0", "activation_fn", "fc1"):
@@ -142,56 +132,29 @@ class _Walk:
             yield Visit(f"{VISION}.post_layernorm", BACKWARD, level)
             yield Visit(f"{VISION}.encoder", BACKWARD, level)
             for layer in reversed(range(shapes.vision_layers)):
-                yield from self._back_through(
-                    f"{VISION}.encoder.layers.{layer}", VISION_LAYER, self.vision, beside=self.hidden
-                )
+                path = f"{VISION}.encoder.layers.{layer}"
+                yield self._back_through(path, self.vision, self._again(layer), beside=self.hidden)
             for path in (".embeddings", ".embeddings.position_embedding", ".embeddings.patch_embedding"):
                 yield Visit(VISION + path, BACKWARD, self.saved + self.hidden + self.vision.backward, False)
         if "language_model" in shapes.learns:
             yield Visit(f"{LANGUAGE}.embed_tokens", BACKWARD, self.saved + self.hidden, False)
 
-    def _back_through(self, path: str, parts: tuple[str, ...], block: Block, beside: int = 0) -> Iterator[Visit]:
-        if self.checkpointing:
-            # everything up to the last module that keeps something is computed anew when that module's backward pass
-            # asks for what it kept
-            last = max(number for number, part in enumerate(parts) if part in ("mlp.down_proj", "mlp.fc2"))
-            for part in _containers_first(["", *reversed(parts[last:])], parts):
-                yield Visit(_join(path, part), ENTERED, self.saved + beside, False)
-            for part in parts[: last + 1]:
-                yield Visit(_join(path, part), RECOMPUTE, self.saved + block.saved + beside)
-            kept = self.saved + block.saved + beside
-            yield Visit(_join(path, parts[last]), CONTINUED, kept + block.backward)
-            rest = [part for part in reversed(parts[:last]) if part not in _containers_of(parts[last])]
-        else:
-            kept = self.saved + beside
-            rest = ["", *reversed(parts)]
-        for part in _containers_first(rest, rest):
-            level = kept + block.backward if part.startswith("mlp") or not part else kept - block.mlp + block.attention
-            yield Visit(_join(path, part), BACKWARD, level)
-        self.saved -= block.entry if self.checkpointing else block.saved
+    def _back_through(self, path: str, block: Block, again: bool, beside: int = 0) -> Visit:
+        kept = self.saved + beside + (block.saved if again else 0)
+        self.saved -= block.entry if again else block.saved
+        return Visit(path, BACKWARD, kept + max(block.backward, block.attention - block.mlp))
 
 
-def walk(shapes: Shapes, batch: MicroBatch, numerics: Numerics, *, checkpointing: bool) -> list[Visit]:
+def walk(shapes: Shapes, batch: MicroBatch, numerics: Numerics, *, checkpointing: int) -> list[Visit]:
     """All visits of one micro-batch."""
     steps = _Walk(shapes, batch, numerics, checkpointing)
     return [*steps.forward(), *steps.backward()]
 
 
+def recomputed_layers(layers: int, checkpointing: int) -> int:
+    """Of a tower of `layers`, every `checkpointing`-th from the first on; 0: none."""
+    return -(-layers // checkpointing) if checkpointing else 0
+
+
 def _join(path: str, part: str) -> str:
     return f"{path}.{part}" if part else path
-
-
-def _containers_of(part: str) -> tuple[str, ...]:
-    head, _, _ = part.rpartition(".")
-    return (head,) if head else ()
-
-
-def _containers_first(parts: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Backward, a container among `known` is entered before the first of its children, which `reversed` puts in
-    front of it."""
-    ordered: list[str] = []
-    for part in parts:
-        for name in (*(container for container in _containers_of(part) if container in known), part):
-            if name not in ordered:
-                ordered.append(name)
-    return ordered

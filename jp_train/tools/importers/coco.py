@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from jp_train.errors import ConfigError, DataError
+from jp_train.files import other_format_at
 from jp_train.tools.importers.entries import Chunk, Entry, Listing, Reader, Skip, chunked
 from jp_train.tools.importers.files import file_identity
 from jp_train.types import Kind
@@ -47,7 +48,9 @@ class CocoReader(Reader):
             if problem is not None:
                 yield Entry(number=number, name=name, skip=Skip(*problem))
                 continue
-            yield Entry(number=number, name=name, note={"caption": caption, "source_id": name}, image=path, slug=slug)
+            yield Entry(
+                number=number, name=name, note={"caption": caption, "source_id": name}, images=(path,), slug=slug
+            )
 
     def _load(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if not self.source.is_file():
@@ -59,7 +62,8 @@ class CocoReader(Reader):
             with open(self.source, encoding="utf-8-sig") as file:
                 value = json.load(file)
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.source} cannot be read as JSON: {error}; download it again") from None
+            what = other_format_at(self.source) or f"cannot be read as JSON: {error}; download it again"
+            raise DataError(f"{self.source} {what}") from None
         except MemoryError:
             raise DataError(
                 f"{self.source} does not fit into memory: it needs about 6 times its size; split it by images"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 from jp_train.data.samples import MAX_TEXT_BYTES
 from jp_train.errors import ConfigError, DataError
+from jp_train.tools.importers.compression import DAMAGE, plain_file
+from jp_train.tools.importers.contents import Form, contents_of, not_text, taken_as
 from jp_train.tools.importers.entries import CHUNK_ENTRIES, Chunk, Entry, Listing, Reader, Skip
-from jp_train.tools.importers.files import file_names, identity_of, line_chunks, source_files, total_bytes
-from jp_train.tools.importers.records import RECORD_PATTERNS, Columns, RecordReader
+from jp_train.tools.importers.files import file_names, identity_of, line_chunks, total_bytes
+from jp_train.tools.importers.records import Columns, RecordReader
+from jp_train.tools.importers.sources import TEXT_FILES, other_files, source_files
 from jp_train.types import Kind
-
-PATTERNS = ("*.txt", "*.md", "*.txt.gz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,28 @@ class DocumentReader(Reader):
         return {"document": self.document}
 
     def listing(self) -> Listing:
-        files = source_files(self.source, PATTERNS, "text files")
+        files, left_out = source_files(self.source, TEXT_FILES, "text files")
+        contents = [contents_of(path) for path in files]
+        bad = [(path, each.problem) for path, each in zip(files, contents, strict=True) if each.form is Form.other]
+        if bad and (self.document != "file" or len(bad) == len(files)):
+            good = [path for path, each in zip(files, contents, strict=True) if each.form is not Form.other]
+            raise ConfigError(f"{bad[0][0]} is {bad[0][1]}; expected text in UTF-8{other_files(self.source, good)}")
         chunks = {"file": _file_chunks, "paragraph": _paragraph_chunks, "line": line_chunks}[self.document]
-        return Listing(identity=identity_of(files), total=total_bytes(files), chunks=lambda: chunks(files))
+        return Listing(
+            identity=identity_of(files),
+            total=total_bytes(files),
+            chunks=lambda: chunks(files),
+            remarks=(f"{taken_as(contents)}: a {self.document} is a document (--document)",),
+            left_out=left_out,
+        )
 
     def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         for number, (name, slug, content) in enumerate(_named(*chunk.payload), chunk.first):
             try:
-                text = (content if isinstance(content, bytes) else _read(content)).decode("utf-8-sig").strip()
+                data = content if isinstance(content, bytes) else _read(content)
+                text = data.decode("utf-8-sig").strip()
+                if "\0" in text:
+                    raise Skip("binary", f"the document is binary data (a NUL byte at byte {data.index(0):,})")
             except UnicodeDecodeError as error:
                 yield Entry(number=number, name=name, skip=Skip("not_unicode", f"the document is not UTF-8: {error}"))
                 continue
@@ -51,14 +65,15 @@ class DocumentReader(Reader):
 
 
 def text_reader(source: Path, document: str, columns: Columns) -> Reader:
-    """Records or plain text, by the files' names. Raises ConfigError when a source has both, or nothing."""
-    files = source_files(source, (*RECORD_PATTERNS, *PATTERNS), "records or plain text")
-    records = [path for path in files if any(path.match(pattern) for pattern in RECORD_PATTERNS)]
-    plain = [path for path in files if any(path.match(pattern) for pattern in PATTERNS)]
+    """Records or plain text, by the files' content. Raises ConfigError when a source has both, or nothing."""
+    files, _ = source_files(source, TEXT_FILES, "records or plain text")
+    contents = [(path, contents_of(path).form) for path in files]
+    plain = [path for path, form in contents if form is Form.text]
+    records = [path for path, form in contents if form in (Form.lines, Form.array, Form.csv)]
     if records and plain:
         raise ConfigError(
-            f"SOURCE {source} has records ({records[0].name}) and plain text ({plain[0].name}): "
-            "name one sort with a glob"
+            f"SOURCE {source} has records ({records[0].name}) and plain text ({plain[0].name})"
+            f"{other_files(source, max(records, plain, key=len), 'name one sort with a glob')}"
         )
     if records:
         return RecordReader(format="text", source=source, images=None, kind=Kind.TEXT, columns=columns)
@@ -78,10 +93,13 @@ def _named(file: str, start: int, items: list[Any]) -> Iterator[tuple[str, str, 
 
 def _read(path: Path) -> bytes:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-    except (OSError, EOFError) as error:
+        with plain_file(path) as (_, stream):
+            data = stream.read(MAX_TEXT_BYTES + 1)
+    except DAMAGE as error:
         raise DataError(f"cannot read {path}: {error}") from error
+    if problem := contents_of(path).problem:
+        binary = "binary" if not_text(data[:512]) else "bad_record"
+        raise Skip("not_unicode" if problem.startswith("UTF") else binary, f"the document is {problem}")
     if len(data) > MAX_TEXT_BYTES:
         raise Skip(
             "bad_record",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,29 @@ from jp_train.errors import SkipSample
 from jp_train.types import Kind
 
 REASONS = {
+    "binary": "binary data, no text",
     "bad_record": "the line, row or record cannot be read",
     "image_no_file": "the image is not a regular file",
     "image_missing": "no such image in the image folder",
     "image_outside": "the path leaves the image folder (absolute, .., or a link)",
     "image_too_large": "more pixels or bytes than allowed",
     "image_undecodable": "not an image that can be decoded",
-    "multi_image": "more than one image in an entry",
+    "multi_image": "more than one image in an entry of a generation source, or in two columns",
     "no_caption": "an image without a caption",
     "no_image": "an entry without an image",
     "not_unicode": "text that is not valid UTF-8",
+    "unread_media": "an image, video or sound that the import does not read: no conversation of text",
     "text_only": "a conversation without an image; --text-out FOLDER keeps them",
 }
 """Why an entry is skipped, as in `skipped.jsonl` and the summary. Other reasons there are the training loader's classes
 of fault."""
 REJECTED = "the training loader would reject the sample"
 
+HOUSEKEEPING = "housekeeping"
+"""Files that are no data: names that start with a dot, and what Spark and Hadoop leave."""
+
+SAMPLED = 200
+"""Entries whose images (or documents) a dry run reads."""
 CHUNK_ENTRIES = 64
 CHUNK_LINES = 512
 CHUNK_BYTES = 1 << 20
@@ -51,14 +58,14 @@ class Entry:
     """One entry of a listing.
 
     `number` is its place in the listing, from 0; `name` is how people find it in the source ("captions.json annotation
-    17", "a.jsonl:4"); `note` becomes the sample's JSON; `image` is a path inside the image folder, or an image's
-    bytes; `skip` is set instead where the listing alone shows that there is no sample.
+    17", "a.jsonl:4"); `note` becomes the sample's JSON; `images` are paths inside the image folder, or images' bytes;
+    `skip` is set instead where the listing alone shows that there is no sample.
     """
 
     number: int
     name: str
     note: dict[str, Any] | None = None
-    image: str | bytes | None = None
+    images: tuple[str | bytes, ...] = ()
     slug: str = ""
     """Text that follows the number in the sample's key, for people."""
     text_only: bool = False
@@ -86,8 +93,15 @@ class Listing:
     identity: dict[str, str]
     total: int
     chunks: Callable[[], Iterator[Chunk]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Files of the source that are not read, by the endings of their names."""
     remarks: tuple[str, ...] = ()
     """How the source was understood, one remark a line, for the person who imports it."""
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The remarks, and what is left out."""
+        return (*filter(None, (*self.remarks, left_out_text(self.left_out))),)
 
 
 class Reader(ABC):
@@ -98,6 +112,8 @@ class Reader(ABC):
     source: Path
     images: Path | None
     """The folder that image paths are relative to; None where images come as bytes, or not at all."""
+    surveyed = SAMPLED
+    """Chunks that a dry run may read a second time, with their images, for its entries."""
 
     @abstractmethod
     def listing(self) -> Listing:
@@ -125,6 +141,16 @@ def sample_key(entry: Entry) -> str:
     takes."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "_", entry.slug).strip("_")[:60]
     return f"{entry.number:09d}-{slug}" if slug else f"{entry.number:09d}"
+
+
+def left_out_text(left_out: Mapping[str, int]) -> str:
+    """`left out: 1 *.parquet, 3 without ending (and 2 of housekeeping: …)`, empty where nothing was."""
+    if not left_out:
+        return ""
+    files = ", ".join(f"{count:,} {label}" for label, count in sorted(left_out.items()) if label != HOUSEKEEPING)
+    aside = left_out.get(HOUSEKEEPING, 0)
+    marks = f"{aside:,} of housekeeping: names with a dot in front, _SUCCESS, *.crc" if aside else ""
+    return f"left out: {files or 'nothing'}{f' (and {marks})' if marks else ''}"
 
 
 def chunked(items: Sequence[Any]) -> Iterator[Chunk]:

@@ -1,4 +1,4 @@
-"""Files of a source: their names, an identity that changes with their content, JSON and lines as streams.
+"""Files of a source: short names, an identity that changes with their content, JSON and lines as streams.
 
 Nothing here holds a whole file in memory: a listing of 10M lines takes as much as one chunk.
 """
@@ -6,17 +6,16 @@ Nothing here holds a whole file in memory: a listing of 10M lines takes as much 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import io
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jp_train.errors import ConfigError, DataError
+from jp_train.tools.importers.compression import DAMAGE, plain_file
 from jp_train.tools.importers.entries import CHUNK_BYTES, CHUNK_LINES, Chunk
 
 HASHED_WHOLE = 1 << 30
@@ -27,26 +26,6 @@ MAX_LINE = 64 << 20
 
 _BUFFER = 1 << 20
 _OF_NUMBERS = "+-.eE0123456789"
-
-
-def source_files(source: Path, patterns: Iterable[str], what: str) -> list[Path]:
-    """The files that SOURCE names, sorted: itself, the matches of a glob, or a folder's files (recursively) that match
-    `patterns`.
-
-    Raises:
-        ConfigError: when there is none, or it does not exist; `what` says what was expected.
-    """
-    if source.is_file():
-        return [source]
-    if source.is_dir():
-        files = sorted({path for pattern in patterns for path in source.rglob(pattern) if path.is_file()})
-        if not files:
-            raise ConfigError(f"folder {source} holds no {what} ({', '.join(patterns)})")
-        return files
-    files = sorted(Path(path) for path in glob.glob(str(source), recursive=True) if os.path.isfile(path))
-    if not files:
-        raise ConfigError(f"SOURCE {source} does not exist, and no file matches it; expected {what}")
-    return files
 
 
 def refuse_output_in_source(source: Path, out: Path) -> None:
@@ -101,20 +80,19 @@ def total_bytes(files: list[Path]) -> int:
 
 
 def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
-    """Lines of JSONL or text files (`.gz` is decompressed) as chunks of up to `most`: payload = (short file name,
+    """Lines of JSONL or text files, decompressed, as chunks of up to `most`: payload = (short file name,
     number of the first line from 1, lines as bytes). Every line is an entry number, blank ones too, so that line n of
     the first file is always entry n - 1.
 
     Raises:
-        DataError: for a broken gzip stream, or a line past MAX_LINE.
+        DataError: for a file that cannot be read or decompressed, or a line past MAX_LINE.
     """
     first, before = 0, 0
     for path, name in zip(files, file_names(files), strict=True):
-        with open(path, "rb") as raw:
+        with plain_file(path) as (raw, stream):
             lines: list[bytes] = []
             size, start = 0, 1
             try:
-                stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
                 while line := stream.readline(MAX_LINE):
                     if len(line) == MAX_LINE:
                         raise DataError(
@@ -129,7 +107,7 @@ def line_chunks(files: list[Path], most: int = CHUNK_LINES) -> Iterator[Chunk]:
                         )
                         first, start = first + len(lines), start + len(lines)
                         lines, size = [], 0
-            except (OSError, EOFError, zlib.error) as error:
+            except DAMAGE as error:
                 raise DataError(f"cannot read {path} after line {start + len(lines) - 1}: {error}") from error
             if lines:
                 yield Chunk(first=first, count=len(lines), payload=(name, start, lines), done=before + raw.tell())
@@ -145,12 +123,6 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def is_array(path: Path) -> bool:
-    """Whether a JSON file starts with `[` (an array of records) rather than with a record a line."""
-    with open(path, "rb") as file:
-        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-
-
 def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
     """The items of a JSON file that is one array, as a stream: (the JSON of an item, bytes read so far).
 
@@ -159,7 +131,7 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
     """
     # only where an item ends matters here, so no number can be too long
     decoder = json.JSONDecoder(parse_int=len, parse_float=len)
-    with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
+    with plain_file(path) as (raw, stream), io.TextIOWrapper(stream, encoding="utf-8-sig") as file:
         text, at, number, ended, size = "", 0, 0, False, _BUFFER
 
         def refill() -> bool:
@@ -168,6 +140,8 @@ def array_items(path: Path) -> Iterator[tuple[bytes, int]]:
                 more = file.read(size)
             except UnicodeDecodeError as error:
                 raise DataError(f"{path} is not UTF-8 after item {number}: {error}") from None
+            except DAMAGE as error:
+                raise DataError(f"cannot read {path} after item {number}: {error}") from error
             text, at, ended = text[at:] + more, 0, not more
             return not ended
 

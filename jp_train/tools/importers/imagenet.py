@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.entries import CHUNK_ENTRIES, Chunk, Entry, Listing, Reader
+from jp_train.tools.importers.sources import label_of
 from jp_train.types import Kind
 
 MAPPING = "LOC_synset_mapping.txt"
@@ -43,7 +45,7 @@ class ImageNetReader(Reader):
         return {"class_prompt": "first_lemma"}
 
     def listing(self) -> Listing:
-        files = _class_files(self.source)
+        files, left_out = _class_files(self.source)
         names, remark = self._names(list(files))
         identity = {
             f"class folder {folder}": f"{len(members):,} files, names sha256 {_digest(members)}"
@@ -61,7 +63,9 @@ class ImageNetReader(Reader):
                     )
                     first += len(part)
 
-        return Listing(identity=identity, total=sum(map(len, files.values())), chunks=chunks, remarks=(remark,))
+        return Listing(
+            identity=identity, total=sum(map(len, files.values())), chunks=chunks, remarks=(remark,), left_out=left_out
+        )
 
     def entries(self, chunk: Chunk, *, image_bytes: bool = True) -> Iterator[Entry]:
         folder, name, files = chunk.payload
@@ -71,7 +75,7 @@ class ImageNetReader(Reader):
                 number=chunk.first + place,
                 name=path,
                 note={"caption": name, "source_id": path},
-                image=path,
+                images=(path,),
                 slug=f"{folder}-{file.rpartition('.')[0] or file}",
             )
 
@@ -133,9 +137,11 @@ def read_class_names(path: Path) -> dict[str, str]:
     return names
 
 
-def _class_files(source: Path) -> dict[str, list[str]]:
+def _class_files(source: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The files of every class folder, and how many files lie beside the class folders, by their endings."""
     try:
-        folders = sorted(entry.name for entry in os.scandir(source) if entry.is_dir())
+        entries = [(entry.name, entry.is_dir()) for entry in os.scandir(source)]
+        folders = sorted(name for name, is_folder in entries if is_folder)
         files = {folder: sorted(os.listdir(source / folder)) for folder in folders}
     except OSError as error:
         raise (ConfigError if isinstance(error, (FileNotFoundError, NotADirectoryError)) else DataError)(
@@ -143,7 +149,7 @@ def _class_files(source: Path) -> dict[str, list[str]]:
         ) from error
     if not any(files.values()):
         raise ConfigError(f"SOURCE {source} has no class folder with files in it; expected {source}/CLASS/image.jpg")
-    return files
+    return files, dict(Counter(label_of(name) for name, is_folder in entries if not is_folder))
 
 
 def _digest(names: list[str]) -> str:

@@ -15,6 +15,7 @@ import stat
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,6 +26,7 @@ from jp_train.errors import DataError, SkipSample
 from jp_train.tools.importers.entries import Skip
 
 _CONVERTED = ("BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+_URL = re.compile(r"[a-z][a-z0-9+]+://", re.IGNORECASE)
 _KEPT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Modes that PNG stores as they are."""
 
@@ -42,19 +44,45 @@ def refuse_outside(folder: Path, path: str) -> None:
     """Raises Skip for a path that names no file, or whose text alone shows that it leaves the folder."""
     if "\0" in path or not path:
         raise Skip("image_missing", f"the path {path!r} names no file")
+    refuse_address(path)
+    path = _below(folder, path)
     if os.path.isabs(path) or ".." in path.split("/"):
         raise Skip("image_outside", f"the path {path!r} leaves the image folder {folder}")
 
 
+def refuse_address(path: str) -> None:
+    """Raises Skip for `http://…` and the like."""
+    if _URL.match(path):
+        raise Skip("image_missing", f"{path[:200]!r} is an address: download the images first (img2dataset)")
+
+
 def read_inside(folder: Path, path: str) -> bytes:
-    """The bytes of `folder/path`.
+    """The bytes of `folder/path`. A path that names no file is also read as Windows writes it, and percent-encoded.
 
     Raises:
         Skip: for a path that leads out of the folder (absolute, `..`, a link), a missing or over-large file, or no
         regular file.
         DataError: for an I/O error, which is never a reason to skip.
     """
-    refuse_outside(folder, path)
+    missing: Skip | None = None
+    for spelling in dict.fromkeys((path, path.replace("\\", "/"), unquote(path.replace("\\", "/")))):
+        refuse_outside(folder, spelling)
+        try:
+            return _read(folder, _below(folder, spelling))
+        except Skip as skip:
+            if skip.fault != "image_missing":
+                raise
+            missing = missing or skip
+    assert missing is not None
+    raise missing
+
+
+def _below(folder: Path, path: str) -> str:
+    """An absolute path inside the folder, from there on."""
+    return path.removeprefix(f"{folder.absolute()}{os.sep}")
+
+
+def _read(folder: Path, path: str) -> bytes:
     full = os.path.join(folder, path)
     try:
         real = os.path.realpath(full, strict=True)

@@ -24,7 +24,7 @@ NAME, SKIPPED = "manifest.json", "skipped.jsonl"
 VERSION = 1
 
 _NAMED = 5
-_SKIP = "skipped:"
+_SKIP, _TAKEN = "skipped:", "taken:"
 
 
 @dataclass(kw_only=True)
@@ -46,14 +46,16 @@ class OutputState:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """The state of an import. `counts` holds `entries`, `converted` and `skipped:REASON` over the entries before
-    `log_end`, whose skips are the first `log_bytes` bytes of `skipped.jsonl`."""
+    """The state of an import. `counts` holds `entries`, `converted`, `skipped:REASON` and, of tars, `taken:ROLE PLACE`
+    over the entries before `log_end`, whose skips are the first `log_bytes` bytes of `skipped.jsonl`."""
 
     format: str
     source: str
     identity: dict[str, str]
     options: dict[str, Any]
     outputs: dict[str, OutputState]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Files of the source that are not read, by the endings of their names."""
     counts: dict[str, int] = field(default_factory=Counter)
     log_end: int = 0
     log_bytes: int = 0
@@ -62,12 +64,28 @@ class Manifest:
     def count_skip(self, reason: str) -> None:
         self.counts[_SKIP + reason] += 1
 
+    def count_taken(self, role: str, place: str, count: int) -> None:
+        self.counts[f"{_TAKEN}{role} {place}"] += count
+
     @property
     def skipped(self) -> dict[str, int]:
         """How many entries were skipped, by reason."""
-        return {
-            name.removeprefix(_SKIP): count for name, count in sorted(self.counts.items()) if name.startswith(_SKIP)
-        }
+        return self._counted(_SKIP)
+
+    @property
+    def taken(self) -> dict[tuple[str, str], int]:
+        """How many samples of tars have which text at which place."""
+        names = ((name.split(" ", 1), count) for name, count in self._counted(_TAKEN).items())
+        return {(role, place): count for (role, place), count in names}
+
+    def _counted(self, prefix: str) -> dict[str, int]:
+        counts = sorted(self.counts.items())
+        return {name.removeprefix(prefix): count for name, count in counts if name.startswith(prefix)}
+
+    @property
+    def wrote_nothing(self) -> bool:
+        """Whether there is no shard yet: another import may take the folder."""
+        return not any(output.shards for output in self.outputs.values())
 
     def store(self, folder: Path) -> None:
         """Write it into `folder`. Raises DataError when that fails."""
@@ -161,21 +179,22 @@ def resume_or_start(folder: Path, new: Manifest) -> Manifest:
     """
     existing = load_manifest(folder)
     changes = [] if existing is None else _changes(existing, new)
-    if existing is None or (changes and not any(output.shards for output in existing.outputs.values())):
+    if existing is None or (changes and existing.wrote_nothing):
         for output in new.outputs.values():
             foreign = sorted(path.name for path in Path(output.folder).glob("*.tar"))
             if foreign:
                 raise ConfigError(
                     f"{output.folder} holds shards ({foreign[0]}) that no {NAME} of an import names: they would mix; "
-                    "choose an empty folder"
+                    "choose an empty folder, or delete this one if an import that you have deleted wrote it"
                 )
         return new
     if changes:
         more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+        written = " and ".join(output.folder for output in existing.outputs.values())
         raise ConfigError(
             f"{folder} holds an import {'that is complete' if existing.complete else 'that was interrupted'}, "
             f"but of something else: {'; '.join(changes[:_NAMED])}{more}. "
-            "Restore what changed to go on, or import into another folder"
+            f"Restore what changed to go on, import into another folder, or delete what it wrote: {written}"
         )
     for output in existing.outputs.values():
         for shard in output.shards:

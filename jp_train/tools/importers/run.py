@@ -60,7 +60,7 @@ def import_source(reader: Reader, settings: ImportSettings, stream: TextIO | Non
 
     say(f"reading the listing of {reader.source}")
     listing = checked_listing(reader, settings)
-    for remark in listing.remarks:
+    for remark in listing.told:
         say(remark)
     folders = {MAIN: settings.out} | ({TEXT: settings.text_out} if settings.text_out else {})
     new = Manifest(
@@ -68,12 +68,14 @@ def import_source(reader: Reader, settings: ImportSettings, stream: TextIO | Non
         source=str(reader.source.absolute()),
         identity=listing.identity,
         options=_options(reader, settings),
+        left_out=listing.left_out,
         outputs={name: OutputState(folder=str(folder.absolute())) for name, folder in folders.items()},
     )
     with ExitStack() as locks:
         for folder in folders.values():
             locks.enter_context(locked(folder))
         manifest = resume_or_start(settings.out, new)
+        manifest.left_out = listing.left_out
         if manifest.log_end:
             state = "complete already" if manifest.complete else "going on"
             say(f"{state}: {_shards(manifest):,} shards are there, with the first {manifest.log_end:,} entries")
@@ -113,7 +115,7 @@ def _write(
                 listing.total,
                 f"{manifest.counts['entries']:,} entries",
                 f"{outputs.skipped:,} skipped",
-                f"{_shards(manifest):,} shards",
+                f"{outputs.shards:,} shards",
             )
         outputs.finish()
 
@@ -169,6 +171,11 @@ class _Outputs:
     def skipped(self) -> int:
         return sum(self._manifest.skipped.values())
 
+    @property
+    def shards(self) -> int:
+        """Shards that are complete or being written."""
+        return sum(writer.begun for writer in self._writers.values())
+
     def add(self, results: Iterable[EntryResult]) -> None:
         for result in results:
             self._next = result.number
@@ -187,7 +194,7 @@ class _Outputs:
         manifest = self._manifest
         for output in manifest.outputs.values():
             output.end = manifest.log_end
-        if not any(output.shards for output in manifest.outputs.values()):
+        if manifest.wrote_nothing:
             raise DataError(f"no entry of {manifest.source} became a sample ({self.skipped:,} skipped){self._example}")
         manifest.complete = True
         manifest.store(self._settings.out)

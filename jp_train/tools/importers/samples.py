@@ -8,11 +8,12 @@ from pathlib import Path
 
 from jp_train.config.choices import ClassPrompt, SourceKind
 from jp_train.config.schema import SourceConfig
-from jp_train.data.samples import check_field_size, parse_sample
+from jp_train.data.field_map import FieldMap, Fields, field_map
+from jp_train.data.samples import check_field_size, parse_variants
 from jp_train.data.writer import pack_sample
 from jp_train.errors import SkipSample
 from jp_train.tools.importers.entries import Chunk, Entry, Reader, Skip, sample_key
-from jp_train.tools.importers.images import read_inside, shard_image
+from jp_train.tools.importers.images import read_inside, refuse_address, shard_image
 from jp_train.types import Kind, RawSample, SourceInfo
 
 MAIN, TEXT = "shards", "text"
@@ -21,14 +22,14 @@ MAIN, TEXT = "shards", "text"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntryResult:
-    """What became of an entry: a sample for `output`, as tar members, or `reason` and `message` of why it is
-    skipped."""
+    """What became of an entry: a sample for `output`, as tar members, `converted` of its images converted, or `reason`
+    and `message` of why it is skipped."""
 
     number: int
     name: str
     output: str = MAIN
     packed: bytes | None = None
-    converted: bool = False
+    converted: int = 0
     reason: str = ""
     message: str = ""
 
@@ -57,7 +58,7 @@ def make_sample(entry: Entry, rules: SampleRules) -> EntryResult:
         reader = rules.reader
         kind = reader.kind
         fields: dict[str, bytes] = {}
-        converted = False
+        converted = 0
         if entry.text_only:
             if not rules.keep_text_only:
                 raise Skip(
@@ -67,10 +68,13 @@ def make_sample(entry: Entry, rules: SampleRules) -> EntryResult:
                 )
             kind = Kind.TEXT
         elif kind is not Kind.TEXT:
-            extension, data, converted = shard_image(
-                _image_bytes(entry, reader.images), rules.max_image_pixels, decode=rules.decode
-            )
-            fields[extension] = data
+            if not entry.images:
+                raise Skip("no_image", "the entry has no image")
+            for number, image in enumerate(entry.images):
+                data = _image_bytes(image, reader.images)
+                extension, data, changed = shard_image(data, rules.max_image_pixels, decode=rules.decode)
+                fields[f"{number}.{extension}" if len(entry.images) > 1 else extension] = data
+                converted += changed
         key = sample_key(entry)
         fields["json"] = _json(entry)
         check_sample(key, fields, kind, reader.default_class_prompt() if kind is reader.kind else "as_is")
@@ -87,30 +91,33 @@ def make_sample(entry: Entry, rules: SampleRules) -> EntryResult:
 
 def check_sample(key: str, fields: dict[str, bytes], kind: Kind, class_prompt: str = "as_is") -> None:
     """Parse the sample as training does, without decoding its image. Raises Skip with the loader's reason."""
-    light = {extension: data if extension in ("json", "txt") else b"" for extension, data in fields.items()}
-    source = SourceConfig(kind=SourceKind(kind.value), class_prompt=ClassPrompt(class_prompt))
+    usual = field_map(SourceConfig(kind=SourceKind(kind.value), class_prompt=ClassPrompt(class_prompt)))
+    light = {extension: data if extension in usual.text_extensions else b"" for extension, data in fields.items()}
     try:
         for extension, data in fields.items():
             check_field_size(extension, len(data))
-        parse_sample(
-            RawSample(info=SourceInfo(source="", shard="", key=key), fields=light),
-            kind,
-            source,
-            image_slots=1,
-            codebook_size=1,
-        )
     except SkipSample as error:
         raise Skip(error.fault, str(error)) from None
+    read_texts(RawSample(info=SourceInfo(source="", shard="", key=key), fields=light), usual)
 
 
-def _image_bytes(entry: Entry, images: Path | None) -> bytes:
-    if isinstance(entry.image, bytes):
-        return entry.image
-    if entry.image is None:
-        raise Skip("no_image", "the entry has no image")
+def read_texts(raw: RawSample, fields: FieldMap) -> Fields:
+    """The texts of a sample that training can use, with where they lie. Raises Skip with the loader's reason."""
+    texts = Fields(raw, fields)
+    try:
+        parse_variants(texts, image_slots=1, codebook_size=1)
+    except SkipSample as error:
+        raise Skip(error.fault, str(error)) from None
+    return texts
+
+
+def _image_bytes(image: str | bytes, images: Path | None) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    refuse_address(image)
     if images is None:
-        raise Skip("image_missing", f"{entry.image!r} is a path, but no image folder is given: name it with --images")
-    return read_inside(images, entry.image)
+        raise Skip("image_missing", f"{image!r} is a path, but no image folder is given: name it with --images")
+    return read_inside(images, image)
 
 
 def _json(entry: Entry) -> bytes:

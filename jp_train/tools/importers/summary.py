@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jp_train.config.schema import DataConfig
 from jp_train.files import read_json_lines
 from jp_train.terminal import aligned, printable
-from jp_train.tools.importers.entries import REASONS, REJECTED
+from jp_train.tools.importers.entries import REASONS, REJECTED, left_out_text
 from jp_train.tools.importers.manifest import SKIPPED, Manifest, OutputState
 from jp_train.tools.importers.samples import MAIN
 
+LOUD_SHARE = DataConfig.max_bad_share
+"""An import that skips more of its entries than this says so in its last line."""
 _EXAMPLES = 2
 _WIDTH = 160
 
 
-def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: Path, seconds: float) -> dict[str, Any]:
+def summarise(manifest: Manifest, kind: str, source_keys: dict[str, Any], out: Path, seconds: float) -> dict[str, Any]:
     """The JSON object of an import that is complete."""
     sources = [
         {
@@ -41,11 +44,33 @@ def summarise(manifest: Manifest, kind: str, source_keys: dict[str, str], out: P
         "samples": sum(source["samples"] for source in sources),
         "converted": manifest.counts["converted"],
         "skipped": manifest.skipped,
+        "left_out": dict(manifest.left_out),
         "skipped_file": str(out.absolute() / SKIPPED),
         "sources": sources,
         "recipe": "\n".join(recipe_lines(sources)),
         "seconds": round(seconds, 1),
     }
+
+
+def loss_text(summary: Mapping[str, Any], examples: Mapping[str, Sequence[str]]) -> str:
+    """A warning where a larger share of the entries was skipped than training lets pass as bad by default
+    (`data.max_bad_share`), with the most common reason; empty otherwise."""
+    lost, entries = sum(summary["skipped"].values()), summary["entries"]
+    if lost <= LOUD_SHARE * entries:
+        return ""
+    reason, count = max(summary["skipped"].items(), key=lambda item: item[1])
+    example = f", as {examples[reason][0]}" if examples.get(reason) else ""
+    then = (
+        "the index leaves them out, and training refuses a source with a larger share than data.max_bad_share "
+        f"({LOUD_SHARE:g})"
+        if summary["format"] == "webdataset"
+        else "the shards hold the rest only. If you need them, correct the source or the options and import into "
+        "another folder"
+    )
+    return printable(
+        f"WARNING: {lost:,} of {entries:,} entries ({100 * lost / entries:.3g} %) were skipped, {count:,} of them "
+        f"for {reason} ({REASONS.get(reason, REJECTED)}){example}: {then}"
+    )
 
 
 def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> str:
@@ -56,6 +81,7 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
         f"import {summary['format']}: {summary['entries']:,} entries in, {summary['samples']:,} samples out, "
         f"{lost:,} skipped, "
         f"{converted}{summary['seconds']:.1f} s",
+        *filter(None, [left_out_text(summary["left_out"])]),
         "",
         *aligned(
             [
@@ -73,6 +99,9 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
             ]
         ),
     ]
+    if summary.get("taken"):
+        places = ", ".join(f"{place} ({count:,})" for place, count in summary["taken"].items())
+        lines += ["", f"texts: {places}"]
     if lost:
         lines += ["", f"skipped ({summary['skipped_file']} names every one):"]
         lines += skipped_lines(summary["skipped"], examples)
@@ -82,6 +111,7 @@ def format_summary(summary: dict[str, Any], examples: dict[str, list[str]]) -> s
             *lines,
             "  jp-train data index CONFIG     token counts beside the shards",
             "  jp-train data verify CONFIG    every sample, once",
+            *(["", summary["warning"]] if summary.get("warning") else []),
         ]
     )
 
@@ -109,10 +139,11 @@ def skipped_examples(path: Path) -> dict[str, list[str]]:
 
 def recipe_lines(sources: Sequence[dict[str, Any]]) -> list[str]:
     """`data:` of a recipe with the given sources (`name`, `spec` as absolute shards, `kind`, perhaps
-    `class_prompt`), ready to paste."""
+    `class_prompt` and `fields`), ready to paste."""
     lines = ["data:", "  sources:"]
     for source in sources:
         more = f", class_prompt: {source['class_prompt']}" if "class_prompt" in source else ""
+        more += f", fields: {json.dumps(source['fields'])}" if source.get("fields") else ""
         lines.append(
             f"    {quoted(source['name'])}: {{kind: {source['kind']}, shards: "
             f'{json.dumps(source["spec"])}{more}, license: ""}}'

@@ -7,50 +7,40 @@ shell, and only when it is allowed.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
 import hashlib
 import io
-import lzma
 import os
 import shlex
 import subprocess
 import tempfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import braceexpand
 
-from jp_train.config.choices import Crop
+from jp_train.config.choices import Crop, SourceKind
+from jp_train.config.schema import DataConfig, SourceConfig
+from jp_train.data.field_map import IMAGE_EXTENSIONS, VQ_EXTENSION, field_map
+from jp_train.data.image import decode_rgb
 from jp_train.data.sample_fields import read_fields
-from jp_train.data.samples import VQ_EXTENSION
 from jp_train.data.shards import Shard, ShardMembers, ShardReader, expand_shards, is_url, scan_members
 from jp_train.data.sidecar import load_members, store_members
 from jp_train.data.writer import SHARD_NAME, WrittenShard
 from jp_train.errors import ConfigError, DataError, SkipSample
 from jp_train.files import replacing
+from jp_train.tools.importers.compression import DAMAGE, compression, decompressed, zstandard
 from jp_train.tools.importers.files import file_identity
-from jp_train.tools.importers.samples import check_sample
-from jp_train.types import Kind
+from jp_train.tools.importers.samples import read_texts
+from jp_train.types import Kind, RawSample
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 PIPE = "pipe:"
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of a compressed file."""
-
-_DECOMPRESSORS: dict[str, Callable[[Any], io.BufferedIOBase]] = {
-    "": lambda stream: stream,
-    "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
-    "bzip2": bz2.BZ2File,
-    "xz": lzma.LZMAFile,
-}
 _COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _SHELL = ("|", "||", "&&", ";", "&", "<", ">", ">>", "2>")
 _BLOCK = 4 << 20
@@ -70,11 +60,13 @@ class TarSource:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedTar:
     """What one tar holds: its size, entries (samples and stray files), the bad ones of them as (key, reason,
-    message), and the copy where one was written."""
+    message), how many others have which text at which place, as `fields` of a recipe names both, and the copy where
+    one was written."""
 
     size: int
     entries: int
     bad: tuple[tuple[str, str, str], ...]
+    taken: dict[tuple[str, str], int]
     written: WrittenShard | None = None
 
 
@@ -83,7 +75,8 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
     `pipe:COMMAND` with braces.
 
     Raises:
-        ConfigError: for a `pipe:` that is not allowed or needs a shell, zstd, or nothing by that name.
+        ConfigError: for a `pipe:` that is not allowed or needs a shell, zstd without zstandard, or nothing by that
+            name.
         DataError: for a tar that cannot be reached.
     """
     try:
@@ -100,7 +93,7 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
         return TarSource(names=tuple(parts), copies=True, spec=source, identity={part: "command" for part in parts})
     folder = Path(os.path.expanduser(source))
     names = (
-        sorted(str(path.absolute()) for path in folder.iterdir() if path.name.endswith(_COMPRESSED_NAMES))
+        sorted(str(path.absolute()) for path in folder.iterdir() if path.name.lower().endswith(_COMPRESSED_NAMES))
         if folder.is_dir()
         else []
     )
@@ -116,13 +109,9 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
     names = names or expand_shards(source)
     with contextlib.closing(ShardReader()) as reader:
         shards = [reader.stat(name) for name in names]
-        kinds = Counter(_compression(reader.read(shard, 0, min(4, shard.size))) for shard in shards)
+        kinds = Counter(compression(reader.read(shard, 0, min(4, shard.size))) for shard in shards)
     if kinds["zstd"]:
-        raise ConfigError(
-            f"SOURCE {source!r}: {kinds['zstd']} of {len(names)} tars are compressed with zstd, "
-            "which this Python cannot read; decompress them with "
-            "`zstd -d`, or name a command: 'pipe:zstd -dc FILE.tar.zst' with --allow-pipe"
-        )
+        zstandard()
     copies = kinds[""] < len(names)
     identity = {  # only copies are resumed by it: tars that stay are not worth reading twice
         shard.path: file_identity(Path(shard.path))
@@ -132,6 +121,13 @@ def find_tars(source: str, *, allow_pipe: bool) -> TarSource:
     }
     spec = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
     return TarSource(names=tuple(names), copies=copies, spec=spec, identity=identity)
+
+
+def taken_fields(kind: Kind, taken: Collection[tuple[str, str]]) -> dict[str, str]:
+    """`fields` of a recipe for (role, place) pairs, in the order in which training looks for them."""
+    places = field_map(SourceConfig(kind=SourceKind(kind.value))).places
+    specs = {role: [place.spec for place in of_role if (role, place.spec) in taken] for role, of_role in places.items()}
+    return {role: ";".join(names) for role, names in specs.items() if names}
 
 
 def command_words(part: str) -> list[str]:
@@ -181,25 +177,54 @@ def copy_tar(name: str, folder: Path, number: int, kind: Kind) -> CheckedTar:
     with contextlib.closing(ShardReader()) as reader:
         checked = _check(Shard(path=str(path), size=shard.size, stamp=shard.stamp), kind, reader, members)
     written = WrittenShard(name=path.name, size=shard.size, samples=len(members.keys), sha256=digest)
-    return CheckedTar(size=checked.size, entries=checked.entries, bad=checked.bad, written=written)
+    return replace(checked, written=written)
+
+
+def look_into(name: str, kind: Kind, most: int) -> tuple[CheckedTar, list[tuple[str, str, str]]]:
+    """What the first samples of a tar hold, and (key, reason, message) of their images that cannot be used; nothing is
+    written. Raises DataError for a tar that is corrupt up to there."""
+    fields = field_map(SourceConfig(kind=SourceKind(kind.value)))
+    images: list[tuple[str, str, str]] = []
+    with contextlib.closing(ShardReader()) as reader:
+        shard = reader.stat(name)
+        members = scan_members(shard, reader, most)
+        for number, key in enumerate(members.keys):
+            with contextlib.suppress(SkipSample):  # which `_judged` names
+                raw = read_fields(shard, members, number, fields, Crop.centre, reader, "")
+                images += [(key, *fault) for fault in _image_faults(raw)][:1]
+        return _judged(shard, members, kind, reader), images
+
+
+def _image_faults(raw: RawSample) -> Iterator[tuple[str, str]]:
+    for extension, data in raw.fields.items():
+        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            try:
+                decode_rgb(data, DataConfig.max_image_pixels)
+            except SkipSample as skip:
+                yield skip.fault, str(skip)
 
 
 def _check(shard: Shard, kind: Kind, reader: ShardReader, members: ShardMembers | None = None) -> CheckedTar:
     members = members or load_members(shard) or scan_members(shard, reader)
     store_members(shard, members)
+    return _judged(shard, members, kind, reader)
+
+
+def _judged(shard: Shard, members: ShardMembers, kind: Kind, reader: ShardReader) -> CheckedTar:
     bad = [(name, "bad_record", reason) for name, reason in members.ignored]
+    fields = field_map(SourceConfig(kind=SourceKind(kind.value)))
+    taken: Counter[tuple[str, str]] = Counter()
     for number, key in enumerate(members.keys):
         try:
-            raw = read_fields(shard, members, number, kind, Crop.centre, reader, "", images=False)
+            raw = read_fields(shard, members, number, fields, Crop.centre, reader, "", images=False)
             # Stored ids pass as an image: how many a sample must have depends on the model, and training checks it.
-            check_sample(
-                key,
-                {"png" if extension == VQ_EXTENSION else extension: data for extension, data in raw.fields.items()},
-                kind,
-            )
+            files = {"png" if extension == VQ_EXTENSION else extension: data for extension, data in raw.fields.items()}
+            texts = read_texts(replace(raw, fields=files), fields)
+            taken.update((role, place.spec) for role, place in texts.taken.items())
         except SkipSample as skip:
             bad.append((key, skip.fault, str(skip)))
-    return CheckedTar(size=shard.size, entries=len(members.keys) + len(members.ignored), bad=tuple(bad))
+    entries = len(members.keys) + len(members.ignored)
+    return CheckedTar(size=shard.size, entries=entries, bad=tuple(bad), taken=dict(taken))
 
 
 @contextlib.contextmanager
@@ -261,26 +286,16 @@ class _Rejoined(io.RawIOBase):
         return len(data)
 
 
-def _compression(head: bytes) -> str:
-    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
-
-
 def _copy(name: str, stream: IO[bytes], file: BinaryIO) -> str:
     """Decompress a stream into a file; returns the SHA-256 of what was written."""
     head = stream.read(4)
-    kind = _compression(head)
-    if kind == "zstd":
-        raise DataError(
-            f"{name}: the stream is compressed with zstd, which this Python cannot read; "
-            "let the command decompress it (zstd -dc)"
-        )
-    whole = io.BufferedReader(_Rejoined(head, stream), _BLOCK)
-    plain = _DECOMPRESSORS[kind](whole)
+    kind = compression(head)
+    plain = decompressed(io.BufferedReader(_Rejoined(head, stream), _BLOCK), kind)
     digest = hashlib.sha256()
     while True:
         try:
             block = plain.read(_BLOCK)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        except DAMAGE as error:
             raise DataError(
                 f"{name}: the {kind or 'tar'} stream is truncated or corrupt: {error}; download it again"
             ) from None

@@ -46,7 +46,8 @@ def import_tars(
         format="webdataset",
         source=source,
         identity=tars.identity,
-        options={"kind": kind.value, "copies": tars.copies},
+        # what init names as shards where the tars stay; copies are compared with all options when they resume
+        options={"kind": kind.value, "copies": tars.copies, **({} if tars.copies else {"spec": tars.spec})},
         outputs={MAIN: OutputState(folder=str(out.absolute()) if tars.copies else "/")},
     )
     with locked(out):
@@ -87,6 +88,8 @@ def _record(manifest: Manifest, log: SkipLog, number: int, name: str, checked: C
     for key, reason, message in checked.bad:
         log.write(shard=name, name=f"{name}: {key}", reason=reason, message=message)
         manifest.count_skip(reason)
+    for (role, place), count in checked.taken.items():
+        manifest.count_taken(role, place, count)
     log.sync(number + 1)
     manifest.counts["entries"] += checked.entries
     output = manifest.outputs[MAIN]
@@ -103,15 +106,14 @@ def _resumed(new: Manifest, tars: TarSource, out: Path) -> Manifest:
     """
     before = load_manifest(out)
     if not tars.copies:
-        if before is not None and (before.format, before.source, before.options.get("copies")) != (
-            new.format,
-            new.source,
-            False,
-        ):
+        ours = (new.format, new.source, False)
+        if before is not None and (before.format, before.source, before.options.get("copies")) != ours:
+            if before.wrote_nothing:
+                return new
             raise ConfigError(
                 f"{out} holds an import of something else ({before.format} {before.source}): "
                 f"its {NAME} and {SKIPPED} would be lost; choose "
-                "another folder"
+                "another folder, or delete this one"
             )
         return new
     if before is not None and MAIN in before.outputs:

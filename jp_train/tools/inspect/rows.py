@@ -125,8 +125,10 @@ def _images(
 ) -> tuple[list[ShownImage], np.ndarray | None]:
     """What a document shows, and its VQ ids where they are stored or can be computed. `read`: the image that
     stored ids stand for."""
-    if document.und_image is not None:
-        return [ShownImage(pixels=document.und_image, title="as the vision encoder sees it")], None
+    if document.und_images is not None:
+        return [
+            ShownImage(pixels=pixels, title="as the vision encoder sees it") for pixels in document.und_images
+        ], None
     if not len(document.gen_slots):
         return [], None
     shown = []

@@ -68,6 +68,10 @@ DARK = Theme(
     alert="#ff8a80",
     cycle=("#56B4E9", "#F2A25C", "#2FC79B", "#E39CD0", "#F0E442", "#c8a27c", "#e6edf3"),
 )
+LABEL_CHARACTERS = 15
+"""A longer name of a line is shortened in its middle."""
+ENDS_EARLY = 0.9
+"""A line that ends before this share of the step axis has the step of its end in its label."""
 MIN_JOINED = 3
 SYMBOLS = ("save", "spike")
 """Events that are drawn as a symbol, without a name."""
@@ -158,8 +162,8 @@ def draw_panel(panel: Panel, theme: Theme) -> Image:
 
     figure = Figure(figsize=PANEL_INCHES, dpi=DPI, facecolor=theme.background)
     canvas = FigureCanvasAgg(figure)
-    longest = max((len(line.label) for line in panel.lines), default=0)
-    right = 0.03 + min(0.34, 0.0135 * (longest + 7))  # room for `label 0.123` behind the line ends
+    longest = max((len(_name(line) + _end_step(line, panel)) for line in panel.lines), default=0)
+    right = 0.03 + min(0.40, 0.0135 * (longest + 7))  # room for `label 0.123` behind the line ends
     _draw(figure.add_axes((0.095, 0.135, 0.905 - right, 0.70)), panel, theme)
     canvas.draw()
     return PILImage.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -315,7 +319,7 @@ def _draw_line(axes: Axes, line: Line, panel: Panel, theme: Theme) -> tuple[floa
     """Draws one curve and returns its direct label: (y, text, colour)."""
     color = theme.ink if line.color == INK else theme.cycle[line.color % len(theme.cycle)]
     style = DASHES[line.color // len(theme.cycle) % len(DASHES)] if line.color > 0 else "solid"
-    end, text = None, line.label
+    end = None
     points = line.series.finite() if line.series is not None else None
     if points is not None and len(points):
         averaged = smooth(points, line.window)
@@ -334,7 +338,6 @@ def _draw_line(axes: Axes, line: Line, panel: Panel, theme: Theme) -> tuple[floa
             markersize=4,
         )
         end = float(averaged.values[-1])
-        text = f"{line.label} {panel.format(end)}".strip()
     if line.held_out is not None and len(line.held_out):
         joined = (0, (2, 2)) if len(line.held_out) >= MIN_JOINED else "none"
         axes.plot(line.held_out.steps, line.held_out.values, color=color, linewidth=0.9, linestyle=joined, zorder=3,
@@ -342,10 +345,23 @@ def _draw_line(axes: Axes, line: Line, panel: Panel, theme: Theme) -> tuple[floa
                   markeredgewidth=1.3, clip_on=False)  # fmt: skip
         if end is None:
             end = float(line.held_out.values[-1])
-            text = f"{line.label} {panel.format(end)}".strip()
     if line.reference is not None:
         axes.axhline(line.reference, color=theme.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
-    return None if end is None else (end, text, color)
+    if end is None:
+        return None
+    return end, f"{_name(line)} {panel.format(end)}{_end_step(line, panel)}".strip(), color
+
+
+def _name(line: Line) -> str:
+    half = LABEL_CHARACTERS // 2
+    return line.label if len(line.label) <= LABEL_CHARACTERS else f"{line.label[:half]}…{line.label[-half:]}"
+
+
+def _end_step(line: Line, panel: Panel) -> str:
+    """` at 900` for a line that ends long before others do."""
+    first, last = _step_range(panel)
+    end = max((int(s.steps[-1]) for s in (line.series, line.held_out) if s is not None and len(s)), default=last)
+    return f" at {short_number(end)}" if end - first < ENDS_EARLY * (last - first) else ""
 
 
 def _draw_raw(axes: Axes, points: Series, color: str) -> None:
@@ -365,7 +381,7 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], theme: Theme) -> None:
         steps = [mark.step for mark in shown if mark.kind == kind]
         axes.plot(steps, [height] * len(steps), transform=across, clip_on=False,
                   marker=marker, markersize=4, color=color, linestyle="none")  # fmt: skip
-    for steps, names in _labels(shown, 0.12 * (last - first)):
+    for steps, names in _labels(shown, 0.2 * (last - first)):
         for step in steps:
             axes.axvline(step, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)))
         near_end = steps[0] > first + 0.8 * (last - first)
@@ -409,6 +425,8 @@ def _direct_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None
 
 
 def _note_off_scale(axes: Axes, panel: Panel, limits: tuple[float, float], theme: Theme) -> None:
+    from matplotlib.transforms import blended_transform_factory
+
     outside = 0
     for line in panel.lines:
         if line.series is not None:
@@ -416,12 +434,13 @@ def _note_off_scale(axes: Axes, panel: Panel, limits: tuple[float, float], theme
             outside += int(((values < limits[0]) | (values > limits[1])).sum())
     if outside:
         text = f"{outside} point{'s' if outside > 1 else ''} off scale"
-        _text(axes, 1, 1.085, text, theme.muted, size=7.5, ha="right", va="top")
+        across = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
+        _text(axes, 0.985, 1.085, text, theme.muted, size=7.5, ha="right", va="top", transform=across)
 
 
 def _step_range(panel: Panel) -> tuple[int, int]:
     steps = [s.steps for line in panel.lines for s in (line.series, line.held_out) if s is not None and len(s)]
-    return min(int(s[0]) for s in steps), max(int(s[-1]) for s in steps)
+    return min((int(s[0]) for s in steps), default=0), max((int(s[-1]) for s in steps), default=0)
 
 
 def _data_range(panel: Panel) -> tuple[float, float] | None:

@@ -142,7 +142,7 @@ def _values(runs: Sequence[RunData], groups: Sequence[PanelGroup], layout: Layou
     changes = template_changes(runs) if layout is Layout.stages else {}
     shown = {
         "evaluated": [run for run in runs if run.evaluation],
-        "sampled": [run for run in runs if run.samples],
+        "sampled": [run for run in runs if run.samples or run.samples_left_out],
         "with_bad_samples": [run for run in runs if run.ledger.total],
     }
     sections = [("summary", "Summary")]
@@ -206,8 +206,6 @@ def _notes(runs: Sequence[RunData]) -> list[str]:
     for run in runs:
         prefix = f"{run.label}: " if len(runs) > 1 else ""
         absent = {key: text for key, text in run.missing.items() if key not in ("config", "events")}
-        if len(runs) > 1 and any(other.evaluation or other.samples for other in runs):
-            absent = {key: text for key, text in absent.items() if key not in ("evaluation", "samples")}
         notes += [prefix + text for text in absent.values()]
         for name, number in run.unreadable_lines.items():
             notes.append(

@@ -13,7 +13,16 @@ from jp_train.run.reading import RunData, Series
 from jp_train.run.summary import KIND_NAMES, as_int, configured_shares, failures, held_out, settled
 from jp_train.tools.report.curves import INK, Line, Mark, Panel, PanelGroup, shared_limits
 
-MARKED_EVENTS = ("resume", "save", "stop", "stopped_early", "spike")
+MARKED_EVENTS = {
+    "accepted_differences": "changed",
+    "resume": "resume",
+    "rolled_back": "went back",
+    "save": "save",
+    "spike": "spike",
+    "stop": "stop",
+    "stopped_early": "stopped early",
+}
+"""Events that have a mark on the step axis, and its name."""
 MAX_SOURCES = 7
 
 
@@ -47,13 +56,12 @@ def panel_groups(runs: Sequence[RunData], layout: Layout) -> tuple[PanelGroup, .
             note="Share of each kind in a step. Dashed: configured.",
             panels=_mixture(runs, layout),
         ),
-        PanelGroup(key="packing", title="Packing", note="How full the rows were.", panels=_simple(runs, layout, FILL)),
         PanelGroup(
             key="speed",
-            title="Speed",
-            note="Tokens of all ranks, and the time a step waited for data. The first step after a start or a resume, "
-            "which compiles, allocates and waits for the first data, is left out.",
-            panels=_simple(runs, layout, THROUGHPUT, DATA_WAIT),
+            title="Packing and speed",
+            note="How full the rows were; tokens of all ranks; the time a step waited for data. Speeds leave out the "
+            "first step after a start or a resume, which compiles, allocates and waits for the first data.",
+            panels=_simple(runs, layout, FILL, THROUGHPUT, DATA_WAIT),
         ),
         PanelGroup(
             key="optim",
@@ -88,10 +96,8 @@ def marks_of(run: RunData) -> tuple[Mark, ...]:
     marks = [Mark(step=step, kind="failed") for step in failures(run.events)]
     for event in run.events:
         step = as_int(event.get("step"))
-        if step is not None and event["event"] in MARKED_EVENTS:
-            marks.append(
-                Mark(step=step, kind="stopped early" if event["event"] == "stopped_early" else str(event["event"]))
-            )
+        if step is not None and (name := MARKED_EVENTS.get(str(event["event"]))):
+            marks.append(Mark(step=step, kind=name))
     ends_early = {m.step for m in marks if m.kind == "stopped early"}
     marks = [m for m in marks if not (m.kind == "stop" and (m.step in ends_early or m.step >= run.last_step))]
     if sum(m.kind == "save" for m in marks) > 40:

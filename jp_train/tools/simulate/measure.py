@@ -17,7 +17,15 @@ import numpy as np
 
 from jp_train.data.plan import Plan
 from jp_train.tools.simulate.ranks import rank_balance
-from jp_train.tools.simulate.sample import Sample, SourceRates, documents_per_step, phases_of, source_rates, take_sample
+from jp_train.tools.simulate.sample import (
+    Sample,
+    SourceRates,
+    documents_per_step,
+    kind_shares,
+    phases_of,
+    source_rates,
+    take_sample,
+)
 from jp_train.types import KINDS, Kind
 
 STATISTICS = (
@@ -133,9 +141,8 @@ def row_statistics(sample: Sample, setup: StageSetup) -> dict[str, np.ndarray]:
     conversations include the questions, which lengths do not show: an upper bound where they are not supervised."""
     length = sample.length.astype(np.float64)
     text, und, gen = (sample.kind == KINDS.index(kind) for kind in (Kind.TEXT, Kind.UNDERSTANDING, Kind.GENERATION))
-    text_positions = np.where(text, length - sample.last, 0) + np.where(
-        und, np.maximum(length - setup.und_prefix, 0), 0
-    )
+    before = setup.und_prefix + (sample.images - 1) * (setup.image_slots + 2)
+    text_positions = np.where(text, length - sample.last, 0) + np.where(und, np.maximum(length - before, 0), 0)
     text_positions += gen * setup.gen_text
     row = sample.step * sample.rows_per_step + sample.row
 
@@ -148,7 +155,7 @@ def row_statistics(sample: Sample, setup: StageSetup) -> dict[str, np.ndarray]:
     return {
         "tokens": tokens,
         "squared_lengths": tokens**2 if setup.causal else summed(length**2),
-        "und_images": summed(und),
+        "und_images": summed(und * sample.images),
         "gen_images": images,
         "text_positions": summed(text_positions),
         "image_positions": images * setup.image_slots,
@@ -204,6 +211,11 @@ def _mixture(
     """Shares of the kinds in samples and in tokens: over the stage from what its sources contribute, or counted where
     every step was planned; errors of the sampled steps, in the recipe's unit."""
     shares = np.array(plan.mixture.shares) / sum(plan.mixture.shares)
+    given = {
+        source["name"]: source["epochs"] * source["samples"] / rates[source["name"]].draws_per_document
+        for source in sources
+    }
+    expected = kind_shares(plan, rates, given)
     mixture: dict[str, Any] = {
         "unit": plan.ratio_unit.value,
         "shares": dict(zip(map(str, KINDS), shares.tolist(), strict=True)),
@@ -213,14 +225,7 @@ def _mixture(
         np.add.at(amounts, (sample.step, sample.kind), weights)
         counted = amounts.sum(0) / amounts.sum()
         overall = dict(zip(map(str, KINDS), counted.tolist(), strict=True))
-        if not sample.whole:
-            given = dict.fromkeys(overall, 0.0)
-            for source in sources:
-                rate = rates[source["name"]]
-                documents = source["epochs"] * source["samples"] / rate.draws_per_document
-                given[source["kind"]] += documents * (rate.mean_tokens if unit == "tokens" else 1)
-            overall = {kind: amount / sum(given.values()) for kind, amount in given.items()}
-        mixture[unit] = {"overall": overall}
+        mixture[unit] = {"overall": overall if sample.whole else expected[unit]}
         if unit == plan.ratio_unit.value:
             errors = 100 * np.abs(amounts / np.maximum(amounts.sum(1, keepdims=True), 1) - shares).max(1)
             mixture[unit] |= {

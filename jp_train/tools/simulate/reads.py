@@ -7,8 +7,8 @@ import numpy as np
 
 from jp_train.config.choices import VqIds
 from jp_train.config.schema import DataConfig
+from jp_train.data.field_map import VQ_EXTENSION
 from jp_train.data.index import SourceIndex
-from jp_train.data.samples import IMAGE_EXTENSIONS, VQ_EXTENSION, needed_fields
 from jp_train.data.sidecar import load_members
 from jp_train.data.vq_use import ids_summary
 from jp_train.errors import DataError
@@ -47,8 +47,10 @@ def source_reads(index: SourceIndex, data: DataConfig, slots: int) -> SourceRead
         }
         if VQ_EXTENSION in members.extensions:
             embedded += int((members.extension == members.extensions.index(VQ_EXTENSION)).sum())
-        for extension in set(by_extension) & {*needed_fields(index.kind, by_extension, data.crop), *IMAGE_EXTENSIONS}:
-            what = "images" if extension in IMAGE_EXTENSIONS else "ids" if extension == VQ_EXTENSION else "others"
+        fields = index.locator.fields
+        of_images = set(filter(fields.is_image, by_extension))
+        for extension in of_images | set(fields.needed(by_extension, data.crop)):
+            what = "images" if extension in of_images else "ids" if extension == VQ_EXTENSION else "others"
             sums[what] += by_extension[extension]
     others, images = sums["others"] / max(samples, 1), sums["images"] / max(samples, 1)
     if index.locator.token_ids:

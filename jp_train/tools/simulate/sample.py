@@ -15,7 +15,7 @@ import numpy as np
 
 from jp_train.data.plan import Plan
 from jp_train.data.sequence import COLUMNS
-from jp_train.types import KINDS
+from jp_train.types import KINDS, Kind
 
 MEAN_DRAWS = 200_000
 """Draws of a source over which its mean length is taken: all of a smaller source's samples once."""
@@ -48,7 +48,7 @@ class Block:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """Documents of all sampled steps, one entry a span, int64 [D]: `step` counts sampled steps, `row` within its
-    step. `last`: whether the span ends its document."""
+    step. `last`: whether the span ends its document; `images`: how many the document has."""
 
     blocks: tuple[Block, ...]
     steps: int
@@ -63,6 +63,7 @@ class Sample:
     length: np.ndarray
     truncated: np.ndarray
     last: np.ndarray
+    images: np.ndarray
 
 
 def source_rates(plan: Plan) -> dict[str, SourceRates]:
@@ -71,18 +72,18 @@ def source_rates(plan: Plan) -> dict[str, SourceRates]:
     for source in plan.sources:
         if source.name in plan.unused:
             continue
-        draws = min(len(source.tokens), MEAN_DRAWS)
+        draws = min(source.samples, MEAN_DRAWS)
         lengths, *_, truncated = plan.sequence(source.name).columns(np.arange(draws))
         while not len(lengths):  # of a source of which hardly anything can be used
             draws *= 4
             lengths, *_, truncated = plan.sequence(source.name).columns(np.arange(draws))
         rates[source.name] = SourceRates(
-            samples=len(source.tokens),
+            samples=source.samples,
             mean_tokens=float(lengths.mean()),
             truncated_tokens=float(truncated.mean()),
             draws_per_document=draws / len(lengths),
             relative_error=float(lengths.std() / lengths.mean() / len(lengths) ** 0.5)
-            if draws < len(source.tokens)
+            if draws < source.samples
             else 0.0,
         )
     return rates
@@ -105,6 +106,32 @@ def documents_per_step(
         return {name: documents * share / sum(shares.values()) for name, share in shares.items()}
     tokens = sum(share * rates[name].mean_tokens for name, share in shares.items())
     return {name: tokens_per_step * share / tokens for name, share in shares.items()}
+
+
+def stage_documents(
+    plan: Plan, rates: Mapping[str, SourceRates], steps: int, tokens_per_step: float
+) -> dict[str, float]:
+    """Documents that the first `steps` steps start, per source in use, if each is filled with `tokens_per_step`."""
+    documents = dict.fromkeys(rates, 0.0)
+    for phase, start, end in phases_of(plan, steps):
+        for name, in_a_step in documents_per_step(plan, rates, phase, tokens_per_step).items():
+            documents[name] += (end - start) * in_a_step
+    return documents
+
+
+def kind_shares(
+    plan: Plan, rates: Mapping[str, SourceRates], documents: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """{"samples": {kind: share}, "tokens": {kind: share}} of so many documents per source."""
+    amounts = {unit: dict.fromkeys(map(str, KINDS), 0.0) for unit in ("samples", "tokens")}
+    for source in plan.sources:
+        number = documents.get(source.name, 0.0)
+        amounts["samples"][str(source.kind)] += number
+        amounts["tokens"][str(source.kind)] += number * rates[source.name].mean_tokens if number else 0.0
+    return {
+        unit: {kind: amount / sum(of_kinds.values()) for kind, amount in of_kinds.items()}
+        for unit, of_kinds in amounts.items()
+    }
 
 
 def phases_of(plan: Plan, steps: int) -> list[tuple[int, int, int]]:
@@ -168,6 +195,7 @@ def take_sample(
         length=length,
         truncated=table[:, _COLUMN["truncated"]],
         last=_ends(plan, table),
+        images=_images(plan, table),
     )
 
 
@@ -192,11 +220,19 @@ def _blocks(plan: Plan, steps: int, sample_steps: int, block_steps: int) -> list
 
 def _positions(plan: Plan, rates: Mapping[str, SourceRates], step: int) -> dict[str, int]:
     """Where every source will be at `step`, as if rows were full."""
-    positions = dict.fromkeys(rates, 0.0)
-    for phase, start, end in phases_of(plan, step):
-        for name, documents in documents_per_step(plan, rates, phase, plan.rows_per_step * plan.seq_len).items():
-            positions[name] += (end - start) * documents * rates[name].draws_per_document
-    return {name: int(position) for name, position in positions.items()}
+    documents = stage_documents(plan, rates, step, plan.rows_per_step * plan.seq_len)
+    return {name: int(number * rates[name].draws_per_document) for name, number in documents.items()}
+
+
+def _images(plan: Plan, table: np.ndarray) -> np.ndarray:
+    source, sample = (table[:, _COLUMN[name]] for name in ("source", "sample"))
+    images = np.array([int(planned.kind is not Kind.TEXT) for planned in plan.sources])[source]
+    for index, planned in enumerate(plan.sources):
+        if planned.images is not None:
+            mine = np.flatnonzero(source == index)
+            entries = sample[mine] if planned.first_entry is None else planned.first_entry[sample[mine]]
+            images[mine] = planned.images[entries]
+    return images
 
 
 def _ends(plan: Plan, table: np.ndarray) -> np.ndarray:

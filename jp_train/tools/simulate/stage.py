@@ -12,6 +12,7 @@ from jp_train.cluster.hostfile import parse_hostfile
 from jp_train.config import RunConfig, batch_plan
 from jp_train.config.batch import BatchPlan, rows_per_step
 from jp_train.config.choices import ImageEnd, Packing, Template
+from jp_train.config.schema import A100_TFLOPS
 from jp_train.data.plan import Plan
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine
@@ -87,7 +88,7 @@ def simulate_stage(cfg: RunConfig, options: SimulateOptions, progress: TextIO | 
         gen_text=ends if cfg.data.supervise_eoi else 0,
         causal=cfg.data.packing is Packing.causal,
         step_seconds=options.step_seconds,
-        flops_per_second=UTILISATION * cfg.logging.peak_tflops * 1e12 * world,
+        flops_per_second=UTILISATION * (cfg.logging.peak_tflops or A100_TFLOPS) * 1e12 * world,
     )
     sample_steps = options.sample_steps or max(200, -(-SAMPLED_ROWS // rows_per_step(cfg)))
     line = ProgressLine("simulate", progress or sys.stderr, every_s=2)

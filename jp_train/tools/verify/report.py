@@ -15,7 +15,7 @@ import numpy as np
 from jp_train.config.schema import RunConfig
 from jp_train.files import write_atomically
 from jp_train.terminal import aligned, printable
-from jp_train.tools.verify.faults import REMEDIES
+from jp_train.tools.verify.faults import REMEDIES, WHOLE_SHARD
 from jp_train.tools.verify.plot import plot_lengths
 from jp_train.tools.verify.shard import EDGES, Fault, ShardReport
 
@@ -28,27 +28,36 @@ Sample = tuple[str, str, str]
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """`sources`: name -> kind; `unreachable`: faults of shards that could not be reached; `excluded`: samples that the
+    """`sources`: name -> kind; `unreachable`: faults of shards that could not be reached; `of_sources`: findings
+    about a source as a whole; `excluded`: samples that the
     index leaves out because of an exclusion, `newly_excluded` those of this pass, written to `exclusion_files`;
-    `decode`: images decoded per source (None: all)."""
+    `decode`: images decoded per source (None: all); `exclude`: whether it was to leave samples out."""
 
     sources: dict[str, str]
     shards: list[ShardReport]
     unreachable: list[Fault]
     decode: int | None
     seconds: float
+    of_sources: list[Fault] = field(default_factory=list)
     excluded: set[Sample] = field(default_factory=set)
     newly_excluded: set[Sample] = field(default_factory=set)
     exclusion_files: list[Path] = field(default_factory=list)
+    exclude: bool = False
 
     @property
     def findings(self) -> Iterator[Fault]:
-        """Every fault and warning, source by source, in tar order."""
+        """Every fault and warning, source by source, those of all of it first, in tar order."""
         for name in self.sources:
-            yield from (fault for fault in self.unreachable if fault.source == name)
+            yield from (fault for fault in [*self.of_sources, *self.unreachable] if fault.source == name)
             for shard in self.shards:
                 if shard.source == name:
                     yield from shard.faults
+
+    def unusable_sources(self) -> list[str]:
+        """Sources that have no usable sample, although none of their shards has a fault that counts."""
+        usable = {shard.source for shard in self.shards if shard.good}
+        faulty = {fault.source for fault in self.findings if not self._is_harmless(fault)}
+        return [name for name in self.sources if name not in usable | faulty]
 
     def is_excluded(self, fault: Fault) -> bool:
         """Whether the index leaves the sample out because of an exclusion."""
@@ -57,7 +66,10 @@ class Report:
     @property
     def clean(self) -> bool:
         """No fault, except those of samples that were excluded before this pass."""
-        return all(fault.warning or (self.is_excluded(fault) and not self._is_new(fault)) for fault in self.findings)
+        return all(map(self._is_harmless, self.findings))
+
+    def _is_harmless(self, fault: Fault) -> bool:
+        return fault.warning or (self.is_excluded(fault) and not self._is_new(fault))
 
     def _is_new(self, fault: Fault) -> bool:
         return (fault.source, fault.shard, fault.key) in self.newly_excluded
@@ -89,6 +101,7 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
         "shards",
         "samples",
         "usable",
+        "filtered",
         "faults",
         "warnings",
         "excluded",
@@ -105,6 +118,7 @@ def format_report(report: Report, document: dict[str, Any]) -> str:
                 f"{source['shards']:,}" + (f" ({source['broken_shards']} broken)" if source["broken_shards"] else ""),
                 f"{source['samples']:,}",
                 f"{source['usable']:,}",
+                f"{source['filtered']:,}",
                 f"{sum(source['faults'].values()):,}",
                 f"{sum(source['warnings'].values()):,}",
                 f"{source['excluded']:,}",
@@ -146,10 +160,14 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
             "this changes the plan: a run that was started before goes on as it is, but will be refused when it "
             "resumes; delete the .jp-excluded.json files to resume it",
         ]
-    broken = [shard for shard in report.shards if not shard.whole]
-    if broken or report.unreachable:
+    broken = {shard.shard.path for shard in report.shards if not shard.whole}
+    broken |= {fault.shard for fault in report.unreachable}
+    if broken:
+        lines.append(f"{len(broken)} shards cannot be used: training refuses to start with them")
+    if broken and report.exclude:
         lines.append(
-            f"{len(broken) + len(report.unreachable)} shards cannot be used: training refuses to start with them"
+            f"--exclude leaves out samples, never a whole shard, and did nothing about {_listed(sorted(broken))}: "
+            f"{WHOLE_SHARD}"
         )
     state = "clean" if report.clean else "faults found"
     lines.append(
@@ -157,6 +175,11 @@ def _conclusion(report: Report, document: dict[str, Any]) -> list[str]:
         f"MiB in {report.seconds:.1f} s; {document['files']['report']}, {document['files']['histogram']}"
     )
     return lines
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - EXAMPLES:,} more" if len(paths) > EXAMPLES else ""
+    return f"{', '.join(paths[:EXAMPLES])}{more}"
 
 
 def _document(report: Report, cfg: RunConfig) -> dict[str, Any]:
@@ -219,6 +242,7 @@ def _source(report: Report, name: str, kind: str, findings: list[Fault]) -> dict
         "broken_shards": sum(not shard.whole for shard in shards) + unreachable,
         "samples": sum(shard.samples for shard in shards),
         "usable": sum(shard.good for shard in shards),
+        "filtered": sum(shard.filtered for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),
         "longest": max((shard.longest for shard in shards), default=0),
         "over_seq_len": sum(shard.over_seq_len for shard in shards),

@@ -14,21 +14,23 @@ import numpy as np
 
 from jp_train.config.choices import BatchUnit, OverLong, Template, VqIds
 from jp_train.config.schema import RunConfig, SourceConfig
-from jp_train.data.encode import Encoder
+from jp_train.data.encode import Encoder, TokenCounts, too_many_images
+from jp_train.data.field_map import Fields, field_map
 from jp_train.data.image import check_header
 from jp_train.data.sample_fields import read_located
-from jp_train.data.samples import IMAGE_EXTENSIONS, Sample, parse_sample
+from jp_train.data.samples import Sample, parse_variants
 from jp_train.data.shards import Shard, ShardReader, ShardWindow
 from jp_train.data.tar_headers import TarFault, tar_members
 from jp_train.data.tar_samples import TarSample, group_members
 from jp_train.errors import DataError, SkipSample
-from jp_train.types import Kind, SourceInfo, TextSample
+from jp_train.types import GenerationSample, SourceInfo, TextSample, UnderstandingSample
 
 WINDOW_BYTES = 4 << 20
 """Bytes read at a time; two such blocks are held."""
 EDGES = np.concatenate([[0], np.unique(np.round(2.0 ** np.arange(0, 22.01, 1 / 8)).astype(np.int64))])
 """Token counts at which the bins of the length histogram begin; the last bin has no end."""
 UNREADABLE, OVER_LONG, STRAY, INTERNAL = "unreadable", "over_long", "stray_file", "internal_error"
+EMPTY = "empty_shard"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,8 @@ class Fault:
 
 @dataclass(kw_only=True, slots=True)
 class ShardReport:
-    """The result of one pass. `samples`: whole samples; `good`: those that training can use; `decoded`: images decoded;
+    """The result of one pass. `samples`: whole samples; `good`: those that training can use; `filtered`: those that a
+    filter of the source leaves out; `decoded`: images decoded;
     `whole`: training can read the shard; `last_key`: the last whole sample; `lengths`: histogram of the good samples'
     tokens over `EDGES`."""
 
@@ -69,6 +72,7 @@ class ShardReport:
     shard: Shard
     samples: int = 0
     good: int = 0
+    filtered: int = 0
     decoded: int = 0
     tokens: int = 0
     longest: int = 0
@@ -98,7 +102,8 @@ def verify_shard(
 class _Pass:
     def __init__(self, task: VerifyTask, cfg: RunConfig, encoder: Encoder, reader: ShardReader) -> None:
         self._task, self._cfg, self._encoder = task, cfg, encoder
-        self._kind = Kind(task.config.kind.value)
+        self._fields = field_map(task.config)
+        self._kind = self._fields.kind
         self._window = ShardWindow(reader, task.shard, WINDOW_BYTES)
         self._report = ShardReport(source=task.source, kind=str(self._kind), shard=task.shard)
 
@@ -122,6 +127,8 @@ class _Pass:
         except DataError as error:
             report.whole = False
             self._add(UNREADABLE, None, None, str(error))
+        if report.whole and not report.samples:
+            self._add(EMPTY, None, None, f"no sample in its {self._task.shard.size:,} bytes", warning=True)
         return report
 
     def _samples(self) -> Iterator[TarSample]:
@@ -168,22 +175,29 @@ class _Pass:
                 task.shard,
                 number,
                 located,
-                self._kind,
+                self._fields,
                 cfg.data.crop,
                 self._window,
                 embedded_ids=cfg.data.vq_ids is not VqIds.off,
             )
             encoder = self._encoder
-            sample = parse_sample(
-                raw, self._kind, task.config, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size
+            found = Fields(raw, self._fields)
+            if found.rejected():
+                report.filtered += 1
+                return
+            samples = parse_variants(found, image_slots=encoder.image_slots, codebook_size=encoder.codebook_size)
+            sample, counts = max(
+                ((sample, encoder.token_counts(sample)) for sample in samples), key=lambda pair: pair[1].tokens
             )
-            tokens = encoder.token_counts(sample).tokens
+            tokens = counts.tokens
+            if reason := too_many_images(counts.images, counts.min_tokens, cfg.data.seq_len):
+                raise SkipSample(reason, "too_many_images")
             image = True  # the index goes as far as this
-            self._decode(sample, tokens, offset)
+            self._decode(sample, counts, offset)
         except DataError:
             raise
         except SkipSample as reason:
-            blame = next((located[e][0] for e in IMAGE_EXTENSIONS if e in located), offset) if image else offset
+            blame = next((located[e][0] for e in located if self._fields.is_image(e)), offset) if image else offset
             self._add(reason.fault, files.key, blame, str(reason), image=image and reason.fault.startswith("picture"))
             return
         except Exception as error:
@@ -197,21 +211,24 @@ class _Pass:
         if tokens > cfg.data.seq_len:
             report.over_seq_len += 1
             if not self._cuttable(sample):
-                self._add(OVER_LONG, files.key, offset, self._policy(sample, tokens), warning=True)
+                self._add(OVER_LONG, files.key, offset, self._policy(counts), warning=True)
 
-    def _decode(self, sample: Sample, tokens: int, offset: int) -> None:
+    def _decode(self, sample: Sample, counts: TokenCounts, offset: int) -> None:
         """What a loader worker does with the sample. Raises SkipSample as it would."""
         cfg, encoder = self._cfg, self._encoder
-        cut = tokens > cfg.data.seq_len and not self._cuttable(sample)
-        if cut and (cfg.data.over_long is OverLong.drop or encoder.min_tokens(self._kind) > cfg.data.seq_len):
+        cut = counts.tokens > cfg.data.seq_len and not self._cuttable(sample)
+        if cut and (cfg.data.over_long is OverLong.drop or counts.min_tokens > cfg.data.seq_len):
             return  # the plan passes it over, it is never read
-        image = None if isinstance(sample, TextSample) else sample.image
-        if image is not None and not self._is_drawn(offset):
-            check_header(image, cfg.data.max_image_pixels)
+        images = sample.images if isinstance(sample, UnderstandingSample) else ()
+        if isinstance(sample, GenerationSample) and sample.image is not None:
+            images = (sample.image,)
+        if images and not self._is_drawn(offset):
+            for image in images:
+                check_header(image, cfg.data.max_image_pixels)
             return
-        if image is None and not cut:
+        if not images and not cut:
             return
-        self._report.decoded += image is not None
+        self._report.decoded += len(images)
         encoder.encode(sample, source=self._task.source, held_out=True, max_tokens=cfg.data.seq_len if cut else None)
 
     def _cuttable(self, sample: Sample) -> bool:
@@ -230,11 +247,11 @@ class _Pass:
         done = self._report.decoded
         return done < decode and offset >= done * self._task.shard.size // decode
 
-    def _policy(self, sample: Sample, tokens: int) -> str:
-        cfg = self._cfg
+    def _policy(self, counts: TokenCounts) -> str:
+        cfg, tokens = self._cfg, counts.tokens
         lengths = f"{tokens} tokens, data.seq_len is {cfg.data.seq_len}: "
         if cfg.data.over_long is OverLong.drop:
             return lengths + "dropped (data.over_long=drop)"
-        if self._encoder.min_tokens(self._kind) > cfg.data.seq_len:
+        if counts.min_tokens > cfg.data.seq_len:
             return lengths + "never used, because its image cannot be cut"
         return lengths + f"{tokens - cfg.data.seq_len} tokens are cut off (data.over_long=truncate)"

@@ -19,7 +19,7 @@ from jp_train.config.schema import RunConfig, SourceConfig
 from jp_train.data.encode import Encoder
 from jp_train.data.exclusions import Excluded, known_exclusions, store_exclusions
 from jp_train.data.processes import DeadWorkerError, ordered_results, worker_context
-from jp_train.data.shards import Shard, ShardReader, expand_shards
+from jp_train.data.shards import Shard, ShardReader, expand_shards, passed_over, passed_over_text
 from jp_train.data.tokenizer import Tokenizer, load_tokenizer
 from jp_train.errors import ConfigError, DataError
 from jp_train.terminal import ProgressLine
@@ -28,7 +28,8 @@ from jp_train.tools.verify.shard import UNREADABLE, Fault, ShardReport, VerifyTa
 from jp_train.types import Kind
 
 EXIT_CLEAN, EXIT_FAULTS = 0, 3
-DIED = "process_died"
+DIED, PASSED_OVER, UNUSABLE = "process_died", "passed_over", "no_usable_sample"
+_NONE_USABLE = "the source has no usable sample: its shards are empty, or all of their samples are excluded"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,16 +100,26 @@ def verify_sources(
         seconds=0.0,
         excluded=excluded,
     )
+    report.exclude = options.exclude
     if options.exclude:
         report.newly_excluded, report.exclusion_files = _exclude(tasks, reports, partial=options.decode is not None)
         report.excluded |= report.newly_excluded
+    report.of_sources += [
+        Fault(fault=PASSED_OVER, source=name, shard=source.shards, key=None, offset=None, reason=text, warning=True)
+        for name, source in sources.items()
+        if (text := passed_over_text(passed_over(source.shards, cfg.data.root)))
+    ]
+    report.of_sources += [
+        Fault(fault=UNUSABLE, source=name, shard=sources[name].shards, key=None, offset=None, reason=_NONE_USABLE)
+        for name in report.unusable_sources()
+    ]
     report.seconds = time.monotonic() - started
     return report
 
 
 def _tasks(cfg: RunConfig, name: str, source: SourceConfig, decode: int | None) -> tuple[list[VerifyTask], list[Fault]]:
     """A task for each shard that can be reached, a fault for each that cannot."""
-    reader = ShardReader(cfg.data.io_retries)
+    reader = ShardReader(cfg.data.io_retries, index_dir=cfg.data.index_dir)
     shards: list[Shard] = []
     faults: list[Fault] = []
     try:
@@ -169,7 +180,7 @@ def _verify_all(
     """The report of each task, in their order. After a process died, what is left runs in a process per shard, so
     that the shard that kills it is known."""
     reports: dict[int, ShardReport] = {}
-    reader = ShardReader(cfg.data.io_retries)
+    reader = ShardReader(cfg.data.io_retries, index_dir=cfg.data.index_dir)
 
     def run(numbers: Sequence[int], processes: int, at_least: int) -> None:
         progress = _Progress(stream, tasks, list(reports.values()))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jp_train.engine.checkpoint import partitions
-from jp_train.errors import CheckpointError, ConfigError
+from jp_train.errors import CheckpointError
 from jp_train.model.partition_files import INDEX_FILE, Parameter, PartitionReader, index_text
 
 
@@ -50,6 +50,26 @@ def test_a_checkpoint_of_another_model_or_stage_is_refused(tmp_path: Path, there
         partitions.fill(engine, reader_of(tmp_path, *there))
 
 
-def test_offloading_to_nvme_is_refused() -> None:
-    with pytest.raises(ConfigError, match="offloads to NVMe"):
-        partitions.check_supported(SimpleNamespace(optimizer=SimpleNamespace(swap_optimizer=True)))
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_whose_moments_are_restored_steps_as_the_one_that_made_them(fused: bool) -> None:
+    weight, gradient = torch.randn(5), torch.randn(5)
+
+    def made(step: int) -> tuple[torch.Tensor, torch.optim.AdamW]:
+        flat = torch.nn.Parameter(weight.clone())
+        optimizer = torch.optim.AdamW([flat], lr=0.1, fused=fused)
+        for _ in range(step):
+            flat.grad = gradient.clone()
+            optimizer.step()
+        return flat, optimizer
+
+    flat, optimizer = made(3)
+    fresh, restored = made(0)
+    fresh.data.copy_(flat.data)
+    partitions._create_moments(SimpleNamespace(optimizer=restored, fp32_partitioned_groups_flat=[fresh]), 3)
+    for kind in partitions.MOMENTS:
+        restored.state[fresh][kind].copy_(optimizer.state[flat][kind])
+    for parameter, each in ((flat, optimizer), (fresh, restored)):
+        parameter.grad = gradient.clone()
+        each.step()
+    assert torch.equal(fresh, flat)
+    assert int(restored.state[fresh]["step"]) == int(optimizer.state[flat]["step"]) == 4

@@ -332,6 +332,8 @@ def test_the_length_of_a_cosine_schedule_may_not_change():
     assert changed(stage__training_steps=5) == changed()
     cosine = {"optimizer__schedule": Schedule.cosine}
     assert changed(stage__training_steps=5, **cosine) != changed(**cosine)
+    with pytest.raises(CheckpointError, match="shape depends on stage.training_steps; with a constant rate it may"):
+        compared(changed(stage__training_steps=5, **cosine))
 
 
 def test_the_manifest_lists_everything_but_itself(tmp_path):

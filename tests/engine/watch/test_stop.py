@@ -128,9 +128,10 @@ def watch():
 with flag.installed():
     threading.Thread(target=watch, daemon=True).start()  # the signal is delivered to this thread
     print("ready", flush=True)
-    # the main thread's handlers never run, as in a collective
+    # the main thread's handlers do not run meanwhile, as in a collective
     signal.pthread_sigmask(signal.SIG_BLOCK, stop.STOP_SIGNALS)
-    time.sleep(60)
+    time.sleep(float(sys.argv[2]))
+    print(flag.number, flush=True)
 """
 
 
@@ -138,7 +139,7 @@ with flag.installed():
 def test_a_stuck_main_thread_does_not_keep_a_signal_from_ending_the_process(phase):
     """In C code that is resumed after a signal no Python handler runs. Start-up ends at the first signal, training
     at the second."""
-    process = subprocess.Popen([sys.executable, "-c", STUCK, phase], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", STUCK, phase, "60"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
@@ -147,6 +148,16 @@ def test_a_stuck_main_thread_does_not_keep_a_signal_from_ending_the_process(phas
             process.wait(1.0)
         process.send_signal(signal.SIGUSR1)
     assert process.wait(120) == 138
+
+
+def test_one_signal_that_the_main_thread_sees_late_is_not_taken_for_a_second():
+    """A collective of some seconds, or the start of the data workers: the step is still to be finished, and saved."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK, "training", "2"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == f"{int(signal.SIGTERM)}\n"
+    assert process.wait(120) == 0
 
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -102,7 +102,8 @@ def test_the_vq_alone_is_the_one_that_training_loads(tmp_path) -> None:
 
     cfg = tiny_run(tmp_path, tmp_path / "run")
     vq = VQTokenizer(cfg.model.vq, cfg.model.vision.image_size)
-    prepare_weights(JanusPro(cfg.model, cfg.loss, 1, False, 0), vq, cfg.model, seed=cfg.seed)
+    model = JanusPro(cfg.model, cfg.loss, 1, False, 0)
+    prepare_weights(model, vq, cfg.model, trainable=cfg.stage.trainable, seed=cfg.seed)
     torch.save(vq.vqmodel.state_dict(), tmp_path / "vq.pt")
     assert load_vq(cfg.model, seed=cfg.seed).fingerprint() == vq.fingerprint()
     cfg.model.init_parts.gen_vision_model = str(tmp_path / "vq.pt")

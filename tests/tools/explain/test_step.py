@@ -251,3 +251,24 @@ def test_a_run_of_a_recipe_is_explained_by_its_configuration_alone(trained):
             assert replay.cfg.preset is None and explain_step(replay, 2, row=0)["rows"]
     finally:
         config.write_text(text)
+
+
+def test_a_step_that_was_not_trained_is_said_to_be_so(trained, tmp_path):
+    with open_replay(None, [], trained.folder) as replay:
+        assert explain_step(replay, STEPS, row=0)["notes"] == []
+        (note,) = explain_step(replay, STEPS + 1, row=0)["notes"]
+        assert note.startswith(f"the stage ends after step {STEPS}: step {STEPS + 1} is what")
+    with open_replay(None, ["stage.training_steps=20"], trained.folder) as replay:
+        (note,) = explain_step(replay, STEPS + 1, row=0)["notes"]
+        assert note == f"{trained.folder} has trained {STEPS} steps: step {STEPS + 1} is still to come"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(["--step", "1", "--row", "77"], "--row 77: a step has"), (["--step", "0"], "--step counts")]
+)
+@pytest.mark.parametrize("command", ["explain", "inspect"])
+def test_a_step_or_row_that_cannot_be_is_refused_before_the_data_are_opened(trained, command, options, words, capsys):
+    if command == "inspect" and "--row" in options:
+        options, words = ["--rows", "0"], "--rows 0: show at least one row"
+    assert main(["data", command, "--run", str(trained.folder), "data.root=/absent", *options]) == ConfigError.exit_code
+    assert words in capsys.readouterr().err

@@ -32,8 +32,10 @@ def test_logits_take_a_chunk_at_a_time_however_many_positions_there_are():
         text_head(shapes, MicroBatch(**{**vars_of(BATCH), "text_positions": positions}), BF16)
         for positions in (2048, 200_000)
     )
-    assert few.forward == many.forward == (4 + 4 + 2) * 1024 * shapes.vocabulary
-    assert many.saved == 2 * 200_000 * 2048
+    gradient = 2 * shapes.vocabulary * 2048
+    for head, positions in ((few, 2048), (many, 200_000)):
+        assert head.forward - 2 * positions * 2048 == (4 + 2) * 1024 * shapes.vocabulary + gradient
+        assert head.saved == 2 * positions * 2048 + 2 * gradient, "the weight's gradient waits in fp32"
 
 
 def test_encoding_on_the_fly_takes_at_most_eight_images_at_once():
@@ -48,7 +50,13 @@ def vars_of(batch: MicroBatch) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("model", "stage", "checkpointing", "documents"),
-    [("1b", 2, False, "ugt"), ("1b", 3, True, "u"), ("7b", 2, True, "ugt"), ("7b", 1, False, "ug")],
+    [
+        ("1b", 2, False, "ugt"),
+        ("1b", 3, True, "u"),
+        ("7b", 2, True, "ugt"),
+        ("7b", 1, False, "ug"),
+        ("7b", 2, 6, "ugt"),
+    ],
 )
 def test_a_pass_of_the_true_model_takes_what_the_formulas_say(model, stage, checkpointing, documents):
     cfg = true_shape(model, stage)

@@ -42,6 +42,22 @@ def test_7b_stage_2_has_settings_that_fit_40_gb_and_some_that_do_not(forecast):
     assert current["fits"] and current["best"] and forecast["best_is_own"]
 
 
+def test_7b_stage_2_computes_as_few_layers_again_as_leave_room(forecast):
+    """Only kept layers cost memory, so between all of them and none lie settings that are faster than all."""
+    current = next(item for item in forecast["candidates"] if item["own"])
+    assert current["activation_checkpointing"] and current["recompute_every"] > 1
+    same = {
+        (item["activation_checkpointing"], item["recompute_every"]): item
+        for item in forecast["candidates"]
+        if (item["micro_batch_rows"], item["hpz"]) == (current["micro_batch_rows"], current["hpz"])
+    }
+    every_layer, none = same[True, 1], same[False, 1]
+    assert every_layer["total_gib"] < current["total_gib"] <= 33 < none["total_gib"]
+    assert none["step_s"] < current["step_s"] < every_layer["step_s"]
+    flops = forecast["chosen"]["flops"]
+    assert flops["recomputed"] <= 0.10 * (flops["forward"] + flops["backward"])
+
+
 def test_every_part_of_the_memory_adds_up_and_the_days_follow_from_the_step(forecast):
     for item in forecast["candidates"]:
         parts = {name: value for name, value in item["memory_gib"].items() if name not in ("states", "tensors")}

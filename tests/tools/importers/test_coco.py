@@ -43,7 +43,7 @@ def test_coco_entries_that_do_not_fit_together_are_named(tmp_path):
             ("captions.json image 7 annotation 93", "bad_record"),
             ("captions.json image at place 6", "bad_record"),
             ("captions.json image 404 annotation 91", "image_missing"),
-            ("captions.json image 100 annotation 94", "bad_type"),
+            ("captions.json image 100 annotation 94", "missing_field"),
             ("captions.json annotation at place 6", "bad_record"),
             ("captions.json annotation at place 9", "bad_record"),
         ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from jp_train.cli.main import main
+from jp_train.data.stores import StoreRanges
 from tests.data.data_samples import text_samples, write_shard
+from tests.data.store_server import BUCKET
 from tests.tools.importers.import_layouts import (
     coco,
     conversations,
@@ -87,6 +90,45 @@ def test_wrong_options_are_2_and_bad_data_is_3(tmp_path, capsys):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_last_progress_line_counts_the_shard_that_is_written_last(tmp_path, capsys, processes):
+    for maker, extra, shards in ((text_jsonl, [], 3), (conversations, ["--text-out", tmp_path / "t"], 4)):
+        reader = maker(tmp_path / maker.__name__)
+        if maker is conversations:
+            extra = [*extra, "--images", reader.images]
+        words = [maker.__name__.split("_")[0], reader.source, tmp_path / f"out-{maker.__name__}", *extra]
+        status, _, err = typed(*words, "--shard-samples", "4", "--processes", processes, capsys=capsys)
+        assert status == 0 and re.search(rf"0 skipped, {shards} shards, 100%", err.splitlines()[-1])
+        assert len(list(tmp_path.glob(f"out-{maker.__name__}/*.tar")) + list(tmp_path.glob("t/*.tar"))) == shards
+
+
+@pytest.mark.parametrize("missing", [0, 1, 30])
+def test_an_import_that_skips_more_than_training_lets_pass_says_so_in_its_last_line(tmp_path, capsys, missing):
+    reader = pairs_jsonl(tmp_path / "in", 60)
+    for path in sorted(reader.images.iterdir())[:missing]:
+        path.unlink()
+    words = ["pairs", reader.source, tmp_path / "out", "--images", reader.images, "--kind", "generation"]
+    status, out, err = typed(*words, capsys=capsys)
+    assert status == 0 and ("WARNING" in out) == (missing == 30) and "WARNING" not in err
+    status, out, err = typed(*words, "--json", capsys=capsys)
+    warning = json.loads(out)["warning"]
+    assert status == 0 and (warning in err.splitlines()) == (missing == 30) == bool(warning)
+    if missing == 30:
+        assert warning.startswith(
+            "WARNING: 30 of 60 entries (50 %) were skipped, 30 of them for image_missing (no such image in the image "
+            "folder), as pairs.jsonl:1: '000.jpg' does not exist in "
+        )
+
+
+def test_tars_of_which_half_the_samples_are_bad_say_what_training_does_with_them(tmp_path, capsys):
+    bad = [(f"b{number}", {"txt": b" "}) for number in range(4)]
+    path = write_shard(tmp_path / "a.tar", [*text_samples(4), *bad])
+    status, out, _ = typed("webdataset", path, tmp_path / "out", "--kind", "text", capsys=capsys)
+    last = out.splitlines()[-1]
+    assert status == 0 and last.startswith("WARNING: 4 of 8 entries (50 %) were skipped, 4 of them for empty_text")
+    assert last.endswith("training refuses a source with a larger share than data.max_bad_share (0.05)")
+
+
 @pytest.mark.parametrize("name", ["", "imagenet", "coco", "conversations", "pairs", "text", "parquet", "webdataset"])
 def test_help_says_what_goes_in_and_what_comes_out(name, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -94,3 +136,17 @@ def test_help_says_what_goes_in_and_what_comes_out(name, capsys):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert ("SOURCE" in out and "OUT" in out) if name else out.count("jp-train data import ") >= 8
+
+
+def test_a_webdataset_in_a_store_is_validated_where_it_is(tmp_path, capsys, store, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"s3://{BUCKET}/webdataset"
+    for number in range(2):
+        path = write_shard(tmp_path / f"{number}.tar", text_samples(4))
+        StoreRanges().write(path, f"{url}/{number}.tar")
+    status, out, _ = typed("webdataset", f"{url}/*.tar", tmp_path / "out", "--kind", "text", "--json", capsys=capsys)
+    summary = json.loads(out)
+    (source,) = summary["sources"]
+    assert status == 0 and summary["samples"] == 8
+    assert (source["folder"], source["spec"]) == (url, f"{url}/*.tar") and f'"{url}/*.tar"' in summary["recipe"]
+    assert not list((tmp_path / "out").glob("*.tar"))

@@ -28,3 +28,10 @@ def test_imagenet_takes_kaggles_names_a_file_or_the_folders(tmp_path):
     assert {note["caption"] for note in notes_in(tmp_path / "c")} == {f"red fox {n}" for n in range(3)}
     with pytest.raises(ConfigError, match="names no class for 3 of the 3 folders.*red_fox_0"):
         run(ImageNetReader(source=tmp_path / "train", class_names=torchvision), tmp_path / "d")
+
+
+def test_files_beside_the_class_folders_are_counted_by_their_endings(tmp_path):
+    reader = imagenet(tmp_path)
+    for name in ("a.jpg", "b.JPG", "README", ".DS_Store"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    assert reader.listing().left_out == {"*.jpg": 2, "without ending": 1, "housekeeping": 1}

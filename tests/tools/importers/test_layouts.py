@@ -99,7 +99,8 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tmp_path):
     (tmp_path / "in" / "images" / image_name(0)).unlink()
     summary, text = import_command(reader, ImportSettings(out=tmp_path / "out"), dry_run=True)
     assert (summary["entries"], summary["samples"], summary["text_only"]) == (13, 9, 4)
-    assert summary["pictures_bad"] == 1 and "000.jpg" in text and "--text-out" in text
+    assert (summary["read"], summary["rejected"], summary["estimated_samples"]) == (9, {"image_missing": 1}, 8)
+    assert "000.jpg" in text and "--text-out" in text
     assert not (tmp_path / "out").exists()
     summary, _ = import_command(
         parquet(tmp_path / "p"), ImportSettings(out=tmp_path / "out", shard_samples=2), dry_run=True

@@ -7,11 +7,16 @@ import json
 
 import pytest
 
+from jp_train.config.schema import SourceConfig, SourceKind
+from jp_train.data.field_map import Fields, field_map
+from jp_train.data.samples import parse_variants
 from jp_train.errors import DataError
 from jp_train.tools.importers.documents import text_reader
 from jp_train.tools.importers.files import array_items
-from jp_train.tools.importers.records import Columns
-from tests.tools.importers.import_layouts import conversations, notes_in, run, skipped_in, turns
+from jp_train.tools.importers.records import Columns, record_reader
+from jp_train.types import RawSample, SourceInfo
+from tests.data.dialogue_forms import FORMS, PICTURES
+from tests.tools.importers.import_layouts import conversations, notes_in, run, samples_in, skipped_in, turns
 
 
 def test_conversations_without_an_image_have_separate_shards_with_text_out(tmp_path):
@@ -22,6 +27,39 @@ def test_conversations_without_an_image_have_separate_shards_with_text_out(tmp_p
     assert not skipped_in(tmp_path / "b") and manifest.counts["entries"] == 13
     assert [note["conversations"] for note in notes_in(tmp_path / "b")] == [turns(n) for n in range(9)]
     assert [note["conversations"] for note in notes_in(tmp_path / "text")] == [turns(n, "") for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def imported_forms(tmp_path_factory) -> dict[str, str | tuple[str, dict[str, bytes]]]:
+    """What an import of all FORMS makes of each: a sample's output and files, or why it is skipped."""
+    folder = tmp_path_factory.mktemp("forms")
+    for path, number in (("0.png", 0), ("1.png", 1), ("sub/0.png", 0), ("my pic.png", 0)):
+        (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / path).write_bytes(PICTURES[number])
+    (folder / "a.jsonl").write_text("".join(json.dumps(form.record) + "\n" for form in FORMS.values()))
+    reader = record_reader("conversations", folder / "a.jsonl", folder / "images", "understanding", Columns())
+    run(reader, folder / "understanding", text_out=folder / "text")
+    lines = map(json.loads, (folder / "understanding" / "skipped.jsonl").read_text().splitlines())
+    results = {line["name"]: line["message"] for line in lines}
+    for output in ("understanding", "text"):
+        results |= {json.loads(files["json"])["source_id"]: (output, files) for _, files in samples_in(folder / output)}
+    return {form: results[f"a.jsonl:{number}"] for number, form in enumerate(FORMS, 1)}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_conversation_of_this_form_is_imported_as_the_sample_that_it_is_in_place_or_refused(imported_forms, name):
+    form, result = FORMS[name], imported_forms[name]
+    if form.says:
+        assert isinstance(result, str) and form.says in result
+        return
+    output, files = result
+    assert output == ("understanding" if form.images else "text")
+    raw = RawSample(info=SourceInfo(source="s", shard="s.tar", key="k"), fields=files)
+    texts = Fields(raw, field_map(SourceConfig(kind=SourceKind(output))))
+    (sample,) = parse_variants(texts, image_slots=16, codebook_size=64)
+    assert tuple((turn.question, turn.answer) for turn in sample.turns) == form.turns
+    assert sample.system == form.system
+    assert not form.images or sample.images == PICTURES[: form.images]
 
 
 def test_roles_and_contents_are_conversations_too(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_a_changed_source_is_refused_and_the_change_is_named(tmp_path):
     victim.rename(victim.with_name("other.JPEG"))
     with pytest.raises(
         ConfigError,
-        match="interrupted, but of something else: source: class folder n00000001 was 3 files.*another folder",
+        match="interrupted, but of something else: source: class folder n00000001 was 3 files.*delete what it wrote: ",
     ):
         run(folder, tmp_path / "net", shard_samples=2)
     table = parquet(tmp_path / "p")
@@ -282,6 +283,19 @@ def test_two_imports_do_not_write_the_same_folder(tmp_path):
 def test_two_imports_do_not_write_the_same_folder_of_texts(tmp_path):
     with locked(tmp_path / "text"), pytest.raises(ConfigError, match="another import is writing .*text"):
         run(conversations(tmp_path / "in"), tmp_path / "out", text_out=tmp_path / "text")
+
+
+def test_an_import_of_something_else_says_which_folders_to_delete_and_they_are_enough(tmp_path):
+    out, text = tmp_path / "out", tmp_path / "text"
+    run(conversations(tmp_path / "in"), out, text_out=text)
+    other = conversations(tmp_path / "other", count=8)
+    with pytest.raises(ConfigError, match=f"or delete what it wrote: {out} and {text}"):
+        run(other, out, text_out=text)
+    shutil.rmtree(out)
+    with pytest.raises(ConfigError, match="or delete this one if an import that you have deleted wrote it"):
+        run(other, out, text_out=text)
+    shutil.rmtree(text)
+    run(other, out, text_out=text)
 
 
 @pytest.mark.parametrize("source", ["", "*.jsonl", "**/*.jsonl", "te*.jsonl"])

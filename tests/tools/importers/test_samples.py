@@ -22,7 +22,8 @@ def rules(kind: Kind, *, keep_text_only: bool = False) -> SampleRules:
 
 def test_a_sample_holds_the_image_byte_for_byte_and_the_note_as_json():
     note = {"caption": "Größe", "source_id": "a.jsonl:4"}
-    made = make_sample(Entry(number=3, name="a.jsonl:4", note=note, image=png(5), slug="a b/c"), rules(Kind.GENERATION))
+    entry = Entry(number=3, name="a.jsonl:4", note=note, images=(png(5),), slug="a b/c")
+    made = make_sample(entry, rules(Kind.GENERATION))
     assert (made.number, made.name, made.output, made.reason) == (3, "a.jsonl:4", MAIN, "") and not made.converted
     assert made.packed is not None and png(5) in made.packed
     assert json.dumps(note, ensure_ascii=False).encode() in made.packed
@@ -52,7 +53,8 @@ def test_a_conversation_without_an_image_goes_to_the_text_output_or_is_skipped(k
     ],
 )
 def test_an_entry_that_training_would_not_take_is_skipped_with_its_reason(note, image, reason):
-    made = make_sample(Entry(number=0, name="a", note=note, image=image), rules(Kind.GENERATION))
+    images = () if image is None else (image,)
+    made = make_sample(Entry(number=0, name="a", note=note, images=images), rules(Kind.GENERATION))
     assert (made.reason, made.packed) == (reason, None) and made.message
 
 

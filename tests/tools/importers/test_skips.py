@@ -98,6 +98,15 @@ def test_a_path_is_only_read_inside_the_image_folder(tmp_path, folder):
     assert picture(5) not in shards and picture(6) not in shards and b"root:" not in shards
 
 
+@pytest.mark.parametrize("rest", ["../secret.jpg", "out/secret.jpg", "link.jpg", "%2e%2e/secret.jpg", "..\\secret.jpg"])
+def test_an_absolute_path_is_read_inside_the_image_folder_and_there_alone(folder, tmp_path, rest):
+    assert read_inside(folder, f"{folder}/{image_name(0)}") == (folder / image_name(0)).read_bytes()
+    for path in (f"{folder}/{rest}", f"{folder}//{rest}", f"{folder}-too/a.jpg", f"{tmp_path}/secret.jpg"):
+        with pytest.raises(Skip) as caught:
+            read_inside(folder, path)
+        assert caught.value.fault == "image_outside", path
+
+
 def test_an_io_error_stops_the_import_and_is_no_reason_to_skip(folder, monkeypatch):
     def fails(*_):
         raise OSError(5, "Input/output error")
@@ -142,9 +151,9 @@ CONVERSATIONS = [
     ([], "bad_dialogue"),
     ("text", "bad_dialogue"),
     (turns(1)[:1], "bad_dialogue"),
-    (turns(1, ""), "bad_dialogue"),
+    (turns(1, "<video>"), "bad_dialogue"),
     (turns(1, "<image><image>"), "bad_dialogue"),
-    ([{"from": "system", "value": "s"}, *turns(1)], "bad_dialogue"),
+    ([*turns(1), {"from": "system", "value": "s"}], "bad_dialogue"),
     ([turns(1)[0], {"from": "gpt", "value": ""}], "empty_text"),
     ([turns(1)[0], {"from": "gpt"}], "bad_type"),
 ]
@@ -154,7 +163,7 @@ def test_every_bad_conversation_is_named_with_its_reason(tmp_path, folder):
     records = [{"image": "000.jpg", "conversations": conversation} for conversation, _ in CONVERSATIONS]
     records += [
         {"image": "000.jpg", "conversations": turns(1)},
-        {"image": ["a", "b"], "conversations": turns(1)},
+        {"image": ["000.jpg", "001.png"], "conversations": turns(1)},
         None,
         7,
     ]
@@ -162,7 +171,7 @@ def test_every_bad_conversation_is_named_with_its_reason(tmp_path, folder):
     path = dump(tmp_path / "llava.json", records)
     reader = record_reader("conversations", path, folder, "understanding", Columns())
     run(reader, tmp_path / "out", text_out=tmp_path / "text")
-    expected = [reason for _, reason in CONVERSATIONS] + ["multi_image", "bad_record", "bad_record", "bad_dialogue"]
+    expected = [reason for _, reason in CONVERSATIONS] + ["bad_dialogue", "bad_record", "bad_record", "bad_dialogue"]
     assert [reason for _, reason in skipped_in(tmp_path / "out")] == expected
     assert len(samples_in(tmp_path / "out")) == 1
 
@@ -323,7 +332,10 @@ def test_a_source_that_is_something_else_is_a_config_error(tmp_path, folder):
             "--images .*none is no folder",
         ),
         (lambda: record_reader("pairs", folder, folder, "generation", Columns()), "holds no records"),
-        (lambda: record_reader("pairs", folder / "000.jpg", folder, "generation", Columns()), "unknown type of file"),
+        (
+            lambda: record_reader("pairs", folder / "000.jpg", folder, "generation", Columns()),
+            r"000.jpg is an image \(jpg\); expected JSON lines",
+        ),
         (lambda: ParquetReader(source=folder, images=None, kind=Kind.GENERATION), "holds no Parquet files"),
     ]
     for make, says in cases:

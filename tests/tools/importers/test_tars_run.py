@@ -17,11 +17,18 @@ import tarfile
 import time
 
 import pytest
+import yaml
 
+from jp_train.config.batch import batch_plan
+from jp_train.config.schema import MixtureConfig, SourceConfig, SourceKind
+from jp_train.data.index import index_sources
+from jp_train.data.loader import StepLoader, build_plan
 from jp_train.data.shards import ShardReader
 from jp_train.data.sidecar import load_members
 from jp_train.errors import ConfigError, DataError
 from jp_train.tools.importers.command import import_tars_command
+from jp_train.tools.importers.documents import text_reader
+from jp_train.tools.importers.records import Columns, record_reader
 from jp_train.tools.importers.samples import MAIN
 from jp_train.tools.importers.tars import find_tars
 from jp_train.tools.importers.tars_run import import_tars, usable_samples
@@ -33,9 +40,10 @@ from tests.data.data_samples import (
     stored_samples,
     text_samples,
     understanding_samples,
+    words,
     write_shard,
 )
-from tests.tools.importers.import_layouts import contents, skipped_in, text_jsonl
+from tests.tools.importers.import_layouts import contents, picture, skipped_in, text_jsonl
 from tests.tools.importers.import_layouts import run as imported
 
 
@@ -62,6 +70,79 @@ def test_plain_tars_are_validated_and_indexed_where_they_are(tmp_path, kind):
     assert again["samples"] == 11
 
 
+def caption(n: int) -> str:
+    return f"A picture of {words(n, 3)}. Number {n}."
+
+
+def metadata(n: int, **more: object) -> bytes:
+    """What img2dataset writes of an image."""
+    return json_bytes({"url": f"http://h/{n}.jpg", "key": f"{n:09d}", "status": "success", "width": 24} | more)
+
+
+LAYOUTS = {
+    # the files of sample n as img2dataset, LAION and DataComp write them; `fields` that an import names
+    "caption in JSON": (lambda n: {"jpg": picture(n), "json": metadata(n, caption=caption(n))}, "json:caption"),
+    "text alone": (lambda n: {"jpg": picture(n), "txt": caption(n).encode()}, "txt"),
+    "text and metadata": (lambda n: {"jpg": picture(n), "txt": caption(n).encode(), "json": metadata(n)}, "txt"),
+    "list of captions": (lambda n: {"jpg": picture(n), "json": metadata(n, caption=[caption(n)])}, "json:caption[*]"),
+    "LAION": (lambda n: {"jpg": picture(n), "json": metadata(n, TEXT=caption(n))}, "json:TEXT"),
+    "captions": (lambda n: {"jpg": picture(n), "json": metadata(n, captions=[caption(n), None])}, "json:captions[*]"),
+    "both, jfif": (
+        lambda n: {"jfif": picture(n), "txt": b"alt", "json": metadata(n, caption=caption(n))},
+        "json:caption",
+    ),
+    "some null": (
+        lambda n: {
+            "jpg": picture(n),
+            "txt": caption(n).encode(),
+            "json": metadata(n, caption=[None, caption(n)][n % 2]),
+        },
+        "json:caption;txt",
+    ),
+}
+
+
+def rows_of(cfg, tokenizer, kind: str, **source: object) -> list[list]:
+    """The tokens, labels and images of ten steps with this source alone."""
+    cfg.data.sources = {"in": SourceConfig(kind=SourceKind(kind), **source)}
+    shares = {name: float(name == kind) for name in ("understanding", "text", "generation")}
+    cfg.stage.mixture = MixtureConfig(**shares)
+    cfg.stage.batch_size, cfg.data.pad_dropout = 4, 0.3
+    batch, indexes = batch_plan(cfg, 1), index_sources(cfg, tokenizer)
+    plan = build_plan(cfg, indexes, batch, tokenizer)
+    with StepLoader(cfg, plan, indexes, tokenizer, dp_rank=0, dp_world_size=1, batch_plan=batch) as loader:
+        made = [micro for _ in range(10) for micro in next(loader).micro_batches]
+    names = ("input_ids", "labels", "gen_labels", "und_images", "gen_images", "document_lengths")
+    return [[getattr(micro, name).tolist() for name in names] for micro in made]
+
+
+@pytest.mark.parametrize("kind", ["generation", "understanding"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_of_img2dataset_have_the_same_rows_in_place_imported_and_with_the_fields_that_an_import_prints(
+    tmp_path, cfg, tokenizer, kind, layout
+):
+    files_of, place = LAYOUTS[layout]
+    (tmp_path / "images").mkdir()
+    for n in range(12):
+        (tmp_path / "images" / f"{n}.jpg").write_bytes(picture(n))
+    unusable = ("null", {"jpg": picture(0), "json": metadata(0, caption=None, TEXT=None)})
+    write_shard(tmp_path / "in" / "00000.tar", [(f"{n:09d}", files_of(n)) for n in range(7)])
+    write_shard(tmp_path / "in" / "00001.tar", [unusable, *((f"{n:09d}", files_of(n)) for n in range(7, 12))])
+    shards = f"{tmp_path}/in/{{00000..00001}}.tar"
+    in_place = rows_of(cfg, tokenizer, kind, shards=shards)
+    summary, text = run(shards, tmp_path / "checked", Kind(kind))
+    assert summary["skipped"] == {"missing_field": 1}
+    assert f'fields: {{"caption": "{place}"}}' in text
+    assert all(f"caption from {each} (" in text.partition("\ntexts: ")[2] for each in place.split(";"))
+    (source,) = yaml.safe_load(summary["recipe"])["data"]["sources"].values()
+    assert source.pop("kind") == kind and source["fields"] == {"caption": place}
+    assert rows_of(cfg, tokenizer, **source, kind=kind) == in_place
+    records = [{"image": f"{n}.jpg", "caption": caption(n)} for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    imported(record_reader("pairs", tmp_path / "a.jsonl", tmp_path / "images", kind, Columns()), tmp_path / "out")
+    assert rows_of(cfg, tokenizer, kind, shards=f"{tmp_path}/out/*.tar") == in_place
+
+
 def test_tars_in_place_are_the_shards_of_their_manifest_and_progress_counts_them(tmp_path):
     paths = [write_shard(tmp_path / "in" / f"{number}.tar", text_samples(5 + number)) for number in range(2)]
     stream = io.StringIO()
@@ -74,6 +155,16 @@ def test_tars_in_place_are_the_shards_of_their_manifest_and_progress_counts_them
     ]
     last = stream.getvalue().splitlines()[-1]
     assert last.startswith("import: tar 2/2, 11 entries, 0 skipped, 100%, ") and "left" not in last
+
+
+def test_tars_of_a_folder_that_are_passed_over_and_a_failed_import_in_the_way(tmp_path, capsys):
+    write_shard(tmp_path / "in" / "0.tar", text_samples(3))
+    (tmp_path / "in" / "1.TAR").write_bytes(b"")
+    (tmp_path / "a.jsonl").write_text('{"no": "text"}\n')
+    with pytest.raises(DataError, match="no entry"):
+        imported(text_reader(tmp_path / "a.jsonl", "file", Columns()), tmp_path / "out")
+    assert run(tmp_path / "in", tmp_path / "out", Kind.TEXT)[0]["samples"] == 3, "it had written nothing"
+    assert "import: 1 *.TAR passed over" in capsys.readouterr().err
 
 
 def test_stored_ids_count_as_an_image(tmp_path):
@@ -209,7 +300,7 @@ def test_corrupt_tars_and_what_cannot_be_read_stop_with_their_name(tmp_path):
     with pytest.raises(DataError, match=r"link\.tar\.gz.*link"):
         run(tmp_path / "link.tar.gz", tmp_path / "out1")
     (tmp_path / "z.tar").write_bytes(b"\x28\xb5\x2f\xfd" + b"0" * 100)
-    with pytest.raises(ConfigError, match="zstd"):
+    with pytest.raises(DataError, match=r"z\.tar: the zstd stream is truncated or corrupt"):
         run(tmp_path / "z.tar", tmp_path / "out2")
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match="holds no"):
@@ -220,7 +311,9 @@ def test_the_reports_of_tars_in_place_never_replace_those_of_another_import(tmp_
     path = write_shard(tmp_path / "a.tar", text_samples(3))
     imported(text_jsonl(tmp_path / "in"), tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match="holds an import of something else .text .*would be lost"):
+    with pytest.raises(
+        ConfigError, match="holds an import of something else .text .*would be lost.*or delete this one"
+    ):
         run(path, tmp_path / "out", Kind.TEXT)
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
 
@@ -264,5 +357,6 @@ def test_ctrl_c_does_not_wait_for_the_tars_that_are_being_copied(tmp_path):
 def test_a_dry_run_says_how_many_tars_would_be_written_again(tmp_path):
     write_shard(tmp_path / "a.tar", generation_samples(3))
     result, text = run(tmp_path / "a.tar", tmp_path / "out", dry_run=True)
-    assert result == {"format": "webdataset", "dry_run": True, "tars": 1, "copies": False} and "where they are" in text
-    assert not (tmp_path / "out").exists()
+    judged = {"read": 3, "rejected": {}, "images_rejected": {}, "stops": False}
+    assert result == {"format": "webdataset", "dry_run": True, "tars": 1, "copies": False} | judged
+    assert "where they are" in text and not (tmp_path / "out").exists()

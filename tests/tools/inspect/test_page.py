@@ -82,7 +82,7 @@ def inspected(micro, tokenizer, with_images=True) -> list[InspectedRow]:
         shown = {
             place: [ShownImage(pixels=image, title=HOSTILE[2])]
             for place, document in enumerate(row.documents)
-            for image in (document.und_image, document.gen_image)
+            for image in (*(() if document.und_images is None else document.und_images), document.gen_image)
             if image is not None and with_images
         }
         rows.append(

@@ -50,8 +50,8 @@ def test_the_page_shows_the_pictures_as_the_model_sees_them_and_through_the_vq(r
     for micro in replay.micro_batches(3, range(2)):
         for row in micro.rows:
             for document in row.documents:
-                if document.und_image is not None:
-                    expected.append(("as the vision encoder sees it", document.und_image))
+                if document.und_images is not None:
+                    expected.append(("as the vision encoder sees it", document.und_images[0]))
                 if document.gen_image is not None:
                     ids.append(vq.encode(torch.from_numpy(document.gen_image[None])))
                     expected.append(("the image to generate", document.gen_image))
@@ -81,12 +81,12 @@ def test_without_weights_the_page_says_why_ids_are_not_decoded(replay, tmp_path)
         replay.cfg.model.init_from = str(tmp_path / "nowhere")
         assert inspect_rows(replay, 1, rows=1, out=tmp_path / "b.html").vq is None
         assert "the configuration names no weights" in (tmp_path / "a.html").read_text()
-        assert "no such file or folder" in (tmp_path / "b.html").read_text()
+        assert "does not exist" in (tmp_path / "b.html").read_text()
         assert {caption for caption, _ in figures((tmp_path / "b.html").read_text())} == {
             "as the vision encoder sees it",
             "the image to generate",
         }
-        with pytest.raises(CheckpointError, match="no such file or folder"):
+        with pytest.raises(CheckpointError, match="does not exist"):
             inspect_rows(replay, 1, rows=1, out=tmp_path / "c.html", model=tmp_path / "nowhere")
         assert inspect_rows(replay, 1, rows=1, out=tmp_path / "d.html", model=Path(kept)).vq == kept
     finally:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -46,6 +47,35 @@ def test_rings_are_joined_from_three_on(rings: int, joined: bool) -> None:
     curves._draw(axes, panel(held_out=series(*[3.0] * rings)), LIGHT)
     (held_out,) = [line for line in axes.lines if line.get_marker() == "o"]
     assert (held_out.get_linestyle() != "None") == joined
+
+
+def test_a_line_that_ends_early_says_where_and_a_long_name_leaves_its_value_inside_the_picture() -> None:
+    name = "step_0000012_back_to_0000004"
+    lines = (
+        Line(label=name, color=0, series=series(*[0.9993] * 20)),
+        Line(label="run_b", color=1, series=series(*[0.9, 0.95] * 50)),
+    )
+    shown = Panel(title="Packing fill", unit="share of seq_len used", lines=lines, percent=True)
+    axes = Figure().add_axes((0, 0, 1, 1))
+    curves._draw(axes, shown, LIGHT)
+    labels = [text.get_text() for text in axes.texts if text.get_position()[0] == 1.02]
+    assert labels == ["step_00…0000004 99.93% at 200", "run_b 95.0%"] and name in shown.describe()
+    pixels = np.asarray(draw_panel(shown, LIGHT))
+    assert (pixels[:, -6:] == rgb(LIGHT.background)).all(), "nothing runs out of the picture"
+
+
+def test_points_off_scale_are_counted_where_nothing_else_is_written() -> None:
+    values = [1.0] * 299 + [9.0]
+    lines = (Line(label="a rather long name", color=0, series=series(*values), window=40),)
+    shown = Panel(title="Text", unit="loss per supervised token (nats)", lines=lines)
+    figure = Figure(figsize=PANEL_INCHES, dpi=DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.095, 0.135, 0.45, 0.70))
+    curves._draw(axes, shown, LIGHT)
+    canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    note = boxes.pop("1 point off scale")
+    assert not [text for text, box in boxes.items() if box.overlaps(note)] and note.x1 < figure.bbox.x1
 
 
 def test_events_close_to_each_other_share_a_label_and_the_names_stand_above_the_data() -> None:

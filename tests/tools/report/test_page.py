@@ -12,7 +12,7 @@ import pytest
 from jp_train.errors import ConfigError, DataError
 from jp_train.run.reading import read_run
 from jp_train.tools.report.page import build_report
-from jp_train.tools.report.panels import Layout, panel_groups
+from jp_train.tools.report.panels import Layout, marks_of, panel_groups
 from tests.run.synthetic_run import write_run
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\"'"
@@ -87,7 +87,6 @@ def test_the_sheets_lie_beside_the_page(stages: Path) -> None:
         "curves_loss_source.png",
         "curves_mixture.png",
         "curves_optim.png",
-        "curves_packing.png",
         "curves_speed.png",
     ]
     assert all((stages.parent / name).read_bytes().startswith(b"\x89PNG") for name in names)
@@ -105,6 +104,15 @@ def test_stages_share_one_scale(tmp_path: Path) -> None:
         titles = {panel.title.split(" · ")[1] for panel in group.panels}
         for title in titles:
             assert len({panel.limits for panel in group.panels if panel.title.endswith(title)}) == 1
+
+
+def test_a_death_an_accepted_change_and_a_way_back_have_marks_with_their_names(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", stage="stage1", steps=60)
+    events = [("failed", 41), ("resume", 30), ("accepted_differences", 30), ("rolled_back", 15), ("freeze_proof", 1)]
+    lines = [json.dumps({"event": name, "step": step, "time": 1.0}) for name, step in events]
+    (folder / "events.jsonl").write_text("\n".join([*lines, '{"event": ["resume"], "step": 3}']) + "\n")
+    marks = {(mark.step, mark.kind) for mark in marks_of(read_run(folder))}
+    assert marks == {(41, "failed"), (30, "resume"), (30, "changed"), (15, "went back")}
 
 
 def test_compared_runs_have_one_panel_a_kind_and_one_line_a_run(tmp_path: Path) -> None:
@@ -138,13 +146,14 @@ def test_hostile_text_from_every_file_is_shown_as_text(tmp_path: Path) -> None:
     assert page.text.count("<script>alert(1)</script>") > 8
 
 
-def test_a_bare_run_says_what_is_missing_in_each_section(tmp_path: Path) -> None:
+def test_a_bare_run_says_what_every_run_has_and_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "metrics.jsonl").write_text('{"step": 1, "loss/total": 3.0}\n{"step": 2, "lo')
-    page = outline(build_report([tmp_path / "bare"]))
-    for name in ("config.yaml", "status.json", "events.jsonl", "ledger.jsonl", "evaluation.json", "samples/"):
-        assert f"{name} " in page.text
-    assert "1 line of metrics.jsonl could not be read" in page.text
+    notes = " ".join(re.findall(r'<p class="note">([^<]*)', build_report([tmp_path / "bare"]).read_text()))
+    for name in ("config.yaml", "status.json", "events.jsonl"):
+        assert f"{name} is not in the run folder" in notes
+    assert "1 line of metrics.jsonl could not be read" in notes
+    assert not re.search("evaluat|samples|ledger", notes), "no run has to be evaluated, drawn with, or skip something"
 
 
 def test_runs_without_a_common_parent_need_an_out_folder(tmp_path: Path) -> None:
@@ -173,7 +182,7 @@ def test_sections_without_content_are_left_out_and_groups_of_one_panel_share_a_r
     assert "evaluation" not in sections and "samples" not in sections and "summary" in sections
     assert re.findall(r'<a href="#(\w+)">', page) == sections
     rows = [re.findall(r'<section id="(\w+)">', row) for row in page.split('<div class="row">')[1:]]
-    assert rows[1] == ["loss_source", "mixture", "packing"]
+    assert rows[1:3] == [["loss_source", "mixture"], ["speed"]]
 
 
 def test_a_stage_that_asks_in_another_template_says_so_beside_its_held_out_loss(stages: Path) -> None:
@@ -181,7 +190,23 @@ def test_a_stage_that_asks_in_another_template_says_so_beside_its_held_out_loss(
     assert "stage3: stage.template stage2 -> stage3: " in text and text.count("(another template)") == 4
 
 
-def test_a_wide_sheet_has_the_whole_row_and_a_click_shows_it_in_full_size(stages: Path) -> None:
+def test_wide_sheets_stand_in_columns_and_a_click_shows_one_in_full_size(stages: Path) -> None:
     page = stages.read_text()
     assert page.count('<a href="#sample1"><img') == 1 and 'href="#samples">back' in page
-    assert '<figure id="sample1" class="wide">' in page and '<figure id="sample2">' in page, "560 and 384 pixels"
+    sheets, pictures = page.index('<div class="images sheets"'), page.index('<div class="images pictures"')
+    assert sheets < page.index('id="sample1"') < pictures < page.index('id="sample2"'), "560 and 384 pixels"
+
+
+def test_pictures_that_are_left_out_are_named_where_no_other_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", stage="stage1", steps=25)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "fake.png").write_bytes(b"not a picture")
+    assert "fake.png (not a PNG file)" in outline(build_report([folder])).text
+
+
+def test_shares_of_an_evaluation_have_the_same_decimals_however_small(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", stage="stage1", steps=25)
+    rows = [{"name": "shapes", "value": 0.925, "chance": 0.0023}, {"name": "perplexity", "value": 31.25}]
+    (folder / "evaluation.json").write_text(json.dumps(rows))
+    text = outline(build_report([folder])).text
+    assert "0.925" in text and "chance 0.002" in text and "31.25" in text

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jp_train import data
 from jp_train.config.schema import RunConfig
 from jp_train.data.shards import Shard
 from jp_train.tools.verify.faults import REMEDIES
@@ -32,6 +35,16 @@ def shard_report(path="/data/a.tar", *faults, source="s", lengths=(10, 20), **op
         **numbers,
         **options,
     )
+
+
+def test_every_class_of_a_bad_sample_has_a_remedy():
+    code = "".join(path.read_text() for path in Path(data.__file__).parent.glob("*.py"))
+    classes = {name for text in re.findall(r"SkipSample\((.*?)\)\s*(?:from|\n)", code, re.S) for name in _class(text)}
+    assert {"bad_class", "bad_mapping", "bad_dialogue", "empty_text"} <= classes <= REMEDIES.keys()
+
+
+def _class(arguments: str) -> list[str]:
+    return re.findall(r',\s*"([a-z_]+)",?\s*$', arguments)
 
 
 def report_of(*shards, **options):

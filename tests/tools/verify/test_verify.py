@@ -89,7 +89,7 @@ PLANTED = {
         "ids_pickle": ({"vq.npy": object_npy(), "json": CAPTION}, "bad_vq_ids"),
     },
     "understanding": {
-        "unmarked": ({"png": picture(1), "json": conversation("what?", "this")}, "bad_dialogue"),
+        "unmarked": ({"png": picture(1), "json": conversation("<image> or <image>?", "this")}, "bad_dialogue"),
         "odd": (
             {"png": picture(1), "json": b'{"conversations": [{"from": "human", "value": "<image>"}]}'},
             "bad_dialogue",
@@ -159,6 +159,7 @@ TAR_FAULTS = (
     "interleaved_key",
     "duplicate_key",
     "duplicate_field",
+    "not_a_tar",
 )
 
 
@@ -175,6 +176,8 @@ def broken_tar(fault: str, path: Path) -> None:
     elif fault == "compressed_tar":
         with tarfile.open(path, "w:gz") as tar:
             tar.addfile(tarfile.TarInfo("a.txt"))
+    elif fault == "not_a_tar":
+        path.write_bytes(b'{"text": "a"}\n' * 99)
     elif fault == "link_or_device":
         with tarfile.open(path, "a") as tar:
             info = tarfile.TarInfo("d.txt")
@@ -224,6 +227,48 @@ def test_a_missing_shard_or_source_is_a_finding_and_the_others_are_read(sources,
     cfg.data.sources = {}
     with pytest.raises(ConfigError, match="no data.sources"):
         verify_sources(cfg, tokenizer, VerifyOptions())
+
+
+@pytest.mark.parametrize(
+    ("shards", "classes"),
+    [
+        ({"text0.tar": "empty"}, ["no_usable_sample", "empty_shard"]),
+        ({"text0.tar": "zeros", "text1.tar": "empty"}, ["no_usable_sample", "empty_shard", "empty_shard"]),
+        ({"text0.tar": "sound", "text1.tar": "zeros"}, ["empty_shard"]),
+        ({"text0.tar": "sound", "text1.tar.gz": "sound", "text2.TAR": "sound"}, ["passed_over"]),
+    ],
+)
+def test_shards_without_samples_and_tars_that_are_no_shards_are_named_and_verify_agrees_with_the_index(
+    sources, tokenizer, tmp_path, shards, classes
+):
+    cfg = sources("text")
+    cfg.data.sources["text"].shards = str(tmp_path / "folder")
+    for name, content in shards.items():
+        write_shard(tmp_path / "folder" / name, text_samples(2) if content == "sound" else [])
+        if content == "zeros":
+            (tmp_path / "folder" / name).write_bytes(bytes(10240))
+    out = io.StringIO()
+    document, status = verify_command(cfg, VerifyOptions(), table=out, progress=io.StringIO())
+    assert [finding["fault"] for finding in document["findings"]] == classes
+    if "no_usable_sample" in classes:
+        assert status == 3 and "fault no_usable_sample in text" in out.getvalue()
+        with pytest.raises(DataError, match="no usable text sample: the shards are empty"):
+            index_sources(cfg, tokenizer)
+    else:
+        (index,) = index_sources(cfg, tokenizer)
+        over = "1 *.tar.gz, 1 *.TAR passed over: " if "passed_over" in classes else ""
+        assert status == 0 and index.passed_over.startswith(over) and bool(index.passed_over) == bool(over)
+        assert over in out.getvalue()
+
+
+def test_a_source_of_which_every_sample_is_excluded_is_not_clean(sources, tokenizer, tmp_path):
+    write_shard(tmp_path / "generation.tar", [("a", {"png": picture(1)[:-200], "json": CAPTION})])
+    cfg = sources("generation")
+    assert verify_command(cfg, VerifyOptions(exclude=True), table=io.StringIO(), progress=io.StringIO())[1] == 3
+    document, status = verify_command(cfg, VerifyOptions(), table=io.StringIO(), progress=io.StringIO())
+    assert status == 3 and document["findings"][0]["fault"] == "no_usable_sample"
+    with pytest.raises(DataError, match="no usable generation sample"):
+        index_sources(cfg, tokenizer)
 
 
 def test_over_long_samples_are_warnings_that_state_the_policy_and_text_that_goes_on_is_none(
@@ -304,6 +349,19 @@ def test_exclusions_outlive_a_rebuild_of_the_index_are_named_by_the_ledger_and_e
     assert {(line["source"], line["key"]) for line in lines} == {("real", "g0003"), ("und", "u0005")}
     write_shard(tmp_path / "und.tar", understanding_samples(17))
     assert len({index.name: index for index in index_sources(cfg, tokenizer)}["und"]) == 17
+
+
+def test_with_index_dir_verify_excludes_and_the_index_follows_without_a_file_beside_the_data(
+    mixed, tokenizer, tmp_path
+):
+    cfg = mixed(frozenset({"u0005"}))
+    cfg.data.index_dir = str(tmp_path / "index")
+    beside = sorted(os.listdir(tmp_path))
+    report = verify_sources(cfg, tokenizer, VerifyOptions(exclude=True))
+    assert all(Path(path).is_relative_to(tmp_path / "index") for path in report.exclusion_files)
+    assert [len(index) for index in index_sources(cfg, tokenizer) if index.name == "und"] == [16]
+    assert verify_sources(cfg, tokenizer, VerifyOptions()).clean
+    assert sorted(os.listdir(tmp_path)) == sorted([*beside, "index"])
 
 
 def test_a_run_under_way_keeps_the_table_it_began_with_when_samples_are_excluded(mixed, tokenizer, tmp_path):
@@ -403,4 +461,8 @@ def test_the_command_prints_one_json_object_and_exits_with_3(mixed, tmp_path, ca
     assert "remedy: copy or write the shard again" in text.out and "g0003" not in text.out
     *_, last = text.err.splitlines()
     assert last.startswith("verify: shard 5/5, 54 samples, ") and text.err.count("shard 5/5") == 1
-    assert "only 0 images were decoded" in text.out
+    assert "only 0 images were decoded" in text.out and "never a whole shard" not in text.out
+    assert main([*command, "--exclude"]) == 3
+    text = capsys.readouterr().out
+    assert f"--exclude leaves out samples, never a whole shard, and did nothing about {path}: copy or" in text
+    assert "excluded 1 samples" in text and not list(tmp_path.glob("text*excluded*"))
