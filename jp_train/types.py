@@ -22,6 +22,12 @@ if TYPE_CHECKING:  # 2 s of start-up that the importers and a misspelt key need 
 IGNORE_INDEX = -100
 """Label of a position that no head is trained on."""
 
+LOGITS_BLOCK = 128
+"""Positions whose logits stand in fp32 at one time while a chunk becomes losses and gradients (model/loss.py)."""
+
+PRODUCT_CLASSES = 16384
+"""Classes of which a chunk's part of a head's weight gradient exists in the run's dtype, beside the sum in fp32."""
+
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question."""
 

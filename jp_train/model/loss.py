@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jp_train.types import IGNORE_INDEX, KINDS, PackedBatch
+from jp_train.types import IGNORE_INDEX, KINDS, LOGITS_BLOCK, PRODUCT_CLASSES, PackedBatch
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -45,24 +45,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[part], weight, bias).float()
-            target = labels[part]
-            kept = target != IGNORE_INDEX
-            target = target.masked_fill(~kept, 0).unsqueeze(1)
-            lse = torch.logsumexp(logits, dim=1, keepdim=True)
-            losses[part] = (lse - logits.gather(1, target)).squeeze(1).masked_fill(~kept, 0.0)
-            if any(needed):
-                # d loss / d logits = softmax - one_hot, zero at ignored positions
-                logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
-                logits.mul_((kept.float() if weights is None else weights[part] * kept).unsqueeze(1))
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0)
-                grad = logits.to(hidden.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad, weight, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight += torch.mm(grad.t(), hidden[part])
-                del grad
+            logits = _logits(hidden[part], weight, bias)
+            scales = None if weights is None else weights[part]
+            _into_gradient(logits, labels[part], scales, losses[part], grad_bias, any(needed))
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, logits, hidden[part])
             del logits  # before the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -82,6 +71,41 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias_dtype),
             *(None,) * 4,
         )
+
+
+def _into_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None,
+    losses: torch.Tensor,
+    grad_bias: torch.Tensor | None,
+    with_gradient: bool,
+) -> None:
+    """Write the losses ``[n]`` of a chunk's logits ``[n, V]``; ``with_gradient`` also, over the logits, the gradient of
+    the weighted sum of the losses, and add its sum to ``grad_bias``. In fp32, a block at a time."""
+    for start in range(0, len(logits), LOGITS_BLOCK):
+        rows = slice(start, start + LOGITS_BLOCK)
+        block = logits[rows].float()  # fp32 logits are changed in place
+        kept = labels[rows] != IGNORE_INDEX
+        target = labels[rows].masked_fill(~kept, 0).unsqueeze(1)
+        lse = torch.logsumexp(block, dim=1, keepdim=True)
+        losses[rows] = (lse - block.gather(1, target)).squeeze(1).masked_fill(~kept, 0.0)
+        if with_gradient:
+            # d loss / d logits = softmax - one_hot, zero at ignored positions
+            block.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
+            block.mul_((kept.float() if weights is None else weights[rows] * kept).unsqueeze(1))
+            if grad_bias is not None:
+                grad_bias += block.sum(0)
+            logits[rows] = block
+
+
+def _add_product(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+    """``total += grad.T @ hidden`` of fp32 ``[V, d]``, ``[n, V]`` and ``[n, d]``."""
+    if grad.dtype == total.dtype:
+        torch.addmm(total, grad.t(), hidden, out=total)  # addmm_ is not counted by torch's FLOP counter
+        return
+    for into, part in zip(total.split(PRODUCT_CLASSES), grad.split(PRODUCT_CLASSES, dim=1), strict=True):
+        into += torch.mm(part.t(), hidden)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from jp_train.model import loss
 from jp_train.model.loss import CrossEntropyLinear, SupervisedPositions, document_of_token
 from jp_train.types import IGNORE_INDEX, Kind
 from tests.model.janus_tiny import pack, random_docs
@@ -24,8 +25,12 @@ def case(
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 23, 1000])
+@pytest.mark.parametrize("block", [3, loss.LOGITS_BLOCK])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk: int, bias: bool) -> None:
+def test_chunked_loss_and_gradients_equal_plain_cross_entropy(
+    chunk: int, block: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOGITS_BLOCK", block)
     head, hidden, labels, weights = case(torch.float32, bias)
     plain = hidden.clone().requires_grad_()
     expected = F.cross_entropy(
@@ -53,7 +58,10 @@ def test_bfloat16_losses_are_float32_and_near_the_exact_ones() -> None:
     torch.testing.assert_close(losses.double(), exact, rtol=0.05, atol=0.05)
 
 
-def test_the_error_of_the_weight_gradient_in_bfloat16_does_not_grow_with_the_number_of_chunks() -> None:
+def test_the_error_of_the_weight_gradient_in_bfloat16_does_not_grow_with_the_number_of_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "PRODUCT_CLASSES", 64)
     g = torch.Generator().manual_seed(1)
     head = CrossEntropyLinear(64, 200, bias=False).to(torch.bfloat16)
     hidden = torch.randn(2048, 64, generator=g).to(torch.bfloat16)
@@ -107,8 +115,6 @@ def test_only_ignored_labels_give_zero_loss_and_zero_gradients() -> None:
 def test_logits_of_all_positions_never_exist_at_once_and_none_is_computed_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from jp_train.model import loss
-
     rows: list[int] = []
     original = loss._logits
     monkeypatch.setattr(loss, "_logits", lambda h, w, b: rows.append(len(h)) or original(h, w, b))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jp_train.tools.forecast.shapes import MicroBatch, Shapes
+from jp_train.types import LOGITS_BLOCK, PRODUCT_CLASSES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,11 +136,12 @@ def image_head(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Head:
 
 
 def _logits(positions: int, classes: int, weight: int, numerics: Numerics) -> int:
-    """Taken by a chunk's logits at the most: the log-sum-exp copies them once in fp32; later their gradient stands
-    beside it in the run's dtype, with the chunk's product for the gradient of `weight` elements."""
-    chunk = min(positions, numerics.chunk)
-    narrow = numerics.size if numerics.size < 4 else 0
-    return max(8 * chunk * classes, (4 + narrow) * chunk * classes + numerics.size * weight)
+    """Taken by a chunk's logits at the most: beside them a block of them in fp32, which the log-sum-exp copies once;
+    later a part of the chunk's product for the gradient of `weight` elements. In fp32 both are changed in place."""
+    chunk, b = min(positions, numerics.chunk), numerics.size
+    block, narrow = 4 * min(chunk, LOGITS_BLOCK) * classes, b < 4
+    product = b * weight * min(classes, PRODUCT_CLASSES) // classes if narrow else 0
+    return b * chunk * classes + max(2 * block if narrow else block, product)
 
 
 def final_norm(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:

@@ -6,6 +6,7 @@ import pytest
 from bench.forecast import fake_passes, predicted_passes, synthetic_batch, true_shape
 from jp_train.tools.forecast.activations import Numerics, language_block, text_head, vision_block, vq_encoding
 from jp_train.tools.forecast.shapes import MicroBatch, shapes_of
+from jp_train.types import LOGITS_BLOCK
 
 BF16 = Numerics(size=2, fused_attention=True, chunk=1024)
 BATCH = MicroBatch(tokens=4096, und_images=3, gen_images=2, text_positions=500, image_positions=1152)
@@ -32,10 +33,10 @@ def test_logits_take_a_chunk_at_a_time_however_many_positions_there_are():
         text_head(shapes, MicroBatch(**{**vars_of(BATCH), "text_positions": positions}), BF16)
         for positions in (2048, 200_000)
     )
-    gradient = 2 * shapes.vocabulary * 2048
+    block = 4 * LOGITS_BLOCK * shapes.vocabulary
     for head, positions in ((few, 2048), (many, 200_000)):
-        assert head.forward - 2 * positions * 2048 == (4 + 2) * 1024 * shapes.vocabulary + gradient
-        assert head.saved == 2 * positions * 2048 + 2 * gradient, "the weight's gradient waits in fp32"
+        assert head.forward - 2 * positions * 2048 == 2 * 1024 * shapes.vocabulary + 2 * block
+        assert head.saved == 2 * positions * 2048 + 4 * shapes.vocabulary * 2048, "the weight's gradient waits in fp32"
 
 
 def test_encoding_on_the_fly_takes_at_most_eight_images_at_once():
@@ -70,5 +71,5 @@ def test_a_pass_of_the_true_model_takes_what_the_formulas_say(model, stage, chec
     assert (
         0.95 * measured["forward"]
         < predicted["forward"]
-        < measured["forward"] + 4 * cfg.loss.chunk_tokens * cfg.model.language.vocab_size
+        < measured["forward"] + 8 * LOGITS_BLOCK * cfg.model.language.vocab_size
     )
