@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import JanusForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from jp_train.config.schema import LanguageConfig, LossConfig, ModelConfig, Reduction
 from jp_train.errors import ConfigError
@@ -300,6 +301,31 @@ def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:
     cos, _ = rotary(torch.empty(0, dtype=torch.float32), positions)
     exact = torch.outer(positions[0].double(), 10000.0 ** (-torch.arange(0, 128, 2).double() / 128))
     assert (cos[0, :, :64].double() - exact.cos()).abs().max() < 2e-3
+
+
+def test_norms_have_the_bits_of_transformers_in_float32_and_are_closer_to_float64_in_bfloat16() -> None:
+    model = tiny_model()
+    assert not any(isinstance(module, LlamaRMSNorm) for module in model.modules())
+    ours = model.model.language_model.norm
+    g = torch.Generator().manual_seed(0)
+    ours.weight.data = torch.rand(ours.weight.shape, generator=g) + 0.5
+    theirs = LlamaRMSNorm(len(ours.weight), eps=ours.eps)
+    theirs.load_state_dict(ours.state_dict())
+    x, grad = torch.randn(2, 512, len(ours.weight), generator=g)
+
+    def passes(norm: torch.nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        norm, given = norm.to(dtype), x.detach().to(dtype).requires_grad_()
+        norm.weight.grad = None
+        value = norm(given)
+        value.backward(grad.to(dtype))
+        return [value, given.grad, norm.weight.grad]
+
+    for mine, other in zip(passes(ours, torch.float32), passes(theirs, torch.float32), strict=True):
+        assert torch.equal(mine, other)
+    half, rounded = passes(ours, torch.bfloat16), passes(theirs, torch.bfloat16)
+    value = x.bfloat16().double()
+    exact = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + ours.eps) * ours.weight.double()
+    assert (half[0].double() - exact).norm() < (rounded[0].double() - exact).norm() < 0.004 * exact.norm()
 
 
 def test_pending_pictures_and_wrong_slots_are_refused_before_the_forward_pass() -> None:

@@ -30,24 +30,23 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numerics:
-    """`size`: bytes of the compute dtype; `fused_attention`: the CUDA kernel over all documents (otherwise one call
-    a document and a copy that joins them); `chunk`: positions whose logits exist at one time."""
+    """`size`: bytes of the compute dtype; `fused`: CUDA's kernels, for attention over all documents (otherwise one call
+    a document and a copy that joins them) and for RMSNorm; `chunk`: positions whose logits exist at one time."""
 
     size: int
-    fused_attention: bool
+    fused: bool
     chunk: int
 
 
 def language_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Block:
-    """One decoder layer: 24 Td + 8 Tf bytes in bf16 on CUDA."""
+    """One decoder layer: 16 Td + 8 Tf bytes in bf16 on CUDA."""
     b, tokens, width, hidden = numerics.size, batch.tokens, shapes.width, shapes.intermediate
     learns = "language_model" in shapes.learns
-    # RMSNorm: its input in fp32, the normalised value where its weight learns, and its output (the input of the linear
-    # layers behind)
-    norm = (4 + b * learns + b) * tokens * width
+    # its output is the input of the linear layers behind
+    norm = _norm(learns, numerics) * tokens * width + b * tokens * width
     # queries and keys after rotation, values, the output; without the fused kernel the documents' outputs before they
     # are joined; log-sum-exp in fp32
-    attention = (4 + (not numerics.fused_attention)) * b * tokens * width + 4 * tokens * shapes.heads
+    attention = (4 + (not numerics.fused)) * b * tokens * width + 4 * tokens * shapes.heads
     # gate, silu(gate), up, and their product
     mlp = 4 * b * tokens * hidden
     saved = 2 * norm + attention + mlp
@@ -60,8 +59,8 @@ def language_block(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> Blo
         # of the block's output
         backward=2 * b * tokens * hidden + 2 * b * tokens * width,
         mlp=mlp,
-        # the norm's gradient in four fp32 steps, beside the gradients of the block's output and of the norm's
-        attention=16 * tokens * width + 2 * b * tokens * width,
+        # the norm's gradient (in four fp32 steps, or by one kernel), beside those of the block's output and the norm's
+        attention=(b if numerics.fused else 16) * tokens * width + 2 * b * tokens * width,
     )
 
 
@@ -147,7 +146,13 @@ def _logits(positions: int, classes: int, weight: int, numerics: Numerics) -> in
 def final_norm(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:
     """Kept of the norm in front of the heads: as in a layer; its output is gathered at the supervised positions and
     not kept."""
-    return (4 + numerics.size * ("language_model" in shapes.learns)) * batch.tokens * shapes.width
+    return _norm("language_model" in shapes.learns, numerics) * batch.tokens * shapes.width
+
+
+def _norm(learns: bool, numerics: Numerics) -> int:
+    """Bytes an element that RMSNorm keeps besides its output. On CUDA its input (and 4 bytes a token, left out);
+    elsewhere the input in fp32, and the normalised value where its weight learns."""
+    return numerics.size if numerics.fused else 4 + 4 * learns
 
 
 def rotary(shapes: Shapes, batch: MicroBatch, numerics: Numerics) -> int:

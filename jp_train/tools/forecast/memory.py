@@ -93,10 +93,7 @@ def forecast_memory(shapes: Shapes, batch: MicroBatch, setting: Setting) -> Fore
     """The largest sum over a micro-batch and the update that follows the last one."""
     size, world = setting.size, setting.world
     visits = walk(
-        shapes,
-        batch,
-        Numerics(size=size, fused_attention=setting.cuda, chunk=setting.chunk),
-        checkpointing=setting.checkpointing,
+        shapes, batch, Numerics(size=size, fused=setting.cuda, chunk=setting.chunk), checkpointing=setting.checkpointing
     )
     rules = GatherRules(
         world=world,

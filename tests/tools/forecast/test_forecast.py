@@ -42,8 +42,11 @@ def test_7b_stage_2_has_settings_that_fit_40_gb_and_some_that_do_not(forecast):
     assert current["fits"] and current["best"] and forecast["best_is_own"]
 
 
-def test_7b_stage_2_computes_as_few_layers_again_as_leave_room(forecast):
+def test_7b_stage_3_computes_as_few_layers_again_as_leave_room():
     """Only kept layers cost memory, so between all of them and none lie settings that are faster than all."""
+    forecast = forecast_stage(
+        LAUNCH / "janus_pro_7b_stage3.yaml", [], Question(hostfile=ROOT / "hostfiles" / "a100_16x8")
+    )
     current = next(item for item in forecast["candidates"] if item["own"])
     assert current["activation_checkpointing"] and current["recompute_every"] > 1
     same = {
@@ -52,7 +55,7 @@ def test_7b_stage_2_computes_as_few_layers_again_as_leave_room(forecast):
         if (item["micro_batch_rows"], item["hpz"]) == (current["micro_batch_rows"], current["hpz"])
     }
     every_layer, none = same[True, 1], same[False, 1]
-    assert every_layer["total_gib"] < current["total_gib"] <= 33 < none["total_gib"]
+    assert every_layer["total_gib"] < current["total_gib"] <= 0.8 * 39.4 < none["total_gib"]
     assert none["step_s"] < current["step_s"] < every_layer["step_s"]
     flops = forecast["chosen"]["flops"]
     assert flops["recomputed"] <= 0.10 * (flops["forward"] + flops["backward"])
