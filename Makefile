@@ -13,6 +13,8 @@ SMOKE_ARGS ?=
 SHOWCASE_ARGS ?=
 # --faults --on-hosts --seed --kinds: see `python -m tests.chaos.run --help`
 CHAOS_ARGS ?=
+# --only NAME... --list --size tiny|1b: see `python -m tests.gpu.check --help`
+GPU_CHECK_ARGS ?=
 # test files that run side by side; each may start 2 to 4 ranks of its own
 TEST_JOBS ?= 2
 
@@ -24,7 +26,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 
 CODE := jp_train examples tests bench docs
 
-.PHONY: help setup system-packages smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test test-fast coverage chaos lint format docs bench clean
+.PHONY: help setup system-packages smoke smoke-stage1 smoke-stage2 smoke-stage3 showcase test test-fast coverage gpu-check chaos lint format docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {n = split($$1, names, " "); \
@@ -65,6 +67,9 @@ coverage: $(STAMP)  ## lines of the package that test-fast does not reach, and s
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet
 	$(BIN)/coverage report
+
+gpu-check: $(STAMP)  ## what only a GPU of 80 GB can show, beside the forecast (<= 10 minutes; tiny models on a CPU: 1 minute)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(GPU_CHECK_ARGS)
 
 chaos: $(STAMP)  ## 500 faults injected into training on purpose, and what was lost (<= 90 minutes; root for those of disks and hosts)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)

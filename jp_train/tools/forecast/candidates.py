@@ -11,11 +11,12 @@ from jp_train.config.batch import rows_per_step
 from jp_train.config.choices import Precision
 from jp_train.config.deepspeed import deepspeed_config
 from jp_train.errors import ConfigError
+from jp_train.model.flops import BatchStatistics
 from jp_train.tools.forecast.communication import Communication, communication
 from jp_train.tools.forecast.hardware import GIB, Hardware
 from jp_train.tools.forecast.host import host_time
 from jp_train.tools.forecast.memory import Memory, Setting, forecast_memory
-from jp_train.tools.forecast.shapes import Shapes, shapes_of, worst_micro_batch
+from jp_train.tools.forecast.shapes import MicroBatch, Shapes, shapes_of, worst_micro_batch
 from jp_train.tools.forecast.timing import Arithmetic, StepTime, arithmetic, step_time
 from jp_train.tools.forecast.workload import average_row
 
@@ -120,13 +121,28 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
     """The forecast of one configuration. Raises ConfigError where its rows do not divide."""
     shapes = shapes or shapes_of(cfg)
     plan = batch_plan(cfg, cluster.world)
+    row = average_row(cfg, shapes.slots)
+    return evaluate_rows(
+        cfg,
+        cluster,
+        hardware,
+        shapes,
+        largest=worst_micro_batch(cfg, shapes, plan.micro_batch_rows),
+        step=row.step(plan.rows_per_step, encoded=cfg.data.vq_ids.value != "require"),
+    )
+
+
+def evaluate_rows(
+    cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shapes, *, largest: MicroBatch, step: BatchStatistics
+) -> Candidate:
+    """The forecast of a step of given rows: `largest` decides about memory, `step` (over all ranks) about time. Raises
+    ConfigError where the rows do not divide."""
+    plan = batch_plan(cfg, cluster.world)
     setting = setting_of(cfg, plan)
-    forecast = forecast_memory(shapes, worst_micro_batch(cfg, shapes, plan.micro_batch_rows), setting)
+    forecast = forecast_memory(shapes, largest, setting)
     allocated = forecast.memory.total / GIB
     overhead = hardware.overhead_gib(allocated)
-    row = average_row(cfg, shapes.slots)
-    encoded = cfg.data.vq_ids.value != "require"
-    work = arithmetic(cfg, shapes, row.step(plan.rows_per_step, encoded=encoded), checkpointing=setting.checkpointing)
+    work = arithmetic(cfg, shapes, step, checkpointing=setting.checkpointing)
     sent = communication(
         shapes, forecast.replay, setting, nodes=cluster.nodes, micro_batches=plan.gradient_accumulation_steps
     )
@@ -148,9 +164,7 @@ def evaluate(cfg: RunConfig, cluster: Cluster, hardware: Hardware, shapes: Shape
         roomy=allocated + overhead <= (1 - ROOM) * hardware.memory_gib,
         work=work,
         sent=sent,
-        time=step_time(
-            work, sent, host, shapes, setting, hardware, nodes=cluster.nodes, tokens=row.tokens * plan.rows_per_step
-        ),
+        time=step_time(work, sent, host, shapes, setting, hardware, nodes=cluster.nodes, tokens=step.tokens),
     )
 
 
